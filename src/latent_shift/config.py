@@ -1,0 +1,150 @@
+"""Recipes: typed, frozen settings read from TOML, with `key=value` overrides; a mistake is an error before any data is read."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Literal
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Data(Section):
+    path: str  # a store: pixels for the autoencoder, latents for the image and video stages
+    batch_size: int = Field(16, ge=1)  # crops, images or clips a step and process
+    crop: int = Field(64, ge=8)  # autoencoder: side of the random crops in pixels
+    num_frames: int = Field(1, ge=1)  # frames a clip; 1 trains the image model
+    image_share: float = Field(0.0, ge=0, le=1)  # share of the video steps that train on single frames instead
+    splits: list[str] = ["train"]
+
+
+class Model(Section):
+    size: str | None = None  # a name of models.py: start from random weights
+    init: str | None = None  # a folder with weights: start from those
+    place: Literal["conv1", "conv2", "end"] = "conv1"  # where in the residual branch the channels shift
+    forward: float = Field(1 / 3, ge=0, le=1)  # share of the channels that come from the frame before
+    backward: float = Field(1 / 3, ge=0, le=1)  # share that comes from the frame after
+    edge: Literal["zero", "wrap", "hold"] = "zero"  # what fills the vacated slots at the ends of a clip
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Model:
+        if (self.size is None) == (self.init is None):
+            raise ValueError("give either size (a named size, random weights) or init (a folder with weights)")
+        return self
+
+
+class Diffusion(Section):
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"  # the paper predicts the noise
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    num_timesteps: int = Field(1000, ge=1)
+    zero_terminal_snr: bool = False
+    min_snr: float | None = Field(None, gt=0)  # gamma of the min-SNR loss weight; unset: every timestep weighs the same
+    caption_dropout: float = Field(0.1, ge=0, le=1)  # share of captions emptied, for classifier-free guidance
+
+
+class Loss(Section):
+    """Weights of the autoencoder's terms beside the mean absolute error."""
+
+    kl: float = Field(5e-4, ge=0)
+    perceptual: float = Field(0.0, ge=0)  # EfficientNet-lite0 features, from the extra "perceptual"
+
+
+class Optim(Section):
+    steps: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    warmup_steps: int = Field(200, ge=0)
+    cooldown_steps: int = Field(0, ge=0)  # the last steps, over which the rate falls linearly to 0
+    weight_decay: float = Field(0.01, ge=0)
+    beta2: float = Field(0.99, gt=0, lt=1)
+    grad_clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.999, ge=0, lt=1)  # decay a step of the averaged weights that are sampled and exported
+    accumulate: int = Field(1, ge=1)  # batches a step
+
+
+class Train(Section):
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    log_every: int = Field(50, ge=1)  # steps
+    sample_every: int = Field(1000, ge=1)  # steps
+    checkpoint_minutes: float = Field(5.0, gt=0)
+    keep_checkpoints: int = Field(2, ge=1)
+    tensorboard: bool = False
+    gradient_checkpointing: bool = False
+
+
+class Config(Section):
+    stage: Literal["autoencoder", "image", "video"]
+    data: Data
+    model: Model
+    optim: Optim
+    loss: Loss = Loss()
+    diffusion: Diffusion = Diffusion()
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.stage == "video" and self.data.num_frames < 2:
+            raise ValueError("stage video needs data.num_frames of 2 or more")
+        if self.stage != "video" and self.data.num_frames != 1:
+            raise ValueError(f"stage {self.stage} trains on single frames: data.num_frames must be 1")
+        if self.optim.warmup_steps + self.optim.cooldown_steps > self.optim.steps:
+            raise ValueError("optim.warmup_steps and optim.cooldown_steps together are more than optim.steps")
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a recipe.
+
+    Args:
+        path: a TOML file.
+        overrides: `table.key=value`, the value in TOML (a bare word is a string).
+
+    Raises:
+        ValueError: unreadable, an unknown key (the nearest valid one is named), a wrong type, or settings that contradict.
+    """
+    path = Path(path)
+    try:
+        settings = tomlkit.parse(path.read_text()).unwrap()
+    except (OSError, tomlkit.exceptions.ParseError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"expected table.key=value, got {override!r}")
+        try:
+            value = tomlkit.value(text).unwrap()
+        except tomlkit.exceptions.ParseError:
+            value = text
+        *tables, name = key.split(".")
+        target = settings
+        for table in tables:
+            target = target.setdefault(table, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"{key}: {table} is a value, not a table")
+        target[name] = value
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The settings as TOML, every default written out; `load` reads it back to an equal Config."""
+    return tomlkit.dumps(config.model_dump(exclude_none=True))
+
+
+def _explain(problem) -> str:
+    *tables, name = [str(part) for part in problem["loc"]] or [""]
+    if problem["type"] == "extra_forbidden":
+        section: type[BaseModel] = Config
+        for table in tables:
+            section = section.model_fields[table].annotation  # type: ignore[assignment]
+        nearest = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0)
+        return f"unknown key {'.'.join([*tables, name])}; did you mean {'.'.join([*tables, *nearest])}?"
+    where = ".".join([*tables, name])
+    return f"{where + ': ' if where else ''}{problem['msg']}, got {problem['input']!r}" if where else problem["msg"]

@@ -1,0 +1,239 @@
+"""Captioned clips on disk: a folder of media files, packed once into one array of frames.
+
+    folder/                    what a user has
+      metadata.jsonl           a line a file: {"file_name": ..., "text": str or [str, ...], optional: "concept", "split", "loop"}
+      *.mp4, *.webp, ...       or, without metadata.jsonl, each media file beside a .txt caption (a line a wording)
+
+    store/                     what training reads: `pack` writes pixels, `encode` writes latents, in the same form
+      array.bin                every frame of every record, one after the other
+      index.jsonl              a line a record: texts, concept, split, loop, start, num_frames
+      store.json               dtype, shape of a frame, and how it was made
+
+Everything random is drawn from a numpy Generator that the caller seeds, so a training step can be repeated exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from latent_shift import video
+
+
+@dataclass(frozen=True)
+class Record:
+    """One clip or still. `texts[0]` is the caption, the others are wordings of it; `loop`: the last frame runs on into the first."""
+
+    file_name: str
+    texts: tuple[str, ...]
+    concept: str
+    split: str = "train"
+    loop: bool = False
+    start: int = 0
+    num_frames: int = 0
+
+
+def read_records(folder: str | Path) -> list[Record]:
+    """The records of a media folder, in the order of metadata.jsonl or of the file names.
+
+    Raises:
+        ValueError: no metadata and no captioned file, or a line that is not a record; the message names file and line.
+    """
+    folder = Path(folder)
+    metadata = folder / "metadata.jsonl"
+    if not metadata.exists():
+        captions = [(path, path.with_suffix(".txt")) for path in sorted(folder.rglob("*")) if path.suffix.lower() in video.SUFFIXES]
+        records = []
+        for path, caption in captions:
+            texts = tuple(line.strip() for line in caption.read_text().splitlines() if line.strip()) if caption.exists() else ()
+            records.append(Record(str(path.relative_to(folder)), texts, concept=texts[0] if texts else path.stem))
+        if not any(record.texts for record in records):
+            raise ValueError(f"{folder}: expected metadata.jsonl, or media files each with a caption in a .txt of the same name")
+        return records
+    records = []
+    for number, line in enumerate(metadata.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            texts = (row["text"],) if isinstance(row["text"], str) else tuple(row["text"])
+            name = row["file_name"]
+            optional = {key: row[key] for key in ("split", "loop") if key in row}
+            records.append(Record(name, texts, str(row.get("concept", texts[0] if texts else name)), **optional))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{metadata}:{number}: expected an object with file_name and text, got {line[:80]!r} ({error})") from error
+    return records
+
+
+class Store:
+    """A packed array of frames and its records.
+
+    Attributes:
+        array: `(total frames, *frame shape)`, read from disk as it is touched.
+        records: the index, each record with its `start` and `num_frames` in `array`.
+        info: the contents of store.json.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / "store.json").exists():
+            raise ValueError(f"{folder}: not a packed data set (no store.json); `latent-shift data pack FOLDER OUT` writes one")
+        self.info = json.loads((self.folder / "store.json").read_text())
+        rows = [json.loads(line) for line in (self.folder / "index.jsonl").read_text().splitlines()]
+        self.records = [Record(**{**row, "texts": tuple(row["texts"])}) for row in rows]
+        total = sum(record.num_frames for record in self.records)
+        shape = (total, *self.info["shape"])
+        size = (self.folder / "array.bin").stat().st_size
+        expected = int(np.prod(shape)) * np.dtype(self.info["dtype"]).itemsize
+        if size != expected:
+            raise ValueError(f"{self.folder / 'array.bin'}: expected {expected} bytes for {total} frames, got {size}; pack again")
+        self.array = np.memmap(self.folder / "array.bin", self.info["dtype"], "r", shape=shape)
+
+    def select(self, *, splits: Iterable[str] = ("train",), num_frames: int = 1) -> list[int]:
+        """Indices of the records of `splits` that can give `num_frames` frames: long enough, or a loop that goes round."""
+        splits = set(splits)
+        return [
+            index
+            for index, record in enumerate(self.records)
+            if record.split in splits and (record.num_frames >= num_frames or (record.loop and record.num_frames > 1))
+        ]
+
+    def window(self, index: int, first: int, num_frames: int) -> np.ndarray:
+        """`num_frames` successive frames of record `index` from frame `first` on, round the end where the clip loops."""
+        record = self.records[index]
+        positions = first + np.arange(num_frames)
+        if record.loop:
+            positions = positions % record.num_frames
+        return self.array[record.start + positions]
+
+    def draw_window(self, rng: np.random.Generator, index: int, num_frames: int) -> np.ndarray:
+        """`window` from a random first frame."""
+        record = self.records[index]
+        choices = record.num_frames if record.loop else record.num_frames - num_frames + 1
+        return self.window(index, int(rng.integers(choices)), num_frames)
+
+
+class StoreWriter:
+    """Append records to a store; `close` makes it readable. Until then there is no store.json, so a cut-short store is refused."""
+
+    def __init__(self, folder: str | Path, dtype: str, shape: tuple[int, ...], **info: object):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "store.json").unlink(missing_ok=True)
+        self.info = {"dtype": dtype, "shape": list(shape), **info}
+        self.total = 0
+        self.array = (self.folder / "array.bin").open("wb")
+        self.index = (self.folder / "index.jsonl").open("w")
+
+    def add(self, record: Record, frames: np.ndarray) -> None:
+        assert list(frames.shape[1:]) == self.info["shape"] and frames.dtype == self.info["dtype"]
+        self.array.write(np.ascontiguousarray(frames).tobytes())
+        row = asdict(replace(record, start=self.total, num_frames=len(frames)))
+        self.index.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.total += len(frames)
+
+    def close(self) -> None:
+        self.array.close()
+        self.index.close()
+        (self.folder / "store.json").write_text(json.dumps(self.info, indent=1))
+
+
+class BalancedSampler:
+    """Draw records so that every concept is equally likely, whatever number of files it has."""
+
+    def __init__(self, records: list[Record], indices: list[int]):
+        if not indices:
+            raise ValueError("no record to train on: check the split names and that clips have the frames asked for")
+        groups = defaultdict(list)
+        for index in indices:
+            groups[records[index].concept].append(index)
+        self.groups = list(groups.values())
+
+    def draw(self, rng: np.random.Generator, num: int) -> list[int]:
+        groups = rng.integers(len(self.groups), size=num)
+        return [self.groups[group][rng.integers(len(self.groups[group]))] for group in groups]
+
+
+def pack(
+    folder: str | Path, out: str | Path, *, size: int, fps: float, workers: int = 1, progress: Callable[[int, int], None] | None = None
+) -> list[tuple[str, str]]:
+    """Decode every record once into a store of `(F, size, size, 3) uint8` frames.
+
+    Args:
+        folder: a media folder (see the head of this file).
+        out: where the store goes.
+        size: side of the frames in pixels.
+        fps: frames a second kept of every clip.
+        workers: processes that decode.
+        progress: called with (records done, records in all).
+
+    Returns:
+        The files that could not be used, as (file name, reason). They are left out, never replaced.
+    """
+    folder = Path(folder)
+    records = read_records(folder)
+    writer = StoreWriter(out, "uint8", (size, size, 3), fps=fps, size=size, source=folder.name)
+    problems = []
+    for done, (record, frames) in enumerate(_decoded(folder, records, size, fps, workers), 1):
+        if isinstance(frames, str):
+            problems.append((record.file_name, frames))
+        else:
+            writer.add(record, frames)
+        if progress:
+            progress(done, len(records))
+    writer.close()
+    return problems
+
+
+def check(folder: str | Path, *, min_frames: int = 16, fps: float = 8, workers: int = 1) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Read every file as training would; returns counts and the (file name, reason) of each that is not a good clip.
+
+    Counts: clips, stills, concepts. Reasons: unreadable, no caption, a clip shorter than `min_frames` at `fps` that does
+    not loop, a clip in which nothing moves.
+    """
+    folder = Path(folder)
+    records = read_records(folder)
+    counts = {"clips": 0, "stills": 0, "concepts": len({record.concept for record in records})}
+    problems = []
+    for record, frames in _decoded(folder, records, 64, fps, workers):
+        if isinstance(frames, str):
+            problems.append((record.file_name, frames))
+            continue
+        counts["clips" if len(frames) > 1 else "stills"] += 1
+        if 1 < len(frames) < min_frames and not record.loop:
+            problems.append((record.file_name, f"{len(frames)} frames at {fps:g} fps, {min_frames} wanted"))
+        if len(frames) > 1 and np.abs(np.diff(frames.astype(np.int16), axis=0)).mean() < 0.05:
+            problems.append((record.file_name, "static: no frame differs from the one before"))
+    return counts, problems
+
+
+def preview(store: Store, *, rows: int = 8, columns: int = 8, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """What training sees: `rows` random clips in strips of `columns` frames; returns the `(H, W, 3) uint8` sheet and the captions."""
+    rng = np.random.default_rng(seed)
+    indices = BalancedSampler(store.records, store.select(num_frames=columns)).draw(rng, rows)
+    strips = np.concatenate([store.draw_window(rng, index, columns) for index in indices])
+    return video.montage(strips, columns=columns), [store.records[index].texts[0] for index in indices]
+
+
+def _decode_one(task: tuple[Path, int, float]) -> np.ndarray | str:
+    path, size, fps = task
+    try:
+        return video.read(path, fps=fps, size=size)[0]
+    except ValueError as error:
+        return str(error)
+
+
+def _decoded(folder: Path, records: list[Record], size: int, fps: float, workers: int) -> Iterator[tuple[Record, np.ndarray | str]]:
+    """Each record with its frames, or with the reason why there are none."""
+    captioned = [record for record in records if record.texts]
+    yield from ((record, "no caption") for record in records if not record.texts)
+    tasks = [(folder / record.file_name, size, fps) for record in captioned]
+    if workers <= 1:
+        yield from zip(captioned, map(_decode_one, tasks), strict=True)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from zip(captioned, pool.map(_decode_one, tasks, chunksize=8), strict=True)

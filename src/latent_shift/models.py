@@ -1,0 +1,63 @@
+"""Named sizes: the configurations of the autoencoders and U-Nets that the recipes train.
+
+Every model is an ordinary diffusers class; the temporal shift adds no parameter, so an image and a video model of one
+name have the same configuration.
+"""
+
+from __future__ import annotations
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+AUTOENCODERS: dict[str, dict] = {
+    # 8x down, 4 channels, no attention: works on any size. Parameters: tiny 0.06 M, emoji 3.1 M.
+    "tiny": dict(block_out_channels=(8, 8, 16, 16), norm_num_groups=4),
+    "emoji": dict(block_out_channels=(16, 48, 96, 128), norm_num_groups=8),
+}
+
+UNETS: dict[str, dict] = {
+    # Three resolutions, cross-attention at the two lower ones: 16x16 latents spend their time in convolutions.
+    # Heads are 32 wide: with the class's default of 8 a narrow U-Net spends half its time in attention.
+    "tiny": dict(block_out_channels=(16, 32, 32), cross_attention_dim=32, norm_num_groups=8),
+    "emoji": dict(block_out_channels=(96, 192, 256), cross_attention_dim=384, norm_num_groups=32),
+}
+
+
+def autoencoder(size: str) -> AutoencoderKL:
+    """A new `AutoencoderKL` of a named size, 8x down to 4 channels; raises ValueError for an unknown name."""
+    config = _named(AUTOENCODERS, size)
+    num_levels = len(config["block_out_channels"])
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * num_levels,
+        up_block_types=("UpDecoderBlock2D",) * num_levels,
+        latent_channels=4,
+        layers_per_block=1,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,  # export folds the latents' mean and variance into the 1x1 convolutions instead
+        **config,
+    )
+
+
+def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:
+    """A new `UNet2DConditionModel` of a named size for 4-channel latents; raises ValueError for an unknown name."""
+    config = _named(UNETS, size)
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        # In this class "attention_head_dim" is the number of heads.
+        attention_head_dim=tuple(max(1, width // 32) for width in config["block_out_channels"]),
+        **config,
+    )
+
+
+def num_parameters(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _named(sizes: dict[str, dict], size: str) -> dict:
+    if size not in sizes:
+        raise ValueError(f"unknown model size {size!r}; expected one of {', '.join(sizes)}")
+    return sizes[size]

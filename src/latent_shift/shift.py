@@ -1,0 +1,237 @@
+"""The method: a parameter-free shift of feature channels along time, in the residual branch of every 2D ResNet block.
+
+Latent-Shift (An et al. 2023, arXiv 2304.08477) makes a text-to-image U-Net a text-to-video U-Net with one operation: of the
+C channels of frame i, the first group is taken from frame i-1, the last group from frame i+1, the rest stay. A 2D convolution
+after the shift sees three frames: it is the 3D convolution whose temporal kernel is a fixed mask.
+
+    unet = UNet2DConditionModel.from_pretrained("any/stable-diffusion", subfolder="unet")
+    inflate(unet, Shift())                      # in place, no new weights, the same state_dict; deflate(unet) undoes it
+    with frames(unet, 16):
+        epsilon = unet(noisy, t, text).sample   # (B*16, 4, H, W), the frames of a clip side by side
+
+Letters: B clips, F frames, C channels, N = B*F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+Place = Literal["conv1", "conv2", "end"]
+Edge = Literal["zero", "wrap", "hold"]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Settings of the temporal shift.
+
+    Args:
+        forward: share of the channels taken from the frame before, in [0, 1]. 1/3 is the paper's figure, 1/8 TSM's.
+        backward: share taken from the frame after. 0 makes the network causal.
+        place: "conv1" shifts what enters the first convolution of a block (as TSM does), "conv2" what enters the second,
+            "end" what the branch adds to the shortcut. The paper's text and figure differ; conv1 is the default here.
+        edge: what the vacated channels of the first and last frame hold: "zero" (the paper), "wrap" (the other end of the
+            clip: the network commutes with rotating the frames, so clips loop) or "hold" (that frame's own values).
+
+    Raises:
+        ValueError: shares that are negative or overlap, an unknown place or edge.
+    """
+
+    forward: float = 1 / 3
+    backward: float = 1 / 3
+    place: Place = "conv1"
+    edge: Edge = "zero"
+
+    def __post_init__(self) -> None:
+        if self.forward < 0 or self.backward < 0 or self.forward + self.backward > 1 + 1e-9:
+            raise ValueError(
+                f"forward and backward are shares of the channels: expected both at least 0 and their sum at most 1, "
+                f"got forward={self.forward}, backward={self.backward}"
+            )
+        for name, choices in (("place", get_args(Place)), ("edge", get_args(Edge))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+
+    def channels(self, num_channels: int) -> tuple[int, int]:
+        """How many of `num_channels` move forward and backward: the shares rounded down, the rest stays (widths of Stable
+        Diffusion do not divide by 3; the paper does not say how it rounds)."""
+        return int(num_channels * self.forward + 1e-6), int(num_channels * self.backward + 1e-6)
+
+
+def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> Tensor:
+    """Shift channels along time.
+
+    Args:
+        x_NCHW: `(B*F, C, ...)`, the frames of a clip side by side.
+        num_frames: F. -1 takes the whole batch as one clip. One frame has no neighbours and is returned as it is.
+        shift: shares and edge (`place` has no meaning here).
+
+    Returns:
+        The shifted tensor, of the same shape and memory format.
+
+    Raises:
+        ValueError: `num_frames` does not divide the batch.
+    """
+    if num_frames == 1:
+        return x_NCHW
+    if num_frames != -1 and (num_frames < 1 or x_NCHW.shape[0] % num_frames):
+        batch = x_NCHW.shape[0]
+        nearest = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - num_frames))
+        raise ValueError(f"num_frames={num_frames} does not divide the batch of {batch} frames; pass num_frames={nearest}")
+    ahead, back = shift.channels(x_NCHW.shape[1])
+    x_BFCHW = x_NCHW.unflatten(0, (1, -1) if num_frames == -1 else (-1, num_frames))
+    if torch.compiler.is_compiling() or shift.edge == "hold":
+        return _shift_functional(x_BFCHW, ahead, back, shift.edge).flatten(0, 1)
+    return _ShiftInPlace.apply(x_BFCHW, ahead, back, shift.edge == "wrap").flatten(0, 1)
+
+
+def _shift_functional(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Tensor:
+    """The shift as concatenations: for compilers and exporters, which fuse it and cannot follow writes into slices."""
+    from_before, stays, from_after = x_BFCHW.split([ahead, x_BFCHW.shape[2] - ahead - back, back], dim=2)
+    first, last = from_before[:, :1], from_after[:, -1:]
+    if edge == "zero":
+        first, last = torch.zeros_like(first), torch.zeros_like(last)
+    elif edge == "wrap":
+        first, last = from_before[:, -1:], from_after[:, :1]
+    from_before = torch.cat([first, from_before[:, :-1]], dim=1)
+    from_after = torch.cat([from_after[:, 1:], last], dim=1)
+    return torch.cat([from_before, stays, from_after], dim=2)
+
+
+class _ShiftInPlace(torch.autograd.Function):
+    """The shift as one pass over memory. Being a permutation (and zeros), its gradient is the shift the other way."""
+
+    @staticmethod
+    def forward(ctx, x_BFCHW: Tensor, ahead: int, back: int, wrap: bool, reverse: bool = False) -> Tensor:
+        ctx.settings = (ahead, back, wrap, not reverse)
+        y_BFCHW = torch.empty_like(x_BFCHW)
+        num_stay = x_BFCHW.shape[2] - ahead - back
+        groups = x_BFCHW.split([ahead, num_stay, back], dim=2), y_BFCHW.split([ahead, num_stay, back], dim=2)
+        (x_before, x_stays, x_after), (y_before, y_stays, y_after) = groups
+        if reverse:
+            x_before, y_before, x_after, y_after = x_after, y_after, x_before, y_before
+        y_before[:, 1:] = x_before[:, :-1]
+        y_after[:, :-1] = x_after[:, 1:]
+        y_stays.copy_(x_stays)
+        y_before[:, 0] = x_before[:, -1] if wrap else 0
+        y_after[:, -1] = x_after[:, 0] if wrap else 0
+        return y_BFCHW
+
+    @staticmethod
+    def backward(ctx, grad_BFCHW: Tensor):
+        return _ShiftInPlace.apply(grad_BFCHW, *ctx.settings), None, None, None, None
+
+
+@dataclass
+class _Clip:
+    """What every shifted layer of one network shares: the settings, and how many frames make a clip just now."""
+
+    shift: Shift
+    num_frames: int = 1
+
+
+class ShiftGroupNorm(nn.GroupNorm):
+    """A group norm whose output is shifted.
+
+    Between this norm and the convolution lie only maps that act on each frame and channel alone and keep 0 at 0 (SiLU, nearest
+    upsampling, average pooling, dropout), so shifting here is shifting before the convolution. The parameters keep their names.
+    """
+
+    clip: _Clip
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return temporal_shift(super().forward(x_NCHW), self.clip.num_frames, self.clip.shift)
+
+
+class ShiftConv2d(nn.Conv2d):
+    """A convolution whose output is shifted: the end of the residual branch."""
+
+    clip: _Clip
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return temporal_shift(super().forward(x_NCHW), self.clip.num_frames, self.clip.shift)
+
+
+_LAYER = {"conv1": "norm1", "conv2": "norm2", "end": "conv2"}
+_SHIFTED: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: ShiftGroupNorm, nn.Conv2d: ShiftConv2d}
+
+
+def inflate(network: nn.Module, shift: Shift = Shift()) -> nn.Module:
+    """Make an image U-Net a video U-Net, in place: its ResNet blocks shift channels along time. No parameter is added, renamed
+    or moved, and until `frames` says how many frames make a clip the network is the image network, bit for bit.
+
+    Args:
+        network: any module with diffusers `ResnetBlock2D`s. One that is already inflated takes the new settings.
+        shift: where, how many channels, which edge.
+
+    Returns:
+        `network`.
+
+    Raises:
+        ValueError: no block to shift, or a block in which this place cannot be shifted.
+    """
+    deflate(network)
+    blocks = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
+    if not blocks:
+        raise ValueError(f"{type(network).__name__} has no ResnetBlock2D to shift; expected a U-Net such as UNet2DConditionModel")
+    clip = _Clip(shift)
+    for block in blocks:
+        if shift.place == "conv2" and block.time_embedding_norm != "default":
+            raise ValueError('place="conv2" needs blocks that add the time embedding; these scale and shift by it: use "conv1" or "end"')
+        layer = getattr(block, _LAYER[shift.place])
+        if type(layer) not in _SHIFTED:
+            raise ValueError(f"cannot shift a {type(layer).__name__}: inflate before adding adapters to this layer")
+        layer.__class__ = _SHIFTED[type(layer)]
+        layer.clip = clip
+    network._latent_shift_clip = clip
+    return network
+
+
+def deflate(network: nn.Module) -> nn.Module:
+    """Undo `inflate`, in place; a network that is not inflated stays as it is. Returns `network`."""
+    for layer in network.modules():
+        for plain, shifted in _SHIFTED.items():
+            if type(layer) is shifted:
+                layer.__class__ = plain
+                del layer.clip
+    network.__dict__.pop("_latent_shift_clip", None)
+    return network
+
+
+def shift_of(network: nn.Module) -> Shift | None:
+    """The settings `network` was inflated with, or None if it is not inflated."""
+    clip = getattr(network, "_latent_shift_clip", None)
+    return clip.shift if clip else None
+
+
+@contextmanager
+def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> Iterator[nn.Module]:
+    """Within this block every `num_frames` successive images of a batch are one clip.
+
+    Args:
+        network: an inflated network.
+        num_frames: F; 1 is the image network. -1 takes the whole batch as one clip, so that an exported graph keeps F free.
+        edge: another edge than the network's own, e.g. "wrap" for a loop.
+
+    Raises:
+        ValueError: `network` is not inflated, or `num_frames` is neither -1 nor above 0.
+    """
+    clip: _Clip | None = getattr(network, "_latent_shift_clip", None)
+    if clip is None:
+        raise ValueError(f"{type(network).__name__} is not inflated; call inflate(network, Shift()) first")
+    if num_frames != -1 and num_frames < 1:
+        raise ValueError(f"num_frames must be 1 or more, or -1 for the whole batch, got {num_frames}")
+    before = clip.shift, clip.num_frames
+    clip.num_frames = num_frames
+    if edge is not None:
+        clip.shift = replace(clip.shift, edge=edge)
+    try:
+        yield network
+    finally:
+        clip.shift, clip.num_frames = before

@@ -1,0 +1,173 @@
+"""Frames in and out of files: read any video or animation, write mp4, webm, gif, webp and png strips.
+
+Frames are `(F, H, W, 3) uint8` RGB arrays everywhere in this file. PyAV reads and writes the video containers,
+pillow the animations and stills; both ship their codecs, so nothing else has to be installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageSequence
+
+VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v"}
+IMAGE_SUFFIXES = {".webp", ".gif", ".png", ".apng", ".jpg", ".jpeg"}
+SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+WRITABLE = (".mp4", ".webm", ".gif", ".webp", ".png")
+
+
+def read(
+    path: str | Path, *, fps: float | None = None, size: int | None = None, background: tuple[int, int, int] = (255, 255, 255)
+) -> tuple[np.ndarray, float]:
+    """Decode a video, animation or still.
+
+    Args:
+        path: a file with one of `SUFFIXES`.
+        fps: frames a second wanted. Output frame `k` is the one on screen at `k / fps` seconds; None keeps every frame.
+        size: side of the square wanted, in pixels: the largest centred square is cut out and resized. None keeps the size.
+        background: RGB laid behind transparent pixels.
+
+    Returns:
+        `(F, H, W, 3) uint8` frames and their frame rate (0.0 for a still).
+
+    Raises:
+        ValueError: not a video or image, cut short, or without a frame; the message names the file and the reason.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: expected one of {' '.join(sorted(SUFFIXES))}, got {path.suffix or 'no suffix'!r}")
+    decode = _decode_video if path.suffix.lower() in VIDEO_SUFFIXES else _decode_image
+    frames: list[np.ndarray] = []
+    end = 0.0
+    num_decoded = 0
+    try:
+        for image, seconds in decode(path, background):
+            # A frame is shown from `end` to `end + seconds`: it fills every output slot that falls inside.
+            num_decoded += 1
+            repeats = 1 if fps is None else sum(1 for _ in _slots(end, end + seconds, fps))
+            end += seconds
+            if repeats:
+                frames += [_fit(image, size)] * repeats
+            elif not frames:
+                frames.append(_fit(image, size))
+    except (OSError, av.FFmpegError, EOFError, SyntaxError) as error:
+        raise ValueError(f"{path}: cannot be decoded after {num_decoded} frames: {error}") from error
+    if not frames:
+        raise ValueError(f"{path}: holds no frame")
+    if num_decoded == 1:
+        return frames[0][None], 0.0
+    # A last slot on screen for less than half its time would double the first frame of a loop: drop it.
+    keep = len(frames) if fps is None else max(1, round(end * fps))
+    return np.stack(frames[:keep]), fps or num_decoded / end
+
+
+def write(frames: np.ndarray, path: str | Path, *, fps: float = 8) -> Path:
+    """Write frames; the suffix chooses the format: .mp4 (H.264), .webm (VP9), .gif, .webp (lossless) or .png (a strip).
+
+    Args:
+        frames: `(F, H, W, 3) uint8`. For .mp4 and .webm an odd height or width repeats its last row or column.
+        path: where to; missing folders are made.
+        fps: frames a second, above 0.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: wrong shape or dtype, an unknown suffix, or `fps` not above 0.
+    """
+    path = Path(path)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
+        raise ValueError(f"expected (F, H, W, 3) uint8 frames with F > 0, got {frames.shape} {frames.dtype}")
+    if fps <= 0:
+        raise ValueError(f"fps must be above 0, got {fps}")
+    if path.suffix.lower() not in WRITABLE:
+        raise ValueError(f"{path}: expected one of {' '.join(WRITABLE)}, got {path.suffix or 'no suffix'!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    suffix = path.suffix.lower()
+    if suffix in (".mp4", ".webm"):
+        _encode_video(frames, path, fps)
+    elif suffix == ".png":
+        Image.fromarray(np.concatenate(list(frames), axis=1)).save(path)
+    else:
+        images = [Image.fromarray(frame) for frame in frames]
+        options: dict[str, object] = {"lossless": True} if suffix == ".webp" else {}
+        images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0, **options)
+    return path
+
+
+def montage(tiles: np.ndarray, *, columns: int, gap: int = 2) -> np.ndarray:
+    """Lay `(N, H, W, 3) uint8` tiles out in rows of `columns` on white; returns one `(H', W', 3) uint8` picture."""
+    num, height, width, _ = tiles.shape
+    rows = -(-num // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for index, tile in enumerate(tiles):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = tile
+    return sheet
+
+
+def _slots(start: float, end: float, fps: float) -> Iterator[int]:
+    """The integers k with start <= k / fps < end; a millionth of a frame absorbs rounding."""
+    first = int(np.ceil(start * fps - 1e-6))
+    return iter(range(first, int(np.ceil(end * fps - 1e-6))))
+
+
+def _fit(image: Image.Image, size: int | None) -> np.ndarray:
+    if size is not None and image.size != (size, size):
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return np.asarray(image)
+
+
+def _decode_video(path: Path, background: tuple[int, int, int]) -> Iterator[tuple[Image.Image, float]]:
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError(f"{path}: holds no video stream")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        default = 1 / float(stream.average_rate or 25)
+        held = None
+        for frame in container.decode(stream):
+            if held is not None:
+                seconds = (frame.time - held.time) if frame.time is not None and held.time is not None else default
+                yield held.to_image(), max(seconds, 0.0)
+            held = frame
+        if held is not None:
+            yield held.to_image(), default
+
+
+def _decode_image(path: Path, background: tuple[int, int, int]) -> Iterator[tuple[Image.Image, float]]:
+    with Image.open(path) as image:
+        for frame in ImageSequence.Iterator(image):
+            frame.load()
+            seconds = frame.info.get("duration", 100) / 1000
+            if frame.has_transparency_data:
+                backdrop = Image.new("RGBA", frame.size, (*background, 255))
+                yield Image.alpha_composite(backdrop, frame.convert("RGBA")).convert("RGB"), seconds
+            else:
+                yield frame.convert("RGB"), seconds
+
+
+def _encode_video(frames: np.ndarray, path: Path, fps: float) -> None:
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p needs even sides
+    mp4 = path.suffix.lower() == ".mp4"
+    with av.open(str(path), "w", options={"movflags": "+faststart"} if mp4 else {}) as container:
+        stream = container.add_stream("libx264" if mp4 else "libvpx-vp9", rate=_fraction(fps))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        # crf 18 (x264) and 24 (VP9) are visually lossless for these sizes.
+        stream.options = {"crf": "18", "preset": "medium"} if mp4 else {"crf": "24", "b": "0"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def _fraction(fps: float):
+    from fractions import Fraction
+
+    return Fraction(fps).limit_denominator(1001)

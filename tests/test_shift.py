@@ -1,0 +1,266 @@
+"""The laws of the shift, each against a slow independent version written here."""
+
+import itertools
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from latent_shift.shift import Shift, deflate, frames, inflate, shift_of, temporal_shift
+
+EDGES = ("zero", "wrap", "hold")
+PLACES = ("conv1", "conv2", "end")
+
+
+def tiny_unet(**changes) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    config = dict(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2, cross_attention_dim=8,
+    )  # fmt: skip
+    return UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def inputs(num: int, seed: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num, 4, 8, 8, generator=generator), torch.tensor(7), torch.randn(num, 3, 8, generator=generator)
+
+
+def shift_by_loops(x, num_frames, ahead, back, edge):
+    """Frame by frame and channel by channel."""
+    out = torch.zeros_like(x)
+    num_channels = x.shape[1]
+    for n, c in itertools.product(range(x.shape[0]), range(num_channels)):
+        start, f = n - n % num_frames, n % num_frames
+        source = f - 1 if c < ahead else f + 1 if c >= num_channels - back else f
+        if edge == "wrap":
+            source %= num_frames
+        if edge == "hold":
+            source = min(max(source, 0), num_frames - 1)
+        if 0 <= source < num_frames:
+            out[n, c] = x[start + source, c]
+    return out
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("ahead,back", [(1 / 3, 1 / 3), (1 / 8, 1 / 8), (1 / 4, 1 / 4), (1 / 2, 0), (0, 1 / 3), (0, 0), (0.5, 0.5), (1, 0)])
+def test_it_moves_channels_to_the_neighbouring_frames(edge, ahead, back):
+    x = torch.randn(3 * 5, 10, 2, 3)
+    expected = shift_by_loops(x, 5, int(10 * ahead), int(10 * back), edge)
+    assert torch.equal(temporal_shift(x, 5, Shift(ahead, back, edge=edge)), expected)
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_the_compiled_form_is_the_eager_form(edge):
+    x = torch.randn(8, 6, 4, 4)
+    compiled = torch.compile(temporal_shift, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, 4, Shift(edge=edge)), temporal_shift(x, 4, Shift(edge=edge)))
+
+
+def test_memory_format_is_kept():
+    x = torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last)
+    y = temporal_shift(x, 4)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, shift_by_loops(x, 4, 2, 2, "zero"))
+
+
+def test_wrap_is_a_permutation_and_zero_a_permutation_plus_zeros():
+    x = torch.arange(1.0, 1 + 4 * 6 * 2 * 2).view(4, 6, 2, 2)
+    wrapped = temporal_shift(x, 4, Shift(edge="wrap"))
+    assert torch.equal(wrapped.flatten().sort().values, x.flatten())
+    zeroed = temporal_shift(x, 4)
+    kept = zeroed[zeroed != 0]
+    assert len(kept.unique()) == len(kept)
+    assert (zeroed == 0).sum() == 2 * 2 * 2 * 2  # two channels at either end, of 2x2 pixels
+    assert set(kept.tolist()) <= set(x.flatten().tolist())
+
+
+@pytest.mark.parametrize("edge", ["zero", "wrap"])
+def test_its_gradient_is_the_shift_the_other_way(edge):
+    x = torch.randn(8, 9, 2, 2, requires_grad=True, dtype=torch.float64)
+    upstream = torch.randn_like(x)
+    temporal_shift(x, 4, Shift(edge=edge)).backward(upstream)
+    # Channels in reverse order swap the two groups, so the reverse shift is the shift of the flipped tensor.
+    assert torch.equal(x.grad, temporal_shift(upstream.flip(1), 4, Shift(edge=edge)).flip(1))
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_gradients_to_second_order(edge):
+    x = torch.randn(4, 3, 2, 2, requires_grad=True, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: temporal_shift(x, 4, Shift(edge=edge)) ** 2, x)
+    assert torch.autograd.gradgradcheck(lambda x: temporal_shift(x, 4, Shift(edge=edge)) ** 2, x)
+
+
+@pytest.mark.parametrize("edge,mode", [("zero", "zeros"), ("wrap", "circular"), ("hold", "replicate")])
+def test_shift_and_conv2d_are_the_masked_conv3d(edge, mode):
+    """Channel group by channel group the temporal kernel of three has one tap: before, same, after."""
+    num_frames, num_channels = 5, 6
+    conv2d = torch.nn.Conv2d(num_channels, 7, 3, padding=1).double()
+    conv3d = torch.nn.Conv3d(num_channels, 7, 3, bias=False).double()
+    with torch.no_grad():
+        conv3d.weight.zero_()
+        for tap, group in enumerate((slice(0, 2), slice(2, 4), slice(4, 6))):
+            conv3d.weight[:, group, tap] = conv2d.weight[:, group]
+    x_BCFHW = torch.randn(2, num_channels, num_frames, 4, 4, dtype=torch.float64)
+    x_NCHW = x_BCFHW.transpose(1, 2).flatten(0, 1)
+    ours = conv2d(temporal_shift(x_NCHW, num_frames, Shift(edge=edge))).unflatten(0, (2, num_frames)).transpose(1, 2)
+    padded = torch.nn.functional.pad(x_BCFHW, (0, 0, 0, 0, 1, 1), mode="constant" if mode == "zeros" else mode)
+    theirs = conv3d(torch.nn.functional.pad(padded, (1, 1, 1, 1))) + conv2d.bias[:, None, None, None]
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_inflating_adds_nothing_and_deflating_restores(place):
+    unet = tiny_unet()
+    names, parameters = list(unet.state_dict()), [id(parameter) for parameter in unet.parameters()]
+    types = [type(module) for module in unet.modules()]
+    settings = Shift(place=place)
+    assert inflate(unet, settings) is unet and shift_of(unet) == settings
+    assert list(unet.state_dict()) == names and [id(parameter) for parameter in unet.parameters()] == parameters
+    deflate(unet)
+    assert [type(module) for module in unet.modules()] == types and shift_of(unet) is None
+    assert not any("clip" in vars(module) for module in unet.modules())
+
+
+@pytest.mark.parametrize("place", PLACES)
+@torch.no_grad()
+def test_one_frame_is_the_image_network_bit_for_bit(place):
+    x, t, text = inputs(3)
+    image = tiny_unet()(x, t, text).sample
+    unet = inflate(tiny_unet(), Shift(place=place))
+    assert torch.equal(unet(x, t, text).sample, image)
+    with frames(unet, 1):
+        assert torch.equal(unet(x, t, text).sample, image)
+    with frames(unet, 3):
+        assert not torch.allclose(unet(x, t, text).sample, image)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@torch.no_grad()
+def test_the_whole_network_is_the_one_with_shifted_convolutions(place):
+    """An independent network: hooks on the convolutions, with the shift written as loops."""
+    x, t, text = inputs(8)
+    hooked = tiny_unet()
+    for name, module in hooked.named_modules():
+        if "resnets" in name and name.endswith("conv1" if place == "conv1" else "conv2"):
+            third = module.in_channels // 3 if place != "end" else module.out_channels // 3
+            if place == "end":
+                module.register_forward_hook(lambda _, args, y, third=third: shift_by_loops(y, 4, third, third, "zero"))
+            else:
+                module.register_forward_pre_hook(lambda _, args, third=third: (shift_by_loops(args[0], 4, third, third, "zero"),))
+    unet = inflate(tiny_unet(), Shift(place=place))
+    with frames(unet, 4):
+        torch.testing.assert_close(unet(x, t, text).sample, hooked(x, t, text).sample)
+
+
+@torch.no_grad()
+def test_clips_of_a_batch_never_mix():
+    unet = inflate(tiny_unet())
+    x, t, text = inputs(8)
+    with frames(unet, 4):
+        before = unet(x, t, text).sample
+        x[4:] = torch.randn(4, 4, 8, 8)
+        after = unet(x, t, text).sample
+    torch.testing.assert_close(after[:4], before[:4], rtol=0, atol=1e-6)
+    assert not torch.allclose(after[4:], before[4:], atol=1e-2)
+
+
+@torch.no_grad()
+def test_time_reaches_one_frame_a_block_and_no_farther():
+    """A single shifted block: a change in frame 0 is seen in frames 0 and 1 alone; with backward=0 nothing flows back."""
+    unet = inflate(tiny_unet(), Shift(backward=0))
+    x, t, text = inputs(6)
+    changed = x.clone()
+    changed[3] += 1
+    with frames(unet, 6):
+        difference = (unet(changed, t, text).sample - unet(x, t, text).sample).abs().amax(dim=(1, 2, 3))
+    assert (difference[:3] < 1e-6).all() and (difference[3:] > 1e-4).all()
+
+
+@torch.no_grad()
+def test_a_wrapped_network_rolls_with_its_input():
+    unet = inflate(tiny_unet(), Shift(edge="wrap"))
+    x, t, text = inputs(5)
+    text = text[:1].expand(5, -1, -1)
+    with frames(unet, 5):
+        rolled, plain = unet(x.roll(2, 0), t, text).sample, unet(x, t, text).sample
+    torch.testing.assert_close(rolled, plain.roll(2, 0), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_frames_can_change_the_edge_and_puts_everything_back():
+    unet = inflate(tiny_unet())
+    x, t, text = inputs(4)
+    with frames(inflate(tiny_unet(), Shift(edge="wrap")), 4) as wrapped:
+        expected = wrapped(x, t, text).sample
+    with frames(unet, 4, edge="wrap"):
+        assert torch.equal(unet(x, t, text).sample, expected)
+    with pytest.raises(KeyError), frames(unet, 4, edge="wrap"):
+        raise KeyError
+    assert shift_of(unet) == Shift()
+    assert torch.equal(unet(x, t, text).sample, tiny_unet()(x, t, text).sample)
+
+
+@torch.no_grad()
+def test_the_whole_batch_as_one_clip():
+    unet = inflate(tiny_unet())
+    x, t, text = inputs(6)
+    with frames(unet, 6):
+        expected = unet(x, t, text).sample
+    with frames(unet, -1):
+        assert torch.equal(unet(x, t, text).sample, expected)
+
+
+@torch.no_grad()
+def test_compile_without_graph_breaks():
+    unet = inflate(tiny_unet())
+    x, t, text = inputs(4)
+    with frames(unet, 4):
+        expected = unet(x, t, text).sample
+        compiled = torch.compile(unet, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, t, text, return_dict=False)[0], expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        unet = inflate(tiny_unet()).train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        x, t, text = inputs(4)
+        with frames(unet, 4):
+            unet(x, t, text).sample.square().mean().backward()
+        gradients.append([parameter.grad for parameter in unet.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(forward=0.6, backward=0.6), "sum at most 1"),
+        (dict(forward=-0.1), "at least 0"),
+        (dict(place="conv3"), "unknown place 'conv3'; expected one of conv1, conv2, end"),
+        (dict(edge="mirror"), "unknown edge 'mirror'; expected one of zero, wrap, hold"),
+    ],
+)
+def test_wrong_settings_say_what_was_expected(options, message):
+    with pytest.raises(ValueError, match=message):
+        Shift(**options)
+
+
+def test_wrong_calls_say_what_was_expected():
+    with pytest.raises(ValueError, match="num_frames=15 does not divide the batch of 32 frames; pass num_frames=16"):
+        temporal_shift(torch.zeros(32, 3, 1, 1), 15)
+    with pytest.raises(ValueError, match="not inflated"), frames(tiny_unet(), 4):
+        pass
+    with pytest.raises(ValueError, match="num_frames must be 1 or more"), frames(inflate(tiny_unet()), 0):
+        pass
+    with pytest.raises(ValueError, match="Linear has no ResnetBlock2D"):
+        inflate(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="conv2"):
+        inflate(tiny_unet(resnet_time_scale_shift="scale_shift"), Shift(place="conv2"))
+    unet = inflate(tiny_unet())
+    with pytest.raises(ValueError, match="does not divide"), frames(unet, 3), torch.no_grad():
+        unet(*inputs(4))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from latent_shift.shift import Shift, deflate, frames, inflate, shift_of, temporal_shift
+from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of, temporal_shift
 
 EDGES = ("zero", "wrap", "hold")
 PLACES = ("conv1", "conv2", "end")
@@ -44,7 +44,9 @@ def shift_by_loops(x, num_frames, ahead, back, edge):
 
 
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("ahead,back", [(1 / 3, 1 / 3), (1 / 8, 1 / 8), (1 / 4, 1 / 4), (1 / 2, 0), (0, 1 / 3), (0, 0), (0.5, 0.5), (1, 0)])
+@pytest.mark.parametrize(
+    ("ahead", "back"), [(1 / 3, 1 / 3), (1 / 8, 1 / 8), (1 / 4, 1 / 4), (1 / 2, 0), (0, 1 / 3), (0, 0), (0.5, 0.5), (1, 0)]
+)
 def test_it_moves_channels_to_the_neighbouring_frames(edge, ahead, back):
     x = torch.randn(3 * 5, 10, 2, 3)
     expected = shift_by_loops(x, 5, int(10 * ahead), int(10 * back), edge)
@@ -92,7 +94,7 @@ def test_gradients_to_second_order(edge):
     assert torch.autograd.gradgradcheck(lambda x: temporal_shift(x, 4, Shift(edge=edge)) ** 2, x)
 
 
-@pytest.mark.parametrize("edge,mode", [("zero", "zeros"), ("wrap", "circular"), ("hold", "replicate")])
+@pytest.mark.parametrize(("edge", "mode"), [("zero", "zeros"), ("wrap", "circular"), ("hold", "replicate")])
 def test_shift_and_conv2d_are_the_masked_conv3d(edge, mode):
     """Channel group by channel group the temporal kernel of three has one tap: before, same, after."""
     num_frames, num_channels = 5, 6
@@ -237,7 +239,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize(
-    "options,message",
+    ("options", "message"),
     [
         (dict(forward=0.6, backward=0.6), "sum at most 1"),
         (dict(forward=-0.1), "at least 0"),
@@ -264,3 +266,22 @@ def test_wrong_calls_say_what_was_expected():
     unet = inflate(tiny_unet())
     with pytest.raises(ValueError, match="does not divide"), frames(unet, 3), torch.no_grad():
         unet(*inputs(4))
+
+
+@torch.no_grad()
+def test_one_text_a_clip_is_the_text_repeated_for_each_frame():
+    unet = inflate(tiny_unet())
+    x, t, text = inputs(8)
+    with frames(unet, 4):
+        repeated = unet(x, t, text[:2].repeat_interleave(4, dim=0)).sample
+        assert share_text(unet)
+        shared = unet(x, t, text[:2]).sample
+    torch.testing.assert_close(shared, repeated)
+
+
+def test_text_is_not_shared_past_a_foreign_processor():
+    unet = tiny_unet()
+    foreign = type("Foreign", (), {"__call__": lambda *_: None})()
+    unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.set_processor(foreign)
+    assert not share_text(unet)
+    assert unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.processor is foreign

@@ -105,7 +105,7 @@ def captions(label: str, tags: list[str], code: str) -> list[str]:
         return [label]
     random.Random(code).shuffle(tags)
     texts = [label, f"{label}, {', '.join(tags[:2])}"]
-    return texts + [" ".join(tags[2:5])] if len(tags) >= 5 else texts
+    return [*texts, " ".join(tags[2:5])] if len(tags) >= 5 else texts
 
 
 def motion(frames: np.ndarray) -> list[str]:

@@ -1,0 +1,53 @@
+"""Latent-Shift: a text-to-image latent diffusion model becomes a text-to-video model by shifting channels along time.
+
+    import latent_shift as ls
+
+    pipe = ls.load("emoji")
+    clip = pipe("a dancing panda", generator=ls.seed(0)).frames[0]
+    ls.save_video(clip, "panda.mp4", fps=8)
+
+Names are imported when first used: `import latent_shift` itself imports neither torch nor diffusers.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+_HOME = {
+    "Shift": "shift",
+    "temporal_shift": "shift",
+    "inflate": "shift",
+    "deflate": "shift",
+    "frames": "shift",
+    "shift_of": "shift",
+    "LatentShiftPipeline": "pipeline",
+    "load": "zoo",
+    "seed": "zoo",
+    "save_video": "zoo",
+    "load_video": "zoo",
+}
+__all__ = list(_HOME)
+
+try:
+    __version__ = version("latent-shift-video")
+except PackageNotFoundError:  # imported from a source tree that was not installed
+    __version__ = "0.0.0"
+
+if TYPE_CHECKING:
+    from latent_shift.pipeline import LatentShiftPipeline as LatentShiftPipeline
+    from latent_shift.shift import Shift as Shift
+    from latent_shift.shift import deflate as deflate
+    from latent_shift.shift import frames as frames
+    from latent_shift.shift import inflate as inflate
+    from latent_shift.shift import shift_of as shift_of
+    from latent_shift.shift import temporal_shift as temporal_shift
+    from latent_shift.zoo import load as load
+    from latent_shift.zoo import load_video as load_video
+    from latent_shift.zoo import save_video as save_video
+    from latent_shift.zoo import seed as seed
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'latent_shift' has no attribute {name!r}")
+    return getattr(import_module(f"latent_shift.{_HOME[name]}"), name)

@@ -1,11 +1,11 @@
 """The run folder: what a training run leaves on disk, written so that a crash at any moment loses minutes, never the run.
 
-    run/
-      config.toml            every setting, defaults written out; `latent-shift train run` resumes from it
-      stats.jsonl            a line every `log_every` steps
-      samples/               pictures and clips drawn while it trains
-      checkpoints/step-*/    weights (safetensors), averaged weights, optimizer state
-      model/                 the averaged weights as a diffusers folder, when the run is done
+run/
+  config.toml            every setting, defaults written out; `latent-shift train run` resumes from it
+  stats.jsonl            a line every `log_every` steps
+  samples/               pictures and clips drawn while it trains
+  checkpoints/step-*/    weights (safetensors), averaged weights, optimizer state
+  model/                 the averaged weights as a diffusers folder, when the run is done
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ UNETS: dict[str, dict] = {
     # Three resolutions, cross-attention at the two lower ones: 16x16 latents spend their time in convolutions.
     # Heads are 32 wide: with the class's default of 8 a narrow U-Net spends half its time in attention.
     "tiny": dict(block_out_channels=(16, 32, 32), cross_attention_dim=32, norm_num_groups=8),
-    "emoji": dict(block_out_channels=(96, 192, 256), cross_attention_dim=384, norm_num_groups=32),
+    "emoji": dict(block_out_channels=(128, 192, 256), cross_attention_dim=384, norm_num_groups=32),
 }
 
 

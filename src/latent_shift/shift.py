@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -235,3 +236,25 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
         yield network
     finally:
         clip.shift, clip.num_frames = before
+
+
+class ClipTextProcessor(AttnProcessor2_0):
+    """Cross-attention of all frames of a clip to one text: keys and values are computed once a clip, not once a frame.
+
+    With `(B, L, D)` text and `(B*F, S, D)` positions the queries of a clip become one sequence of F*S, which is the same sum.
+    """
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        return super().__call__(attn, hidden_states, *args, **kwargs).reshape(hidden_states.shape)
+
+
+def share_text(network: nn.Module) -> bool:
+    """Let the cross-attention layers of a U-Net take one text a clip; returns whether all of them do now.
+
+    Layers with another processor than the default (an IP-Adapter's, say) keep it; then the text must be repeated for each frame.
+    """
+    layers = [module for module in network.modules() if isinstance(module, Attention) and module.is_cross_attention]
+    for layer in layers:
+        if type(layer.processor) is AttnProcessor2_0:
+            layer.set_processor(ClipTextProcessor())
+    return all(isinstance(layer.processor, ClipTextProcessor) for layer in layers)

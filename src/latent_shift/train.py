@@ -7,6 +7,7 @@ it has learned. The loop knows steps, not data. Every random number of step k co
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -18,12 +19,17 @@ from typing import Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
 
 from latent_shift import autoencoder, checkpoint, data, models, video
 from latent_shift.config import Config, dump
+from latent_shift.diffusion import DenoisingObjective, noise_schedule
+from latent_shift.encode import LatentStore
+from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift.shift import Shift, inflate, share_text
 
 log = logging.getLogger("latent_shift")
 
@@ -81,6 +87,95 @@ class AutoencoderStage:
         plain.save_pretrained(folder)
 
 
+class DenoiserStage:
+    """Text to image (one frame a clip) and text to video: the same U-Net, the same objective, more frames.
+
+    With `data.image_share` some steps of the video stage train on as many single frames instead: the network stays an image model.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.store = LatentStore(config.data.path)
+        self.samplers = {
+            num_frames: data.BalancedSampler(self.store.records, self.store.select(splits=config.data.splits, num_frames=num_frames))
+            for num_frames in {1, config.data.num_frames}
+        }
+        init = config.model.init
+        sample_size = self.store.info["shape"][-1]
+        self.model = (
+            UNet2DConditionModel.from_pretrained(init, subfolder="unet", dtype=torch.float32)
+            if init
+            else models.unet(str(config.model.size), sample_size=sample_size)
+        )
+        self.shift = Shift(config.model.forward, config.model.backward, config.model.place, config.model.edge)
+        inflate(self.model, self.shift)
+        share_text(self.model)
+        options = config.diffusion
+        self.schedule = noise_schedule(
+            prediction=options.prediction,
+            schedule=options.schedule,
+            num_timesteps=options.num_timesteps,
+            zero_terminal_snr=options.zero_terminal_snr,
+        )
+        self.objective = DenoisingObjective(self.model, self.schedule, min_snr=options.min_snr)
+
+    def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """Latents, noise `(B, F, C, h, w)`, timesteps `(B,)`, text `(B, L, D)`."""
+        num_clips, num_frames = self.config.data.batch_size, self.config.data.num_frames
+        if num_frames > 1 and rng.random() < self.config.data.image_share:
+            num_clips, num_frames = num_clips * num_frames, 1
+        indices = self.samplers[num_frames].draw(rng, num_clips)
+        moments = np.stack([self.store.draw_window(rng, index, num_frames) for index in indices]).astype(np.float32)
+        mean, std = moments[:, :, 0], moments[:, :, 1]
+        latents = mean + std * rng.standard_normal(mean.shape, np.float32)
+        noise = rng.standard_normal(mean.shape, np.float32)
+        timesteps = rng.integers(self.config.diffusion.num_timesteps, size=num_clips)
+        captions = [self.store.caption(rng, index) for index in indices]
+        emptied = rng.random(num_clips) < self.config.diffusion.caption_dropout
+        text = self.store.embeddings[np.where(emptied, 0, captions)].astype(np.float32)
+        return tuple(torch.from_numpy(array) for array in (latents, noise, timesteps, text))
+
+    def pipeline(self) -> LatentShiftPipeline:
+        folder = self.store.folder
+        solver = {"algorithm_type": "sde-dpmsolver++"} if self.config.diffusion.zero_terminal_snr else {}
+        return LatentShiftPipeline(
+            vae=AutoencoderKL.from_pretrained(folder / "autoencoder"),
+            text_encoder=AutoModel.from_pretrained(folder / "text_encoder"),
+            tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            unet=self.model,
+            scheduler=DPMSolverMultistepScheduler.from_config(self.schedule.config, **solver),
+            latent_shift={
+                "num_frames": self.config.data.num_frames,
+                "fps": self.store.info["fps"],
+                "num_inference_steps": 20,
+                "guidance_scale": 4.0,
+            },
+        )
+
+    def sample(self, folder: Path, step: int) -> None:
+        """The first captions of eight training records and of four that were held out, a row of frames each."""
+        records = self.store.records
+        rng = np.random.default_rng(0)
+        seen = self.samplers[self.config.data.num_frames].draw(rng, 8)
+        held = [index for index, record in enumerate(records) if record.split != "train"]
+        held = [held[index] for index in rng.choice(len(held), size=min(4, len(held)), replace=False)]
+        prompts = [records[index].texts[0] for index in seen + held]
+        pipe = self.pipeline().to(self.model.device)
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(0) for _ in prompts]
+        clips = pipe(prompts, generator=generators).frames
+        tiles = (clips[:, :: max(1, clips.shape[1] // 8)] * 255).round().astype(np.uint8)
+        sheet = video.montage(tiles.reshape(-1, *tiles.shape[2:]), columns=tiles.shape[1] if tiles.shape[1] > 1 else 4)
+        video.write(sheet[None], folder / f"{step:08d}.png")
+
+    def export(self, folder: Path) -> None:
+        """A half-precision pipeline folder; diffusers' StableDiffusionPipeline reads it too."""
+        pipe = self.pipeline()
+        pipe.unet = copy.deepcopy(self.model)  # the averaged weights; the ones in training stay float32
+        pipe.vae.half(), pipe.text_encoder.half(), pipe.unet.half()
+        pipe.save_pretrained(folder)
+
+
 def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | None = None) -> Path:
     """Train one stage in the folder `run`, going on from its newest checkpoint if it has one.
 
@@ -103,7 +198,7 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
         project_dir=run,
     )
     torch.manual_seed(config.train.seed)
-    stage: Stage = AutoencoderStage(config)
+    stage: Stage = AutoencoderStage(config) if config.stage == "autoencoder" else DenoiserStage(config)
     if config.train.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
     stage.objective.train()
@@ -122,7 +217,14 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
         stats = (run / "stats.jsonl").open("a")
     if config.train.tensorboard:
         accelerator.init_trackers("tensorboard")
-    log.info("%s: %d parameters, step %d of %d, on %s", config.stage, models.num_parameters(stage.model), done, config.optim.steps, accelerator.device)
+    log.info(
+        "%s: %d parameters, step %d of %d, on %s",
+        config.stage,
+        models.num_parameters(stage.model),
+        done,
+        config.optim.steps,
+        accelerator.device,
+    )
 
     def draw(batch: int) -> tuple[Tensor, ...]:
         step, part = divmod(batch, config.optim.accumulate)
@@ -167,7 +269,12 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
                 elapsed, num = time.monotonic() - began, count - logged
                 rate = num * config.optim.accumulate * config.data.batch_size * accelerator.num_processes / elapsed
                 row = {"step": count, **{name: total / num for name, total in totals.items()}}
-                row |= {"lr": group["lr"], "clips_per_s": rate, "data_wait_s": waited, "eta_s": (config.optim.steps - count) * elapsed / num}
+                row |= {
+                    "lr": group["lr"],
+                    "clips_per_s": rate,
+                    "data_wait_s": waited,
+                    "eta_s": (config.optim.steps - count) * elapsed / num,
+                }
                 if accelerator.is_main_process:
                     stats.write(json.dumps(row) + "\n")
                     stats.flush()

@@ -1,0 +1,205 @@
+"""The command `latent-shift`: each verb parses its arguments and calls one public function. Torch is imported after parsing."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Text to video by Latent-Shift.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at and prepare folders of captioned videos.")
+app.add_typer(data_app, name="data")
+
+Folder = Annotated[Path, typer.Argument(help="a folder of media files with metadata.jsonl or .txt captions")]
+Workers = Annotated[int, typer.Option(help="processes that decode")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="what to show")],
+    model: Annotated[str, typer.Option("--model", "-m", help="a name (see `latent-shift models`) or a diffusers folder")] = "emoji",
+    output: Annotated[list[Path] | None, typer.Option("--output", "-o", help=".mp4 .webm .gif .webp .png; may be repeated")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="frames; 1 makes an image")] = None,
+    steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance scale; 1 is off")] = None,
+    negative: Annotated[str | None, typer.Option(help="what to guide away from")] = None,
+    size: Annotated[int | None, typer.Option(help="side in pixels")] = None,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same clip")] = 0,
+    fps: Annotated[float | None, typer.Option(help="frames a second of the file")] = None,
+    loop: Annotated[bool, typer.Option("--loop", help="the last frame runs on into the first")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+) -> None:
+    """Make a clip from words."""
+    _quiet()
+    from latent_shift import zoo
+
+    pipe = zoo.load(model, device=device)
+    clip = pipe(
+        prompt, num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative,
+        height=size, width=size, loop=loop, generator=zoo.seed(seed),
+    ).frames[0]  # fmt: skip
+    name = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-") or "clip"
+    for path in output or [Path(f"{name}.png" if len(clip) == 1 else f"{name}.mp4")]:
+        print(zoo.save_video(clip, path, fps=fps or pipe.call_defaults["fps"]))
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="a recipe (.toml), or a run folder to go on with")],
+    run: Annotated[Path | None, typer.Option(help="run folder; default: runs/ and the recipe's name")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=1e-4")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and stop")] = False,
+) -> None:
+    """Train an autoencoder, an image model or a video model."""
+    from latent_shift import config
+
+    settings = recipe / "config.toml" if recipe.is_dir() else recipe
+    run = run or (recipe if recipe.is_dir() else Path("runs") / f"{recipe.parent.name}-{recipe.stem}")
+    resolved = config.load(settings, overrides)
+    if dry_run:
+        print(config.dump(resolved), end="")
+        return
+    _quiet()
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from latent_shift import train as training
+
+    bar = Progress(
+        TextColumn(resolved.stage),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        disable=not sys.stderr.isatty(),
+        console=Console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task(resolved.stage, total=resolved.optim.steps, status="")
+
+        def report(row: dict) -> None:
+            status = f"loss {row['loss']:.4f}  {row['clips_per_s']:.1f} clips/s  waited {row['data_wait_s']:.1f} s  {row['eta_s'] / 60:.0f} min left"
+            bar.update(task, completed=row["step"], status=status)
+            if bar.disable:
+                print(f"step {row['step']}  {status}", flush=True)
+
+        print(training.train(resolved, run, report=report))
+
+
+@app.command()
+def encode(
+    pixels: Annotated[Path, typer.Argument(help="a packed data set")],
+    out: Annotated[Path, typer.Argument(help="where the latents go")],
+    autoencoder: Annotated[Path, typer.Option(help="an AutoencoderKL folder")],
+    texts: Annotated[Path, typer.Option(help="a folder with tokenizer/ and text_encoder/")],
+    batch_size: Annotated[int, typer.Option(help="frames at once")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Encode packed frames and captions once, for the image and video stages."""
+    _quiet()
+    from latent_shift import encode as encoding
+
+    with _progress("encoding") as progress:
+        store = encoding.encode(pixels, out, autoencoder=autoencoder, texts=texts, batch_size=batch_size, device=device, progress=progress)
+    print(f"{out}: {len(store.array)} frames, {len(store.row)} captions")
+
+
+@app.command()
+def models() -> None:
+    """List the models known by name."""
+    from latent_shift import zoo
+
+    for name, line in zoo.MODELS.items():
+        print(f"{name}: {line}")
+
+
+@data_app.command()
+def check(
+    folder: Folder, frames: Annotated[int, typer.Option(help="frames a clip must have")] = 16, fps: float = 8, workers: Workers = 2
+) -> None:
+    """Read every file as training would and name each that is no good, with the reason."""
+    from latent_shift import data
+
+    counts, problems = data.check(folder, min_frames=frames, fps=fps, workers=workers)
+    for name, reason in problems:
+        print(f"{name}: {reason}")
+    print(", ".join(f"{number} {what}" for what, number in counts.items()) + f", {len(problems)} with problems")
+    raise typer.Exit(1 if problems else 0)
+
+
+@data_app.command()
+def pack(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="where the packed frames go")],
+    size: Annotated[int, typer.Option(help="side in pixels")] = 128,
+    fps: Annotated[float, typer.Option(help="frames a second to keep")] = 8,
+    workers: Workers = 2,
+) -> None:
+    """Decode every file once into one array of frames."""
+    from latent_shift import data
+
+    with _progress("packing") as progress:
+        problems = data.pack(folder, out, size=size, fps=fps, workers=workers, progress=progress)
+    for name, reason in problems:
+        print(f"left out {name}: {reason}")
+    store = data.Store(out)
+    print(f"{out}: {len(store.records)} records, {len(store.array)} frames, {len(problems)} left out")
+
+
+@data_app.command()
+def preview(
+    packed: Annotated[Path, typer.Argument(help="a packed data set")],
+    out: Annotated[Path, typer.Argument(help="a .png")],
+    rows: int = 8,
+    columns: int = 8,
+    seed: int = 0,
+) -> None:
+    """Draw clips as training sees them, a row each; the captions are printed."""
+    from latent_shift import data, video
+
+    sheet, captions = data.preview(data.Store(packed), rows=rows, columns=columns, seed=seed)
+    print("\n".join(captions))
+    print(video.write(sheet[None], out))
+
+
+class _progress:
+    """A bar on a terminal, nothing elsewhere; calling it sets (done, total)."""
+
+    def __init__(self, label: str):
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.bar = Progress(disable=not sys.stderr.isatty(), console=Console(stderr=True))
+        self.task = self.bar.add_task(label, total=None)
+
+    def __enter__(self) -> _progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+
+
+def _quiet() -> None:
+    """Keep the libraries' notices (bars for loading files, types they did not expect) out of the terminal."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING)
+
+
+def main() -> None:
+    try:
+        app()
+    except (ValueError, RuntimeError) as error:
+        print(f"latent-shift: {error}", file=sys.stderr)
+        sys.exit(1)

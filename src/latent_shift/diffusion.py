@@ -1,0 +1,67 @@
+"""Noising, targets and weights of the denoising objective (Ho et al. 2020; the paper's: epsilon, t uniform in [1, T], mean squared error).
+
+B clips, F frames, C channels, H W, L tokens, D text width, N = B*F. A clip has one timestep and one text.
+"""
+
+from __future__ import annotations
+
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from latent_shift.shift import frames
+
+
+def noise_schedule(
+    *, prediction: str = "epsilon", schedule: str = "scaled_linear", num_timesteps: int = 1000, zero_terminal_snr: bool = False
+) -> DDPMScheduler:
+    """The training schedule: betas as Stable Diffusion's, or cosine, or rescaled to end in pure noise (Lin et al. 2024)."""
+    betas = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}.get(schedule, (1e-4, 0.02))
+    return DDPMScheduler(
+        num_train_timesteps=num_timesteps,
+        beta_schedule=schedule,
+        beta_start=betas[0],
+        beta_end=betas[1],
+        prediction_type=prediction,
+        rescale_betas_zero_snr=zero_terminal_snr,
+        clip_sample=False,
+        # A schedule that ends in pure noise must be sampled from its last step (Lin et al., section 3.3).
+        timestep_spacing="trailing" if zero_terminal_snr else "leading",
+        steps_offset=0 if zero_terminal_snr else 1,
+    )
+
+
+class DenoisingObjective(nn.Module):
+    """The mean squared error of a U-Net that predicts the noise (or v) in latents, as one module that accelerate can wrap."""
+
+    def __init__(self, unet: UNet2DConditionModel, schedule: DDPMScheduler, *, min_snr: float | None = None):
+        super().__init__()
+        if min_snr is not None and schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"min_snr has no weight for prediction {schedule.config.prediction_type!r}")
+        self.unet = unet
+        self.schedule = schedule
+        self.min_snr = min_snr
+
+    def forward(
+        self, latents_BFCHW: Tensor, noise_BFCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and its terms. F = 1 trains the image network: the shift passes single frames by."""
+        num_frames = latents_BFCHW.shape[1]
+        timesteps_N = timesteps_B.repeat_interleave(num_frames)
+        latents, noise = latents_BFCHW.flatten(0, 1), noise_BFCHW.flatten(0, 1)
+        noisy = self.schedule.add_noise(latents, noise, timesteps_N)
+        epsilon = self.schedule.config.prediction_type == "epsilon"
+        target = noise if epsilon else self.schedule.get_velocity(latents, noise, timesteps_N)
+        with frames(self.unet, num_frames):
+            predicted = self.unet(noisy, timesteps_N, text_BLD).sample.float()
+        error_B = (predicted - target).square().mean(dim=(1, 2, 3)).unflatten(0, (-1, num_frames)).mean(dim=1)
+        loss = (error_B * self._weight(timesteps_B)).mean()
+        return loss, {"mse": error_B.mean().detach()}
+
+    def _weight(self, timesteps_B: Tensor) -> Tensor | float:
+        """Min-SNR (Hang et al. 2023, equation 11): the loss on x0 weighs min(SNR, gamma), whatever is predicted."""
+        if self.min_snr is None:
+            return 1.0
+        signal = self.schedule.alphas_cumprod.to(timesteps_B.device)[timesteps_B]
+        snr = signal / (1 - signal)
+        of_x0 = snr if self.schedule.config.prediction_type == "epsilon" else snr + 1
+        return snr.clamp(max=self.min_snr) / of_x0

@@ -37,10 +37,11 @@ def generate(
     from latent_shift import zoo
 
     pipe = zoo.load(model, device=device)
-    clip = pipe(
+    (clips,) = pipe(
         prompt, num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative,
-        height=size, width=size, loop=loop, generator=zoo.seed(seed),
-    ).frames[0]  # fmt: skip
+        height=size, width=size, loop=loop, generator=zoo.seed(seed), return_dict=False,
+    )  # fmt: skip
+    clip = clips[0]
     name = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-") or "clip"
     for path in output or [Path(f"{name}.png" if len(clip) == 1 else f"{name}.mp4")]:
         print(zoo.save_video(clip, path, fps=fps or pipe.call_defaults["fps"]))

@@ -120,8 +120,6 @@ class LatentShiftPipeline(StableDiffusionPipeline):
         """
         num_frames = self.call_defaults["num_frames"] if num_frames is None else num_frames
         num_inference_steps = num_inference_steps or self.call_defaults["num_inference_steps"]
-        if timesteps is not None or sigmas is not None:
-            num_inference_steps = len(timesteps if timesteps is not None else sigmas)
         factor, size = self.vae_scale_factor, self.unet.config.sample_size
         size = (size, size) if isinstance(size, int) else size
         height, width = height or size[0] * factor, width or size[1] * factor

@@ -190,7 +190,7 @@ def inflate(network: nn.Module, shift: Shift = Shift()) -> nn.Module:
             raise ValueError(f"cannot shift a {type(layer).__name__}: inflate before adding adapters to this layer")
         layer.__class__ = _SHIFTED[type(layer)]
         layer.clip = clip
-    network._latent_shift_clip = clip
+    network.__dict__["_latent_shift_clip"] = clip
     return network
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -35,8 +38,10 @@ log = logging.getLogger("latent_shift")
 
 
 class Stage(Protocol):
-    objective: nn.Module  # forward(*batch) -> (loss, terms)
-    model: ModelMixin  # what is trained, averaged and exported
+    @property
+    def objective(self) -> nn.Module: ...  # forward(*batch) -> (loss, terms)
+    @property
+    def model(self) -> ModelMixin: ...  # what is trained, averaged and exported
 
     def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]: ...
     def sample(self, folder: Path, step: int) -> None: ...
@@ -241,6 +246,8 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
             ema.restore(parameters)
         accelerator.wait_for_everyone()
 
+    stopping = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: stopping.set()) if threading.current_thread() is threading.main_thread() else None
     saved, began, logged, waited = time.monotonic(), time.monotonic(), done, 0.0
     totals: dict[str, float] = {}
     with ThreadPoolExecutor(1) as loader:
@@ -283,11 +290,19 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
                         report(row)
                 began, logged, waited, totals = time.monotonic(), count, 0.0, {}
             if count % config.train.sample_every == 0:
-                averaged(lambda count=count: stage.sample(run / "samples", count))
-            if time.monotonic() - saved > 60 * config.train.checkpoint_minutes or count == config.optim.steps:
+                averaged(partial(stage.sample, run / "samples", count))
+            due = time.monotonic() - saved > 60 * config.train.checkpoint_minutes
+            if due or stopping.is_set() or count == config.optim.steps:
                 checkpoint.save(accelerator, run, count, keep=config.train.keep_checkpoints)
                 saved = time.monotonic()
-    averaged(lambda: stage.export(run / "model"))
+            if stopping.is_set():
+                break
+    if previous is not None:
+        signal.signal(signal.SIGTERM, previous)
+    if stopping.is_set():
+        log.warning("stopped by SIGTERM at step %d of %d; the same command goes on from there", count, config.optim.steps)
+    else:
+        averaged(partial(stage.export, run / "model"))
     accelerator.end_training()
     return run / "model"
 

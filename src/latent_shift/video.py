@@ -93,8 +93,8 @@ def write(frames: np.ndarray, path: str | Path, *, fps: float = 8) -> Path:
         Image.fromarray(np.concatenate(list(frames), axis=1)).save(path)
     else:
         images = [Image.fromarray(frame) for frame in frames]
-        options: dict[str, object] = {"lossless": True} if suffix == ".webp" else {}
-        images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0, **options)
+        # Pillow merges equal frames into one that lasts longer. `lossless` is WebP's; GIF has no such option and ignores it.
+        images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0, lossless=True)
     return path
 
 

@@ -107,6 +107,86 @@ def encode(
     print(f"{out}: {len(store.array)} frames, {len(store.row)} captions")
 
 
+@app.command("eval")
+def evaluate(
+    store: Annotated[Path, typer.Argument(help="packed frames of the model's size and frame rate")],
+    model: Annotated[str, typer.Option("--model", "-m", help="a name or a diffusers folder")] = "emoji",
+    num: Annotated[int, typer.Option(help="concepts, one clip each")] = 100,
+    split: Annotated[list[str] | None, typer.Option(help="where captions come from; may be repeated; default train")] = None,
+    steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")] = None,
+) -> None:
+    """Measure a model against real clips: reconstruction, retrieval, motion, coherence."""
+    _quiet()
+    import json
+
+    from latent_shift import data, metrics, zoo
+
+    pipe, packed, splits = zoo.load(model), data.Store(store), tuple(split or ["train"])
+    pipe.set_progress_bar_config(disable=True)
+    with _progress("frames") as progress:
+        held_out = tuple({record.split for record in packed.records} - {"train"}) or splits
+        result = {"model": model, "reconstruction": metrics.reconstruction(pipe.vae, packed, splits=held_out, num=200, progress=progress)}
+    with _progress("clips") as progress:
+        measures, _ = metrics.evaluate(pipe, packed, num=num, splits=splits, steps=steps, guidance=guidance, progress=progress)
+    result |= measures
+    text = json.dumps(result, indent=1)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
+    print(text)
+
+
+@app.command()
+def sheet(
+    prompts: Annotated[Path, typer.Argument(help="a text file, a prompt a line; # starts a comment")],
+    out: Annotated[Path, typer.Argument(help="a .png: a row for each prompt")],
+    model: Annotated[str, typer.Option("--model", "-m", help="a name or a diffusers folder")] = "emoji",
+    seed: Annotated[int, typer.Option(help="the seed of every clip")] = 0,
+    columns: Annotated[int, typer.Option(help="frames shown of each clip")] = 8,
+    steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+) -> None:
+    """Draw a contact sheet: what the model makes of a list of prompts, with one seed, nothing picked."""
+    _quiet()
+    from latent_shift import video, zoo
+
+    lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    pipe = zoo.load(model)
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    with _progress("clips") as progress:
+        for done, line in enumerate(lines, 1):
+            clip = pipe(line, generator=zoo.seed(seed), num_inference_steps=steps, guidance_scale=guidance).frames[0]  # type: ignore[union-attr]
+            rows.append(zoo.to_uint8(clip))
+            progress(done, len(lines))
+    print(video.write(video.labelled_rows(rows, lines, columns=columns)[None], out))
+
+
+@app.command()
+def bench(
+    frames: Annotated[int, typer.Option(help="frames a clip")] = 16,
+    size: Annotated[int, typer.Option(help="side of the latents")] = 32,
+    rounds: Annotated[int, typer.Option(help="counted rounds")] = 10,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="take this model's U-Net instead of the 34 M one")] = None,
+    device: str = "cpu",
+) -> None:
+    """Time one denoising step with the shift against the same U-Net frame by frame, in turn."""
+    _quiet()
+    import json
+
+    from latent_shift import benchmark, zoo
+
+    unet = zoo.load(model, device=device).unet if model else None
+    print(
+        json.dumps(
+            {**benchmark.machine(), **benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, unet=unet)},
+            indent=1,
+        )
+    )
+
+
 @app.command()
 def models() -> None:
     """List the models known by name."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image, ImageDraw, ImageSequence
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v"}
 IMAGE_SUFFIXES = {".webp", ".gif", ".png", ".apng", ".jpg", ".jpeg"}
@@ -107,6 +107,18 @@ def montage(tiles: np.ndarray, *, columns: int, gap: int = 2) -> np.ndarray:
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = tile
     return sheet
+
+
+def labelled_rows(clips: list[np.ndarray], labels: list[str], *, columns: int, label_height: int = 14) -> np.ndarray:
+    """A contact sheet: each clip as a row of `columns` frames evenly spread over it, its label above; `(H, W, 3) uint8`."""
+    rows = []
+    for clip, label in zip(clips, labels, strict=True):
+        picked = clip[np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)]
+        row = montage(picked, columns=len(picked))
+        head = Image.new("RGB", (row.shape[1], label_height), "white")
+        ImageDraw.Draw(head).text((2, 1), label, fill="black")
+        rows.append(np.concatenate([np.asarray(head), row]))
+    return np.concatenate(rows)
 
 
 def _slots(start: float, end: float, fps: float) -> Iterator[int]:

@@ -1,0 +1,76 @@
+"""Timings that can be compared: alternating rounds in one process after a warm-up, medians, and paired ratios."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Callable
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+
+from latent_shift import models
+from latent_shift.shift import Shift, frames, inflate
+
+
+def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2) -> dict[str, dict[str, float]]:
+    """Time each call once a round, in turn, forwards and backwards.
+
+    Returns:
+        For each name the median seconds, and the median over rounds of its time relative to the first name's in that round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warm_up + rounds):
+        for name in list(calls) if turn % 2 else reversed(list(calls)):
+            start = time.perf_counter()
+            calls[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    first = np.array(times[next(iter(calls))])
+    return {name: {"seconds": float(np.median(t)), "ratio": float(np.median(np.array(t) / first))} for name, t in times.items()}
+
+
+def machine() -> dict[str, object]:
+    """What the numbers were taken on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def shift_overhead(
+    *, num_frames: int = 16, size: int = 32, rounds: int = 10, device: str = "cpu", unet: UNet2DConditionModel | None = None
+) -> dict:
+    """One denoising step of a U-Net: frame by frame, and with the shift, on the same inputs.
+
+    Args:
+        num_frames: frames a clip.
+        size: side of the latents.
+        rounds: counted rounds.
+        device: "cpu" or "cuda".
+        unet: None takes one of widths 64/128/256/256, two layers a block (34 M parameters).
+    """
+    unet = unet or UNet2DConditionModel(
+        sample_size=size, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128, attention_head_dim=(2, 4, 8, 8)
+    )
+    plain = unet.to(device).eval()
+    shifted = inflate(copy.deepcopy(plain), Shift())
+    x = torch.randn(num_frames, unet.config.in_channels, size, size, device=device)
+    text = torch.randn(num_frames, 77, unet.config.cross_attention_dim, device=device)
+
+    def as_clip() -> None:
+        with frames(shifted, num_frames):
+            shifted(x, 500, text)
+
+    with torch.no_grad():
+        results = paired({"frame by frame": lambda: plain(x, 500, text), "with the shift": as_clip}, rounds=rounds)
+    return {"parameters": models.num_parameters(plain), "num_frames": num_frames, "latents": size, "rounds": rounds, **results}

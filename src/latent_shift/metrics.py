@@ -1,0 +1,155 @@
+"""What generated clips are measured by, each number beside the same number of real clips.
+
+Clips are `(F, H, W, 3) uint8`. Nothing here is FID or FVD: features are EfficientNet-lite0's (ImageNet), which a package
+carries, and every result says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from latent_shift.autoencoder import FeatureDistance, to_frames, to_pixels
+from latent_shift.data import BalancedSampler, Store
+from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift.zoo import seed, to_uint8
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal to noise ratio of two uint8 arrays in dB: 10 log10(255^2 / mean squared error)."""
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+def motion_energy(clip: np.ndarray) -> float:
+    """Mean absolute difference of successive frames in grey levels (0..255)."""
+    return float(np.abs(np.diff(clip.astype(np.int16), axis=0)).mean())
+
+
+def coherence(clip: np.ndarray) -> float:
+    """Mean correlation of successive frames' pixels, in [-1, 1]; 1 where nothing changes."""
+    flat = clip.reshape(len(clip), -1).astype(np.float64)
+    flat = flat - flat.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(flat, axis=1)
+    products = (flat[1:] * flat[:-1]).sum(axis=1)
+    return float(np.mean(products / np.maximum(norms[1:] * norms[:-1], 1e-9)))
+
+
+def flicker(clip: np.ndarray) -> float:
+    """Mean absolute second difference over time in grey levels: steady motion is small, jitter twice the motion energy."""
+    x = clip.astype(np.int16)
+    return float(np.abs(x[2:] - 2 * x[1:-1] + x[:-2]).mean())
+
+
+class ClipFeatures:
+    """A clip as one unit vector: the mean over its frames of EfficientNet-lite0's last pooled features."""
+
+    name = "efficientnet-lite0"
+
+    def __init__(self) -> None:
+        self.network = FeatureDistance().network
+
+    @torch.no_grad()
+    def __call__(self, clip: np.ndarray) -> np.ndarray:
+        pixels = to_pixels(torch.from_numpy(clip)).contiguous(memory_format=torch.channels_last)
+        features = self.network.extract_features(pixels).mean(dim=(0, 2, 3))
+        return torch.nn.functional.normalize(features, dim=0).numpy()
+
+
+def retrieval_ranks(generated: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """For each of N generated clips the rank (1 is best) of the real clip of its own caption among all N, by cosine similarity.
+
+    Args:
+        generated, real: `(N, D)` unit vectors, row by row of the same caption.
+    """
+    similarity = generated @ real.T
+    return 1 + (similarity > np.diag(similarity)[:, None]).sum(axis=1)
+
+
+@torch.no_grad()
+def reconstruction(
+    vae: AutoencoderKL, store: Store, *, splits: tuple[str, ...], num: int, progress: Callable = lambda done, total: None
+) -> dict:
+    """PSNR in dB of `num` single frames of `splits` through the autoencoder: mean over frames, and the 5 % worst frame's."""
+    rng = np.random.default_rng(0)
+    sampler = BalancedSampler(store.records, store.select(splits=splits))
+    values = []
+    for done, index in enumerate(sampler.draw(rng, num), 1):
+        frame = store.draw_window(rng, index, 1)
+        decoded = vae.decode(vae.encode(to_pixels(torch.from_numpy(frame)).to(vae.device)).latent_dist.mean).sample
+        values.append(psnr(frame, to_frames(decoded).cpu().numpy()))
+        progress(done, num)
+    return {"psnr_db": float(np.mean(values)), "psnr_db_5_percent": float(np.percentile(values, 5)), "frames": num, "splits": list(splits)}
+
+
+def evaluate(
+    pipe: LatentShiftPipeline,
+    store: Store,
+    *,
+    num: int = 100,
+    splits: tuple[str, ...] = ("train",),
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch_size: int = 5,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[dict, np.ndarray]:
+    """Generate a clip for each of `num` concepts and compare with the real clips.
+
+    Args:
+        pipe: the model.
+        store: packed pixels at the model's size and frame rate.
+        num: concepts; one clip each, of seed 0, 1, 2, ...
+        splits: which records to take captions from.
+        steps, guidance: sampling settings; None takes the model's.
+        batch_size: clips at once.
+        progress: called with (clips done, clips in all).
+
+    Returns:
+        The measures, and the generated clips `(num, F, H, W, 3) uint8`.
+
+    Raises:
+        ValueError: fewer than `num` concepts have clips.
+    """
+    num_frames = int(pipe.call_defaults["num_frames"])
+    candidates = store.select(splits=splits, num_frames=num_frames)
+    first: dict[str, int] = {}
+    for index in candidates:
+        first.setdefault(store.records[index].concept, index)
+    if len(first) < num:
+        raise ValueError(f"{len(first)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {num} asked for")
+    rng = np.random.default_rng(0)
+    chosen = rng.permutation(list(first.values()))[:num]
+    real = np.stack([store.window(index, 0, num_frames) for index in chosen])
+    clips: list[np.ndarray] = []
+    for start in range(0, num, batch_size):
+        prompts = [store.records[index].texts[0] for index in chosen[start : start + batch_size]]
+        generators = [seed(start + row) for row in range(len(prompts))]
+        result = pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators, return_dict=False)
+        clips += [to_uint8(clip) for clip in result[0]]
+        progress(len(clips), num)
+    generated = np.stack(clips)
+    features = ClipFeatures()
+    ranks = retrieval_ranks(np.stack([features(clip) for clip in generated]), np.stack([features(clip) for clip in real]))
+    energies = np.array([[motion_energy(clip) for clip in part] for part in (generated, real)])
+    return {
+        "clips": num,
+        "splits": list(splits),
+        "num_frames": num_frames,
+        "num_inference_steps": int(steps or pipe.call_defaults["num_inference_steps"]),
+        "guidance_scale": float(pipe.call_defaults["guidance_scale"] if guidance is None else guidance),
+        "retrieval_features": ClipFeatures.name,
+        "retrieval_top1": float((ranks == 1).mean()),
+        "retrieval_top5": float((ranks <= 5).mean()),
+        "retrieval_median_rank": float(np.median(ranks)),
+        "motion_energy": float(energies[0].mean()),
+        "motion_energy_real": float(energies[1].mean()),
+        # How far each clip's motion is from that of the real clip of its caption, as a factor: exp of the mean |log ratio|.
+        "motion_error": float(np.exp(np.abs(np.log((energies[0] + 0.1) / (energies[1] + 0.1))).mean())),
+        "coherence": float(np.mean([coherence(clip) for clip in generated])),
+        "coherence_real": float(np.mean([coherence(clip) for clip in real])),
+        "flicker": float(np.mean([flicker(clip) for clip in generated])),
+        "flicker_real": float(np.mean([flicker(clip) for clip in real])),
+    }, generated

@@ -1,0 +1,92 @@
+"""A small real world for the tests: three animated squares with captions, a CLIP text encoder and models of size "tiny"."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from latent_shift import data, encode, train, video
+from latent_shift.config import Config
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory):
+    """A folder of three clips of 20 frames (the red one loops) and a still, 32x32, with metadata.jsonl."""
+    folder = tmp_path_factory.mktemp("media")
+    rows = []
+    for name, colour in COLOURS.items():
+        frames = np.full((20, 32, 32, 3), 255, np.uint8)
+        for k in range(20):
+            frames[k, 8:16, k : k + 8] = colour
+        video.write(frames, folder / f"{name}.webp", fps=8)
+        rows.append({"file_name": f"{name}.webp", "text": [f"a {name} square", name], "concept": name, "loop": name == "red"})
+    video.write(frames[:1], folder / "still.png")
+    rows.append({"file_name": "still.png", "text": "a still square", "concept": "blue", "split": "val_concept"})
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(media, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    assert data.pack(media, folder, size=32, fps=8) == []
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """tokenizer/ and text_encoder/ as a Stable Diffusion folder holds them: CLIP, 32 wide."""
+    folder = tmp_path_factory.mktemp("texts")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=20)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=20, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
+    """A config of a few steps; `sections` override table by table."""
+    tables = {
+        "data": {"path": str(path), "batch_size": 2, "crop": 32, **({"num_frames": 4} if stage == "video" else {})},
+        "model": {"size": "tiny"},
+        "optim": {"steps": steps, "lr": 1e-3, "warmup_steps": 1},
+        "train": {"precision": "no", "log_every": 1, "sample_every": 1000},
+    }
+    for name, values in sections.items():
+        tables[name] = values if name == "model" else {**tables.get(name, {}), **values}
+    return Config.model_validate({"stage": stage, **tables})
+
+
+@pytest.fixture(scope="session")
+def autoencoder(packed, tmp_path_factory):
+    return train.train(tiny_config("autoencoder", packed, train={"sample_every": 2}), tmp_path_factory.mktemp("autoencoder"))
+
+
+@pytest.fixture(scope="session")
+def latents(packed, autoencoder, texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    encode.encode(packed, folder, autoencoder=autoencoder, texts=texts, batch_size=8)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_model(latents, tmp_path_factory):
+    return train.train(tiny_config("image", latents, train={"sample_every": 2}), tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="session")
+def video_model(latents, image_model, tmp_path_factory):
+    config = tiny_config("video", latents, model={"init": str(image_model)}, train={"sample_every": 2})
+    return train.train(config, tmp_path_factory.mktemp("video"))

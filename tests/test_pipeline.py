@@ -1,0 +1,203 @@
+"""The pipeline: diffusers' own numbers for one frame, and clips that are what was asked for."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latent_shift import models
+from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift.shift import Shift, inflate, shift_of
+from latent_shift.zoo import load, seed, to_uint8
+
+SCHEDULERS = [
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+]
+
+
+def components(texts) -> dict:
+    torch.manual_seed(0)
+    return dict(
+        vae=models.autoencoder("tiny").eval(),
+        text_encoder=CLIPTextModel.from_pretrained(texts / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(texts / "tokenizer"),
+        unet=models.unet("tiny", sample_size=4).eval(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+    )
+
+
+@pytest.fixture
+def pipe(texts):
+    pipe = LatentShiftPipeline(**components(texts), latent_shift={"num_frames": 4, "num_inference_steps": 3, "guidance_scale": 3.0})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_one_frame_is_diffusers_own_image_bit_for_bit(pipe, texts, scheduler, guidance):
+    theirs = StableDiffusionPipeline(**components(texts), requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    for each in (pipe, theirs):
+        each.scheduler = scheduler.from_config(each.scheduler.config)
+    call = dict(num_inference_steps=4, guidance_scale=guidance, negative_prompt="blue")
+    for output_type in ("latent", "np"):
+        image = theirs("red", generator=seed(1), output_type=output_type, **call).images
+        frame = pipe("red", num_frames=1, generator=seed(1), output_type=output_type, **call).frames
+        assert np.array_equal(np.asarray(frame).squeeze(), np.asarray(image).squeeze())
+
+
+def test_clips_have_the_shape_and_type_asked_for(pipe):
+    arrays = pipe("red").frames
+    assert arrays.shape == (1, 4, 32, 32, 3)
+    assert 0 <= arrays.min() <= arrays.max() <= 1
+    assert pipe(["red", "blue"], num_frames=3, output_type="pt").frames.shape == (2, 3, 3, 32, 32)
+    assert pipe("red", height=64, width=48, output_type="latent").frames.shape == (1, 4, 4, 8, 6)
+    images = pipe("red", output_type="pil", num_videos_per_prompt=2).frames
+    assert len(images) == 2
+    assert len(images[1]) == 4
+    assert isinstance(images[1][3], Image.Image)
+    assert len(pipe("red", return_dict=False)) == 1
+
+
+def test_the_same_seed_gives_the_same_frames(pipe):
+    a, b, c = (to_uint8(pipe("red", generator=seed(number)).frames[0]).tobytes() for number in (5, 5, 6))
+    assert a == b != c
+
+
+def test_frames_are_generated_together(pipe):
+    """The same noise in every frame of a batch of images gives equal images; a clip's frames know their place."""
+    noise = torch.randn(1, 4, 1, 4, 4).expand(-1, -1, 4, -1, -1)
+    clip = pipe("red", latents=noise, output_type="latent").frames
+    images = pipe(["red"] * 4, num_frames=1, latents=noise.transpose(0, 2), output_type="latent").frames
+    torch.testing.assert_close(images[0], images[3])
+    assert not torch.allclose(clip[:, :, 0], clip[:, :, 2])
+
+
+def test_a_batch_of_prompts_is_each_prompt_alone(pipe):
+    both = pipe(["red", "blue"], generator=[seed(1), seed(2)], output_type="latent").frames
+    alone = torch.cat([pipe(p, generator=seed(n), output_type="latent").frames for p, n in (("red", 1), ("blue", 2))])
+    torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loop_has_no_seam(pipe):
+    """Rolling the noise of a loop rolls the clip; of a clip with ends it does not."""
+    noise = torch.randn(1, 4, 4, 4, 4, generator=seed(0))
+    for loop in (True, False):
+        clip = pipe("red", latents=noise, loop=loop, output_type="latent").frames
+        rolled = pipe("red", latents=noise.roll(1, dims=2), loop=loop, output_type="latent").frames
+        assert torch.allclose(rolled, clip.roll(1, dims=2), atol=1e-4) == loop
+    assert shift_of(pipe.unet) == Shift()
+
+
+def test_a_callback_sees_and_changes_every_step(pipe):
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["latents"].shape, tensors["prompt_embeds"].shape))
+        if step == 1:
+            pipeline._interrupt = True
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    frames = pipe(
+        "red", callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], output_type="latent"
+    ).frames
+    assert [entry[0] for entry in seen] == [0, 1]
+    assert seen[0][2:] == ((1, 4, 4, 4, 4), (1, 20, 32))
+    assert (frames == 0).all()
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
+        pipe("red", callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["noise"])
+
+
+def test_embeddings_instead_of_words(pipe):
+    prompt, negative = pipe.encode_prompt(["red"], "cpu", 1, True)
+    words = pipe("red", generator=seed(0), output_type="latent").frames
+    embeddings = pipe(prompt_embeds=prompt, negative_prompt_embeds=negative, generator=seed(0), output_type="latent").frames
+    assert torch.equal(words, embeddings)
+
+
+def test_guidance_is_the_formula_and_off_is_off(pipe):
+    """One Euler step by hand at guidance 3, from separate conditional and unconditional passes."""
+    noise = torch.randn(1, 4, 4, 4, 4, generator=seed(0))
+    got = pipe("red", latents=noise, num_inference_steps=1, guidance_scale=3.0, output_type="latent").frames
+    predictions = []
+    grab = pipe.unet.register_forward_hook(lambda module, args, output: predictions.append(output[0]))
+    conditional = pipe("red", latents=noise, num_inference_steps=1, guidance_scale=1.0, output_type="latent").frames
+    unconditional = pipe("", latents=noise, num_inference_steps=1, guidance_scale=1.0, output_type="latent").frames
+    grab.remove()
+    assert all(len(prediction) == 4 for prediction in predictions)  # no second half without guidance
+    torch.testing.assert_close(got, unconditional + 3 * (conditional - unconditional), rtol=1e-3, atol=1e-4)
+    rescaled = pipe("red", latents=noise, num_inference_steps=1, guidance_scale=3.0, guidance_rescale=0.7, output_type="latent").frames
+    assert not torch.allclose(rescaled, got)
+
+
+def test_other_timesteps_and_eta_are_used(pipe):
+    plain = pipe("red", generator=seed(0), output_type="latent").frames
+    assert not torch.equal(pipe("red", generator=seed(0), eta=1.0, output_type="latent").frames, plain)
+    with pytest.raises(ValueError, match="does not support custom"):
+        pipe("red", timesteps=[900, 500, 100])
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    steps = []
+    pipe("red", timesteps=[900, 500], callback_on_step_end=lambda p, i, t, k: steps.append(int(t)), generator=seed(0))
+    assert steps == [900, 500]
+
+
+def test_saved_and_loaded_it_is_the_same(pipe, tmp_path):
+    inflate(pipe.unet, Shift(1 / 4, 1 / 8, "conv2", "hold"))
+    pipe = LatentShiftPipeline(**pipe.components, latent_shift=dict(pipe.config.latent_shift))
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe("red", generator=seed(0)).frames
+    pipe.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert shift_of(loaded.unet) == Shift(1 / 4, 1 / 8, "conv2", "hold")
+    assert np.array_equal(loaded("red", generator=seed(0)).frames, expected)
+    # The parts are plain diffusers classes with nothing of ours in their files.
+    assert type(UNet2DConditionModel.from_pretrained(tmp_path / "unet")) is UNet2DConditionModel
+    assert type(AutoencoderKL.from_pretrained(tmp_path / "vae")) is AutoencoderKL
+    image = StableDiffusionPipeline.from_pretrained(tmp_path)("red", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 32, 32, 3)
+
+
+def test_a_foreign_attention_processor_gets_a_text_for_every_frame(pipe):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    expected = pipe("red", generator=seed(0), output_type="latent").frames
+    pipe.unet.set_attn_processor(AttnProcessor())
+    torch.testing.assert_close(pipe("red", generator=seed(0), output_type="latent").frames, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_wrong_calls_say_what_was_expected(pipe, texts, tmp_path):
+    with pytest.raises(ValueError, match="num_frames must be 1 or more"):
+        pipe("red", num_frames=0)
+    with pytest.raises(ValueError, match="unknown output_type 'mp4'; expected np, pil, pt or latent"):
+        pipe("red", output_type="mp4")
+    with pytest.raises(ValueError, match=r"expected latents of shape \(1, 4, 4, 4, 4\)"):
+        pipe("red", latents=torch.zeros(1, 4, 3, 4, 4))
+    with pytest.raises(ValueError, match="expected one generator or 1"):
+        pipe("red", generator=[seed(0), seed(1)])
+    with pytest.raises(ValueError, match="divisible by 8"):
+        pipe("red", height=33)
+    with pytest.raises(ValueError, match=r"unknown latent_shift settings \['nmu_frames'\]"):
+        LatentShiftPipeline(**components(texts), latent_shift={"nmu_frames": 4})
+    with pytest.raises(ValueError, match="did you mean 'emoji'"):
+        load("emojis")

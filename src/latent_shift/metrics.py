@@ -115,13 +115,13 @@ def evaluate(
     """
     num_frames = int(pipe.call_defaults["num_frames"])
     candidates = store.select(splits=splits, num_frames=num_frames)
-    first: dict[str, int] = {}
-    for index in candidates:
-        first.setdefault(store.records[index].concept, index)
-    if len(first) < num:
-        raise ValueError(f"{len(first)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {num} asked for")
+    plainest: dict[str, int] = {}  # the record with the shortest caption of each concept: no skin tone, no variant
+    for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
+        plainest.setdefault(store.records[index].concept, index)
+    if len(plainest) < num:
+        raise ValueError(f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {num} asked for")
     rng = np.random.default_rng(0)
-    chosen = rng.permutation(list(first.values()))[:num]
+    chosen = rng.permutation(sorted(plainest.values()))[:num]
     real = np.stack([store.window(index, 0, num_frames) for index in chosen])
     clips: list[np.ndarray] = []
     for start in range(0, num, batch_size):

@@ -1,0 +1,116 @@
+"""The command as a person uses it: every verb, its files, its errors."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import tiny_config
+from typer.testing import CliRunner
+
+from latent_shift import cli, video
+from latent_shift.config import dump
+
+runner = CliRunner()
+
+
+def run(*words) -> str:
+    result = runner.invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_help_comes_at_once_without_torch():
+    script = "import sys, latent_shift, latent_shift.cli; assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    start = time.perf_counter()
+    page = subprocess.run([sys.executable, "-m", "latent_shift", "--help"], check=True, capture_output=True, text=True).stdout
+    assert time.perf_counter() - start < 3  # 0.2 s alone; a busy machine is no reason to fail
+    for verb in ("generate", "train", "encode", "data", "eval", "sheet", "bench", "models"):
+        assert verb in page
+
+
+def test_generate_writes_every_format_and_the_same_bytes_again(video_model, tmp_path):
+    outputs = [tmp_path / f"clip{suffix}" for suffix in video.WRITABLE]
+    words = ["generate", "a red square", "-m", video_model, "--steps", 2, "--seed", 3]
+    printed = run(*words, *(word for path in outputs for word in ("-o", path)))
+    assert printed.split() == [str(path) for path in outputs]
+    for path in outputs[:2]:
+        frames, fps = video.read(path)
+        assert frames.shape == (4, 32, 32, 3)
+        assert fps == 8
+    again = tmp_path / "again.png"
+    run(*words, "-o", again)
+    assert again.read_bytes() == outputs[-1].read_bytes()
+
+
+def test_every_option_of_generate_is_used(video_model, tmp_path):
+    def pixels(*options) -> bytes:
+        path = tmp_path / "out.png"
+        run("generate", "a red square", "-m", video_model, "--steps", 2, "-o", path, *options)
+        return path.read_bytes()
+
+    plain = pixels()
+    for options in (
+        ("--seed", 1),
+        ("--steps", 3),
+        ("--guidance", 9),
+        ("--negative", "blue"),
+        ("--num-frames", 3),
+        ("--size", 64),
+        ("--loop",),
+    ):
+        assert pixels(*options) != plain, options
+    path = tmp_path / "slow.mp4"
+    run("generate", "a red square", "-m", video_model, "--steps", 1, "-o", path, "--fps", 4, "--device", "cpu")
+    assert video.read(path)[1] == 4
+
+
+def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "3 clips, 1 stills, 3 concepts, 0 with problems" in run("data", "check", media)
+    assert "4 records, 61 frames, 0 left out" in run("data", "pack", media, "pixels", "--size", 32, "--workers", 1)
+    assert "square" in run("data", "preview", "pixels", "preview.png", "--rows", 2, "--columns", 4)
+    recipe = tmp_path / "set" / "autoencoder.toml"
+    recipe.parent.mkdir()
+    recipe.write_text(dump(tiny_config("autoencoder", "pixels", steps=2)))
+    assert run("train", recipe, "--dry-run", "optim.lr=0.5").count("lr = 0.5") == 1
+    assert run("train", recipe).splitlines()[-1] == "runs/set-autoencoder/model"
+    assert "61 frames" in run("encode", "pixels", "latents", "--autoencoder", "runs/set-autoencoder/model", "--texts", texts)
+    recipe.with_name("video.toml").write_text(dump(tiny_config("video", "latents", steps=1)))
+    run("train", recipe.with_name("video.toml"), "--run", "runs/v")
+    # A run folder is its own recipe: the run goes on, with more steps.
+    assert run("train", "runs/v", "optim.steps=2").splitlines()[-1] == "runs/v/model"
+    assert [json.loads(line)["step"] for line in open("runs/v/stats.jsonl")] == [1, 2]
+    measures = json.loads(run("eval", "pixels", "-m", "runs/v/model", "--num", 2, "--steps", 1, "-o", "eval.json"))
+    assert measures == json.load(open("eval.json"))
+    assert measures["clips"] == 2
+    assert measures["num_inference_steps"] == 1
+    (tmp_path / "prompts.txt").write_text("# two prompts\na red square\nblue\n")
+    run("sheet", "prompts.txt", "sheet.png", "-m", "runs/v/model", "--steps", 1)
+    assert video.read("sheet.png")[0].shape == (1, 2 * (32 + 14), 4 * 32 + 3 * 2, 3)
+
+
+def test_bench_and_models_print_what_they_found():
+    result = json.loads(run("bench", "--frames", 4, "--size", 8, "--rounds", 2))
+    assert result["frame by frame"]["ratio"] == 1
+    assert result["with the shift"]["seconds"] > 0
+    assert result["parameters"] > 30e6
+    assert "emoji" in run("models")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "x", "-m", "emjoi"], "did you mean 'emoji'"),
+        (["train", "absent.toml"], "absent.toml"),
+        (["data", "check", "absent"], "expected metadata.jsonl"),
+        (["data", "preview", "absent", "a.png"], "not a packed data set"),
+    ],
+)
+def test_errors_are_a_line_and_an_exit_code(words, message):
+    result = subprocess.run([sys.executable, "-m", "latent_shift", *words], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,81 @@
+"""Recipes: what is written is what is used, and every mistake is named before anything is read."""
+
+from pathlib import Path
+
+import pytest
+
+from latent_shift.config import dump, load
+from latent_shift.train import learning_rate
+
+RECIPE = """
+stage = "image"
+[data]
+path = "latents"
+[model]
+size = "emoji"
+[optim]
+steps = 100
+lr = 1e-3
+warmup_steps = 10
+cooldown_steps = 20
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_overrides_and_the_way_back(recipe, tmp_path):
+    config = load(recipe, ["optim.lr=5e-4", "data.path=/elsewhere/a b", "train.tensorboard=true", 'data.splits=["train", "val"]'])
+    assert config.optim.lr == 5e-4
+    assert config.data.path == "/elsewhere/a b"
+    assert config.train.tensorboard is True
+    assert config.data.splits == ["train", "val"]
+    (tmp_path / "again.toml").write_text(dump(config))
+    assert load(tmp_path / "again.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lrr=1"], r"recipe.toml: unknown key optim.lrr; did you mean optim.lr\?"),
+        (["sage='image'"], r"unknown key sage; did you mean stage\?"),
+        (["optim.lr='fast'"], "optim.lr: Input should be a valid number, got 'fast'"),
+        (["optim.steps=1.5"], "optim.steps: Input should be a valid integer"),
+        (["optim.steps=0"], "optim.steps: Input should be greater than or equal to 1, got 0"),
+        (["stage=movie"], "stage: Input should be 'autoencoder', 'image' or 'video', got 'movie'"),
+        (["stage=video"], "stage video needs data.num_frames of 2 or more"),
+        (["data.num_frames=4"], "trains on single frames: data.num_frames must be 1"),
+        (["model.init=there"], "give either size"),
+        (["optim.cooldown_steps=95"], "together are more than optim.steps"),
+        (["optim.lr"], "expected table.key=value, got 'optim.lr'"),
+        (["stage.name=1"], "stage is a value, not a table"),
+    ],
+)
+def test_mistakes_are_named(recipe, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load(recipe, overrides)
+
+
+def test_unreadable_recipes_are_named(tmp_path):
+    (tmp_path / "bad.toml").write_text("stage = [")
+    for name in ("bad.toml", "absent.toml"):
+        with pytest.raises(ValueError, match=name):
+            load(tmp_path / name)
+
+
+def test_every_recipe_loads():
+    recipes = sorted(Path(__file__).parent.parent.glob("recipes/**/*.toml"))
+    assert {load(recipe).stage for recipe in recipes} == {"autoencoder", "image", "video"}
+
+
+def test_the_rate_rises_stays_and_falls(recipe):
+    config = load(recipe)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[9:80] == [1e-3] * 71
+    assert rates[90] == pytest.approx(5e-4)
+    assert rates[99] == pytest.approx(5e-5)

@@ -1,0 +1,184 @@
+"""Files in and out, folders, stores: what is read is what was there, and what is broken is named."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from latent_shift import data, video
+
+
+def counting_clip(num_frames: int, size: int = 32) -> np.ndarray:
+    """Frame k is grey level 10 k."""
+    return np.repeat(np.arange(num_frames, dtype=np.uint8) * 10, size * size * 3).reshape(num_frames, size, size, 3)
+
+
+def levels(frames: np.ndarray) -> list[int]:
+    return [round(float(frame.mean()) / 10) for frame in frames]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".webp"])
+def test_what_is_written_is_read(tmp_path, suffix):
+    frames = counting_clip(20)
+    path = video.write(frames, tmp_path / "new" / f"clip{suffix}", fps=10)
+    read, fps = video.read(path)
+    assert read.shape == frames.shape
+    assert fps == pytest.approx(10)
+    assert np.abs(read.astype(int) - frames).max() <= 3
+    if suffix == ".webp":
+        assert np.array_equal(read, frames)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp"])
+@pytest.mark.parametrize(
+    ("fps", "expected"), [(5, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]), (20, [k // 2 for k in range(40)]), (4, [0, 2, 5, 7, 10, 12, 15, 17])]
+)
+def test_frames_are_those_on_screen_at_the_new_rate(tmp_path, suffix, fps, expected):
+    path = video.write(counting_clip(20), tmp_path / f"clip{suffix}", fps=10)
+    read, rate = video.read(path, fps=fps)
+    # At 4 fps frame 1 is at 0.25 s: in the middle of frame 2 (0.2-0.3 s); slot k shows the first frame that starts there.
+    on_screen = [int(k / fps * 10 + 1e-6) for k in range(len(expected))]
+    assert expected == on_screen
+    assert levels(read) == on_screen
+    assert rate == fps
+
+
+def test_an_mp4_plays_in_browsers(tmp_path):
+    path = video.write(counting_clip(5, size=33), tmp_path / "odd.mp4", fps=8)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert (stream.width, stream.height) == (34, 34)
+        assert stream.frames == 5
+        assert stream.average_rate == 8
+    body = path.read_bytes()
+    assert body.index(b"moov") < body.index(b"mdat")  # the index comes first: playback starts before the file has arrived
+
+
+def test_a_png_is_a_strip(tmp_path):
+    path = video.write(counting_clip(3), tmp_path / "strip.png")
+    with Image.open(path) as strip:
+        assert strip.size == (96, 32)
+    frames, fps = video.read(path)
+    assert frames.shape == (1, 32, 96, 3)
+    assert fps == 0
+
+
+def test_transparent_pixels_show_the_background_and_crops_are_centred(tmp_path):
+    image = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (10, 0, 30, 40))
+    image.save(tmp_path / "a.png")
+    frames, _ = video.read(tmp_path / "a.png", size=40)
+    assert frames.shape == (1, 40, 40, 3)
+    assert (frames[0, :, :18] == (255, 0, 0)).all()
+    assert (frames[0, :, 22:] == (255, 255, 255)).all()
+    assert (video.read(tmp_path / "a.png", background=(0, 255, 0))[0][0, :, 50] == (0, 255, 0)).all()
+
+
+def test_broken_files_are_named_with_the_reason(tmp_path):
+    video.write(counting_clip(20), tmp_path / "cut.webp")
+    (tmp_path / "cut.webp").write_bytes((tmp_path / "cut.webp").read_bytes()[:200])
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "notes.doc").write_text("?")
+    for name in ("cut.webp", "text.mp4", "notes.doc", "absent.mp4"):
+        with pytest.raises(ValueError, match=name):
+            video.read(tmp_path / name)
+    with pytest.raises(ValueError, match=r"expected \(F, H, W, 3\) uint8"):
+        video.write(np.zeros((3, 8, 8)), tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="expected one of .mp4"):
+        video.write(counting_clip(2), tmp_path / "a.mpg")
+    with pytest.raises(ValueError, match="fps must be above 0"):
+        video.write(counting_clip(2), tmp_path / "a.mp4", fps=0)
+
+
+def test_a_folder_of_videos_with_captions_is_a_data_set(tmp_path):
+    video.write(counting_clip(16), tmp_path / "sub" / "a.mp4")
+    (tmp_path / "sub" / "a.txt").write_text("a cat\nthe same cat\n")
+    video.write(counting_clip(16), tmp_path / "b.webm")
+    records = data.read_records(tmp_path)
+    assert [(record.file_name, record.texts) for record in records] == [("b.webm", ()), ("sub/a.mp4", ("a cat", "the same cat"))]
+    counts, problems = data.check(tmp_path)
+    assert counts == {"clips": 1, "stills": 0, "concepts": 2}
+    assert problems == [("b.webm", "no caption")]
+    (tmp_path / "sub" / "a.txt").unlink()
+    with pytest.raises(ValueError, match=r"expected metadata.jsonl, or media files each with a caption"):
+        data.read_records(tmp_path)
+
+
+def test_metadata_lines_are_checked(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "a"}\n{"file_name": "b.mp4"}\n')
+    with pytest.raises(ValueError, match=r"metadata.jsonl:2: expected an object with file_name and text"):
+        data.read_records(tmp_path)
+
+
+def test_check_tells_short_static_and_broken(media, tmp_path):
+    for name in ("red.webp", "still.png"):
+        (tmp_path / name).write_bytes((media / name).read_bytes())
+    video.write(counting_clip(8), tmp_path / "short.mp4", fps=8)
+    video.write(np.full((20, 32, 32, 3), 9, np.uint8), tmp_path / "frozen.mp4", fps=8)
+    (tmp_path / "broken.mp4").write_bytes(b"x")
+    names = ["red.webp", "still.png", "short.mp4", "frozen.mp4", "broken.mp4", "gone.mp4"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": name}) for name in names))
+    counts, problems = data.check(tmp_path, workers=2)
+    reasons = dict(problems)
+    assert counts == {"clips": 3, "stills": 1, "concepts": 6}
+    assert reasons["short.mp4"] == "8 frames at 8 fps, 16 wanted"
+    assert "static" in reasons["frozen.mp4"]
+    assert "broken.mp4: cannot be decoded" in reasons["broken.mp4"]
+    assert set(reasons) == {"short.mp4", "frozen.mp4", "broken.mp4", "gone.mp4"}
+    # Packing leaves the broken ones out and says so; nothing takes their place.
+    left_out = data.pack(tmp_path, tmp_path / "store", size=16, fps=8)
+    assert [name for name, _ in left_out] == ["broken.mp4", "gone.mp4"]
+    assert [record.file_name for record in data.Store(tmp_path / "store").records] == names[:4]
+
+
+def test_a_store_gives_back_what_was_packed(media, packed):
+    store = data.Store(packed)
+    for index, record in enumerate(store.records):
+        frames, _ = video.read(media / record.file_name, fps=8, size=32)
+        assert np.array_equal(store.window(index, 0, len(frames)), frames)
+    assert store.info["fps"] == 8
+    two = data.pack(media, packed.parent / "two", size=32, fps=8, workers=2)
+    assert two == []
+    assert (packed.parent / "two" / "array.bin").read_bytes() == (packed / "array.bin").read_bytes()
+
+
+def test_windows_of_a_loop_go_round_and_others_stay_inside(packed):
+    store = data.Store(packed)
+    red, green = (next(i for i, record in enumerate(store.records) if record.concept == name) for name in ("red", "green"))
+    whole = store.window(red, 0, 20)
+    assert np.array_equal(store.window(red, 18, 4), whole[[18, 19, 0, 1]])
+    rng = np.random.default_rng(0)
+    starts = {store.draw_window(rng, green, 4)[0].tobytes() for _ in range(200)}
+    assert len(starts) == 17  # 20 - 4 + 1 places
+    assert len({store.draw_window(rng, red, 4)[0].tobytes() for _ in range(300)}) == 20
+    assert store.select(num_frames=30) == [red]
+    assert len(store.select(splits=("val_concept",))) == 1
+
+
+def test_concepts_are_drawn_equally_often():
+    records = [data.Record(f"{concept}{k}", ("x",), concept) for concept, number in (("a", 1), ("b", 9)) for k in range(number)]
+    drawn = data.BalancedSampler(records, list(range(10))).draw(np.random.default_rng(0), 4000)
+    assert 0.45 < np.mean(np.array(drawn) == 0) < 0.55
+    assert len(set(drawn)) == 10
+    with pytest.raises(ValueError, match="no record to train on"):
+        data.BalancedSampler(records, [])
+
+
+def test_damaged_stores_are_refused(packed, tmp_path):
+    with pytest.raises(ValueError, match="not a packed data set"):
+        data.Store(tmp_path)
+    for name in ("store.json", "index.jsonl", "array.bin"):
+        (tmp_path / name).write_bytes((packed / name).read_bytes())
+    (tmp_path / "array.bin").write_bytes((packed / "array.bin").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="expected 187392 bytes for 61 frames, got 187391"):
+        data.Store(tmp_path)
+
+
+def test_a_preview_shows_clips_and_names_them(packed):
+    sheet, captions = data.preview(data.Store(packed), rows=3, columns=5)
+    assert sheet.shape == (3 * 32 + 2 * 2, 5 * 32 + 4 * 2, 3)
+    assert set(captions) <= {"a red square", "a green square", "a blue square"}

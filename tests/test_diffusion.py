@@ -1,0 +1,64 @@
+"""The objective against its formulas."""
+
+import pytest
+import torch
+
+from latent_shift import models
+from latent_shift.diffusion import DenoisingObjective, noise_schedule
+from latent_shift.shift import frames, inflate, share_text
+
+
+def batch(num_frames: int = 3):
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(2, num_frames, 4, 4, 4, generator=generator) for _ in range(2))
+    return latents, noise, torch.tensor([100, 900]), torch.randn(2, 5, 32, generator=generator)
+
+
+@pytest.fixture
+def unet():
+    torch.manual_seed(0)
+    unet = inflate(models.unet("tiny", sample_size=4).eval())
+    share_text(unet)
+    return unet
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("min_snr", [None, 5.0])
+@torch.no_grad()
+def test_the_loss_is_the_formula(unet, prediction, min_snr):
+    latents, noise, timesteps, text = batch()
+    schedule = noise_schedule(prediction=prediction)
+    loss, _ = DenoisingObjective(unet, schedule, min_snr=min_snr)(latents, noise, timesteps, text)
+    expected = []
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    for clip in range(2):
+        alpha_bar = torch.prod(1 - betas[: timesteps[clip] + 1])
+        a, s = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+        with frames(unet, 3):
+            predicted = unet(a * latents[clip] + s * noise[clip], timesteps[clip], text[clip : clip + 1]).sample
+        target = noise[clip] if prediction == "epsilon" else a * noise[clip] - s * latents[clip]
+        snr = float(alpha_bar / (1 - alpha_bar))
+        weight = 1.0 if min_snr is None else min(snr, min_snr) / (snr if prediction == "epsilon" else snr + 1)
+        expected.append(weight * (predicted - target).square().mean())
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_single_frames_train_the_image_network(unet):
+    latents, noise, timesteps, text = batch(num_frames=1)
+    loss, _ = DenoisingObjective(unet, noise_schedule())(latents, noise, timesteps, text)
+    noisy = noise_schedule().add_noise(latents[:, 0], noise[:, 0], timesteps)
+    predicted = models.unet("tiny", sample_size=4)
+    predicted.load_state_dict(unet.state_dict())
+    torch.testing.assert_close(loss, (predicted(noisy, timesteps, text).sample - noise[:, 0]).square().mean())
+
+
+def test_schedules():
+    assert noise_schedule().alphas_cumprod[-1] == pytest.approx(0.0047, abs=1e-4)  # Stable Diffusion's
+    assert noise_schedule(schedule="linear").betas[-1] == pytest.approx(0.02)
+    ending = noise_schedule(zero_terminal_snr=True)
+    assert ending.alphas_cumprod[-1] == pytest.approx(0, abs=1e-7)
+    assert ending.config.timestep_spacing == "trailing"
+    assert len(noise_schedule(num_timesteps=10).betas) == 10
+    with pytest.raises(ValueError, match="min_snr has no weight"):
+        DenoisingObjective(torch.nn.Identity(), noise_schedule(prediction="sample"), min_snr=5.0)

@@ -1,0 +1,73 @@
+"""Measures on clips whose answer is known."""
+
+import numpy as np
+import pytest
+
+from latent_shift import data, metrics
+from latent_shift.zoo import load
+
+
+def moving_square(step: int) -> np.ndarray:
+    frames = np.zeros((6, 32, 32, 3), np.uint8)
+    for k in range(6):
+        frames[k, 8:16, k * step : k * step + 8] = 240
+    return frames
+
+
+def test_psnr():
+    a = np.full((4, 4, 3), 100, np.uint8)
+    assert metrics.psnr(a, a) == float("inf")
+    assert metrics.psnr(a, a + 5) == pytest.approx(20 * np.log10(255 / 5))
+
+
+def test_motion_coherence_and_flicker():
+    still, slow, fast = (moving_square(step) for step in (0, 1, 3))
+    noise = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    assert metrics.motion_energy(still) == 0
+    # A step of one pixel changes two columns of eight pixels out of 32x32 by 240.
+    assert metrics.motion_energy(slow) == pytest.approx(240 * 16 / 1024)
+    assert metrics.motion_energy(fast) == pytest.approx(3 * metrics.motion_energy(slow))
+    assert metrics.coherence(still) == pytest.approx(1)
+    assert 1 > metrics.coherence(slow) > metrics.coherence(fast) > metrics.coherence(noise)
+    ramp = np.repeat(np.arange(6, dtype=np.uint8) * 20, 12).reshape(6, 2, 2, 3)
+    assert metrics.flicker(ramp) == 0
+    blink = np.array([0, 100] * 3, np.uint8).repeat(12).reshape(6, 2, 2, 3)
+    assert metrics.flicker(blink) == 2 * metrics.motion_energy(blink)
+
+
+def test_ranks_are_those_of_a_sort():
+    rng = np.random.default_rng(0)
+    generated, real = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.standard_normal((2, 20, 8)))
+    expected = [1 + list(np.argsort(-(real @ row))).index(k) for k, row in enumerate(generated)]
+    assert list(metrics.retrieval_ranks(generated, real)) == expected
+    assert (metrics.retrieval_ranks(real, real) == 1).all()
+
+
+def test_features_know_the_same_thing_again():
+    features = metrics.ClipFeatures()
+    slow, shifted, noise = (
+        moving_square(1),
+        moving_square(1)[::-1].copy(),
+        np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8),
+    )
+    assert np.linalg.norm(features(slow)) == pytest.approx(1, abs=1e-5)
+    assert features(slow) @ features(shifted) > features(slow) @ features(noise)
+
+
+def test_evaluation_compares_with_the_clips_of_the_captions(packed, video_model):
+    pipe = load(video_model)
+    pipe.set_progress_bar_config(disable=True)
+    result, clips = metrics.evaluate(pipe, data.Store(packed), num=3, steps=1, guidance=1.0, batch_size=2)
+    assert clips.shape == (3, 4, 32, 32, 3)
+    assert result["motion_energy"] == pytest.approx(np.mean([metrics.motion_energy(clip) for clip in clips]))
+    assert result["motion_energy_real"] > 0
+    assert 0 <= result["retrieval_top1"] <= result["retrieval_top5"] <= 1
+    assert result["guidance_scale"] == 1.0
+    with pytest.raises(ValueError, match="3 concepts of train have clips of 4 frames, 4 asked for"):
+        metrics.evaluate(pipe, data.Store(packed), num=4)
+
+
+def test_reconstruction_is_the_psnr_of_held_out_frames(packed, video_model):
+    result = metrics.reconstruction(load(video_model).vae, data.Store(packed), splits=("val_concept",), num=3)
+    assert result["frames"] == 3
+    assert 0 < result["psnr_db_5_percent"] <= result["psnr_db"] < 60

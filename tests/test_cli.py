@@ -82,9 +82,9 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
     run("train", recipe.with_name("video.toml"), "--run", "runs/v")
     # A run folder is its own recipe: the run goes on, with more steps.
     assert run("train", "runs/v", "optim.steps=2").splitlines()[-1] == "runs/v/model"
-    assert [json.loads(line)["step"] for line in open("runs/v/stats.jsonl")] == [1, 2]
+    assert [json.loads(line)["step"] for line in (tmp_path / "runs/v/stats.jsonl").read_text().splitlines()] == [1, 2]
     measures = json.loads(run("eval", "pixels", "-m", "runs/v/model", "--num", 2, "--steps", 1, "-o", "eval.json"))
-    assert measures == json.load(open("eval.json"))
+    assert measures == json.loads((tmp_path / "eval.json").read_text())
     assert measures["clips"] == 2
     assert measures["num_inference_steps"] == 1
     (tmp_path / "prompts.txt").write_text("# two prompts\na red square\nblue\n")

@@ -88,7 +88,7 @@ def test_broken_files_are_named_with_the_reason(tmp_path):
             video.read(tmp_path / name)
     with pytest.raises(ValueError, match=r"expected \(F, H, W, 3\) uint8"):
         video.write(np.zeros((3, 8, 8)), tmp_path / "a.mp4")
-    with pytest.raises(ValueError, match="expected one of .mp4"):
+    with pytest.raises(ValueError, match=r"expected one of \.mp4"):
         video.write(counting_clip(2), tmp_path / "a.mpg")
     with pytest.raises(ValueError, match="fps must be above 0"):
         video.write(counting_clip(2), tmp_path / "a.mp4", fps=0)

@@ -89,7 +89,9 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
     x_BFCHW = x_NCHW.unflatten(0, (1, -1) if num_frames == -1 else (-1, num_frames))
     if torch.compiler.is_compiling() or shift.edge == "hold":
         return _shift_functional(x_BFCHW, ahead, back, shift.edge).flatten(0, 1)
-    return _ShiftInPlace.apply(x_BFCHW, ahead, back, shift.edge == "wrap").flatten(0, 1)
+    if torch.is_grad_enabled() and x_NCHW.requires_grad:
+        return _DifferentiableShift.apply(x_BFCHW, ahead, back, shift.edge == "wrap", False).flatten(0, 1)
+    return _shift_in_one_pass(x_BFCHW, ahead, back, shift.edge == "wrap").flatten(0, 1)
 
 
 def _shift_functional(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Tensor:
@@ -105,28 +107,32 @@ def _shift_functional(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Ten
     return torch.cat([from_before, stays, from_after], dim=2)
 
 
-class _ShiftInPlace(torch.autograd.Function):
-    """The shift as one pass over memory. Being a permutation (and zeros), its gradient is the shift the other way."""
+def _shift_in_one_pass(x_BFCHW: Tensor, ahead: int, back: int, wrap: bool, reverse: bool = False) -> Tensor:
+    """The shift as one pass over memory: every frame's group is copied straight to where it goes."""
+    y_BFCHW = torch.empty_like(x_BFCHW)
+    num_channels = x_BFCHW.shape[2]
+    before, stays, after = slice(0, ahead), slice(ahead, num_channels - back), slice(num_channels - back, num_channels)
+    if reverse:
+        before, after = after, before
+    y_BFCHW[:, 1:, before] = x_BFCHW[:, :-1, before]
+    y_BFCHW[:, :-1, after] = x_BFCHW[:, 1:, after]
+    y_BFCHW[:, :, stays] = x_BFCHW[:, :, stays]
+    y_BFCHW[:, 0, before] = x_BFCHW[:, -1, before] if wrap else 0
+    y_BFCHW[:, -1, after] = x_BFCHW[:, 0, after] if wrap else 0
+    return y_BFCHW
+
+
+class _DifferentiableShift(torch.autograd.Function):
+    """Being a permutation (and zeros), the shift has the shift the other way for its gradient."""
 
     @staticmethod
-    def forward(ctx, x_BFCHW: Tensor, ahead: int, back: int, wrap: bool, reverse: bool = False) -> Tensor:
+    def forward(ctx, x_BFCHW: Tensor, ahead: int, back: int, wrap: bool, reverse: bool) -> Tensor:
         ctx.settings = (ahead, back, wrap, not reverse)
-        y_BFCHW = torch.empty_like(x_BFCHW)
-        num_stay = x_BFCHW.shape[2] - ahead - back
-        groups = x_BFCHW.split([ahead, num_stay, back], dim=2), y_BFCHW.split([ahead, num_stay, back], dim=2)
-        (x_before, x_stays, x_after), (y_before, y_stays, y_after) = groups
-        if reverse:
-            x_before, y_before, x_after, y_after = x_after, y_after, x_before, y_before
-        y_before[:, 1:] = x_before[:, :-1]
-        y_after[:, :-1] = x_after[:, 1:]
-        y_stays.copy_(x_stays)
-        y_before[:, 0] = x_before[:, -1] if wrap else 0
-        y_after[:, -1] = x_after[:, 0] if wrap else 0
-        return y_BFCHW
+        return _shift_in_one_pass(x_BFCHW, ahead, back, wrap, reverse)
 
     @staticmethod
     def backward(ctx, grad_BFCHW: Tensor):
-        return _ShiftInPlace.apply(grad_BFCHW, *ctx.settings), None, None, None, None
+        return _DifferentiableShift.apply(grad_BFCHW, *ctx.settings), None, None, None, None
 
 
 @dataclass

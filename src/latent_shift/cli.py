@@ -141,15 +141,19 @@ def evaluate(
 @app.command()
 def sheet(
     prompts: Annotated[Path, typer.Argument(help="a text file, a prompt a line; # starts a comment")],
-    out: Annotated[Path, typer.Argument(help="a .png: a row for each prompt")],
+    out: Annotated[
+        Path, typer.Argument(help=".png: a row of frames for each prompt; .gif .webp .mp4 .webm: all clips side by side, moving")
+    ],
     model: Annotated[str, typer.Option("--model", "-m", help="a name or a diffusers folder")] = "emoji",
     seed: Annotated[int, typer.Option(help="the seed of every clip")] = 0,
-    columns: Annotated[int, typer.Option(help="frames shown of each clip")] = 8,
+    columns: Annotated[int, typer.Option(help="frames shown of each clip, or clips in a row")] = 8,
     steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
 ) -> None:
     """Draw a contact sheet: what the model makes of a list of prompts, with one seed, nothing picked."""
     _quiet()
+    import numpy as np
+
     from latent_shift import video, zoo
 
     lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip() and not line.startswith("#")]
@@ -161,7 +165,11 @@ def sheet(
             clip = pipe(line, generator=zoo.seed(seed), num_inference_steps=steps, guidance_scale=guidance).frames[0]  # type: ignore[union-attr]
             rows.append(zoo.to_uint8(clip))
             progress(done, len(lines))
-    print(video.write(video.labelled_rows(rows, lines, columns=columns)[None], out))
+    if out.suffix.lower() == ".png":
+        picture = video.labelled_rows(rows, lines, columns=columns)[None]
+    else:
+        picture = np.stack([video.montage(np.stack(tiles), columns=min(columns, len(rows))) for tiles in zip(*rows, strict=True)])
+    print(video.write(picture, out, fps=pipe.call_defaults["fps"]))
 
 
 @app.command()

@@ -1,0 +1,125 @@
+"""The emoji recipe: downloads that resume and are checked, captions and splits that are what the docs say."""
+
+import base64
+import hashlib
+import importlib.util
+import io
+import json
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.progress import Progress
+
+from latent_shift import video
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+spec = importlib.util.spec_from_file_location("fetch", RECIPES / "emoji" / "fetch.py")
+fetch = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fetch)
+
+BODY = np.random.default_rng(0).bytes(100_000)
+SHA = base64.b64encode(hashlib.sha512(BODY).digest()).decode()
+
+
+@pytest.fixture
+def registry():
+    """A server on the loopback that knows one file and ranges of it; yields its address and the ranges asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            asked.append((self.path, start))
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(BODY) - start))
+            self.end_headers()
+            self.wfile.write(BODY[start:])
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_broken_download_goes_on_and_is_checked(registry, tmp_path):
+    address, asked = registry
+    (tmp_path / "pack-1.0.0.part").write_bytes(BODY[:40_000])
+    with Progress(disable=True) as progress:
+        path = fetch.download("@scope/pack", "1.0.0", SHA, tmp_path, address, progress)
+        assert path.read_bytes() == BODY
+        assert asked == [("/@scope/pack/-/pack-1.0.0.tgz", 40_000)]
+        fetch.download("@scope/pack", "1.0.0", SHA, tmp_path, address, progress)
+        assert len(asked) == 1  # what is there is not fetched again
+        (tmp_path / "other-1.0.0.part").write_bytes(b"x" * 40_000)
+        with pytest.raises(ValueError, match=r"other 1\.0\.0: the download does not match its sha512"):
+            fetch.download("other", "1.0.0", SHA, tmp_path, address, progress)
+    assert not (tmp_path / "other-1.0.0.part").exists()
+
+
+def test_names_and_variants_share_a_concept(tmp_path):
+    entries = [
+        {
+            "label": "waving hand",
+            "hexcode": "1F44B",
+            "tags": ["bye"],
+            "skins": [{"label": "waving hand: dark skin tone", "hexcode": "1F44B-1F3FF"}],
+        }
+    ]
+    body = json.dumps(entries).encode()
+    with tarfile.open(tmp_path / "data.tgz", "w:gz") as tar:
+        member = tarfile.TarInfo("package/en/data.json")
+        member.size = len(body)
+        tar.addfile(member, io.BytesIO(body))
+    table = fetch.names(tmp_path / "data.tgz")
+    assert table["1f44b"] == {"label": "waving hand", "tags": ["bye"], "concept": "1f44b"}
+    assert table["1f44b-1f3ff"]["label"] == "waving hand, dark skin tone"
+    assert table["1f44b-1f3ff"]["concept"] == "1f44b"
+    assert fetch.key("0023-FE0F-20E3") == "0023-20e3"
+
+
+def test_splits_keep_a_concept_on_one_side():
+    concepts = [f"1f{number:03x}" for number in range(2000)]
+    held = {concept for concept in concepts if fetch.split(concept, concept) == "val_concept"}
+    assert 60 < len(held) < 140
+    variants = {concept: {fetch.split(concept, f"{concept}-{tone}") for tone in fetch.TONES} for concept in concepts}
+    assert all(variants[concept] == {"val_concept"} for concept in held)
+    combos = sum("val_combo" in variants[concept] for concept in concepts)
+    assert 0.1 < combos / 2000 < 0.35
+    assert {fetch.split(concept, concept) for concept in concepts} == {"train", "val_concept"}
+
+
+def test_captions_are_labels_and_keywords():
+    assert fetch.captions("cat", [], "1f408") == ["cat"]
+    assert fetch.captions("hand, dark skin tone", ["wave"], "1f44b-1f3ff") == ["hand, dark skin tone"]
+    texts = fetch.captions("cat", ["pet", "feline", "cat", "animal", "kitty", "meow"], "1f408")
+    assert texts[0] == "cat"
+    assert texts == fetch.captions("cat", ["pet", "feline", "cat", "animal", "kitty", "meow"], "1f408")
+    assert sorted(word for word in texts[1].split(", ")[1:] + texts[2].split()) == ["animal", "feline", "kitty", "meow", "pet"]
+
+
+def test_words_of_motion_are_what_the_frames_show(tmp_path):
+    def clip(place, side=lambda k: 16):
+        frames = np.full((16, 64, 64, 3), 255, np.uint8)
+        for k in range(16):
+            top, left = place(k)
+            frames[k, top : top + side(k), left : left + side(k)] = 60
+        return frames
+
+    assert fetch.motion(clip(lambda k: (20 + k, 20))) == ["moving up and down"]
+    assert fetch.motion(clip(lambda k: (20, 20 + k))) == ["moving side to side"]
+    assert fetch.motion(clip(lambda k: (24 - k // 2, 24 - k // 2), lambda k: 16 + k // 2 * 2)) == ["changing size"]
+    assert fetch.motion(clip(lambda k: (20, 20))) == ["almost still"]
+    path = video.write(clip(lambda k: (20, 20 + min(k, 16 - k))), tmp_path / "clips" / "1f408.webp")
+    record = fetch.describe((path, {"label": "cat", "tags": [], "concept": "1f408"}, "1f408"))
+    assert record["loop"] is True
+    assert record["text"] == ["cat", "cat, moving side to side"]
+    path.write_bytes(b"broken")
+    assert fetch.describe((path, {"label": "cat", "tags": [], "concept": "1f408"}, "1f408"))[0] == "1f408.webp"

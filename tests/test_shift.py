@@ -156,6 +156,18 @@ def test_the_whole_network_is_the_one_with_shifted_convolutions(place):
         torch.testing.assert_close(unet(x, t, text).sample, hooked(x, t, text).sample)
 
 
+def test_a_block_with_another_activation_shifts_too():
+    x, t, text = inputs(4)
+    results = []
+    for activation in ("silu", "gelu"):
+        unet = inflate(tiny_unet(act_fn=activation))
+        with torch.no_grad(), frames(unet, 4):
+            changed = x.clone()
+            changed[0] += 1
+            results.append((unet(changed, t, text).sample - unet(x, t, text).sample)[1].abs().max())
+    assert min(results) > 1e-4
+
+
 @torch.no_grad()
 def test_clips_of_a_batch_never_mix():
     unet = inflate(tiny_unet())

@@ -144,8 +144,8 @@ class DenoiserStage:
         folder = self.store.folder
         solver = {"algorithm_type": "sde-dpmsolver++"} if self.config.diffusion.zero_terminal_snr else {}
         return LatentShiftPipeline(
-            vae=AutoencoderKL.from_pretrained(folder / "autoencoder"),
-            text_encoder=AutoModel.from_pretrained(folder / "text_encoder"),
+            vae=AutoencoderKL.from_pretrained(folder / "autoencoder", dtype=torch.float32),
+            text_encoder=AutoModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
             unet=self.model,
             scheduler=DPMSolverMultistepScheduler.from_config(self.schedule.config, **solver),

@@ -1,0 +1,100 @@
+"""Every command and every example of the README runs, with two steps and the tiny size where it would train."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from typer.testing import CliRunner
+
+import latent_shift as ls
+from latent_shift import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+QUICK = {
+    "train": ["optim.steps=2", "optim.warmup_steps=1", "optim.cooldown_steps=0", "train.precision=no", "data.batch_size=2", "data.crop=32"],
+    "generate": ["--steps", "1", "--num-frames", "2"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_command(media, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "recipes", "recipes")
+    shutil.copytree(media, "my-videos")
+    shutil.copytree(texts, "data/minilm")
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("latent-shift")]
+    assert len(commands) >= 10
+    for line in commands:
+        words = shlex.split(line, comments=True)[1:]
+        if words[:2] == ["data", "check"]:
+            words += ["--frames", "4"]
+        if words[:2] == ["data", "pack"]:
+            words[words.index("128")] = "32"
+        if words[0] == "train" and "video" not in words[1]:
+            words += ["model.size=tiny"]
+        if words[0] == "train" and "video" in words[1]:
+            words += ["data.num_frames=4"]
+        result = CliRunner().invoke(cli.app, words + QUICK.get(words[0], []), catch_exceptions=False)
+        assert result.exit_code == 0, (line, result.output)
+    assert {path.name for path in tmp_path.glob("*.*")} >= {"heart.mp4", "ghost.gif", "preview.png", "a-rocket.mp4"}
+
+
+def test_the_pipeline_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load = ls.load
+
+    def quick(*args):
+        pipe = load(*args)
+        pipe.call_defaults["num_inference_steps"] = 1
+        return pipe
+
+    monkeypatch.setattr(ls, "load", quick, raising=False)
+    names: dict = {}
+    exec(blocks("python")[0], names)
+    assert (tmp_path / "panda.mp4").exists()
+    assert names["clip"].shape == names["flag"].shape == (16, 128, 128, 3)
+    assert names["image"].shape == (1, 128, 128, 3)
+
+
+def test_the_method_example(video_model):
+    example = blocks("python")[1].replace('"any/stable-diffusion"', repr(str(video_model)))
+    names = dict(
+        ls=ls, UNet2DConditionModel=UNet2DConditionModel,
+        noisy=torch.randn(32, 4, 4, 4), t=torch.tensor(3), text=torch.randn(32, 5, 32),
+    )  # fmt: skip
+    with torch.no_grad():
+        exec(example, names)
+    assert names["epsilon"].shape == (32, 4, 4, 4)
+    assert ls.shift_of(names["unet"]) is None
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/emoji.md"])
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    targets = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
+    assert all((page.parent / target).exists() for target in targets), targets
+
+
+def test_the_embedded_model_is_whole():
+    """At most 100 MB, half precision, loaded without a network, and its frames are pictures."""
+    folder = ROOT / "src" / "latent_shift" / "weights" / "emoji"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 100e6
+    pipe = ls.load("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    clip = pipe("red heart", generator=ls.seed(0), num_inference_steps=8).frames[0]
+    again = pipe("red heart", generator=ls.seed(0), num_inference_steps=8).frames[0]
+    assert np.array_equal(clip, again)
+    middle = clip[:, 40:88, 40:88].mean(axis=(0, 1, 2))
+    corners = clip[:, :8, :8].mean()
+    assert corners > 0.9  # white around it
+    assert middle[0] > middle[1] + 0.3  # and red
+    assert middle[0] > middle[2] + 0.3

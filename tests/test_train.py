@@ -1,6 +1,8 @@
 """The three stages, end to end at tiny size with real classes, and exact resume."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -59,6 +61,35 @@ def test_resume_is_exact(stage, packed, latents, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "parts" / "stats.jsonl").read_text().splitlines()]
     expected = [json.loads(line) for line in (tmp_path / "whole" / "stats.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+
+
+def test_another_models_run_is_refused(packed, latents, tmp_path):
+    train.train(tiny_config("image", latents, steps=1), tmp_path)
+    with pytest.raises(ValueError, match="holds a run of stage image with other"):
+        train.train(tiny_config("video", latents, steps=1), tmp_path)
+    with pytest.raises(ValueError, match="choose another run folder"):
+        train.train(tiny_config("image", latents, steps=1, model={"size": "tiny", "edge": "wrap"}), tmp_path)
+
+
+def test_accumulated_batches_are_one_larger_batch(latents, tmp_path):
+    """Statistics are means over all batches of a step; every part draws its own data."""
+    rows = []
+    train.train(tiny_config("image", latents, steps=2, optim={"accumulate": 3}), tmp_path, report=rows.append)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0.3 < row["loss"] < 3 for row in rows)
+    assert rows[0]["grad_norm"] > 0
+
+
+def test_sigterm_saves_and_the_run_goes_on(packed, tmp_path):
+    """Asked to stop in the middle, it writes a checkpoint and ends well; the next call finishes as if nothing had been."""
+    config = tiny_config("autoencoder", packed, steps=6)
+    train.train(config, tmp_path / "stopped", report=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 2 else None)
+    assert [path.name for path in checkpoint.steps(tmp_path / "stopped")] == ["step-00000002"]
+    assert not (tmp_path / "stopped" / "model").exists()
+    train.train(config, tmp_path / "stopped")
+    train.train(config, tmp_path / "whole")
+    a, b = (load_file(tmp_path / run / "model" / "diffusion_pytorch_model.safetensors") for run in ("stopped", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_old_checkpoints_go_and_half_written_ones_do_not_count(packed, tmp_path):

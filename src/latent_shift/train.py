@@ -13,6 +13,7 @@ import logging
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from latent_shift import autoencoder, checkpoint, data, models, video
-from latent_shift.config import Config, dump
+from latent_shift.config import Config, dump, load
 from latent_shift.diffusion import DenoisingObjective, noise_schedule
 from latent_shift.encode import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
@@ -185,7 +186,7 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
     """Train one stage in the folder `run`, going on from its newest checkpoint if it has one.
 
     Args:
-        config: what to train; must equal the run's own config.toml but for optim.steps and [train] if the run exists.
+        config: what to train. A run that goes on must keep its stage and model; the rest may change.
         run: the run folder (see checkpoint.py).
         report: called with the statistics of every `log_every` steps.
 
@@ -193,9 +194,13 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
         The exported diffusers folder, `run/model`.
 
     Raises:
-        ValueError: settings or data that do not fit together.
+        ValueError: settings or data that do not fit together, or a run folder that holds another model's run.
     """
     run = Path(run)
+    if (run / "config.toml").exists():
+        before = load(run / "config.toml")
+        if (before.stage, before.model) != (config.stage, config.model):
+            raise ValueError(f"{run} holds a run of stage {before.stage} with other [model] settings; choose another run folder")
     accelerator = Accelerator(
         mixed_precision=config.train.precision,
         gradient_accumulation_steps=config.optim.accumulate,
@@ -249,7 +254,7 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
     stopping = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: stopping.set()) if threading.current_thread() is threading.main_thread() else None
     saved, began, logged, waited = time.monotonic(), time.monotonic(), done, 0.0
-    totals: dict[str, float] = {}
+    seen: defaultdict[str, list[Tensor]] = defaultdict(list)  # stays on the device: reading a number would wait for it
     with ThreadPoolExecutor(1) as loader:
         ahead = loader.submit(draw, done * config.optim.accumulate)
         for step in range(done, config.optim.steps):
@@ -268,14 +273,14 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
                     optimizer.step()
                     optimizer.zero_grad()
                 for name, value in {"loss": loss.detach(), **terms}.items():
-                    totals[name] = totals.get(name, 0.0) + float(value)
+                    seen[name].append(value)
             ema.step(parameters)
 
             count = step + 1
             if count % config.train.log_every == 0 or count == config.optim.steps:
                 elapsed, num = time.monotonic() - began, count - logged
                 rate = num * config.optim.accumulate * config.data.batch_size * accelerator.num_processes / elapsed
-                row = {"step": count, **{name: total / num for name, total in totals.items()}}
+                row = {"step": count, **{name: float(torch.stack(values).mean()) for name, values in seen.items()}}
                 row |= {
                     "lr": group["lr"],
                     "clips_per_s": rate,
@@ -288,7 +293,8 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
                     accelerator.log(row, step=count)
                     if report:
                         report(row)
-                began, logged, waited, totals = time.monotonic(), count, 0.0, {}
+                began, logged, waited = time.monotonic(), count, 0.0
+                seen.clear()
             if count % config.train.sample_every == 0:
                 averaged(partial(stage.sample, run / "samples", count))
             due = time.monotonic() - saved > 60 * config.train.checkpoint_minutes

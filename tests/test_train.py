@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from latent_shift import checkpoint, data, train
+from latent_shift import checkpoint, data, stages, train
 from latent_shift.autoencoder import AutoencoderObjective, to_pixels, whiten
 from latent_shift.config import load
 from latent_shift.encode import LatentStore
@@ -159,7 +159,7 @@ def test_cached_embeddings_are_the_pipelines(latents, video_model):
 
 
 def test_a_batch_is_what_the_config_says(latents):
-    stage = train.DenoiserStage(tiny_config("video", latents, data={"image_share": 0.5, "batch_size": 3}))
+    stage = stages.DenoiserStage(tiny_config("video", latents, data={"image_share": 0.5, "batch_size": 3}))
     shapes = set()
     for seed in range(20):
         x, noise, timesteps, text = stage.draw(np.random.default_rng(seed))
@@ -170,6 +170,6 @@ def test_a_batch_is_what_the_config_says(latents):
     assert shapes == {(3, 4, 4, 4, 4), (12, 1, 4, 4, 4)}
     again = stage.draw(np.random.default_rng(19))
     assert all(torch.equal(a, b) for a, b in zip(again, (x, noise, timesteps, text), strict=True))
-    emptied = train.DenoiserStage(tiny_config("video", latents, diffusion={"caption_dropout": 1.0})).draw(np.random.default_rng(0))
+    emptied = stages.DenoiserStage(tiny_config("video", latents, diffusion={"caption_dropout": 1.0})).draw(np.random.default_rng(0))
     null = torch.from_numpy(LatentStore(latents).embeddings[0].astype(np.float32))
     assert (emptied[3] == null).all()

@@ -1,0 +1,167 @@
+"""The three stages: what each draws, trains, shows and exports. The loop (train.py) knows steps, not data.
+
+B clips, F frames, C channels, h w, L tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, ModelMixin, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from latent_shift import autoencoder, data, models, video
+from latent_shift.config import Config
+from latent_shift.diffusion import DenoisingObjective, noise_schedule
+from latent_shift.encode import LatentStore
+from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift.shift import Shift, inflate, share_text
+
+
+class Stage(Protocol):
+    @property
+    def objective(self) -> nn.Module: ...  # forward(*batch) -> (loss, terms)
+    @property
+    def model(self) -> ModelMixin: ...  # what is trained, averaged and exported
+
+    def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]: ...
+    def sample(self, folder: Path, step: int) -> None: ...
+    def export(self, folder: Path) -> None: ...
+
+
+class AutoencoderStage:
+    """Random crops of random frames, every concept as often as any other."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.store = data.Store(config.data.path)
+        self.sampler = data.BalancedSampler(self.store.records, self.store.select(splits=config.data.splits))
+        init = config.model.init
+        self.model = AutoencoderKL.from_pretrained(init) if init else models.autoencoder(str(config.model.size))
+        self.objective = autoencoder.AutoencoderObjective(self.model, kl=config.loss.kl, perceptual=config.loss.perceptual)
+
+    def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        crop = min(self.config.data.crop, *self.store.array.shape[1:3])
+        crops = np.empty((self.config.data.batch_size, crop, crop, 3), np.uint8)
+        for row, index in enumerate(self.sampler.draw(rng, len(crops))):
+            frame = self.store.draw_window(rng, index, 1)[0]
+            top, left = rng.integers(frame.shape[0] - crop + 1), rng.integers(frame.shape[1] - crop + 1)
+            crops[row] = frame[top : top + crop, left : left + crop]
+        noise = rng.standard_normal((len(crops), self.model.config.latent_channels, crop // 8, crop // 8), np.float32)
+        return autoencoder.to_pixels(torch.from_numpy(crops)), torch.from_numpy(noise)
+
+    def _frames(self, num: int) -> Tensor:
+        rng = np.random.default_rng(0)
+        return torch.from_numpy(np.concatenate([self.store.draw_window(rng, i, 1) for i in self.sampler.draw(rng, num)]))
+
+    @torch.no_grad()
+    def sample(self, folder: Path, step: int) -> None:
+        """Eight frames above their reconstructions."""
+        frames = self._frames(8)
+        pixels = autoencoder.to_pixels(frames).to(self.model.device)
+        decoded = autoencoder.to_frames(self.model.decode(self.model.encode(pixels).latent_dist.mean).sample.cpu())
+        sheet = video.montage(torch.cat([frames, decoded]).numpy(), columns=8)
+        video.write(sheet[None], folder / f"{step:08d}.png")
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        frames = autoencoder.to_pixels(self._frames(512)).to(self.model.device)
+        latents = torch.cat([self.model.encode(batch).latent_dist.mean.cpu() for batch in frames.split(16)])
+        plain = AutoencoderKL.from_config(self.model.config)
+        plain.load_state_dict(self.model.state_dict())
+        autoencoder.whiten(plain, latents)
+        plain.save_pretrained(folder)
+
+
+class DenoiserStage:
+    """Text to image (one frame a clip) and text to video: the same U-Net, the same objective, more frames.
+
+    With `data.image_share` some steps of the video stage train on as many single frames instead: the network stays an image model.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.store = LatentStore(config.data.path)
+        self.samplers = {
+            num_frames: data.BalancedSampler(self.store.records, self.store.select(splits=config.data.splits, num_frames=num_frames))
+            for num_frames in {1, config.data.num_frames}
+        }
+        init = config.model.init
+        sample_size = self.store.info["shape"][-1]
+        self.model = (
+            UNet2DConditionModel.from_pretrained(init, subfolder="unet", dtype=torch.float32)
+            if init
+            else models.unet(str(config.model.size), sample_size=sample_size)
+        )
+        self.shift = Shift(config.model.forward, config.model.backward, config.model.place, config.model.edge)
+        inflate(self.model, self.shift)
+        share_text(self.model)
+        options = config.diffusion
+        self.schedule = noise_schedule(
+            prediction=options.prediction,
+            schedule=options.schedule,
+            num_timesteps=options.num_timesteps,
+            zero_terminal_snr=options.zero_terminal_snr,
+        )
+        self.objective = DenoisingObjective(self.model, self.schedule, min_snr=options.min_snr)
+
+    def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """Latents, noise `(B, F, C, h, w)`, timesteps `(B,)`, text `(B, L, D)`."""
+        num_clips, num_frames = self.config.data.batch_size, self.config.data.num_frames
+        if num_frames > 1 and rng.random() < self.config.data.image_share:
+            num_clips, num_frames = num_clips * num_frames, 1
+        indices = self.samplers[num_frames].draw(rng, num_clips)
+        moments = np.stack([self.store.draw_window(rng, index, num_frames) for index in indices]).astype(np.float32)
+        mean, std = moments[:, :, 0], moments[:, :, 1]
+        latents = mean + std * rng.standard_normal(mean.shape, np.float32)
+        noise = rng.standard_normal(mean.shape, np.float32)
+        timesteps = rng.integers(self.config.diffusion.num_timesteps, size=num_clips)
+        captions = [self.store.caption(rng, index) for index in indices]
+        emptied = rng.random(num_clips) < self.config.diffusion.caption_dropout
+        text = self.store.embeddings[np.where(emptied, 0, captions)].astype(np.float32)
+        return tuple(torch.from_numpy(array) for array in (latents, noise, timesteps, text))
+
+    def pipeline(self) -> LatentShiftPipeline:
+        folder = self.store.folder
+        solver = {"algorithm_type": "sde-dpmsolver++"} if self.config.diffusion.zero_terminal_snr else {}
+        return LatentShiftPipeline(
+            vae=AutoencoderKL.from_pretrained(folder / "autoencoder", dtype=torch.float32),
+            text_encoder=AutoModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+            tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            unet=self.model,
+            scheduler=DPMSolverMultistepScheduler.from_config(self.schedule.config, **solver),
+            latent_shift={
+                "num_frames": self.config.data.num_frames,
+                "fps": self.store.info["fps"],
+                "num_inference_steps": 20,
+                "guidance_scale": 4.0,
+            },
+        )
+
+    def sample(self, folder: Path, step: int) -> None:
+        """The first captions of eight training records and of four that were held out, a row of frames each."""
+        records = self.store.records
+        rng = np.random.default_rng(0)
+        seen = self.samplers[self.config.data.num_frames].draw(rng, 8)
+        held = [index for index, record in enumerate(records) if record.split != "train"]
+        held = [held[index] for index in rng.choice(len(held), size=min(4, len(held)), replace=False)]
+        prompts = [records[index].texts[0] for index in seen + held]
+        pipe = self.pipeline().to(self.model.device)
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(0) for _ in prompts]
+        clips = pipe(prompts, generator=generators).frames
+        tiles = (clips[:, :: max(1, clips.shape[1] // 8)] * 255).round().astype(np.uint8)
+        sheet = video.montage(tiles.reshape(-1, *tiles.shape[2:]), columns=tiles.shape[1] if tiles.shape[1] > 1 else 4)
+        video.write(sheet[None], folder / f"{step:08d}.png")
+
+    def export(self, folder: Path) -> None:
+        """A half-precision pipeline folder; diffusers' StableDiffusionPipeline reads it too."""
+        pipe = self.pipeline()
+        pipe.unet = copy.deepcopy(self.model)  # the averaged weights; the ones in training stay float32
+        pipe.vae.half(), pipe.text_encoder.half(), pipe.unet.half()
+        pipe.save_pretrained(folder)

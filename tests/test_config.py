@@ -51,6 +51,7 @@ def test_overrides_and_the_way_back(recipe, tmp_path):
         (["data.num_frames=4"], "trains on single frames: data.num_frames must be 1"),
         (["model.init=there"], "give either size"),
         (["optim.cooldown_steps=95"], "together are more than optim.steps"),
+        (["diffusion.zero_terminal_snr=true"], "zero_terminal_snr needs prediction v_prediction"),
         (["optim.lr"], "expected table.key=value, got 'optim.lr'"),
         (["stage.name=1"], "stage is a value, not a table"),
     ],

@@ -46,6 +46,12 @@ class Diffusion(Section):
     min_snr: float | None = Field(None, gt=0)  # gamma of the min-SNR loss weight; unset: every timestep weighs the same
     caption_dropout: float = Field(0.1, ge=0, le=1)  # share of captions emptied, for classifier-free guidance
 
+    @model_validator(mode="after")
+    def _pure_noise(self) -> Diffusion:
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError("zero_terminal_snr needs prediction v_prediction: from pure noise the noise says nothing")
+        return self
+
 
 class Loss(Section):
     """Weights of the autoencoder's terms beside the mean absolute error."""

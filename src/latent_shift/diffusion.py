@@ -26,7 +26,7 @@ def noise_schedule(
         clip_sample=False,
         # A schedule that ends in pure noise must be sampled from its last step (Lin et al., section 3.3).
         timestep_spacing="trailing" if zero_terminal_snr else "leading",
-        steps_offset=0 if zero_terminal_snr else 1,
+        steps_offset=1,
     )
 
 

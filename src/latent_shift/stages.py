@@ -128,13 +128,12 @@ class DenoiserStage:
 
     def pipeline(self) -> LatentShiftPipeline:
         folder = self.store.folder
-        solver = {"algorithm_type": "sde-dpmsolver++"} if self.config.diffusion.zero_terminal_snr else {}
         return LatentShiftPipeline(
             vae=AutoencoderKL.from_pretrained(folder / "autoencoder", dtype=torch.float32),
             text_encoder=AutoModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
             unet=self.model,
-            scheduler=DPMSolverMultistepScheduler.from_config(self.schedule.config, **solver),
+            scheduler=DPMSolverMultistepScheduler.from_config(self.schedule.config),
             latent_shift={
                 "num_frames": self.config.data.num_frames,
                 "fps": self.store.info["fps"],

@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing here reads from a hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check format emoji sheet table bench clean
+.PHONY: demo test check format emoji sheet table ablation bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +66,12 @@ sheet: $(VENV)/.core
 
 table: data/emoji-128/store.json
 	$(BIN)/latent-shift eval data/emoji-128 -o docs/results/emoji.json
+
+# The shift against no shift: the video stage twice from the same image model, 1,000 steps each, nothing else changed.
+ablation: $(VENV)/.core
+	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/shift optim.steps=1000
+	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/no-shift optim.steps=1000 model.forward=0.0 model.backward=0.0
+	$(BIN)/latent-shift eval data/emoji-128 -m runs/shift/model -m runs/no-shift/model -o docs/results/ablation.json
 
 bench: $(VENV)/.core
 	$(BIN)/latent-shift bench

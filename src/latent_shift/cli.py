@@ -109,33 +109,37 @@ def encode(
 
 @app.command("eval")
 def evaluate(
-    store: Annotated[Path, typer.Argument(help="packed frames of the model's size and frame rate")],
-    model: Annotated[str, typer.Option("--model", "-m", help="a name or a diffusers folder")] = "emoji",
+    store: Annotated[Path, typer.Argument(help="packed frames of the models' size and frame rate")],
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="a name or a diffusers folder; may be repeated")] = None,
     num: Annotated[int, typer.Option(help="concepts, one clip each")] = 100,
     split: Annotated[list[str] | None, typer.Option(help="where captions come from; may be repeated; default train")] = None,
     steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")] = None,
 ) -> None:
-    """Measure a model against real clips: reconstruction, retrieval, motion, coherence."""
+    """Measure models against real clips, side by side: reconstruction, retrieval, motion, coherence."""
     _quiet()
     import json
 
     from latent_shift import data, metrics, zoo
 
-    pipe, packed, splits = zoo.load(model), data.Store(store), tuple(split or ["train"])
-    pipe.set_progress_bar_config(disable=True)
-    with _progress("frames") as progress:
-        held_out = tuple({record.split for record in packed.records} - {"train"}) or splits
-        result = {"model": model, "reconstruction": metrics.reconstruction(pipe.vae, packed, splits=held_out, num=200, progress=progress)}
-    with _progress("clips") as progress:
-        measures, _ = metrics.evaluate(pipe, packed, num=num, splits=splits, steps=steps, guidance=guidance, progress=progress)
-    result |= measures
-    text = json.dumps(result, indent=1)
+    packed, splits, results = data.Store(store), tuple(split or ["train"]), []
+    held_out = tuple({record.split for record in packed.records} - {"train"}) or splits
+    for name in model or ["emoji"]:
+        pipe = zoo.load(name)
+        pipe.set_progress_bar_config(disable=True)
+        with _progress(f"{name}: frames") as progress:
+            result = {
+                "model": name,
+                "reconstruction": metrics.reconstruction(pipe.vae, packed, splits=held_out, num=200, progress=progress),
+            }
+        with _progress(f"{name}: clips") as progress:
+            measures, _ = metrics.evaluate(pipe, packed, num=num, splits=splits, steps=steps, guidance=guidance, progress=progress)
+        results.append(result | measures)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n")
-    print(text)
+        output.write_text(json.dumps(results, indent=1) + "\n")
+    print(metrics.table(results))
 
 
 @app.command()

@@ -157,20 +157,17 @@ def evaluate(
 
 def table(results: list[dict]) -> str:
     """Markdown: a row for each measure of `evaluate`, a column for each model, and what real clips measure."""
-    rows: list[tuple[str, Callable[[dict], str], Callable[[dict], str]]] = [
-        ("reconstruction PSNR, dB", lambda r: f"{r['reconstruction']['psnr_db']:.1f}", lambda r: ""),
-        (f"right caption first of {results[0]['clips']}", lambda r: f"{r['retrieval_top1']:.0%}", lambda r: "100%"),
-        ("right caption in the first five", lambda r: f"{r['retrieval_top5']:.0%}", lambda r: "100%"),
-        ("median rank of the right caption", lambda r: f"{r['retrieval_median_rank']:g}", lambda r: "1"),
+    real = results[0]
+    rows = [
+        ["measure", *(str(result["model"]) for result in results), "real clips"],
+        ["---"] * (len(results) + 2),
+        ["reconstruction PSNR, dB", *(f"{result['reconstruction']['psnr_db']:.1f}" for result in results), ""],
+        [f"right caption first of {real['clips']}", *(f"{result['retrieval_top1']:.0%}" for result in results), "100%"],
+        ["right caption in the first five", *(f"{result['retrieval_top5']:.0%}" for result in results), "100%"],
+        ["median rank of the right caption", *(f"{result['retrieval_median_rank']:g}" for result in results), "1"],
+        ["motion error, factor", *(f"{result['motion_error']:.2f}" for result in results), "1.00"],
     ]
-    for name, label in (
-        ("motion_energy", "motion energy, grey levels"),
-        ("flicker", "flicker, grey levels"),
-        ("coherence", "coherence of successive frames"),
-    ):
-        rows.append((label, lambda r, name=name: f"{r[name]:.3g}", lambda r, name=name: f"{r[name + '_real']:.3g}"))
-    rows.append(("motion error, factor", lambda r: f"{r['motion_error']:.2f}", lambda r: "1.00"))
-    header = ["measure", *(str(result["model"]) for result in results), "real clips"]
-    lines = [header, ["---"] * len(header)]
-    lines += [[label, *(of_model(result) for result in results), of_real(results[0])] for label, of_model, of_real in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    for name, unit in (("motion_energy", ", grey levels"), ("flicker", ", grey levels"), ("coherence", "")):
+        label = name.replace("_", " ") + unit
+        rows.append([label, *(f"{result[name]:.3g}" for result in results), f"{real[name + '_real']:.3g}"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

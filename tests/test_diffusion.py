@@ -1,10 +1,11 @@
 """The objective against its formulas."""
 
+import numpy as np
 import pytest
 import torch
 
 from latent_shift import models
-from latent_shift.diffusion import DenoisingObjective, noise_schedule
+from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule
 from latent_shift.shift import frames, inflate, share_text
 
 
@@ -62,3 +63,14 @@ def test_schedules():
     assert len(noise_schedule(num_timesteps=10).betas) == 10
     with pytest.raises(ValueError, match="min_snr has no weight"):
         DenoisingObjective(torch.nn.Identity(), noise_schedule(prediction="sample"), min_snr=5.0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_timesteps_follow_their_distribution(shift):
+    timesteps = draw_timesteps(np.random.default_rng(0), 100_000, 1000, shift=shift)
+    assert timesteps.min() >= 0
+    assert timesteps.max() <= 999
+    for t in (100, 500, 900):
+        # P(t' < t) is the u that is moved to t.
+        u = (t / 1000) / (shift - (shift - 1) * t / 1000)
+        assert (timesteps < t).mean() == pytest.approx(u, abs=0.005)

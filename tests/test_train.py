@@ -173,3 +173,13 @@ def test_a_batch_is_what_the_config_says(latents):
     emptied = stages.DenoiserStage(tiny_config("video", latents, diffusion={"caption_dropout": 1.0})).draw(np.random.default_rng(0))
     null = torch.from_numpy(LatentStore(latents).embeddings[0].astype(np.float32))
     assert (emptied[3] == null).all()
+
+
+def test_the_timestep_shift_draws_noisier_steps(latents):
+    drawn = [
+        stages.DenoiserStage(tiny_config("video", latents, diffusion={"timestep_shift": shift}, data={"batch_size": 64})).draw(
+            np.random.default_rng(0)
+        )[2]
+        for shift in (1.0, 3.0)
+    ]
+    assert drawn[1].float().mean() > drawn[0].float().mean() + 100

@@ -5,6 +5,7 @@ B clips, F frames, C channels, H W, L tokens, D text width, N = B*F. A clip has 
 
 from __future__ import annotations
 
+import numpy as np
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -28,6 +29,12 @@ def noise_schedule(
         timestep_spacing="trailing" if zero_terminal_snr else "leading",
         steps_offset=1,
     )
+
+
+def draw_timesteps(rng: np.random.Generator, num: int, num_timesteps: int, *, shift: float = 1.0) -> np.ndarray:
+    """Timesteps `(num,)` in [0, num_timesteps): uniform u, moved by s u / (1 + (s - 1) u) (Esser et al. 2024, equation 23)."""
+    u = rng.random(num)
+    return (num_timesteps * shift * u / (1 + (shift - 1) * u)).astype(np.int64)
 
 
 class DenoisingObjective(nn.Module):

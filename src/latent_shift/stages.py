@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from latent_shift import autoencoder, data, models, video
 from latent_shift.config import Config
-from latent_shift.diffusion import DenoisingObjective, noise_schedule
+from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule
 from latent_shift.encode import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.shift import Shift, inflate, share_text
@@ -120,7 +120,7 @@ class DenoiserStage:
         mean, std = moments[:, :, 0], moments[:, :, 1]
         latents = mean + std * rng.standard_normal(mean.shape, np.float32)
         noise = rng.standard_normal(mean.shape, np.float32)
-        timesteps = rng.integers(self.config.diffusion.num_timesteps, size=num_clips)
+        timesteps = draw_timesteps(rng, num_clips, self.config.diffusion.num_timesteps, shift=self.config.diffusion.timestep_shift)
         captions = [self.store.caption(rng, index) for index in indices]
         emptied = rng.random(num_clips) < self.config.diffusion.caption_dropout
         text = self.store.embeddings[np.where(emptied, 0, captions)].astype(np.float32)

@@ -59,7 +59,7 @@ def texts(tmp_path_factory):
 def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
     """A config of a few steps; `sections` override table by table."""
     tables = {
-        "data": {"path": str(path), "batch_size": 2, "crop": 32, **({"num_frames": 4} if stage == "video" else {})},
+        "data": {"path": str(path), "batch_size": 2, **{"autoencoder": {"crop": 32}, "image": {}, "video": {"num_frames": 4}}[stage]},
         "model": {"size": "tiny"},
         "optim": {"steps": steps, "lr": 1e-3, "warmup_steps": 1},
         "train": {"precision": "no", "log_every": 1, "sample_every": 1000},

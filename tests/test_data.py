@@ -94,6 +94,17 @@ def test_broken_files_are_named_with_the_reason(tmp_path):
         video.write(counting_clip(2), tmp_path / "a.mp4", fps=0)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_a_video_cut_short_is_refused(tmp_path, suffix):
+    """It decodes without an error; only its header tells that something is missing."""
+    whole = video.write(np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), np.uint8), tmp_path / f"whole{suffix}")
+    assert len(video.read(whole)[0]) == 24
+    part = tmp_path / f"part{suffix}"
+    part.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"part.*: cut short: [0-9.]+ s of 3\.0 s can be decoded"):
+        video.read(part)
+
+
 def test_a_folder_of_videos_with_captions_is_a_data_set(tmp_path):
     video.write(counting_clip(16), tmp_path / "sub" / "a.mp4")
     (tmp_path / "sub" / "a.txt").write_text("a cat\nthe same cat\n")

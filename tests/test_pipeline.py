@@ -14,8 +14,9 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from latent_shift import models
 from latent_shift.pipeline import LatentShiftPipeline
@@ -201,3 +202,23 @@ def test_wrong_calls_say_what_was_expected(pipe, texts, tmp_path):
         LatentShiftPipeline(**components(texts), latent_shift={"nmu_frames": 4})
     with pytest.raises(ValueError, match="did you mean 'emoji'"):
         load("emojis")
+
+
+def test_what_the_safety_checker_refuses_is_black(texts):
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    torch.manual_seed(0)
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8)).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    parts = {**components(texts), "safety_checker": checker, "feature_extractor": processor}
+    pipe = LatentShiftPipeline(**parts, latent_shift={"num_frames": 4, "num_inference_steps": 2})
+    pipe.set_progress_bar_config(disable=True)
+    for threshold, refused in ((2.0, False), (-2.0, True)):  # a cosine is above every threshold below -1
+        checker.concept_embeds_weights.fill_(threshold)
+        checker.special_care_embeds_weights.fill_(threshold)
+        assert (pipe("a", generator=seed(0)).frames == 0).all() == refused
+
+
+def test_a_saved_folder_has_the_settings_of_now(pipe, tmp_path):
+    inflate(pipe.unet, Shift(1 / 4, 0, edge="hold"))
+    pipe.save_pretrained(tmp_path)
+    assert shift_of(LatentShiftPipeline.from_pretrained(tmp_path).unet) == Shift(1 / 4, 0, edge="hold")

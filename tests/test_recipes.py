@@ -34,10 +34,13 @@ def registry():
         def do_GET(self):
             start = int(self.headers.get("Range", "bytes=0-")[6:-1])
             asked.append((self.path, start))
+            if start >= len(BODY):
+                self.send_error(416)
+                return
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(BODY) - start))
             self.end_headers()
-            self.wfile.write(BODY[start:])
+            self.wfile.write(BODY[start : 50_000 if "breaks" in self.path and not start else None])
 
         def log_message(self, *_):
             pass
@@ -62,6 +65,18 @@ def test_a_broken_download_goes_on_and_is_checked(registry, tmp_path):
         with pytest.raises(ValueError, match=r"other 1\.0\.0: the download does not match its sha512"):
             fetch.download("other", "1.0.0", SHA, tmp_path, address, progress)
     assert not (tmp_path / "other-1.0.0.part").exists()
+
+
+def test_a_connection_that_breaks_loses_nothing(registry, tmp_path):
+    address, asked = registry
+    with Progress(disable=True) as progress:
+        with pytest.raises(ValueError, match="the connection broke after 50000 of 100000 bytes"):
+            fetch.download("breaks", "1.0.0", SHA, tmp_path, address, progress)
+        assert fetch.download("breaks", "1.0.0", SHA, tmp_path, address, progress).read_bytes() == BODY
+        assert [start for _, start in asked] == [0, 50_000]
+        # Killed between the last byte and the check: there is nothing left to ask for.
+        (tmp_path / "whole-1.0.0.part").write_bytes(BODY)
+        assert fetch.download("whole", "1.0.0", SHA, tmp_path, address, progress).read_bytes() == BODY
 
 
 def test_names_and_variants_share_a_concept(tmp_path):

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 
 from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of, temporal_shift
 
@@ -181,8 +182,21 @@ def test_clips_of_a_batch_never_mix():
 
 
 @torch.no_grad()
-def test_time_reaches_one_frame_a_block_and_no_farther():
-    """A single shifted block: a change in frame 0 is seen in frames 0 and 1 alone; with backward=0 nothing flows back."""
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("backward", "seen"), [(1 / 3, [2, 3, 4]), (0, [3, 4])])
+def test_time_reaches_one_frame_a_block_and_no_farther(place, backward, seen):
+    torch.manual_seed(0)
+    block = inflate(ResnetBlock2D(in_channels=12, out_channels=12, temb_channels=4, groups=3).eval(), Shift(1 / 3, backward, place))
+    x, temb = torch.randn(7, 12, 4, 4), torch.randn(7, 4)
+    changed = x.clone()
+    changed[3] += torch.randn(12, 4, 4)
+    with frames(block, 7):
+        difference = (block(changed, temb) - block(x, temb)).abs().amax(dim=(1, 2, 3))
+    assert difference.nonzero().flatten().tolist() == seen
+
+
+@torch.no_grad()
+def test_without_the_backward_share_nothing_flows_back():
     unet = inflate(tiny_unet(), Shift(backward=0))
     x, t, text = inputs(6)
     changed = x.clone()
@@ -218,6 +232,7 @@ def test_frames_can_change_the_edge_and_puts_everything_back():
 
 @torch.no_grad()
 def test_the_whole_batch_as_one_clip():
+    assert torch.equal(temporal_shift(torch.ones(1, 3, 2, 2), -1), torch.ones(1, 3, 2, 2))
     unet = inflate(tiny_unet())
     x, t, text = inputs(6)
     with frames(unet, 6):
@@ -244,7 +259,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             unet.enable_gradient_checkpointing()
         x, t, text = inputs(4)
         with frames(unet, 4):
-            unet(x, t, text).sample.square().mean().backward()
+            loss = unet(x, t, text).sample.square().mean()
+        loss.backward()  # after the clip: the blocks are run again here
         gradients.append([parameter.grad for parameter in unet.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
@@ -289,6 +305,15 @@ def test_one_text_a_clip_is_the_text_repeated_for_each_frame():
         assert share_text(unet)
         shared = unet(x, t, text[:2]).sample
     torch.testing.assert_close(shared, repeated)
+
+
+def test_deflate_gives_every_frame_its_own_text_again():
+    unet = inflate(tiny_unet())
+    share_text(unet)
+    x, t, text = inputs(4)
+    assert torch.equal(deflate(unet)(x, t, text).sample, tiny_unet()(x, t, text).sample)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        unet(x, t, text[:2])
 
 
 def test_text_is_not_shared_past_a_foreign_processor():

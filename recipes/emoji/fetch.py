@@ -3,7 +3,7 @@
     python recipes/emoji/fetch.py data/emoji
 
 Six npm packages, 750 MB, all MIT. Each is checked against its sha512; a broken download goes on where it stopped.
-The npm client is only asked which registry it is set up for.
+The npm client, if there is one, is only asked which registry it is set up for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import random
 import subprocess
 import tarfile
+import urllib.error
 import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -44,15 +45,21 @@ def download(name: str, version: str, sha512: str, folder: Path, registry: str, 
         have = part.stat().st_size if part.exists() else 0
         url = f"{registry.rstrip('/')}/{name}/-/{stem}-{version}.tgz"
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request) as response:
-            if response.status != 206:  # the server sends the whole file again
-                have = 0
-            total = have + int(response.headers.get("Content-Length", 0))
-            task = progress.add_task(stem, total=total or None, completed=have)
-            with part.open("ab" if have else "wb") as file:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    progress.advance(task, len(block))
+        try:
+            with urllib.request.urlopen(request) as response:
+                if response.status != 206:  # the server sends the whole file again
+                    have = 0
+                total = have + int(response.headers.get("Content-Length", 0))
+                task = progress.add_task(stem, total=total or None, completed=have)
+                with part.open("ab" if have else "wb") as file:
+                    while block := response.read(1 << 20):
+                        file.write(block)
+                        progress.advance(task, len(block))
+            if part.stat().st_size < total:  # a connection that breaks reads like an end
+                raise ValueError(f"{name} {version}: the connection broke after {part.stat().st_size} of {total} bytes; run again to go on")
+        except urllib.error.HTTPError as error:
+            if not (have and error.code == 416):  # nothing is left to send: the part is the whole file
+                raise
         digest = hashlib.sha512()
         with part.open("rb") as file:
             while block := file.read(1 << 20):
@@ -158,15 +165,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--registry", help="npm registry address; default: what the npm client is set up for")
+    parser.add_argument("--registry", help="npm registry address; default: what the npm client is set up for, or npm's own")
     args = parser.parse_args()
     registry = args.registry
     if registry is None:
         try:
             command = ["npm", "config", "get", "registry"]
             registry = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise SystemExit(f"npm is not installed ({error}); install it or pass --registry ADDRESS") from error
+        except (OSError, subprocess.CalledProcessError):
+            registry = "https://registry.npmjs.org"
     archives = args.folder / "packages"
     archives.mkdir(parents=True, exist_ok=True)
     with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()) as progress:

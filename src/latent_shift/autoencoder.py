@@ -53,14 +53,14 @@ class FeatureDistance:
         # Depthwise convolutions on a CPU: float32 channels-last takes 40 ms a batch of 16 crops, bf16 63.
         self.network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
-    @torch.autocast("cpu", enabled=False)
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         self.network.to(a.device)
-        a, b = (pixels.float().contiguous(memory_format=torch.channels_last) for pixels in (a, b))
-        with torch.no_grad():
-            references = self._levels(b)
-        distances = [(x - y).square().sum(dim=1).mean() for x, y in zip(self._levels(a), references, strict=True)]
-        return torch.stack(distances).mean()
+        with torch.autocast(a.device.type, enabled=False):
+            a, b = (pixels.float().contiguous(memory_format=torch.channels_last) for pixels in (a, b))
+            with torch.no_grad():
+                references = self._levels(b)
+            distances = [(x - y).square().sum(dim=1).mean() for x, y in zip(self._levels(a), references, strict=True)]
+            return torch.stack(distances).mean()
 
     def _levels(self, pixels: Tensor) -> list[Tensor]:
         """Features at strides 2, 4, 8 and 16 of pixels in [-1, 1] (the scale this network was trained on)."""
@@ -83,7 +83,12 @@ def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
     Args:
         vae: changed in place.
         latents: `(N, C, H, W)` posterior means of training frames.
+
+    Raises:
+        ValueError: an autoencoder without the two convolutions.
     """
+    if vae.quant_conv is None or vae.post_quant_conv is None:
+        raise ValueError("expected an autoencoder with quant_conv and post_quant_conv: the scale of the latents is folded into them")
     mean = latents.mean(dim=(0, 2, 3), dtype=torch.float64)
     std = (latents.double() - mean[:, None, None]).square().mean(dim=(0, 2, 3)).sqrt()
     num_channels = len(mean)
@@ -95,6 +100,7 @@ def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
     # Decoder: W z + b with z = std z' + mean.
     decode.bias += (decode.weight[:, :, 0, 0].double() @ mean).float()
     decode.weight *= std[None, :, None, None].float()
+    vae.register_to_config(scaling_factor=1.0)
 
 
 def to_pixels(frames: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up:
         for name in list(calls) if turn % 2 else reversed(list(calls)):
             start = time.perf_counter()
             calls[name]()
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             if turn >= warm_up:
                 times[name].append(time.perf_counter() - start)
@@ -35,12 +35,12 @@ def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up:
     return {name: {"seconds": float(np.median(t)), "ratio": float(np.median(np.array(t) / first))} for name, t in times.items()}
 
 
-def machine() -> dict[str, object]:
-    """What the numbers were taken on."""
+def machine(device: str = "cpu") -> dict[str, object]:
+    """What the numbers on `device` were taken on."""
     return {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "date": time.strftime("%Y-%m-%d"),
@@ -64,8 +64,8 @@ def shift_overhead(
     )
     plain = unet.to(device).eval()
     shifted = inflate(copy.deepcopy(plain), Shift())
-    x = torch.randn(num_frames, unet.config.in_channels, size, size, device=device)
-    text = torch.randn(num_frames, 77, unet.config.cross_attention_dim, device=device)
+    x = torch.randn(num_frames, unet.config.in_channels, size, size, device=device, dtype=plain.dtype)
+    text = torch.randn(num_frames, 77, unet.config.cross_attention_dim, device=device, dtype=plain.dtype)
 
     def as_clip() -> None:
         with frames(shifted, num_frames):

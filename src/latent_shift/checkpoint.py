@@ -2,7 +2,7 @@
 
 run/
   config.toml            every setting, defaults written out; `latent-shift train run` resumes from it
-  stats.jsonl            a line every `log_every` steps
+  stats.jsonl            a line every `log_every` steps; `seconds` is the run's time so far, sampling and saving included
   samples/               pictures and clips drawn while it trains
   checkpoints/step-*/    weights (safetensors), averaged weights, optimizer state
   model/                 the averaged weights as a diffusers folder, when the run is done
@@ -49,3 +49,12 @@ def restore(accelerator: Accelerator, run: Path) -> int:
         return 0
     accelerator.load_state(str(found[-1]))
     return int(json.loads((found[-1] / "state.json").read_text())["step"])
+
+
+def trim_stats(run: Path, step: int) -> float:
+    """Drop the lines of stats.jsonl after `step`, which are about to be written again; returns the seconds up to there."""
+    path = run / "stats.jsonl"
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] <= step] if path.exists() else []
+    if rows:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows[-1].get("seconds", 0.0) if rows else 0.0

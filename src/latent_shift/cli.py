@@ -44,7 +44,7 @@ def generate(
     clip = clips[0]
     name = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-") or "clip"
     for path in output or [Path(f"{name}.png" if len(clip) == 1 else f"{name}.mp4")]:
-        print(zoo.save_video(clip, path, fps=fps or pipe.call_defaults["fps"]))
+        print(zoo.save_video(clip, path, fps=pipe.call_defaults["fps"] if fps is None else fps))
 
 
 @app.command()
@@ -58,7 +58,7 @@ def train(
     from latent_shift import config
 
     settings = recipe / "config.toml" if recipe.is_dir() else recipe
-    run = run or (recipe if recipe.is_dir() else Path("runs") / f"{recipe.parent.name}-{recipe.stem}")
+    run = run or (recipe if recipe.is_dir() else Path("runs") / f"{recipe.resolve().parent.name}-{recipe.stem}")
     resolved = config.load(settings, overrides)
     if dry_run:
         print(config.dump(resolved), end="")
@@ -115,6 +115,7 @@ def evaluate(
     split: Annotated[list[str] | None, typer.Option(help="where captions come from; may be repeated; default train")] = None,
     steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")] = None,
 ) -> None:
     """Measure models against real clips, side by side: reconstruction, retrieval, motion, coherence."""
@@ -126,7 +127,7 @@ def evaluate(
     packed, splits, results = data.Store(store), tuple(split or ["train"]), []
     held_out = tuple({record.split for record in packed.records} - {"train"}) or splits
     for name in model or ["emoji"]:
-        pipe = zoo.load(name)
+        pipe = zoo.load(name, device=device)
         pipe.set_progress_bar_config(disable=True)
         with _progress(f"{name}: frames") as progress:
             result = {
@@ -153,15 +154,14 @@ def sheet(
     columns: Annotated[int, typer.Option(help="frames shown of each clip, or clips in a row")] = 8,
     steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
     """Draw a contact sheet: what the model makes of a list of prompts, with one seed, nothing picked."""
     _quiet()
-    import numpy as np
-
     from latent_shift import video, zoo
 
     lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    pipe = zoo.load(model)
+    pipe = zoo.load(model, device=device)
     pipe.set_progress_bar_config(disable=True)
     rows = []
     with _progress("clips") as progress:
@@ -172,7 +172,7 @@ def sheet(
     if out.suffix.lower() == ".png":
         picture = video.labelled_rows(rows, lines, columns=columns)[None]
     else:
-        picture = np.stack([video.montage(np.stack(tiles), columns=min(columns, len(rows))) for tiles in zip(*rows, strict=True)])
+        picture = video.side_by_side(rows, columns=columns)
     print(video.write(picture, out, fps=pipe.call_defaults["fps"]))
 
 
@@ -193,7 +193,10 @@ def bench(
     unet = zoo.load(model, device=device).unet if model else None
     print(
         json.dumps(
-            {**benchmark.machine(), **benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, unet=unet)},
+            {
+                **benchmark.machine(device),
+                **benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, unet=unet),
+            },
             indent=1,
         )
     )
@@ -293,6 +296,6 @@ def _quiet() -> None:
 def main() -> None:
     try:
         app()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"latent-shift: {error}", file=sys.stderr)
         sys.exit(1)

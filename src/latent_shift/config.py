@@ -99,9 +99,32 @@ class Config(Section):
             raise ValueError("stage video needs data.num_frames of 2 or more")
         if self.stage != "video" and self.data.num_frames != 1:
             raise ValueError(f"stage {self.stage} trains on single frames: data.num_frames must be 1")
+        for name in _IGNORED[self.stage]:
+            section, key = name.split(".")
+            default = type(getattr(self, section)).model_fields[key].default
+            if getattr(getattr(self, section), key) != default:
+                raise ValueError(f"{name} has no effect in stage {self.stage}: leave it out")
         if self.optim.warmup_steps + self.optim.cooldown_steps > self.optim.steps:
             raise ValueError("optim.warmup_steps and optim.cooldown_steps together are more than optim.steps")
         return self
+
+    def identity(self) -> dict[str, object]:
+        """What the weights of a run mean; a run that goes on keeps it, everything else may change."""
+        diffusion = ("prediction", "schedule", "num_timesteps", "zero_terminal_snr")
+        return {
+            "stage": self.stage,
+            "data.path": self.data.path,
+            **{f"model.{name}": value for name, value in self.model.model_dump().items()},
+            **{f"diffusion.{name}": getattr(self.diffusion, name) for name in diffusion},
+        }
+
+
+_DIFFUSION = [f"diffusion.{name}" for name in Diffusion.model_fields]
+_IGNORED = {  # settings that a stage does not read
+    "autoencoder": [*_DIFFUSION, "data.image_share", "model.place", "model.forward", "model.backward", "model.edge"],
+    "image": ["data.crop", "data.image_share", "loss.kl", "loss.perceptual"],
+    "video": ["data.crop", "loss.kl", "loss.perceptual"],
+}
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -79,7 +79,7 @@ def reconstruction(
     values = []
     for done, index in enumerate(sampler.draw(rng, num), 1):
         frame = store.draw_window(rng, index, 1)
-        decoded = vae.decode(vae.encode(to_pixels(torch.from_numpy(frame)).to(vae.device)).latent_dist.mean).sample
+        decoded = vae.decode(vae.encode(to_pixels(torch.from_numpy(frame)).to(vae.device, vae.dtype)).latent_dist.mean).sample
         values.append(psnr(frame, to_frames(decoded).cpu().numpy()))
         progress(done, num)
     return {"psnr_db": float(np.mean(values)), "psnr_db_5_percent": float(np.percentile(values, 5)), "frames": num, "splits": list(splits)}

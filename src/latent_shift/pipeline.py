@@ -119,12 +119,19 @@ class LatentShiftPipeline(StableDiffusionPipeline):
             ValueError: arguments that contradict or do not fit the model; the message says what was expected.
         """
         num_frames = self.call_defaults["num_frames"] if num_frames is None else num_frames
-        num_inference_steps = num_inference_steps or self.call_defaults["num_inference_steps"]
+        num_inference_steps = self.call_defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         factor, size = self.vae_scale_factor, self.unet.config.sample_size
         size = (size, size) if isinstance(size, int) else size
-        height, width = height or size[0] * factor, width or size[1] * factor
-        if num_frames < 1:
-            raise ValueError(f"num_frames must be 1 or more, got {num_frames}")
+        height = size[0] * factor if height is None else height
+        width = size[1] * factor if width is None else width
+        for name, number in (
+            ("num_frames", num_frames),
+            ("num_inference_steps", num_inference_steps),
+            ("height", height),
+            ("width", width),
+        ):
+            if number < 1:
+                raise ValueError(f"{name} must be 1 or more, got {number}")
         if output_type not in ("np", "pil", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}; expected np, pil, pt or latent")
         tensor_inputs = list(callback_on_step_end_tensor_inputs)
@@ -203,10 +210,18 @@ class LatentShiftPipeline(StableDiffusionPipeline):
             )
         return latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As `DiffusionPipeline.save_pretrained`, with the settings that the U-Net is inflated with now."""
+        self.register_to_config(latent_shift={**asdict(shift_of(self.unet) or Shift()), **self.call_defaults})
+        super().save_pretrained(*args, **kwargs)
+
     def decode(self, latents: Tensor, batch_size: int, output_type: str) -> Tensor | np.ndarray | list:
         """`(B, C, F, h, w)` latents to frames, each decoded independently, `batch_size` at a time."""
         latents_NCHW = (latents / self.vae.config.scaling_factor).transpose(1, 2).flatten(0, 1)
         pixels = torch.cat([self.vae.decode(part.to(self.vae.dtype), return_dict=False)[0] for part in latents_NCHW.split(batch_size)])
+        pixels, flagged = self.run_safety_checker(pixels, self._execution_device, latents.dtype)
+        if flagged is not None:
+            pixels[torch.tensor(flagged)] = -1  # black, as diffusers' image pipeline shows what the checker refuses
         pixels_BCFHW = pixels.unflatten(0, (len(latents), -1)).transpose(1, 2)
         return self.video_processor.postprocess_video(pixels_BCFHW, output_type=output_type)
 

@@ -14,7 +14,7 @@ Letters: B clips, F frames, C channels, N = B*F.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -79,7 +79,7 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
     Raises:
         ValueError: `num_frames` does not divide the batch.
     """
-    if num_frames == 1:
+    if num_frames == 1 or (num_frames == -1 and not torch.compiler.is_compiling() and x_NCHW.shape[0] == 1):
         return x_NCHW
     if num_frames != -1 and (num_frames < 1 or x_NCHW.shape[0] % num_frames):
         batch = x_NCHW.shape[0]
@@ -207,6 +207,9 @@ def deflate(network: nn.Module) -> nn.Module:
             if type(layer) is shifted:
                 layer.__class__ = plain
                 del layer.clip
+    for layer in _cross_attentions(network):
+        if type(layer.processor) is ClipTextProcessor:
+            layer.set_processor(AttnProcessor2_0())
     network.__dict__.pop("_latent_shift_clip", None)
     return network
 
@@ -238,10 +241,35 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
     clip.num_frames = num_frames
     if edge is not None:
         clip.shift = replace(clip.shift, edge=edge)
+    if getattr(network, "is_gradient_checkpointing", False):
+        _recompute_as_clips(network)
     try:
         yield network
     finally:
         clip.shift, clip.num_frames = before
+
+
+def _recompute_as_clips(network: nn.Module) -> None:
+    """Gradient checkpointing runs blocks again during the backward pass, when `frames` has ended: let it come back for them."""
+
+    def wrap(checkpoint: Callable) -> Callable:
+        def checkpoint_as_clips(block: Callable, *args):
+            clip: _Clip = network._latent_shift_clip  # type: ignore[assignment]
+            num_frames, edge = clip.num_frames, clip.shift.edge
+
+            def run(*inputs):
+                with frames(network, num_frames, edge=edge):
+                    return block(*inputs)
+
+            return checkpoint(run, *args)
+
+        checkpoint_as_clips.of_latent_shift = True  # type: ignore[attr-defined]
+        return checkpoint_as_clips
+
+    for module in network.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not hasattr(checkpoint, "of_latent_shift"):
+            module._gradient_checkpointing_func = wrap(checkpoint)  # type: ignore[assignment]
 
 
 class ClipTextProcessor(AttnProcessor2_0):
@@ -259,8 +287,12 @@ def share_text(network: nn.Module) -> bool:
 
     Layers with another processor than the default (an IP-Adapter's, say) keep it; then the text must be repeated for each frame.
     """
-    layers = [module for module in network.modules() if isinstance(module, Attention) and module.is_cross_attention]
+    layers = _cross_attentions(network)
     for layer in layers:
         if type(layer.processor) is AttnProcessor2_0:
             layer.set_processor(ClipTextProcessor())
     return all(isinstance(layer.processor, ClipTextProcessor) for layer in layers)
+
+
+def _cross_attentions(network: nn.Module) -> list[Attention]:
+    return [module for module in network.modules() if isinstance(module, Attention) and module.is_cross_attention]

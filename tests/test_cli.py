@@ -90,14 +90,14 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
     row = f"{first['motion_energy']:.3g} | {second['motion_energy']:.3g} | {first['motion_energy_real']:.3g} |"
     assert f"| motion energy, grey levels | {row}" in table
     (tmp_path / "prompts.txt").write_text("# two prompts\na red square\nblue\n")
-    run("sheet", "prompts.txt", "sheet.png", "-m", "runs/v/model", "--steps", 1)
+    run("sheet", "prompts.txt", "sheet.png", "sheet.webp", "-m", "runs/v/model", "--steps", 1, "--device", "cpu")
     assert video.read("sheet.png")[0].shape == (1, 2 * (32 + 14), 4 * 32 + 3 * 2, 3)
-    run("sheet", "prompts.txt", "sheet.webp", "-m", "runs/v/model", "--steps", 1)
     assert video.read("sheet.webp")[0].shape == (4, 32, 2 * 32 + 2, 3)
 
 
-def test_bench_and_models_print_what_they_found():
-    result = json.loads(run("bench", "--frames", 4, "--size", 8, "--rounds", 2))
+def test_bench_and_models_print_what_they_found(tmp_path):
+    result = json.loads(run("bench", "--frames", 4, "--size", 8, "--rounds", 2, "-o", tmp_path / "bench.json"))
+    assert result == json.loads((tmp_path / "bench.json").read_text())
     assert result["frame by frame"]["ratio"] == 1
     assert result["with the shift"]["seconds"] > 0
     assert result["parameters"] > 30e6

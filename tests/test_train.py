@@ -247,3 +247,11 @@ def test_the_timestep_shift_draws_noisier_steps(latents):
         for shift in (1.0, 3.0)
     ]
     assert drawn[1].float().mean() > drawn[0].float().mean() + 100
+
+
+def test_a_start_that_does_not_fit_is_refused(latents, image_model):
+    model = {"init": str(image_model)}
+    with pytest.raises(ValueError, match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that"):
+        stages.DenoiserStage(tiny_config("video", latents, model=model, diffusion={"prediction": "v_prediction"}))
+    with pytest.raises(ValueError, match="texts 32 wide, the U-Net takes 4 and 384"):
+        stages.DenoiserStage(tiny_config("video", latents, model={"size": "emoji"}))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -45,6 +48,20 @@ def machine(device: str = "cpu") -> dict[str, object]:
         "diffusers": diffusers.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def command_seconds(*, rounds: int = 3) -> dict[str, float]:
+    """Median seconds of whole commands, each in a process of its own: the help page, and words to an mp4 with the embedded model."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for words in (["--help"], ["generate", "a red heart", "-o", f"{folder}/clip.mp4"]):
+            times = []
+            for _ in range(rounds):
+                start = time.perf_counter()
+                subprocess.run([sys.executable, "-m", "latent_shift", *words], check=True, capture_output=True)
+                times.append(time.perf_counter() - start)
+            seconds[f"latent-shift {words[0]}"] = float(np.median(times))
+    return seconds
 
 
 def shift_overhead(

@@ -93,17 +93,19 @@ def train(
 def encode(
     pixels: Annotated[Path, typer.Argument(help="a packed data set")],
     out: Annotated[Path, typer.Argument(help="where the latents go")],
-    autoencoder: Annotated[Path, typer.Option(help="an AutoencoderKL folder")],
-    texts: Annotated[Path, typer.Option(help="a folder with tokenizer/ and text_encoder/")],
+    autoencoder: Annotated[str, typer.Option(help="a model's name, or an AutoencoderKL or pipeline folder")],
+    texts: Annotated[str, typer.Option(help="a model's name, or a folder with tokenizer/ and text_encoder/")],
     batch_size: Annotated[int, typer.Option(help="frames at once")] = 32,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Encode packed frames and captions once, for the image and video stages."""
     _quiet()
     from latent_shift import encode as encoding
+    from latent_shift import zoo
 
+    parts = {"autoencoder": zoo.folder(autoencoder), "texts": zoo.folder(texts)}
     with _progress("encoding") as progress:
-        store = encoding.encode(pixels, out, autoencoder=autoencoder, texts=texts, batch_size=batch_size, device=device, progress=progress)
+        store = encoding.encode(pixels, out, **parts, batch_size=batch_size, device=device, progress=progress)
     print(f"{out}: {len(store.array)} frames, {len(store.row)} captions")
 
 
@@ -146,8 +148,8 @@ def evaluate(
 @app.command()
 def sheet(
     prompts: Annotated[Path, typer.Argument(help="a text file, a prompt a line; # starts a comment")],
-    out: Annotated[
-        Path, typer.Argument(help=".png: a row of frames for each prompt; .gif .webp .mp4 .webm: all clips side by side, moving")
+    outputs: Annotated[
+        list[Path], typer.Argument(help=".png: a row of frames for each prompt; .gif .webp .mp4 .webm: all clips side by side, moving")
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="a name or a diffusers folder")] = "emoji",
     seed: Annotated[int, typer.Option(help="the seed of every clip")] = 0,
@@ -169,11 +171,10 @@ def sheet(
             clip = pipe(line, generator=zoo.seed(seed), num_inference_steps=steps, guidance_scale=guidance).frames[0]  # type: ignore[union-attr]
             rows.append(zoo.to_uint8(clip))
             progress(done, len(lines))
-    if out.suffix.lower() == ".png":
-        picture = video.labelled_rows(rows, lines, columns=columns)[None]
-    else:
-        picture = video.side_by_side(rows, columns=columns)
-    print(video.write(picture, out, fps=pipe.call_defaults["fps"]))
+    for path in outputs:
+        still = path.suffix.lower() == ".png"
+        picture = video.labelled_rows(rows, lines, columns=columns)[None] if still else video.side_by_side(rows, columns=columns)
+        print(video.write(picture, path, fps=pipe.call_defaults["fps"]))
 
 
 @app.command()
@@ -182,7 +183,9 @@ def bench(
     size: Annotated[int, typer.Option(help="side of the latents")] = 32,
     rounds: Annotated[int, typer.Option(help="counted rounds")] = 10,
     model: Annotated[str | None, typer.Option("--model", "-m", help="take this model's U-Net instead of the 34 M one")] = None,
-    device: str = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    commands: Annotated[bool, typer.Option("--commands", help="also time whole commands, loading included")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")] = None,
 ) -> None:
     """Time one denoising step with the shift against the same U-Net frame by frame, in turn."""
     _quiet()
@@ -191,15 +194,15 @@ def bench(
     from latent_shift import benchmark, zoo
 
     unet = zoo.load(model, device=device).unet if model else None
-    print(
-        json.dumps(
-            {
-                **benchmark.machine(device),
-                **benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, unet=unet),
-            },
-            indent=1,
-        )
-    )
+    result = benchmark.machine(device)
+    result |= benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, unet=unet)
+    if commands:
+        result["commands, seconds"] = benchmark.command_seconds()
+    text = json.dumps(result, indent=1)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
+    print(text)
 
 
 @app.command()

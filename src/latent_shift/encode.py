@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from latent_shift import text
+from latent_shift import models, text
 from latent_shift.autoencoder import to_pixels
 from latent_shift.data import Store, StoreWriter
 
@@ -63,7 +62,7 @@ def encode(
     Args:
         pixels: a store of pixels (`data.pack`).
         out: where the store of latents goes.
-        autoencoder: a diffusers `AutoencoderKL` folder.
+        autoencoder: a diffusers `AutoencoderKL` folder, or a pipeline's.
         texts: a folder with `tokenizer/` and `text_encoder/` (any Stable Diffusion folder has them).
         batch_size: frames, or captions, at once.
         progress: called with (records done, records in all).
@@ -77,7 +76,7 @@ def encode(
     source, out, texts = Store(pixels), Path(out), Path(texts)
     if source.info["dtype"] != "uint8":
         raise ValueError(f"{pixels}: expected packed pixels, got a store of {source.info['dtype']}")
-    vae = AutoencoderKL.from_pretrained(autoencoder).to(device).eval()
+    vae = models.load_autoencoder(autoencoder).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
     text_encoder = AutoModel.from_pretrained(texts / "text_encoder", dtype=torch.float32).to(device).eval()
     out.mkdir(parents=True, exist_ok=True)

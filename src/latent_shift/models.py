@@ -6,6 +6,9 @@ name have the same configuration.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 AUTOENCODERS: dict[str, dict] = {
@@ -35,6 +38,12 @@ def autoencoder(size: str) -> AutoencoderKL:
         scaling_factor=1.0,  # export folds the latents' mean and variance into the 1x1 convolutions instead
         **config,
     )
+
+
+def load_autoencoder(folder: str | Path) -> AutoencoderKL:
+    """The `AutoencoderKL` of a folder that holds one or a pipeline, in float32."""
+    inside = Path(folder) / "vae"
+    return AutoencoderKL.from_pretrained(inside if inside.is_dir() else folder, dtype=torch.float32)
 
 
 def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:

@@ -6,6 +6,7 @@ B clips, F frames, C channels, h w, L tokens, D text width.
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, ModelMixin, UN
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from latent_shift import autoencoder, data, models, video
+from latent_shift import autoencoder, data, models, video, zoo
 from latent_shift.config import Config
 from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule
 from latent_shift.encode import LatentStore
@@ -46,7 +47,7 @@ class AutoencoderStage:
                 f"data.crop={config.data.crop} is larger than the frames of {config.data.path}, {self.store.array.shape[1]} a side"
             )
         init = config.model.init
-        self.model = AutoencoderKL.from_pretrained(init) if init else models.autoencoder(str(config.model.size))
+        self.model = models.load_autoencoder(zoo.folder(init)) if init else models.autoencoder(str(config.model.size))
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         if config.data.crop % self.factor:
             raise ValueError(f"data.crop must be a multiple of {self.factor}, the autoencoder's factor, got {config.data.crop}")
@@ -101,7 +102,7 @@ class DenoiserStage:
         init = config.model.init
         sample_size = self.store.info["shape"][-1]
         self.model = (
-            UNet2DConditionModel.from_pretrained(init, subfolder="unet", dtype=torch.float32)
+            UNet2DConditionModel.from_pretrained(zoo.folder(init), subfolder="unet", dtype=torch.float32)
             if init
             else models.unet(str(config.model.size), sample_size=sample_size)
         )
@@ -115,7 +116,28 @@ class DenoiserStage:
             num_timesteps=options.num_timesteps,
             zero_terminal_snr=options.zero_terminal_snr,
         )
+        self._check_start()
         self.objective = DenoisingObjective(self.model, self.schedule, min_snr=options.min_snr)
+
+    def _check_start(self) -> None:
+        """The U-Net fits the latents and texts, and learns what it has learnt before."""
+        channels, width = self.store.info["shape"][1], self.store.info["texts"][1]
+        expected = (self.model.config.in_channels, self.model.config.cross_attention_dim)
+        if (channels, width) != expected:
+            raise ValueError(
+                f"{self.store.folder} has latents of {channels} channels and texts {width} wide, the U-Net takes {expected[0]} and {expected[1]}"
+            )
+        scheduler = zoo.folder(self.config.model.init or "") / "scheduler" / "scheduler_config.json"
+        if self.config.model.init and scheduler.exists():
+            before = json.loads(scheduler.read_text())
+            for key, name, default in (
+                ("prediction_type", "prediction", "epsilon"),
+                ("beta_schedule", "schedule", "linear"),
+                ("rescale_betas_zero_snr", "zero_terminal_snr", False),
+            ):
+                value, learnt = getattr(self.config.diffusion, name), before.get(key, default)
+                if value != learnt:
+                    raise ValueError(f"diffusion.{name} is {value}, but {self.config.model.init} was trained with {learnt}: set it to that")
 
     def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]:
         """Latents, noise `(B, F, C, h, w)`, timesteps `(B,)`, text `(B, L, D)`."""

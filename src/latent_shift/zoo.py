@@ -17,6 +17,11 @@ WEIGHTS = Path(__file__).parent / "weights"
 MODELS = {"emoji": "128x128, 16 frames at 8 fps, drawn as 3-D emoji; trained by recipes/emoji, embedded in this package"}
 
 
+def folder(model: str | Path) -> Path:
+    """The folder of a model in `MODELS`; any other name is a folder already."""
+    return WEIGHTS / str(model) if str(model) in MODELS else Path(model)
+
+
 def load(model: str | Path = "emoji", *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LatentShiftPipeline:
     """Load a pipeline.
 
@@ -28,14 +33,14 @@ def load(model: str | Path = "emoji", *, device: str | torch.device | None = Non
     Raises:
         ValueError: neither a known name nor a folder of a pipeline.
     """
-    folder = WEIGHTS / str(model) if str(model) in MODELS else Path(model)
-    if not (folder / "model_index.json").exists():
+    path = folder(model)
+    if not (path / "model_index.json").exists():
         nearest = difflib.get_close_matches(str(model), MODELS, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"{model}: expected one of {', '.join(MODELS)}, or a diffusers folder with a model_index.json{hint}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    return LatentShiftPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    return LatentShiftPipeline.from_pretrained(path, dtype=dtype).to(device)
 
 
 def seed(number: int) -> torch.Generator:

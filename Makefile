@@ -66,9 +66,7 @@ runs/emoji-image/model/model_index.json: | data/emoji-latents/store.json
 emoji: runs/emoji-image/model/model_index.json
 	$(BIN)/latent-shift train recipes/emoji/video.toml $(SHORT) optim.steps=3200
 	$(BIN)/latent-shift train recipes/emoji/video.toml
-	rm -rf src/latent_shift/weights/emoji
-	mkdir -p src/latent_shift/weights
-	cp -r runs/emoji-video/model src/latent_shift/weights/emoji
+	cp -r runs/emoji-video/model/. src/latent_shift/weights/emoji
 
 # What the model makes of recipes/emoji/prompts.txt, and the measures of the README's tables.
 sheet: $(VENV)/.core

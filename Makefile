@@ -15,10 +15,19 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing here reads from a hub.
 export HF_HUB_OFFLINE ?= 1
 
+define NO_CPU_TORCH
+This machine has no NVIDIA driver, and the PyTorch that pip finds is the CUDA build: gigabytes that would lie idle.
+Show pip the CPU build (pytorch.org, "Get started", names the address):  PIP_EXTRA_INDEX_URL=address make ...
+or take the CUDA build all the same:                                     make CUDA=1 ...
+endef
+export NO_CPU_TORCH
+
 .PHONY: demo test check format emoji sheet table ablation bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	@test -n "$(CUDA)$$(command -v nvidia-smi)" || ! $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
+		--dry-run --report - torch | grep -q '"name": "nvidia-' || { echo "$$NO_CPU_TORCH"; exit 1; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e .
 	touch $@
 
@@ -54,10 +63,10 @@ data/minilm/tokenizer/tokenizer.json: | $(VENV)/.dev
 data/emoji-128/store.json: data/emoji/metadata.jsonl
 	$(BIN)/latent-shift data pack data/emoji data/emoji-128 --size 128 --fps 8
 
-runs/emoji-autoencoder/model/config.json: | data/emoji-128/store.json
+runs/emoji-autoencoder/model/diffusion_pytorch_model.safetensors: | data/emoji-128/store.json
 	$(BIN)/latent-shift train recipes/emoji/autoencoder.toml
 
-data/emoji-latents/store.json: runs/emoji-autoencoder/model/config.json data/minilm/tokenizer/tokenizer.json
+data/emoji-latents/store.json: data/emoji-128/store.json runs/emoji-autoencoder/model/diffusion_pytorch_model.safetensors data/minilm/tokenizer/tokenizer.json
 	$(BIN)/latent-shift encode data/emoji-128 data/emoji-latents --autoencoder runs/emoji-autoencoder/model --texts data/minilm
 
 runs/emoji-image/model/model_index.json: | data/emoji-latents/store.json

@@ -67,6 +67,14 @@ def test_every_option_of_generate_is_used(video_model, tmp_path):
     assert video.read(path)[1] == 4
 
 
+def test_one_frame_is_a_picture_and_long_prompts_are_told(video_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [sys.executable, "-m", "latent_shift", "generate", "a red square " * 9, "-m", str(video_model), "--steps", "1"]
+    result = subprocess.run([*words, "--num-frames", "1"], capture_output=True, text=True, check=True)
+    assert "truncated" in result.stderr
+    assert video.read(result.stdout.strip())[0].shape == (1, 32, 32, 3)
+
+
 def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "3 clips, 1 stills, 3 concepts, 0 with problems" in run("data", "check", media)
@@ -95,13 +103,17 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
     assert video.read("sheet.webp")[0].shape == (4, 32, 2 * 32 + 2, 3)
 
 
-def test_bench_and_models_print_what_they_found(tmp_path):
+def test_bench_and_models_print_what_they_found(video_model, tmp_path):
     result = json.loads(run("bench", "--frames", 4, "--size", 8, "--rounds", 2, "-o", tmp_path / "bench.json"))
     assert result == json.loads((tmp_path / "bench.json").read_text())
     assert result["frame by frame"]["ratio"] == 1
     assert result["with the shift"]["seconds"] > 0
     assert result["parameters"] > 30e6
     assert "emoji" in run("models")
+    own = json.loads(run("bench", "-m", video_model, "--rounds", 1, "--frames", 2, "--commands"))
+    assert (own["latents"], own["text_length"], own["model"]) == (4, 20, str(video_model))
+    assert own["parameters"] < 1e6
+    assert 0 < own["commands, seconds"]["latent-shift --help"] < own["commands, seconds"]["latent-shift generate"]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +123,12 @@ def test_bench_and_models_print_what_they_found(tmp_path):
         (["train", "absent.toml"], "absent.toml"),
         (["data", "check", "absent"], "expected metadata.jsonl"),
         (["data", "preview", "absent", "a.png"], "not a packed data set"),
+        (["generate", "x", "-o", "clip.avi"], "expected one of .mp4"),
+        (["generate", "x", "-o", "clip.mp4", "--fps", "0"], "fps must be above 0"),
+        (["generate", "x", "-o", "clip.png", "--fps", "4"], "--fps has no effect"),
+        (["generate", "x", "--loop", "--num-frames", "1"], "--loop has no effect"),
+        (["generate", "x", "--negative", "y", "--guidance", "1"], "--negative has no effect"),
+        (["sheet", __file__, "sheet.jpg"], "expected one of .mp4"),
     ],
 )
 def test_errors_are_a_line_and_an_exit_code(words, message):

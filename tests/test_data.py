@@ -1,6 +1,7 @@
 """Files in and out, folders, stores: what is read is what was there, and what is broken is named."""
 
 import json
+import struct
 
 import av
 import numpy as np
@@ -94,14 +95,69 @@ def test_broken_files_are_named_with_the_reason(tmp_path):
         video.write(counting_clip(2), tmp_path / "a.mp4", fps=0)
 
 
+@pytest.mark.parametrize("suffix", sorted(video.SUFFIXES))
+def test_a_file_cut_anywhere_is_read_or_refused_with_a_reason(tmp_path, suffix):
+    frames = np.random.default_rng(0).integers(0, 256, (6, 24, 24, 3), np.uint8)
+    whole = tmp_path / f"whole{suffix}"
+    if suffix in video.VIDEO_SUFFIXES:
+        made = video.write(frames, tmp_path / ("made.webm" if suffix in (".webm", ".mkv") else "made.mp4"))
+        made.rename(whole)  # FFmpeg looks inside
+    else:
+        images = [Image.fromarray(frame) for frame in frames]
+        options = {} if suffix in (".jpg", ".jpeg") else {"save_all": True, "append_images": images[1:], "duration": 100}
+        images[0].save(whole, format={".jpg": "jpeg", ".apng": "png"}.get(suffix), **options)
+    body = whole.read_bytes()
+    part = tmp_path / f"part{suffix}"
+    refused = 0
+    for length in np.linspace(0, len(body) - 1, 40).astype(int):
+        part.write_bytes(body[:length])
+        try:
+            assert len(video.read(part)[0]) <= 6
+        except ValueError as error:
+            refused += part.name in str(error)
+    assert refused >= 10
+
+
+def test_a_gif_keeps_its_time(tmp_path):
+    """Delays are whole centiseconds: what is rounded off one frame goes to the next. A delay of none is a tenth of a second."""
+    for fps in (8, 24, 50):
+        read, rate = video.read(video.write(counting_clip(24), tmp_path / "a.gif", fps=fps))
+        assert len(read) == 24
+        assert rate == pytest.approx(fps, rel=0.01)
+    images = [Image.fromarray(frame) for frame in counting_clip(12)]
+    images[0].save(tmp_path / "fast.gif", save_all=True, append_images=images[1:], duration=0)
+    assert video.read(tmp_path / "fast.gif", fps=8)[0].shape[0] == 10
+    with pytest.raises(ValueError, match="at most 50 frames a second, got 60"):
+        video.write(counting_clip(2), tmp_path / "a.gif", fps=60)
+
+
+def test_frames_are_upright(tmp_path):
+    """A photograph with an orientation tag, a video with a rotated track header: as a telephone held upright writes them."""
+    sideways = np.zeros((1, 32, 64, 3), np.uint8)
+    sideways[:, :, 32:] = 255  # the right half is white; turned a quarter clockwise that is the lower half
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(sideways[0]).save(tmp_path / "a.png", exif=exif)
+    path = video.write(sideways.repeat(4, 0), tmp_path / "a.mp4")
+    body = bytearray(path.read_bytes())
+    start = body.index(b"tkhd") + 44
+    body[start : start + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(body)
+    for name in ("a.png", "a.mp4"):
+        frames, _ = video.read(tmp_path / name)
+        assert frames.shape[1:] == (64, 32, 3)
+        assert frames[:, :30].mean() < 5, name
+        assert frames[:, 34:].mean() > 250, name
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])
 def test_a_video_cut_short_is_refused(tmp_path, suffix):
-    """It decodes without an error; only its header tells that something is missing."""
+    """It may decode without an error (it depends on the threads that decode); then only its header tells that something is missing."""
     whole = video.write(np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), np.uint8), tmp_path / f"whole{suffix}")
     assert len(video.read(whole)[0]) == 24
     part = tmp_path / f"part{suffix}"
     part.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"part.*: cut short: [0-9.]+ s of 3\.0 s can be decoded"):
+    with pytest.raises(ValueError, match=r"part.*: (cut short: [0-9.]+ s of 3\.0 s can be decoded|cannot be decoded after \d+ frames)"):
         video.read(part)
 
 
@@ -123,6 +179,17 @@ def test_metadata_lines_are_checked(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "a"}\n{"file_name": "b.mp4"}\n')
     with pytest.raises(ValueError, match=r"metadata.jsonl:2: expected an object with file_name and text"):
         data.read_records(tmp_path)
+
+
+def test_captions_keep_their_letters_and_empty_ones_are_none(tmp_path):
+    video.write(counting_clip(16), tmp_path / "a.mp4")
+    rows = [{"file_name": "a.mp4", "text": "one\u2028line"}, {"file_name": "a.mp4", "text": ["", "a"]}, {"file_name": "a.mp4", "text": " "}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert data.pack(tmp_path, tmp_path / "store", size=16, fps=8) == [("a.mp4", "no caption")]
+    assert sorted(record.texts for record in data.Store(tmp_path / "store").records) == [("a",), ("one\u2028line",)]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.mp4", "text": "a"}\n')
+    with pytest.raises(ValueError, match=r"none of 1 files can be used; the first: gone.mp4: .*cannot be decoded"):
+        data.pack(tmp_path, tmp_path / "other", size=16, fps=8)
 
 
 def test_check_tells_short_static_and_broken(media, tmp_path):
@@ -191,5 +258,5 @@ def test_damaged_stores_are_refused(packed, tmp_path):
 
 def test_a_preview_shows_clips_and_names_them(packed):
     sheet, captions = data.preview(data.Store(packed), rows=3, columns=5)
-    assert sheet.shape == (3 * 32 + 2 * 2, 5 * 32 + 4 * 2, 3)
+    assert sheet.shape == (3 * (32 + 14), 5 * 32 + 4 * 2, 3)
     assert set(captions) <= {"a red square", "a green square", "a blue square"}

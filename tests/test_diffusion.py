@@ -61,8 +61,8 @@ def test_schedules():
     assert ending.alphas_cumprod[-1] == pytest.approx(0, abs=1e-7)
     assert ending.config.timestep_spacing == "trailing"
     assert len(noise_schedule(num_timesteps=10).betas) == 10
-    with pytest.raises(ValueError, match="min_snr has no weight"):
-        DenoisingObjective(torch.nn.Identity(), noise_schedule(prediction="sample"), min_snr=5.0)
+    with pytest.raises(ValueError, match="expected a schedule that predicts epsilon or v_prediction"):
+        DenoisingObjective(torch.nn.Identity(), noise_schedule(prediction="sample"))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])

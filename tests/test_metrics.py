@@ -63,8 +63,15 @@ def test_evaluation_compares_with_the_clips_of_the_captions(packed, video_model)
     assert result["motion_energy_real"] > 0
     assert 0 <= result["retrieval_top1"] <= result["retrieval_top5"] <= 1
     assert result["guidance_scale"] == 1.0
+    _, guided = metrics.evaluate(pipe, data.Store(packed), num=3, steps=1, guidance=9.0, batch_size=2)
+    assert not np.array_equal(clips, guided)
     with pytest.raises(ValueError, match="3 concepts of train have clips of 4 frames, 4 asked for"):
         metrics.evaluate(pipe, data.Store(packed), num=4)
+    for key, value, message in (("num_frames", 1, "expected a video model of 3 frames or more"), ("fps", 4, "makes 32 pixels at 4 fps")):
+        pipe.call_defaults[key], kept = value, pipe.call_defaults[key]
+        with pytest.raises(ValueError, match=message):
+            metrics.evaluate(pipe, data.Store(packed), num=3)
+        pipe.call_defaults[key] = kept
 
 
 def test_reconstruction_is_the_psnr_of_held_out_frames(packed, video_model):

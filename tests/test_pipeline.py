@@ -14,6 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
@@ -127,6 +128,20 @@ def test_a_callback_sees_and_changes_every_step(pipe):
     assert (frames == 0).all()
     with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
         pipe("red", callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["noise"])
+
+
+def test_diffusers_own_callbacks_work(pipe):
+    """Guidance that ends half-way: from there on the prediction is the conditional one alone."""
+    cut = pipe("red", generator=seed(0), num_inference_steps=4, output_type="latent").frames
+    ended = pipe(
+        "red",
+        generator=seed(0),
+        num_inference_steps=4,
+        output_type="latent",
+        callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5),
+    ).frames
+    assert pipe.guidance_scale == 0
+    assert not torch.equal(cut, ended)
 
 
 def test_embeddings_instead_of_words(pipe):

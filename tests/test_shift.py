@@ -1,5 +1,6 @@
 """The laws of the shift, each against a slow independent version written here."""
 
+import copy
 import itertools
 
 import pytest
@@ -264,6 +265,34 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         gradients.append([parameter.grad for parameter in unet.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+def test_copies_and_deflated_networks_checkpoint_their_own_clips():
+    """A deep copy recomputes with its own clips, and after `deflate` nothing of the shift is left in the checkpointing."""
+    unet = inflate(tiny_unet()).train()
+    unet.enable_gradient_checkpointing()
+    x, t, text = inputs(4)
+    with frames(unet, 4):
+        unet(x, t, text)
+    twin = copy.deepcopy(unet)
+    with frames(twin, 4):
+        loss = twin(x, t, text).sample.square().mean()
+    with frames(unet, 2):  # the original is busy with other clips
+        loss.backward()
+    plain = inflate(tiny_unet()).train()
+    with frames(plain, 4):
+        plain(x, t, text).sample.square().mean().backward()
+    for expected, parameter in zip(plain.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(expected.grad, parameter.grad)
+    deflate(unet)
+    torch.testing.assert_close(unet(x, t, text).sample, tiny_unet().train()(x, t, text).sample)
+
+
+def test_settings_that_do_not_fit_leave_the_network_as_it_was():
+    unet = inflate(tiny_unet(resnet_time_scale_shift="scale_shift"), Shift(place="end"))
+    with pytest.raises(ValueError, match="scale and shift"):
+        inflate(unet, Shift(place="conv2"))
+    assert shift_of(unet) == Shift(place="end")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -12,7 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from latent_shift import checkpoint, data, stages, train, video
+from latent_shift import checkpoint, data, encode, stages, train, video, zoo
 from latent_shift.autoencoder import AutoencoderObjective, to_pixels, whiten
 from latent_shift.config import load
 from latent_shift.encode import LatentStore
@@ -129,7 +130,7 @@ def test_precision_and_checkpointing_count(latents, tmp_path, monkeypatch):
 
 def test_a_killed_runs_last_lines_are_not_written_twice(tmp_path):
     rows = [{"step": step, "seconds": float(step)} for step in (10, 20, 30)]
-    (tmp_path / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "sec')  # cut by a crash
     assert checkpoint.trim_stats(tmp_path, 20) == 20.0
     assert [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()] == rows[:2]
     assert checkpoint.trim_stats(tmp_path / "absent", 0) == 0.0
@@ -249,8 +250,78 @@ def test_the_timestep_shift_draws_noisier_steps(latents):
     assert drawn[1].float().mean() > drawn[0].float().mean() + 100
 
 
-def test_a_start_that_does_not_fit_is_refused(latents, image_model):
+def test_a_model_draws_the_size_it_was_trained_at(media, packed, image_model, autoencoder, texts, tmp_path):
+    data.pack(media, tmp_path / "pixels", size=64, fps=8)
+    encode.encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts)
+    config = tiny_config("image", tmp_path / "latents", steps=1, model={"init": str(image_model)})
+    pipe = zoo.load(train.train(config, tmp_path / "run"))
+    assert pipe("red", num_inference_steps=1).frames.shape == (1, 1, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        ("autoencoder", "data.crop", 16),
+        ("autoencoder", "data.splits", ["val_concept"]),
+        ("image", "data.splits", ["val_concept"]),
+        ("image", "diffusion.schedule", "linear"),
+        ("image", "diffusion.num_timesteps", 100),
+        ("image", "diffusion.prediction", "v_prediction"),
+        ("image", "diffusion.zero_terminal_snr", True),
+        ("image", "diffusion.min_snr", 1e-3),
+        ("video", "model.place", "end"),
+        ("video", "model.forward", 0.0),
+        ("video", "model.backward", 0.0),
+        ("video", "model.edge", "wrap"),
+        ("video", "model.init", None),
+    ],
+)
+def test_every_setting_of_a_stage_changes_what_it_computes(stage, key, value, packed, latents, image_model):
+    table, name = key.split(".")
+
+    def loss(changes: dict) -> float:
+        before = {"diffusion": {"prediction": "v_prediction"}} if name == "zero_terminal_snr" else {}
+        tables = {table: {**before.get(table, {}), **changes.get(table, {})} for table in {*before, *changes}}
+        config = tiny_config(stage, packed if stage == "autoencoder" else latents, **tables)
+        torch.manual_seed(0)
+        built = (stages.AutoencoderStage if stage == "autoencoder" else stages.DenoiserStage)(config)
+        built.objective.eval()
+        with torch.no_grad():
+            return float(built.objective(*built.draw(np.random.default_rng(0)))[0])
+
+    changed = {"init": str(image_model)} if name == "init" else {"size": "tiny", name: value} if table == "model" else {name: value}
+    assert loss({}) == loss({})
+    assert loss({table: changed}) != loss({})
+
+
+def test_the_seed_counts(latents, tmp_path):
+    losses = []
+    for number in (0, 0, 1):
+        run = tmp_path / str(len(losses))
+        train.train(tiny_config("image", latents, steps=1, train={"seed": number}), run)
+        losses.append(json.loads((run / "stats.jsonl").read_text())["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_latents_never_lie_over_the_pixels_or_beside_another_autoencoder(packed, autoencoder, texts, latents, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="holds the pixels; expected another folder"):
+        encode.encode(packed, packed, autoencoder=autoencoder, texts=texts)
+    shutil.copytree(latents, tmp_path / "latents")
+    monkeypatch.setattr(encode.text, "embed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        encode.encode(packed, tmp_path / "latents", autoencoder=autoencoder, texts=texts)
+    with pytest.raises(ValueError, match="not a packed data set"):
+        LatentStore(tmp_path / "latents")
+
+
+def test_a_start_that_does_not_fit_is_refused(latents, image_model, video_model):
+    moving = {"init": str(video_model), "edge": "wrap"}
+    with pytest.raises(ValueError, match=r"model\.edge is wrap, but .* was trained with zero: set it to that"):
+        stages.DenoiserStage(tiny_config("video", latents, model=moving))
+    stages.DenoiserStage(tiny_config("video", latents, model={"init": str(image_model), "edge": "wrap"}))
     model = {"init": str(image_model)}
+    with pytest.raises(ValueError, match=r"diffusion\.num_timesteps is 100, but .* was trained with 1000"):
+        stages.DenoiserStage(tiny_config("video", latents, model=model, diffusion={"num_timesteps": 100}))
     with pytest.raises(ValueError, match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that"):
         stages.DenoiserStage(tiny_config("video", latents, model=model, diffusion={"prediction": "v_prediction"}))
     with pytest.raises(ValueError, match="texts 32 wide, the U-Net takes 4 and 384"):

@@ -12,10 +12,16 @@ from torch.nn import functional as F
 
 
 class AutoencoderObjective(nn.Module):
-    """Reconstruction + KL + perceptual loss of an `AutoencoderKL`, as one module that accelerate can wrap."""
+    """Reconstruction + KL + perceptual loss of an `AutoencoderKL`, as one module that accelerate can wrap.
+
+    Raises:
+        ValueError: an autoencoder without the two 1x1 convolutions around the latents, which `whiten` needs in the end.
+    """
 
     def __init__(self, vae: AutoencoderKL, *, kl: float, perceptual: float):
         super().__init__()
+        if vae.quant_conv is None or vae.post_quant_conv is None:
+            raise ValueError("expected an autoencoder with quant_conv and post_quant_conv: the scale of the latents is folded into them")
         self.vae = vae
         self.kl = kl
         self.perceptual = perceptual
@@ -81,14 +87,9 @@ def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
     one `scaling_factor` only (1 afterwards).
 
     Args:
-        vae: changed in place.
+        vae: changed in place; one with `quant_conv` and `post_quant_conv`.
         latents: `(N, C, H, W)` posterior means of training frames.
-
-    Raises:
-        ValueError: an autoencoder without the two convolutions.
     """
-    if vae.quant_conv is None or vae.post_quant_conv is None:
-        raise ValueError("expected an autoencoder with quant_conv and post_quant_conv: the scale of the latents is folded into them")
     mean = latents.mean(dim=(0, 2, 3), dtype=torch.float64)
     std = (latents.double() - mean[:, None, None]).square().mean(dim=(0, 2, 3)).sqrt()
     num_channels = len(mean)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from latent_shift import models
-from latent_shift.shift import Shift, frames, inflate
+from latent_shift.shift import Shift, deflate, frames, inflate, shift_of
 
 
 def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2) -> dict[str, dict[str, float]]:
@@ -40,8 +41,12 @@ def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up:
 
 def machine(device: str = "cpu") -> dict[str, object]:
     """What the numbers on `device` were taken on."""
+    processor = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = f"{names[0]} ({processor})" if names else processor
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "torch": torch.__version__,
@@ -50,11 +55,11 @@ def machine(device: str = "cpu") -> dict[str, object]:
     }
 
 
-def command_seconds(*, rounds: int = 3) -> dict[str, float]:
+def command_seconds(*, rounds: int = 3, device: str = "cpu") -> dict[str, float]:
     """Median seconds of whole commands, each in a process of its own: the help page, and words to an mp4 with the embedded model."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        for words in (["--help"], ["generate", "a red heart", "-o", f"{folder}/clip.mp4"]):
+        for words in (["--help"], ["generate", "a red heart", "--device", device, "-o", f"{folder}/clip.mp4"]):
             times = []
             for _ in range(rounds):
                 start = time.perf_counter()
@@ -65,24 +70,29 @@ def command_seconds(*, rounds: int = 3) -> dict[str, float]:
 
 
 def shift_overhead(
-    *, num_frames: int = 16, size: int = 32, rounds: int = 10, device: str = "cpu", unet: UNet2DConditionModel | None = None
-) -> dict:
+    *, num_frames: int = 16, size: int | None = None, text_length: int = 77, rounds: int = 10, device: str = "cpu",
+    unet: UNet2DConditionModel | None = None,
+) -> dict:  # fmt: skip
     """One denoising step of a U-Net: frame by frame, and with the shift, on the same inputs.
 
     Args:
         num_frames: frames a clip.
-        size: side of the latents.
+        size: side of the latents; None: what the U-Net was trained at.
+        text_length: tokens of the text.
         rounds: counted rounds.
         device: "cpu" or "cuda".
-        unet: None takes one of widths 64/128/256/256, two layers a block (34 M parameters).
+        unet: not changed. If it is inflated its own shift is timed. None takes one of widths 64/128/256/256, two layers a block (34 M
+            parameters), at 32.
     """
     unet = unet or UNet2DConditionModel(
-        sample_size=size, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128, attention_head_dim=(2, 4, 8, 8)
+        sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128, attention_head_dim=(2, 4, 8, 8)
     )
-    plain = unet.to(device).eval()
-    shifted = inflate(copy.deepcopy(plain), Shift())
-    x = torch.randn(num_frames, unet.config.in_channels, size, size, device=device, dtype=plain.dtype)
-    text = torch.randn(num_frames, 77, unet.config.cross_attention_dim, device=device, dtype=plain.dtype)
+    side = size or int(unet.config.sample_size)
+    plain = deflate(copy.deepcopy(unet)).to(device).eval()
+    shifted = inflate(copy.deepcopy(plain), shift_of(unet) or Shift())
+    dtype = next(plain.parameters()).dtype
+    x = torch.randn(num_frames, unet.config.in_channels, side, side, device=device, dtype=dtype)
+    text = torch.randn(num_frames, text_length, unet.config.cross_attention_dim, device=device, dtype=dtype)
 
     def as_clip() -> None:
         with frames(shifted, num_frames):
@@ -90,4 +100,11 @@ def shift_overhead(
 
     with torch.no_grad():
         results = paired({"frame by frame": lambda: plain(x, 500, text), "with the shift": as_clip}, rounds=rounds)
-    return {"parameters": models.num_parameters(plain), "num_frames": num_frames, "latents": size, "rounds": rounds, **results}
+    return {
+        "parameters": models.num_parameters(plain),
+        "num_frames": num_frames,
+        "latents": side,
+        "text_length": text_length,
+        "rounds": rounds,
+        **results,
+    }

@@ -4,7 +4,7 @@ run/
   config.toml            every setting, defaults written out; `latent-shift train run` resumes from it
   stats.jsonl            a line every `log_every` steps; `seconds` is the run's time so far, sampling and saving included
   samples/               pictures and clips drawn while it trains
-  checkpoints/step-*/    weights (safetensors), averaged weights, optimizer state
+  checkpoints/step-*/    weights (safetensors); averaged weights and optimizer state (PyTorch's own format)
   model/                 the averaged weights as a diffusers folder, when the run is done
 """
 
@@ -52,9 +52,18 @@ def restore(accelerator: Accelerator, run: Path) -> int:
 
 
 def trim_stats(run: Path, step: int) -> float:
-    """Drop the lines of stats.jsonl after `step`, which are about to be written again; returns the seconds up to there."""
+    """Drop the lines of stats.jsonl after `step`, which are about to be written again, and one that a crash cut short; returns the
+    seconds up to there."""
     path = run / "stats.jsonl"
-    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] <= step] if path.exists() else []
-    if rows:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [row for row in (json.loads(line) for line in lines if line.endswith("}\n")) if row["step"] <= step]
+    if lines:
+        write(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows[-1].get("seconds", 0.0) if rows else 0.0
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file aside and rename it into place."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -34,9 +34,17 @@ def generate(
 ) -> None:
     """Make a clip from words."""
     _quiet()
-    from latent_shift import zoo
+    from latent_shift import video, zoo
 
+    for path in output or []:
+        video.check_output(path, fps=8 if fps is None else fps)
+    if fps is not None and output and all(path.suffix.lower() == ".png" for path in output):
+        raise ValueError("--fps has no effect on a .png, which is a strip of frames; expected another output, or no --fps")
+    if loop and num_frames == 1:
+        raise ValueError("--loop has no effect on one frame; expected --num-frames 2 or more")
     pipe = zoo.load(model, device=device)
+    if negative and (pipe.call_defaults["guidance_scale"] if guidance is None else guidance) <= 1:
+        raise ValueError("--negative has no effect without guidance; expected --guidance above 1")
     (clips,) = pipe(
         prompt, num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative,
         height=size, width=size, loop=loop, generator=zoo.seed(seed), return_dict=False,
@@ -162,6 +170,8 @@ def sheet(
     _quiet()
     from latent_shift import video, zoo
 
+    for path in outputs:
+        video.check_output(path)
     lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip() and not line.startswith("#")]
     pipe = zoo.load(model, device=device)
     pipe.set_progress_bar_config(disable=True)
@@ -180,8 +190,8 @@ def sheet(
 @app.command()
 def bench(
     frames: Annotated[int, typer.Option(help="frames a clip")] = 16,
-    size: Annotated[int, typer.Option(help="side of the latents")] = 32,
-    rounds: Annotated[int, typer.Option(help="counted rounds")] = 10,
+    size: Annotated[int | None, typer.Option(help="side of the latents; default: the model's, else 32")] = None,
+    rounds: Annotated[int, typer.Option(help="counted rounds; of commands 3 at most")] = 10,
     model: Annotated[str | None, typer.Option("--model", "-m", help="take this model's U-Net instead of the 34 M one")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     commands: Annotated[bool, typer.Option("--commands", help="also time whole commands, loading included")] = False,
@@ -193,11 +203,14 @@ def bench(
 
     from latent_shift import benchmark, zoo
 
-    unet = zoo.load(model, device=device).unet if model else None
-    result = benchmark.machine(device)
-    result |= benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, unet=unet)
+    own = {}
+    if model:
+        pipe = zoo.load(model, device=device)
+        own = {"unet": pipe.unet, "text_length": pipe.tokenizer.model_max_length}
+    result = benchmark.machine(device) | {"model": model}
+    result |= benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, **own)
     if commands:
-        result["commands, seconds"] = benchmark.command_seconds()
+        result["commands, seconds"] = benchmark.command_seconds(rounds=min(rounds, 3), device=device)
     text = json.dumps(result, indent=1)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +268,7 @@ def preview(
     columns: int = 8,
     seed: int = 0,
 ) -> None:
-    """Draw clips as training sees them, a row each; the captions are printed."""
+    """Draw clips and stills as training sees them, a row each under its caption; the captions are printed too."""
     from latent_shift import data, video
 
     sheet, captions = data.preview(data.Store(packed), rows=rows, columns=columns, seed=seed)
@@ -294,6 +307,8 @@ def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING)
+    # But not what it says when a prompt is longer than the text encoder reads.
+    diffusers.utils.logging.get_logger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").setLevel(logging.WARNING)
 
 
 def main() -> None:

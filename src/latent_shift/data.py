@@ -57,10 +57,10 @@ def read_records(folder: str | Path) -> list[Record]:
             raise ValueError(f"{folder}: expected metadata.jsonl, or media files each with a caption in a .txt of the same name")
         return records
     records = []
-    for number, line in enumerate(metadata.read_text().splitlines(), 1):
+    for number, line in enumerate(_lines(metadata), 1):
         try:
             row = json.loads(line)
-            texts = (row["text"],) if isinstance(row["text"], str) else tuple(row["text"])
+            texts = tuple(text for text in ([row["text"]] if isinstance(row["text"], str) else row["text"]) if str.strip(text))
             name = row["file_name"]
             optional = {key: row[key] for key in ("split", "loop") if key in row}
             records.append(Record(name, texts, str(row.get("concept", texts[0] if texts else name)), **optional))
@@ -83,7 +83,7 @@ class Store:
         if not (self.folder / "store.json").exists():
             raise ValueError(f"{folder}: not a packed data set (no store.json); `latent-shift data pack FOLDER OUT` writes one")
         self.info = json.loads((self.folder / "store.json").read_text())
-        rows = [json.loads(line) for line in (self.folder / "index.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in _lines(self.folder / "index.jsonl")]
         self.records = [Record(**{**row, "texts": tuple(row["texts"])}) for row in rows]
         total = sum(record.num_frames for record in self.records)
         shape = (total, *self.info["shape"])
@@ -173,6 +173,9 @@ def pack(
 
     Returns:
         The files that could not be used, as (file name, reason). They are left out, never replaced.
+
+    Raises:
+        ValueError: not a media folder, or no file of it can be used.
     """
     folder = Path(folder)
     records = read_records(folder)
@@ -185,6 +188,8 @@ def pack(
             writer.add(record, frames)
         if progress:
             progress(done, len(records))
+    if not writer.total:
+        raise ValueError(f"{folder}: none of {len(records)} files can be used; the first: {': '.join(problems[0])}")
     writer.close()
     return problems
 
@@ -212,11 +217,18 @@ def check(folder: str | Path, *, min_frames: int = 16, fps: float = 8, workers: 
 
 
 def preview(store: Store, *, rows: int = 8, columns: int = 8, seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """What training sees: `rows` random clips in strips of `columns` frames; returns the `(H, W, 3) uint8` sheet and the captions."""
+    """What training sees: `rows` random clips and stills, a row of up to `columns` successive frames each, under their captions;
+    returns the `(H, W, 3) uint8` sheet and the captions."""
     rng = np.random.default_rng(seed)
-    indices = BalancedSampler(store.records, store.select(num_frames=columns)).draw(rng, rows)
-    strips = np.concatenate([store.draw_window(rng, index, columns) for index in indices])
-    return video.montage(strips, columns=columns), [store.records[index].texts[0] for index in indices]
+    indices = BalancedSampler(store.records, store.select()).draw(rng, rows)
+    strips = [store.draw_window(rng, index, min(columns, store.records[index].num_frames)) for index in indices]
+    captions = [store.records[index].texts[0] for index in indices]
+    return video.labelled_rows(strips, captions, columns=columns), captions
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a .jsonl file. (`str.splitlines` also splits where a caption has one of Unicode's other line separators.)"""
+    return path.read_text().removesuffix("\n").split("\n")
 
 
 def _decode_one(task: tuple[Path, int, float]) -> np.ndarray | str:

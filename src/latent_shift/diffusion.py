@@ -38,12 +38,16 @@ def draw_timesteps(rng: np.random.Generator, num: int, num_timesteps: int, *, sh
 
 
 class DenoisingObjective(nn.Module):
-    """The mean squared error of a U-Net that predicts the noise (or v) in latents, as one module that accelerate can wrap."""
+    """The mean squared error of a U-Net that predicts the noise (or v) in latents, as one module that accelerate can wrap.
+
+    Raises:
+        ValueError: a schedule that predicts something else.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, schedule: DDPMScheduler, *, min_snr: float | None = None):
         super().__init__()
-        if min_snr is not None and schedule.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"min_snr has no weight for prediction {schedule.config.prediction_type!r}")
+        if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"expected a schedule that predicts epsilon or v_prediction, got {schedule.config.prediction_type!r}")
         self.unet = unet
         self.schedule = schedule
         self.min_snr = min_snr

@@ -71,15 +71,18 @@ def encode(
         The new store. Latents are scaled by the autoencoder's `scaling_factor`, as the U-Net sees them.
 
     Raises:
-        ValueError: not a store of pixels.
+        ValueError: not a store of pixels, or `out` is `pixels`.
     """
     source, out, texts = Store(pixels), Path(out), Path(texts)
+    if out.resolve() == Path(pixels).resolve():
+        raise ValueError(f"{out}: holds the pixels; expected another folder for the latents")
     if source.info["dtype"] != "uint8":
         raise ValueError(f"{pixels}: expected packed pixels, got a store of {source.info['dtype']}")
     vae = models.load_autoencoder(autoencoder).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
     text_encoder = AutoModel.from_pretrained(texts / "text_encoder", dtype=torch.float32).to(device).eval()
     out.mkdir(parents=True, exist_ok=True)
+    (out / "store.json").unlink(missing_ok=True)  # whatever stops this, no new autoencoder lies beside old latents
     vae.save_pretrained(out / "autoencoder")
     for name in ("tokenizer", "text_encoder"):
         shutil.copytree(texts / name, out / name, dirs_exist_ok=True)

@@ -111,9 +111,17 @@ def evaluate(
         The measures, and the generated clips `(num, F, H, W, 3) uint8`.
 
     Raises:
-        ValueError: fewer than `num` concepts have clips.
+        ValueError: fewer than `num` concepts have clips, or the store's size or frame rate is not the model's.
     """
     num_frames = int(pipe.call_defaults["num_frames"])
+    if num_frames < 3:
+        raise ValueError(f"expected a video model of 3 frames or more, got one of {num_frames}: it has no motion to measure")
+    made = (pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.call_defaults["fps"])
+    if made != (store.info["size"], store.info["fps"]):
+        raise ValueError(
+            f"the model makes {made[0]} pixels at {made[1]:g} fps, {store.folder} holds {store.info['size']} at {store.info['fps']:g}"
+        )
+    features = ClipFeatures()
     candidates = store.select(splits=splits, num_frames=num_frames)
     plainest: dict[str, int] = {}  # the record with the shortest caption of each concept: no skin tone, no variant
     for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
@@ -131,7 +139,6 @@ def evaluate(
         clips += [to_uint8(clip) for clip in result[0]]
         progress(len(clips), num)
     generated = np.stack(clips)
-    features = ClipFeatures()
     ranks = retrieval_ranks(np.stack([features(clip) for clip in generated]), np.stack([features(clip) for clip in real]))
     energies = np.array([[motion_energy(clip) for clip in part] for part in (generated, real)])
     return {

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -112,7 +113,8 @@ class LatentShiftPipeline(StableDiffusionPipeline):
             output_type: "np", "pil", "pt" or "latent", see `LatentShiftOutput`.
             return_dict: False returns `(frames,)`.
             cross_attention_kwargs, clip_skip: as in `StableDiffusionPipeline`.
-            callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after every step; may return changed tensors.
+            callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after every step; may return changed tensors. Or one
+                of diffusers' `PipelineCallback`s.
             callback_on_step_end_tensor_inputs: names of the tensors it wants.
 
         Raises:
@@ -135,6 +137,8 @@ class LatentShiftPipeline(StableDiffusionPipeline):
         if output_type not in ("np", "pil", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}; expected np, pil, pt or latent")
         tensor_inputs = list(callback_on_step_end_tensor_inputs)
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            tensor_inputs = list(callback_on_step_end.tensor_inputs)
         self.check_inputs(
             prompt, height, width, None, negative_prompt, prompt_embeds, negative_prompt_embeds,
             callback_on_step_end_tensor_inputs=tensor_inputs,

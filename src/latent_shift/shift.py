@@ -70,7 +70,8 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
 
     Args:
         x_NCHW: `(B*F, C, ...)`, the frames of a clip side by side.
-        num_frames: F. -1 takes the whole batch as one clip. One frame has no neighbours and is returned as it is.
+        num_frames: F. -1 takes the whole batch as one clip. One frame has no neighbours and is returned as it is (except by a
+            compiled graph of -1, whose F is 2 or more).
         shift: shares and edge (`place` has no meaning here).
 
     Returns:
@@ -142,6 +143,15 @@ class _Clip:
     shift: Shift
     num_frames: int = 1
 
+    @contextmanager
+    def of(self, num_frames: int, shift: Shift) -> Iterator[None]:
+        before = self.num_frames, self.shift
+        self.num_frames, self.shift = num_frames, shift
+        try:
+            yield
+        finally:
+            self.num_frames, self.shift = before
+
 
 class ShiftGroupNorm(nn.GroupNorm):
     """A group norm whose output is shifted.
@@ -183,17 +193,18 @@ def inflate(network: nn.Module, shift: Shift = Shift()) -> nn.Module:
     Raises:
         ValueError: no block to shift, or a block in which this place cannot be shifted.
     """
-    deflate(network)
     blocks = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
     if not blocks:
         raise ValueError(f"{type(network).__name__} has no ResnetBlock2D to shift; expected a U-Net such as UNet2DConditionModel")
-    clip = _Clip(shift)
-    for block in blocks:
-        if shift.place == "conv2" and block.time_embedding_norm != "default":
-            raise ValueError('place="conv2" needs blocks that add the time embedding; these scale and shift by it: use "conv1" or "end"')
-        layer = getattr(block, _LAYER[shift.place])
-        if type(layer) not in _SHIFTED:
+    if shift.place == "conv2" and any(block.time_embedding_norm != "default" for block in blocks):
+        raise ValueError('place="conv2" needs blocks that add the time embedding; these scale and shift by it: use "conv1" or "end"')
+    layers = [getattr(block, _LAYER[shift.place]) for block in blocks]
+    for layer in layers:
+        if type(layer) not in {*_SHIFTED.keys(), *_SHIFTED.values()}:
             raise ValueError(f"cannot shift a {type(layer).__name__}: inflate before adding adapters to this layer")
+    deflate(network)
+    clip = _Clip(shift)
+    for layer in layers:
         layer.__class__ = _SHIFTED[type(layer)]
         layer.clip = clip
     network.__dict__["_latent_shift_clip"] = clip
@@ -207,6 +218,9 @@ def deflate(network: nn.Module) -> nn.Module:
             if type(layer) is shifted:
                 layer.__class__ = plain
                 del layer.clip
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, _CheckpointAsClips):
+            layer._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
     for layer in _cross_attentions(network):
         if type(layer.processor) is ClipTextProcessor:
             layer.set_processor(AttnProcessor2_0())
@@ -226,7 +240,8 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
 
     Args:
         network: an inflated network.
-        num_frames: F; 1 is the image network. -1 takes the whole batch as one clip, so that an exported graph keeps F free.
+        num_frames: F; 1 is the image network. -1 takes the whole batch as one clip, so that an exported graph keeps F free: any
+            number from 2 on.
         edge: another edge than the network's own, e.g. "wrap" for a loop.
 
     Raises:
@@ -237,39 +252,31 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
         raise ValueError(f"{type(network).__name__} is not inflated; call inflate(network, Shift()) first")
     if num_frames != -1 and num_frames < 1:
         raise ValueError(f"num_frames must be 1 or more, or -1 for the whole batch, got {num_frames}")
-    before = clip.shift, clip.num_frames
-    clip.num_frames = num_frames
-    if edge is not None:
-        clip.shift = replace(clip.shift, edge=edge)
     if getattr(network, "is_gradient_checkpointing", False):
-        _recompute_as_clips(network)
-    try:
+        for module in network.modules():
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if checkpoint is not None and not isinstance(checkpoint, _CheckpointAsClips):
+                module._gradient_checkpointing_func = _CheckpointAsClips(checkpoint, clip)  # type: ignore[assignment]
+    with clip.of(num_frames, clip.shift if edge is None else replace(clip.shift, edge=edge)):
         yield network
-    finally:
-        clip.shift, clip.num_frames = before
 
 
-def _recompute_as_clips(network: nn.Module) -> None:
-    """Gradient checkpointing runs blocks again during the backward pass, when `frames` has ended: let it come back for them."""
+@dataclass
+class _CheckpointAsClips:
+    """Gradient checkpointing runs blocks again during the backward pass, when `frames` has ended: this brings the clips back.
+    (An object and not a closure: a deep copy of the network takes a copy along that knows the copy's clips.)"""
 
-    def wrap(checkpoint: Callable) -> Callable:
-        def checkpoint_as_clips(block: Callable, *args):
-            clip: _Clip = network._latent_shift_clip  # type: ignore[assignment]
-            num_frames, edge = clip.num_frames, clip.shift.edge
+    checkpoint: Callable
+    clip: _Clip
 
-            def run(*inputs):
-                with frames(network, num_frames, edge=edge):
-                    return block(*inputs)
+    def __call__(self, block: Callable, *args):
+        num_frames, shift = self.clip.num_frames, self.clip.shift
 
-            return checkpoint(run, *args)
+        def run(*inputs):
+            with self.clip.of(num_frames, shift):
+                return block(*inputs)
 
-        checkpoint_as_clips.of_latent_shift = True  # type: ignore[attr-defined]
-        return checkpoint_as_clips
-
-    for module in network.modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if checkpoint is not None and not hasattr(checkpoint, "of_latent_shift"):
-            module._gradient_checkpointing_func = wrap(checkpoint)  # type: ignore[assignment]
+        return self.checkpoint(run, *args)
 
 
 class ClipTextProcessor(AttnProcessor2_0):

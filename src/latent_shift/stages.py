@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -107,6 +108,7 @@ class DenoiserStage:
             else models.unet(str(config.model.size), sample_size=sample_size)
         )
         self.shift = Shift(config.model.forward, config.model.backward, config.model.place, config.model.edge)
+        self.model.register_to_config(sample_size=sample_size)  # what it is trained at it will draw
         inflate(self.model, self.shift)
         share_text(self.model)
         options = config.diffusion
@@ -120,24 +122,29 @@ class DenoiserStage:
         self.objective = DenoisingObjective(self.model, self.schedule, min_snr=options.min_snr)
 
     def _check_start(self) -> None:
-        """The U-Net fits the latents and texts, and learns what it has learnt before."""
+        """The U-Net fits the latents and texts, and learns what it has learnt before, moving the channels it moved before."""
         channels, width = self.store.info["shape"][1], self.store.info["texts"][1]
         expected = (self.model.config.in_channels, self.model.config.cross_attention_dim)
         if (channels, width) != expected:
             raise ValueError(
                 f"{self.store.folder} has latents of {channels} channels and texts {width} wide, the U-Net takes {expected[0]} and {expected[1]}"
             )
-        scheduler = zoo.folder(self.config.model.init or "") / "scheduler" / "scheduler_config.json"
-        if self.config.model.init and scheduler.exists():
-            before = json.loads(scheduler.read_text())
-            for key, name, default in (
-                ("prediction_type", "prediction", "epsilon"),
-                ("beta_schedule", "schedule", "linear"),
-                ("rescale_betas_zero_snr", "zero_terminal_snr", False),
-            ):
-                value, learnt = getattr(self.config.diffusion, name), before.get(key, default)
-                if value != learnt:
-                    raise ValueError(f"diffusion.{name} is {value}, but {self.config.model.init} was trained with {learnt}: set it to that")
+        if not self.config.model.init:
+            return
+        start = zoo.folder(self.config.model.init)
+        before, now = [], []
+        if (start / "scheduler" / "scheduler_config.json").exists():
+            learnt = DDPMScheduler(**{k: v for k, v in _read(start / "scheduler" / "scheduler_config.json").items() if k in _LEARNT}).config
+            before += [(_LEARNT[key], learnt[key]) for key in _LEARNT]
+            now += [self.schedule.config[key] for key in _LEARNT]
+        if (start / "model_index.json").exists():
+            trained = _read(start / "model_index.json").get("latent_shift", {})
+            if trained.get("num_frames", 1) > 1:  # an image model has moved none
+                before += [(f"model.{field}", trained[field]) for field in asdict(self.shift) if field in trained]
+                now += [getattr(self.shift, field) for field in asdict(self.shift) if field in trained]
+        for (name, value), current in zip(before, now, strict=True):
+            if value != current:
+                raise ValueError(f"{name} is {current}, but {self.config.model.init} was trained with {value}: set it to that")
 
     def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]:
         """Latents, noise `(B, F, C, h, w)`, timesteps `(B,)`, text `(B, L, D)`."""
@@ -191,8 +198,25 @@ class DenoiserStage:
             video.write(video.side_by_side(clips, columns=4), folder / f"{step:08d}.webp", fps=self.store.info["fps"])
 
     def export(self, folder: Path) -> None:
-        """A half-precision pipeline folder; diffusers' StableDiffusionPipeline reads it too."""
+        """A half-precision pipeline folder; diffusers' StableDiffusionPipeline reads it too. No path of this machine is in it."""
         pipe = self.pipeline()
         pipe.unet = copy.deepcopy(self.model)  # the averaged weights; the ones in training stay float32
         pipe.vae.half(), pipe.text_encoder.half(), pipe.unet.half()
+        for part in (pipe.vae, pipe.unet):
+            part.register_to_config(_name_or_path="")
         pipe.save_pretrained(folder)
+
+
+# What a scheduler's file tells of the training, and the setting that names it.
+_LEARNT = {
+    "prediction_type": "diffusion.prediction",
+    "beta_schedule": "diffusion.schedule",
+    "rescale_betas_zero_snr": "diffusion.zero_terminal_snr",
+    "num_train_timesteps": "diffusion.num_timesteps",
+    "beta_start": "beta_start of diffusion.schedule",
+    "beta_end": "beta_end of diffusion.schedule",
+}
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())

@@ -84,7 +84,7 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
         group["betas"], group["weight_decay"] = (0.9, config.optim.beta2), config.optim.weight_decay
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.toml").write_text(dump(config))
+        checkpoint.write(run / "config.toml", dump(config))
         seconds = checkpoint.trim_stats(run, done)
         stats = (run / "stats.jsonl").open("a")
     if config.train.tensorboard:

@@ -6,23 +6,30 @@ pillow the animations and stills; both ship their codecs, so nothing else has to
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageDraw, ImageSequence
+from PIL import Image, ImageDraw, ImageOps, ImageSequence
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v"}
 IMAGE_SUFFIXES = {".webp", ".gif", ".png", ".apng", ".jpg", ".jpeg"}
 SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 WRITABLE = (".mp4", ".webm", ".gif", ".webp", ".png")
+# What decoders have been seen to raise on files that are cut short or not what they say.
+BROKEN = (
+    OSError, av.FFmpegError, EOFError, SyntaxError, IndexError, KeyError, TypeError, ZeroDivisionError, OverflowError,
+    struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def read(
     path: str | Path, *, fps: float | None = None, size: int | None = None, background: tuple[int, int, int] = (255, 255, 255)
 ) -> tuple[np.ndarray, float]:
-    """Decode a video, animation or still.
+    """Decode a video, animation or still, turned upright where the file says how it was held.
 
     Args:
         path: a file with one of `SUFFIXES`.
@@ -39,12 +46,12 @@ def read(
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: expected one of {' '.join(sorted(SUFFIXES))}, got {path.suffix or 'no suffix'!r}")
-    decode = _decode_video if path.suffix.lower() in VIDEO_SUFFIXES else _decode_image
+    decode = _decode_video if path.suffix.lower() in VIDEO_SUFFIXES else partial(_decode_image, background=background)
     frames: list[np.ndarray] = []
     end = 0.0
     num_decoded = 0
     try:
-        for image, seconds in decode(path, background):
+        for image, seconds in decode(path):
             # A frame is shown from `end` to `end + seconds`: it fills every output slot that falls inside.
             num_decoded += 1
             repeats = 1 if fps is None else sum(1 for _ in _slots(end, end + seconds, fps))
@@ -53,7 +60,7 @@ def read(
                 frames += [_fit(image, size)] * repeats
             elif not frames:
                 frames.append(_fit(image, size))
-    except (OSError, av.FFmpegError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: cannot be decoded after {num_decoded} frames: {error}") from error
     if not frames:
         raise ValueError(f"{path}: holds no frame")
@@ -70,21 +77,17 @@ def write(frames: np.ndarray, path: str | Path, *, fps: float = 8) -> Path:
     Args:
         frames: `(F, H, W, 3) uint8`. For .mp4 and .webm an odd height or width repeats its last row or column.
         path: where to; missing folders are made.
-        fps: frames a second, above 0.
+        fps: frames a second, above 0; at most 50 in a .gif.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: wrong shape or dtype, an unknown suffix, or `fps` not above 0.
+        ValueError: wrong shape or dtype, an unknown suffix, or an `fps` that the format cannot have.
     """
-    path = Path(path)
+    path = check_output(path, fps=fps)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
         raise ValueError(f"expected (F, H, W, 3) uint8 frames with F > 0, got {frames.shape} {frames.dtype}")
-    if fps <= 0:
-        raise ValueError(f"fps must be above 0, got {fps}")
-    if path.suffix.lower() not in WRITABLE:
-        raise ValueError(f"{path}: expected one of {' '.join(WRITABLE)}, got {path.suffix or 'no suffix'!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = path.suffix.lower()
     if suffix in (".mp4", ".webm"):
@@ -93,8 +96,27 @@ def write(frames: np.ndarray, path: str | Path, *, fps: float = 8) -> Path:
         Image.fromarray(np.concatenate(list(frames), axis=1)).save(path)
     else:
         images = [Image.fromarray(frame) for frame in frames]
+        # GIF counts in 10 ms, WebP in 1 ms: what is rounded off one frame goes to the next, so that the clip keeps its time.
+        tick = 10 if suffix == ".gif" else 1
+        durations = np.diff(np.round(np.arange(len(frames) + 1) * 1000 / fps / tick)).astype(int) * tick
         # Pillow merges equal frames into one that lasts longer. `lossless` is WebP's; GIF has no such option and ignores it.
-        images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0, lossless=True)
+        images[0].save(path, save_all=True, append_images=images[1:], duration=durations.tolist(), loop=0, lossless=True)
+    return path
+
+
+def check_output(path: str | Path, *, fps: float = 8) -> Path:
+    """`path`, if `write` can write there at this rate: to know before the work and not after.
+
+    Raises:
+        ValueError: an unknown suffix, or an `fps` that the format cannot have.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in WRITABLE:
+        raise ValueError(f"{path}: expected one of {' '.join(WRITABLE)}, got {path.suffix or 'no suffix'!r}")
+    if fps <= 0:
+        raise ValueError(f"fps must be above 0, got {fps}")
+    if fps > 50 and path.suffix.lower() == ".gif":
+        raise ValueError(f"{path}: a .gif shows at most 50 frames a second, got {fps}; expected another format or a lower fps")
     return path
 
 
@@ -116,10 +138,10 @@ def side_by_side(clips: np.ndarray | list[np.ndarray], *, columns: int) -> np.nd
 
 def labelled_rows(clips: list[np.ndarray], labels: list[str], *, columns: int, label_height: int = 14) -> np.ndarray:
     """A contact sheet: each clip as a row of `columns` frames evenly spread over it, its label above; `(H, W, 3) uint8`."""
-    rows = []
+    rows, columns = [], min(columns, max(map(len, clips)))
     for clip, label in zip(clips, labels, strict=True):
         picked = clip[np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)]
-        row = montage(picked, columns=len(picked))
+        row = montage(picked, columns=columns)
         head = Image.new("RGB", (row.shape[1], label_height), "white")
         ImageDraw.Draw(head).text((2, 1), label, fill="black")
         rows.append(np.concatenate([np.asarray(head), row]))
@@ -140,7 +162,7 @@ def _fit(image: Image.Image, size: int | None) -> np.ndarray:
     return np.asarray(image)
 
 
-def _decode_video(path: Path, background: tuple[int, int, int]) -> Iterator[tuple[Image.Image, float]]:
+def _decode_video(path: Path) -> Iterator[tuple[Image.Image, float]]:
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise ValueError(f"{path}: holds no video stream")
@@ -152,12 +174,12 @@ def _decode_video(path: Path, background: tuple[int, int, int]) -> Iterator[tupl
             if held is not None:
                 seconds = max(frame.time - held.time, 0.0) if frame.time is not None and held.time is not None else default
                 shown += seconds
-                yield held.to_image(), seconds
+                yield _upright(held), seconds
             held = frame
         if held is not None:
             seconds = float(held.duration * held.time_base) if held.duration and held.time_base else default
             shown += seconds
-            yield held.to_image(), seconds
+            yield _upright(held), seconds
         # A file cut short decodes without an error: only its header knows. (The container's duration may be the sound's.)
         promised = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
         if not promised and container.duration and len(container.streams) == 1:
@@ -166,11 +188,18 @@ def _decode_video(path: Path, background: tuple[int, int, int]) -> Iterator[tupl
             raise ValueError(f"{path}: cut short: {shown:.1f} s of {promised:.1f} s can be decoded")
 
 
+def _upright(frame: av.VideoFrame) -> Image.Image:
+    return frame.to_image().rotate(frame.rotation, expand=True)  # both count degrees counterclockwise; telephones film sideways
+
+
 def _decode_image(path: Path, background: tuple[int, int, int]) -> Iterator[tuple[Image.Image, float]]:
     with Image.open(path) as image:
         for frame in ImageSequence.Iterator(image):
             frame.load()
             seconds = frame.info.get("duration", 100) / 1000
+            if seconds == 0 or (seconds < 0.02 and image.format == "GIF"):
+                seconds = 0.1  # "as fast as possible", which browsers show at 10 frames a second
+            frame = ImageOps.exif_transpose(frame)
             if frame.has_transparency_data:
                 backdrop = Image.new("RGBA", frame.size, (*background, 255))
                 yield Image.alpha_composite(backdrop, frame.convert("RGBA")).convert("RGB"), seconds

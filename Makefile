@@ -92,6 +92,7 @@ ablation: runs/emoji-image/model/model_index.json
 
 bench: $(VENV)/.core
 	$(BIN)/latent-shift bench --commands -o docs/results/bench.json
+	$(BIN)/latent-shift bench -m emoji --rounds 20 -o docs/results/bench-emoji.json
 
 clean:
 	rm -rf $(VENV) out

@@ -17,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from latent_shift import models
-from latent_shift.shift import Shift, deflate, frames, inflate, shift_of
+from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of
 
 
 def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2) -> dict[str, dict[str, float]]:
@@ -73,7 +73,7 @@ def shift_overhead(
     *, num_frames: int = 16, size: int | None = None, text_length: int = 77, rounds: int = 10, device: str = "cpu",
     unet: UNet2DConditionModel | None = None,
 ) -> dict:  # fmt: skip
-    """One denoising step of a U-Net: frame by frame, and with the shift, on the same inputs.
+    """One denoising step of a U-Net on the same inputs: frame by frame, with the shift, and with the shift as the pipeline runs it.
 
     Args:
         num_frames: frames a clip.
@@ -94,12 +94,20 @@ def shift_overhead(
     x = torch.randn(num_frames, unet.config.in_channels, side, side, device=device, dtype=dtype)
     text = torch.randn(num_frames, text_length, unet.config.cross_attention_dim, device=device, dtype=dtype)
 
-    def as_clip() -> None:
-        with frames(shifted, num_frames):
-            shifted(x, 500, text)
+    sharing = copy.deepcopy(shifted)
+    share_text(sharing)
 
+    def as_clip(network: UNet2DConditionModel, text: torch.Tensor) -> None:
+        with frames(network, num_frames):
+            network(x, 500, text)
+
+    calls = {
+        "frame by frame": lambda: plain(x, 500, text),
+        "with the shift": lambda: as_clip(shifted, text),
+        "with the shift, one text a clip as the pipeline has it": lambda: as_clip(sharing, text[:1]),
+    }
     with torch.no_grad():
-        results = paired({"frame by frame": lambda: plain(x, 500, text), "with the shift": as_clip}, rounds=rounds)
+        results = paired(calls, rounds=rounds)
     return {
         "parameters": models.num_parameters(plain),
         "num_frames": num_frames,

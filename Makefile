@@ -36,7 +36,7 @@ $(VENV)/.dev: $(VENV)/.core
 	touch $@
 
 demo: $(VENV)/.core
-	$(BIN)/latent-shift generate "a dancing panda" --seed 0 -o out/demo.mp4 -o out/demo.gif -o out/demo.png
+	$(BIN)/latent-shift generate "smiling face with sunglasses" --seed 0 -o out/demo.mp4 -o out/demo.gif -o out/demo.png
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

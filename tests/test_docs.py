@@ -49,11 +49,11 @@ def test_every_command(media, tmp_path, monkeypatch):
         if "--num-frames" in words:  # the README's own number
             words += QUICK["generate"][:2]
             result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
-            assert np.asarray(Image.open("a-rocket.png")).shape == (128, 128, 3)
+            assert np.asarray(Image.open("rocket.png")).shape == (128, 128, 3)
             continue
         result = CliRunner().invoke(cli.app, words + QUICK.get(words[0], []), catch_exceptions=False)
         assert result.exit_code == 0, (line, result.output)
-    assert {path.name for path in tmp_path.glob("*.*")} >= {"heart.mp4", "ghost.gif", "preview.png", "a-rocket.png", "a-red-heart.mp4"}
+    assert {path.name for path in tmp_path.glob("*.*")} >= {"heart.mp4", "fire.gif", "preview.png", "rocket.png", "a-red-heart.mp4"}
 
 
 def test_the_pipeline_example(tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ def test_the_pipeline_example(tmp_path, monkeypatch):
     monkeypatch.setattr(ls, "load", quick, raising=False)
     names: dict = {}
     exec(blocks("python")[0], names)
-    assert (tmp_path / "panda.mp4").exists()
+    assert (tmp_path / "rocket.mp4").exists()
     assert names["clip"].shape == names["flag"].shape == (16, 128, 128, 3)
     assert names["image"].shape == (1, 128, 128, 3)
 

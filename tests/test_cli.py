@@ -121,13 +121,15 @@ def test_bench_and_models_print_what_they_found(video_model, tmp_path):
     [
         (["generate", "x", "-m", "emjoi"], "did you mean 'emoji'"),
         (["train", "absent.toml"], "absent.toml"),
-        (["data", "check", "absent"], "expected metadata.jsonl"),
+        (["data", "check", "absent"], "absent: no such folder"),
         (["data", "preview", "absent", "a.png"], "not a packed data set"),
         (["generate", "x", "-o", "clip.avi"], "expected one of .mp4"),
         (["generate", "x", "-o", "clip.mp4", "--fps", "0"], "fps must be above 0"),
         (["generate", "x", "-o", "clip.png", "--fps", "4"], "--fps has no effect"),
         (["generate", "x", "--loop", "--num-frames", "1"], "--loop has no effect"),
         (["generate", "x", "--negative", "y", "--guidance", "1"], "--negative has no effect"),
+        (["generate", "x", "--device", "cuda:99"], "cuda"),
+        (["encode", "x", "y", "--autoencoder", "emojy", "--texts", "emoji"], "did you mean 'emoji'"),
         (["sheet", __file__, "sheet.jpg"], "expected one of .mp4"),
     ],
 )

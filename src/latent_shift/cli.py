@@ -113,7 +113,7 @@ def encode(
 
     parts = {"autoencoder": zoo.folder(autoencoder), "texts": zoo.folder(texts)}
     with _progress("encoding") as progress:
-        store = encoding.encode(pixels, out, **parts, batch_size=batch_size, device=device, progress=progress)
+        store = encoding.encode(pixels, out, **parts, batch_size=batch_size, device=zoo.device_of(device), progress=progress)
     print(f"{out}: {len(store.array)} frames, {len(store.row)} captions")
 
 
@@ -121,7 +121,7 @@ def encode(
 def evaluate(
     store: Annotated[Path, typer.Argument(help="packed frames of the models' size and frame rate")],
     model: Annotated[list[str] | None, typer.Option("--model", "-m", help="a name or a diffusers folder; may be repeated")] = None,
-    num: Annotated[int, typer.Option(help="concepts, one clip each")] = 100,
+    num: Annotated[int | None, typer.Option(help="concepts, one clip each; default: 100, or as many as there are")] = None,
     split: Annotated[list[str] | None, typer.Option(help="where captions come from; may be repeated; default train")] = None,
     steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
@@ -134,7 +134,10 @@ def evaluate(
 
     from latent_shift import data, metrics, zoo
 
-    packed, splits, results = data.Store(store), tuple(split or ["train"]), []
+    packed, splits, results = data.pixels(store), tuple(split or ["train"]), []
+    for name in model or ["emoji"]:  # what is wrong is told before the work, not after
+        metrics.clips_to_match(zoo.load(name, device=device), packed, num=num, splits=splits)
+    metrics.ClipFeatures()
     held_out = tuple({record.split for record in packed.records} - {"train"}) or splits
     for name in model or ["emoji"]:
         pipe = zoo.load(name, device=device)
@@ -147,9 +150,9 @@ def evaluate(
         with _progress(f"{name}: clips") as progress:
             measures, _ = metrics.evaluate(pipe, packed, num=num, splits=splits, steps=steps, guidance=guidance, progress=progress)
         results.append(result | measures)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(results, indent=1) + "\n")
     print(metrics.table(results))
 
 
@@ -207,6 +210,7 @@ def bench(
     if model:
         pipe = zoo.load(model, device=device)
         own = {"unet": pipe.unet, "text_length": pipe.tokenizer.model_max_length}
+    device = str(zoo.device_of(device))
     result = benchmark.machine(device) | {"model": model}
     result |= benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, **own)
     if commands:
@@ -271,7 +275,7 @@ def preview(
     """Draw clips and stills as training sees them, a row each under its caption; the captions are printed too."""
     from latent_shift import data, video
 
-    sheet, captions = data.preview(data.Store(packed), rows=rows, columns=columns, seed=seed)
+    sheet, captions = data.preview(data.pixels(packed), rows=rows, columns=columns, seed=seed)
     print("\n".join(captions))
     print(video.write(sheet[None], out))
 

@@ -177,4 +177,8 @@ def _explain(problem) -> str:
         nearest = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0)
         return f"unknown key {'.'.join([*tables, name])}; did you mean {'.'.join([*tables, *nearest])}?"
     where = ".".join([*tables, name])
-    return f"{where}: {problem['msg']}, got {problem['input']!r}" if where else problem["msg"]
+    return (
+        f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"
+        if where
+        else problem["msg"].removeprefix("Value error, ")
+    )

@@ -46,12 +46,14 @@ def read_records(folder: str | Path) -> list[Record]:
         ValueError: no metadata and no captioned file, or a line that is not a record; the message names file and line.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     metadata = folder / "metadata.jsonl"
     if not metadata.exists():
         captions = [(path, path.with_suffix(".txt")) for path in sorted(folder.rglob("*")) if path.suffix.lower() in video.SUFFIXES]
         records = []
         for path, caption in captions:
-            texts = tuple(line.strip() for line in caption.read_text().splitlines() if line.strip()) if caption.exists() else ()
+            texts = tuple(line.strip() for line in _text(caption).splitlines() if line.strip()) if caption.exists() else ()
             records.append(Record(str(path.relative_to(folder)), texts, concept=texts[0] if texts else path.stem))
         if not any(record.texts for record in records):
             raise ValueError(f"{folder}: expected metadata.jsonl, or media files each with a caption in a .txt of the same name")
@@ -115,6 +117,14 @@ class Store:
         record = self.records[index]
         choices = record.num_frames if record.loop else record.num_frames - num_frames + 1
         return self.window(index, int(rng.integers(choices)), num_frames)
+
+
+def pixels(folder: str | Path) -> Store:
+    """A store of pixels; raises ValueError for one of latents."""
+    store = Store(folder)
+    if store.info["dtype"] != "uint8":
+        raise ValueError(f"{folder}: holds latents; expected the packed pixels that they were encoded from")
+    return store
 
 
 class StoreWriter:
@@ -228,7 +238,14 @@ def preview(store: Store, *, rows: int = 8, columns: int = 8, seed: int = 0) -> 
 
 def _lines(path: Path) -> list[str]:
     """The lines of a .jsonl file. (`str.splitlines` also splits where a caption has one of Unicode's other line separators.)"""
-    return path.read_text().removesuffix("\n").split("\n")
+    return _text(path).removesuffix("\n").split("\n")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark some editors put in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text ({error})") from error
 
 
 def _decode_one(task: tuple[Path, int, float]) -> np.ndarray | str:
@@ -236,7 +253,7 @@ def _decode_one(task: tuple[Path, int, float]) -> np.ndarray | str:
     try:
         return video.read(path, fps=fps, size=size)[0]
     except ValueError as error:
-        return str(error)
+        return str(error).removeprefix(f"{path}: ")
 
 
 def _decoded(folder: Path, records: list[Record], size: int, fps: float, workers: int) -> Iterator[tuple[Record, np.ndarray | str]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from latent_shift import models, text
+from latent_shift import data, models, text
 from latent_shift.autoencoder import to_pixels
 from latent_shift.data import Store, StoreWriter
 
@@ -71,13 +71,11 @@ def encode(
         The new store. Latents are scaled by the autoencoder's `scaling_factor`, as the U-Net sees them.
 
     Raises:
-        ValueError: not a store of pixels, or `out` is `pixels`.
+        ValueError: not a store of pixels, or `out` is one of the folders read.
     """
-    source, out, texts = Store(pixels), Path(out), Path(texts)
-    if out.resolve() == Path(pixels).resolve():
-        raise ValueError(f"{out}: holds the pixels; expected another folder for the latents")
-    if source.info["dtype"] != "uint8":
-        raise ValueError(f"{pixels}: expected packed pixels, got a store of {source.info['dtype']}")
+    source, out, texts = data.pixels(pixels), Path(out), Path(texts)
+    if out.resolve() in {Path(folder).resolve() for folder in (pixels, autoencoder, texts)}:
+        raise ValueError(f"{out}: is read from; expected another folder for the latents")
     vae = models.load_autoencoder(autoencoder).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
     text_encoder = AutoModel.from_pretrained(texts / "text_encoder", dtype=torch.float32).to(device).eval()

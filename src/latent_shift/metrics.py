@@ -85,11 +85,30 @@ def reconstruction(
     return {"psnr_db": float(np.mean(values)), "psnr_db_5_percent": float(np.percentile(values, 5)), "frames": num, "splits": list(splits)}
 
 
+def clips_to_match(pipe: LatentShiftPipeline, store: Store, *, num: int | None = None, splits: tuple[str, ...] = ("train",)) -> list[int]:
+    """The records whose captions `evaluate` takes, one a concept; raises its errors, before any work is done."""
+    num_frames = int(pipe.call_defaults["num_frames"])
+    if num_frames < 3:
+        raise ValueError(f"expected a video model of 3 frames or more, got one of {num_frames}: it has no motion to measure")
+    made = (pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.call_defaults["fps"])
+    if made != (store.info["size"], store.info["fps"]):
+        raise ValueError(
+            f"the model makes {made[0]} pixels at {made[1]:g} fps, {store.folder} holds {store.info['size']} at {store.info['fps']:g}"
+        )
+    candidates = store.select(splits=splits, num_frames=num_frames)
+    plainest: dict[str, int] = {}  # the record with the shortest caption of each concept: no skin tone, no variant
+    for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
+        plainest.setdefault(store.records[index].concept, index)
+    if len(plainest) < (num or 1):
+        raise ValueError(f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {num or 1} asked for")
+    return np.random.default_rng(0).permutation(sorted(plainest.values()))[: num or 100].tolist()
+
+
 def evaluate(
     pipe: LatentShiftPipeline,
     store: Store,
     *,
-    num: int = 100,
+    num: int | None = None,
     splits: tuple[str, ...] = ("train",),
     steps: int | None = None,
     guidance: float | None = None,
@@ -101,7 +120,7 @@ def evaluate(
     Args:
         pipe: the model.
         store: packed pixels at the model's size and frame rate.
-        num: concepts; one clip each, of seed 0, 1, 2, ...
+        num: concepts; one clip each, of seed 0, 1, 2, ... None: 100, or as many as there are.
         splits: which records to take captions from.
         steps, guidance: sampling settings; None takes the model's.
         batch_size: clips at once.
@@ -113,36 +132,21 @@ def evaluate(
     Raises:
         ValueError: fewer than `num` concepts have clips, or the store's size or frame rate is not the model's.
     """
-    num_frames = int(pipe.call_defaults["num_frames"])
-    if num_frames < 3:
-        raise ValueError(f"expected a video model of 3 frames or more, got one of {num_frames}: it has no motion to measure")
-    made = (pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.call_defaults["fps"])
-    if made != (store.info["size"], store.info["fps"]):
-        raise ValueError(
-            f"the model makes {made[0]} pixels at {made[1]:g} fps, {store.folder} holds {store.info['size']} at {store.info['fps']:g}"
-        )
+    num_frames, chosen = int(pipe.call_defaults["num_frames"]), clips_to_match(pipe, store, num=num, splits=splits)
     features = ClipFeatures()
-    candidates = store.select(splits=splits, num_frames=num_frames)
-    plainest: dict[str, int] = {}  # the record with the shortest caption of each concept: no skin tone, no variant
-    for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
-        plainest.setdefault(store.records[index].concept, index)
-    if len(plainest) < num:
-        raise ValueError(f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {num} asked for")
-    rng = np.random.default_rng(0)
-    chosen = rng.permutation(sorted(plainest.values()))[:num]
     real = np.stack([store.window(index, 0, num_frames) for index in chosen])
     clips: list[np.ndarray] = []
-    for start in range(0, num, batch_size):
+    for start in range(0, len(chosen), batch_size):
         prompts = [store.records[index].texts[0] for index in chosen[start : start + batch_size]]
         generators = [seed(start + row) for row in range(len(prompts))]
         result = pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators, return_dict=False)
         clips += [to_uint8(clip) for clip in result[0]]
-        progress(len(clips), num)
+        progress(len(clips), len(chosen))
     generated = np.stack(clips)
     ranks = retrieval_ranks(np.stack([features(clip) for clip in generated]), np.stack([features(clip) for clip in real]))
     energies = np.array([[motion_energy(clip) for clip in part] for part in (generated, real)])
     return {
-        "clips": num,
+        "clips": len(chosen),
         "splits": list(splits),
         "num_frames": num_frames,
         "num_inference_steps": int(steps or pipe.call_defaults["num_inference_steps"]),

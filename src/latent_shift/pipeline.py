@@ -186,6 +186,8 @@ class LatentShiftPipeline(StableDiffusionPipeline):
                     latents = changed.get("latents", latents)
                     prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
+                    if len(prompt_embeds) != num_clips:
+                        raise ValueError(f"the callback left {len(prompt_embeds)} prompt_embeds, expected {num_clips}: one a clip")
                 if index == len(timesteps) - 1 or (index + 1) % self.scheduler.order == 0:
                     progress.update()
 

@@ -41,7 +41,7 @@ class AutoencoderStage:
 
     def __init__(self, config: Config):
         self.config = config
-        self.store = data.Store(config.data.path)
+        self.store = data.pixels(config.data.path)
         self.sampler = data.BalancedSampler(self.store.records, self.store.select(splits=config.data.splits))
         if config.data.crop > min(self.store.array.shape[1:3]):
             raise ValueError(

@@ -77,6 +77,10 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
     objective, optimizer = accelerator.prepare(stage.objective, optimizer)
     accelerator.register_for_checkpointing(ema)
     done = checkpoint.restore(accelerator, run)
+    if done > config.optim.steps:
+        raise ValueError(
+            f"{run} has done {done} steps, optim.steps is {config.optim.steps}: expected {done} or more, or another run folder"
+        )
     # A checkpoint brings the settings it was saved with; the config's are the ones that count.
     ema.to(accelerator.device)
     ema.decay, accelerator.step = config.optim.ema, 0

@@ -18,8 +18,21 @@ MODELS = {"emoji": "128x128, 16 frames at 8 fps, drawn as 3-D emoji; trained by 
 
 
 def folder(model: str | Path) -> Path:
-    """The folder of a model in `MODELS`; any other name is a folder already."""
-    return WEIGHTS / str(model) if str(model) in MODELS else Path(model)
+    """The folder of a model in `MODELS`; any other name is a folder already. Raises ValueError for what is neither."""
+    path = WEIGHTS / str(model) if str(model) in MODELS else Path(model)
+    if not path.is_dir():
+        nearest = difflib.get_close_matches(str(model), MODELS, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{model}: expected one of {', '.join(MODELS)}, or a folder{hint}")
+    return path
+
+
+def device_of(name: str | torch.device | None = None) -> torch.device:
+    """A device that is there: None takes CUDA where there is one, else the CPU. Raises ValueError for CUDA that is not there."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: this machine, or this build of PyTorch, has no CUDA; expected cpu")
+    return device
 
 
 def load(model: str | Path = "emoji", *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LatentShiftPipeline:
@@ -31,14 +44,12 @@ def load(model: str | Path = "emoji", *, device: str | torch.device | None = Non
         dtype: of weights and computation; None takes float16 on CUDA, float32 on the CPU.
 
     Raises:
-        ValueError: neither a known name nor a folder of a pipeline.
+        ValueError: neither a known name nor a folder of a pipeline, or CUDA that is not there.
     """
     path = folder(model)
     if not (path / "model_index.json").exists():
-        nearest = difflib.get_close_matches(str(model), MODELS, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"{model}: expected one of {', '.join(MODELS)}, or a diffusers folder with a model_index.json{hint}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        raise ValueError(f"{model}: expected a diffusers folder with a model_index.json")
+    device = device_of(device)
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     return LatentShiftPipeline.from_pretrained(path, dtype=dtype).to(device)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latent_shift import models
-from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule
+from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule, share_noise
 from latent_shift.shift import frames, inflate, share_text
 
 
@@ -52,6 +52,14 @@ def test_single_frames_train_the_image_network(unet):
     predicted = models.unet("tiny", sample_size=4)
     predicted.load_state_dict(unet.state_dict())
     torch.testing.assert_close(loss, (predicted(noisy, timesteps, text).sample - noise[:, 0]).square().mean())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_frames_have_in_common_the_share_of_the_noise_that_was_asked_for(share):
+    rng = np.random.default_rng(0)
+    noise = share_noise(rng.standard_normal((4, 3, 4000)), rng.standard_normal((4, 1, 4000)), share)
+    covariance = np.einsum("bfn,bgn->fg", noise, noise) / 16000
+    np.testing.assert_allclose(covariance, share + (1 - share) * np.eye(3), atol=0.03)
 
 
 def test_schedules():

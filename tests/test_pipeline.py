@@ -101,6 +101,16 @@ def test_a_batch_of_prompts_is_each_prompt_alone(pipe):
     torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_frames_from_the_same_noise_are_the_image_of_it(texts):
+    """With the frames at the ends held, a clip that does not move is the image, frame for frame."""
+    pipe = LatentShiftPipeline(**components(texts), latent_shift={"num_frames": 4, "edge": "hold", "shared_noise": 1.0})
+    noise = pipe.prepare_video_latents(2, 4, 32, 32, torch.float32, torch.device("cpu"), seed(0), None, 1.0)
+    still = pipe(["red", "blue"], num_frames=1, num_inference_steps=3, latents=noise[:, :, :1], output_type="pt").frames
+    clip = pipe(["red", "blue"], num_inference_steps=3, generator=seed(0), output_type="pt").frames
+    torch.testing.assert_close(clip, still.expand_as(clip), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(clip, pipe(["red", "blue"], num_inference_steps=3, shared_noise=0.5, generator=seed(0), output_type="pt").frames)
+
+
 def test_a_loop_has_no_seam(pipe):
     """Rolling the noise of a loop rolls the clip; of a clip with ends it does not."""
     noise = torch.randn(1, 4, 4, 4, 4, generator=seed(0))
@@ -213,6 +223,8 @@ def test_wrong_calls_say_what_was_expected(pipe, texts, tmp_path):
         pipe("red", latents=torch.zeros(1, 4, 3, 4, 4))
     with pytest.raises(ValueError, match="expected one generator or 1"):
         pipe("red", generator=[seed(0), seed(1)])
+    with pytest.raises(ValueError, match="shared_noise must be from 0 to 1, got 2"):
+        pipe("red", shared_noise=2)
     with pytest.raises(ValueError, match="divisible by 8"):
         pipe("red", height=33)
     with pytest.raises(ValueError, match=r"unknown latent_shift settings \['nmu_frames'\]"):

@@ -112,12 +112,13 @@ def test_splits_keep_a_concept_on_one_side():
 
 
 def test_captions_are_labels_and_keywords():
-    assert fetch.captions("cat", [], "1f408") == ["cat"]
-    assert fetch.captions("hand, dark skin tone", ["wave"], "1f44b-1f3ff") == ["hand, dark skin tone"]
+    assert fetch.captions("cat", [], "1f408") == ["cat", "a cat", "cat emoji"]
+    assert fetch.captions("ATM sign", [], "1f3e7")[1] == "an ATM sign"
+    assert fetch.captions("hand, dark skin tone", ["wave"], "1f44b-1f3ff")[-1] == "hand, dark skin tone emoji"
     texts = fetch.captions("cat", ["pet", "feline", "cat", "animal", "kitty", "meow"], "1f408")
     assert texts[0] == "cat"
     assert texts == fetch.captions("cat", ["pet", "feline", "cat", "animal", "kitty", "meow"], "1f408")
-    assert sorted(word for word in texts[1].split(", ")[1:] + texts[2].split()) == ["animal", "feline", "kitty", "meow", "pet"]
+    assert sorted(word for word in texts[3].split(", ")[1:] + texts[4].split()) == ["animal", "feline", "kitty", "meow", "pet"]
 
 
 def test_words_of_motion_are_what_the_frames_show(tmp_path):
@@ -135,6 +136,6 @@ def test_words_of_motion_are_what_the_frames_show(tmp_path):
     path = video.write(clip(lambda k: (20, 20 + min(k, 16 - k))), tmp_path / "clips" / "1f408.webp")
     record = fetch.describe((path, {"label": "cat", "tags": [], "concept": "1f408"}, "1f408"))
     assert record["loop"] is True
-    assert record["text"] == ["cat", "cat, moving side to side"]
+    assert record["text"] == ["cat", "a cat", "cat emoji", "cat, moving side to side"]
     path.write_bytes(b"broken")
     assert fetch.describe((path, {"label": "cat", "tags": [], "concept": "1f408"}, "1f408"))[0] == "1f408.webp"

@@ -106,12 +106,13 @@ def split(concept: str, code: str) -> str:
 
 
 def captions(label: str, tags: list[str], code: str) -> list[str]:
-    """The label first, then two wordings with keywords of the set's own annotators, drawn by the code point."""
+    """The label first, then as people write it, then two wordings with keywords of the set's own annotators, drawn by the code point."""
     tags = [tag for tag in tags if tag.isascii() and tag.lower() not in label.lower()]
+    texts = [label, f"{'an' if label[0].lower() in 'aeio' else 'a'} {label}", f"{label} emoji"]
     if any(tone in code for tone in TONES) or not tags:
-        return [label]
+        return texts
     random.Random(code).shuffle(tags)
-    texts = [label, f"{label}, {', '.join(tags[:2])}"]
+    texts.append(f"{label}, {', '.join(tags[:2])}")
     return [*texts, " ".join(tags[2:5])] if len(tags) >= 5 else texts
 
 

@@ -28,6 +28,7 @@ def generate(
     negative: Annotated[str | None, typer.Option(help="what to guide away from")] = None,
     size: Annotated[int | None, typer.Option(help="side in pixels")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same clip")] = 0,
+    shared_noise: Annotated[float | None, typer.Option(help="share of the noise common to all frames, 0 to 1: more moves less")] = None,
     fps: Annotated[float | None, typer.Option(help="frames a second of the file")] = None,
     loop: Annotated[bool, typer.Option("--loop", help="the last frame runs on into the first")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
@@ -40,14 +41,15 @@ def generate(
         video.check_output(path, fps=8 if fps is None else fps)
     if fps is not None and output and all(path.suffix.lower() == ".png" for path in output):
         raise ValueError("--fps has no effect on a .png, which is a strip of frames; expected another output, or no --fps")
-    if loop and num_frames == 1:
-        raise ValueError("--loop has no effect on one frame; expected --num-frames 2 or more")
+    for option, given in (("--loop", loop), ("--shared-noise", shared_noise is not None)):
+        if given and num_frames == 1:
+            raise ValueError(f"{option} has no effect on one frame; expected --num-frames 2 or more")
     pipe = zoo.load(model, device=device)
     if negative and (pipe.call_defaults["guidance_scale"] if guidance is None else guidance) <= 1:
         raise ValueError("--negative has no effect without guidance; expected --guidance above 1")
     (clips,) = pipe(
         prompt, num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative,
-        height=size, width=size, loop=loop, generator=zoo.seed(seed), return_dict=False,
+        height=size, width=size, loop=loop, shared_noise=shared_noise, generator=zoo.seed(seed), return_dict=False,
     )  # fmt: skip
     clip = clips[0]
     name = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-") or "clip"

@@ -45,6 +45,7 @@ class Diffusion(Section):
     zero_terminal_snr: bool = False
     timestep_shift: float = Field(1.0, gt=0)  # 1 draws t uniformly (the paper); above 1 draws more of the noisy end
     min_snr: float | None = Field(None, gt=0)  # gamma of the min-SNR loss weight; unset: every timestep weighs the same
+    shared_noise: float = Field(0.0, ge=0, lt=1)  # share of the noise's variance that all frames of a clip have in common
     caption_dropout: float = Field(0.1, ge=0, le=1)  # share of captions emptied, for classifier-free guidance
 
     @model_validator(mode="after")
@@ -122,7 +123,7 @@ class Config(Section):
 _DIFFUSION = [f"diffusion.{name}" for name in Diffusion.model_fields]
 _IGNORED = {  # settings that a stage does not read
     "autoencoder": [*_DIFFUSION, "data.image_share", "model.place", "model.forward", "model.backward", "model.edge"],
-    "image": ["data.crop", "data.image_share", "loss.kl", "loss.perceptual"],
+    "image": ["diffusion.shared_noise", "data.crop", "data.image_share", "loss.kl", "loss.perceptual"],
     "video": ["data.crop", "loss.kl", "loss.perceptual"],
 }
 

@@ -37,6 +37,17 @@ def draw_timesteps(rng: np.random.Generator, num: int, num_timesteps: int, *, sh
     return (num_timesteps * shift * u / (1 + (shift - 1) * u)).astype(np.int64)
 
 
+def share_noise(own, common, share: float):
+    """Noise of unit variance of which every frame has the same `share` (Ge et al. 2023, PYoCo's mixed noise: `share` = a^2 / (1 + a^2)).
+
+    Args:
+        own: each frame's own standard normal noise, an array or tensor `(B, F, ...)`.
+        common: that of the clip, `(B, 1, ...)`.
+        share: share of the variance that the frames have in common; 0 leaves `own`.
+    """
+    return own * (1 - share) ** 0.5 + common * share**0.5
+
+
 class DenoisingObjective(nn.Module):
     """The mean squared error of a U-Net that predicts the noise (or v) in latents, as one module that accelerate can wrap.
 

@@ -23,6 +23,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
+from latent_shift.diffusion import share_noise
 from latent_shift.shift import Edge, Shift, frames, inflate, share_text, shift_of
 
 
@@ -41,7 +42,7 @@ class LatentShiftPipeline(StableDiffusionPipeline):
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
         requires_safety_checker: as in `StableDiffusionPipeline`. The U-Net is inflated in place.
         latent_shift: how the U-Net was trained: the fields of `Shift`, and the defaults of a call (`num_frames`, `fps`,
-            `num_inference_steps`, `guidance_scale`). A U-Net that is already inflated keeps its settings.
+            `num_inference_steps`, `guidance_scale`, `shared_noise`). A U-Net that is already inflated keeps its settings.
     """
 
     _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds", "negative_prompt_embeds"]
@@ -81,6 +82,7 @@ class LatentShiftPipeline(StableDiffusionPipeline):
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        shared_noise: float | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         loop: bool = False,
@@ -107,6 +109,7 @@ class LatentShiftPipeline(StableDiffusionPipeline):
             eta: the eta of DDIM, ignored by other schedulers (as diffusers does).
             generator: one generator, or one for each clip.
             latents: `(B, C, F, h, w)` initial noise, standard normal.
+            shared_noise: share of the initial noise's variance that all frames have in common; more moves less. None: as trained.
             prompt_embeds, negative_prompt_embeds: `(B, L, D)` instead of texts.
             loop: the last frame runs on into the first: the shift wraps round the clip.
             decode_batch_size: frames decoded at once.
@@ -126,6 +129,9 @@ class LatentShiftPipeline(StableDiffusionPipeline):
         size = (size, size) if isinstance(size, int) else size
         height = size[0] * factor if height is None else height
         width = size[1] * factor if width is None else width
+        shared_noise = self.call_defaults["shared_noise"] if shared_noise is None else shared_noise
+        if not 0 <= shared_noise <= 1:
+            raise ValueError(f"shared_noise must be from 0 to 1, got {shared_noise}")
         for name, number in (
             ("num_frames", num_frames),
             ("num_inference_steps", num_inference_steps),
@@ -154,7 +160,9 @@ class LatentShiftPipeline(StableDiffusionPipeline):
         )  # fmt: skip
         num_clips = len(prompt_embeds)
         timesteps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        latents = self.prepare_video_latents(num_clips, num_frames, height, width, prompt_embeds.dtype, device, generator, latents)
+        latents = self.prepare_video_latents(
+            num_clips, num_frames, height, width, prompt_embeds.dtype, device, generator, latents, shared_noise
+        )
         step_options = self.prepare_extra_step_kwargs(generator, eta)
         edge: Edge | None = "wrap" if loop else None
         one_text_a_clip = share_text(self.unet)
@@ -198,18 +206,23 @@ class LatentShiftPipeline(StableDiffusionPipeline):
     def prepare_video_latents(
         self, num_clips: int, num_frames: int, height: int, width: int, dtype: torch.dtype, device: torch.device,
         generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None,
+        shared_noise: float = 0.0,
     ) -> Tensor:  # fmt: skip
         """Initial noise `(B, C, F, h, w)` scaled for the scheduler: drawn, or the caller's after a check of its shape.
 
-        Noise is drawn frame by frame, so that one frame gets the noise of diffusers' image pipeline.
+        Noise is drawn frame by frame, so that one frame gets the noise of diffusers' image pipeline; what the frames share, last.
         """
         channels, factor = self.unet.config.in_channels, self.vae_scale_factor
         shape = (num_clips, channels, num_frames, height // factor, width // factor)
         if latents is None:
             if isinstance(generator, list) and len(generator) != num_clips:
                 raise ValueError(f"expected one generator or {num_clips}, one for each clip, got {len(generator)}")
-            drawn = (num_clips, num_frames, channels, *shape[3:])
-            latents = randn_tensor(drawn, generator=generator, device=device, dtype=dtype).transpose(1, 2)
+            common = 1 if shared_noise and num_frames > 1 else 0
+            drawn = (num_clips, num_frames + common, channels, *shape[3:])
+            noise = randn_tensor(drawn, generator=generator, device=device, dtype=dtype)
+            if common:
+                noise = share_noise(noise[:, :-1], noise[:, -1:], shared_noise)
+            latents = noise.transpose(1, 2)
         elif tuple(latents.shape) != shape:
             raise ValueError(
                 f"expected latents of shape {shape} (clips, channels, frames, height/{factor}, width/{factor}), got {tuple(latents.shape)}"
@@ -232,4 +245,4 @@ class LatentShiftPipeline(StableDiffusionPipeline):
         return self.video_processor.postprocess_video(pixels_BCFHW, output_type=output_type)
 
 
-_CALL_DEFAULTS: dict[str, float] = {"num_frames": 16, "fps": 8, "num_inference_steps": 50, "guidance_scale": 7.5}
+_CALL_DEFAULTS: dict[str, float] = {"num_frames": 16, "fps": 8, "shared_noise": 0.0, "num_inference_steps": 50, "guidance_scale": 7.5}

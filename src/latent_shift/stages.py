@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from latent_shift import autoencoder, data, models, video, zoo
 from latent_shift.config import Config
-from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule
+from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule, share_noise
 from latent_shift.encode import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.shift import Shift, inflate, share_text
@@ -156,6 +156,8 @@ class DenoiserStage:
         mean, std = moments[:, :, 0], moments[:, :, 1]
         latents = mean + std * rng.standard_normal(mean.shape, np.float32)
         noise = rng.standard_normal(mean.shape, np.float32)
+        if num_frames > 1 and self.config.diffusion.shared_noise:
+            noise = share_noise(noise, rng.standard_normal(mean[:, :1].shape, np.float32), self.config.diffusion.shared_noise)
         timesteps = draw_timesteps(rng, num_clips, self.config.diffusion.num_timesteps, shift=self.config.diffusion.timestep_shift)
         captions = [self.store.caption(rng, index) for index in indices]
         emptied = rng.random(num_clips) < self.config.diffusion.caption_dropout
@@ -173,6 +175,7 @@ class DenoiserStage:
             latent_shift={
                 "num_frames": self.config.data.num_frames,
                 "fps": self.store.info["fps"],
+                "shared_noise": self.config.diffusion.shared_noise,
                 "num_inference_steps": 20,
                 "guidance_scale": 4.0,
             },

@@ -84,10 +84,13 @@ sheet: $(VENV)/.core
 table: data/emoji-128/store.json
 	$(BIN)/latent-shift eval data/emoji-128 -o docs/results/emoji.json
 
-# The shift against no shift: the video stage twice from the same image model, 1,000 steps each, nothing else changed.
+# The shift against no shift, with the paper's edges and noise: the video stage twice from the same image model, 1,000 steps each,
+# nothing else changed.
+PAPER := model.edge=zero diffusion.shared_noise=0.0
+
 ablation: runs/emoji-image/model/model_index.json
-	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/shift $(SHORT) optim.steps=1000
-	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/no-shift $(SHORT) optim.steps=1000 model.forward=0.0 model.backward=0.0
+	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/shift $(SHORT) $(PAPER) optim.steps=1000
+	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/no-shift $(SHORT) $(PAPER) optim.steps=1000 model.forward=0.0 model.backward=0.0
 	$(BIN)/latent-shift eval data/emoji-128 -m runs/shift/model -m runs/no-shift/model -o docs/results/ablation.json
 
 bench: $(VENV)/.core

@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDPMScheduler
 
 from latent_shift import data, metrics
-from latent_shift.zoo import load
+from latent_shift.autoencoder import to_pixels
+from latent_shift.diffusion import DenoisingObjective, share_noise
+from latent_shift.text import embed
+from latent_shift.zoo import load, seed
 
 
 def moving_square(step: int) -> np.ndarray:
@@ -63,6 +68,7 @@ def test_evaluation_compares_with_the_clips_of_the_captions(packed, video_model)
     assert result["motion_energy_real"] > 0
     assert 0 <= result["retrieval_top1"] <= result["retrieval_top5"] <= 1
     assert result["guidance_scale"] == 1.0
+    assert np.mean(result["denoising_error_by_frame"]) == pytest.approx(result["denoising_error"], abs=1e-4)
     _, guided = metrics.evaluate(pipe, data.Store(packed), steps=1, guidance=9.0, batch_size=2)  # as many as there are: 3
     assert not np.array_equal(clips, guided)
     with pytest.raises(ValueError, match="3 concepts of train have clips of 4 frames, 4 asked for"):
@@ -72,6 +78,24 @@ def test_evaluation_compares_with_the_clips_of_the_captions(packed, video_model)
         with pytest.raises(ValueError, match=message):
             metrics.evaluate(pipe, data.Store(packed), num=3)
         pipe.call_defaults[key] = kept
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_denoising_error_is_the_objectives(packed, video_model, prediction):
+    pipe = load(video_model)
+    pipe.scheduler.register_to_config(prediction_type=prediction)
+    pipe.call_defaults["shared_noise"] = 0.3
+    clip = data.Store(packed).window(0, 0, 4)
+    errors = metrics.denoising_error(pipe, clip[None], ["red"], levels=1)
+    objective = DenoisingObjective(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config))
+    latents = pipe.vae.encode(to_pixels(torch.from_numpy(clip))).latent_dist.mean * pipe.vae.config.scaling_factor
+    own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for generator in [seed(0)] for n in (4, 1))
+    loss, _ = objective(
+        latents[None], share_noise(own, common, 0.3), torch.tensor([500]), embed(pipe.tokenizer, pipe.text_encoder, ["red"])
+    )
+    assert errors.shape == (4,)
+    assert errors.mean() == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_reconstruction_is_the_psnr_of_held_out_frames(packed, video_model):

@@ -10,11 +10,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMScheduler
 
+from latent_shift import text
 from latent_shift.autoencoder import FeatureDistance, to_frames, to_pixels
 from latent_shift.data import BalancedSampler, Store
+from latent_shift.diffusion import share_noise
 from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift.shift import frames, share_text
 from latent_shift.zoo import seed, to_uint8
 
 
@@ -67,6 +70,38 @@ def retrieval_ranks(generated: np.ndarray, real: np.ndarray) -> np.ndarray:
     """
     similarity = generated @ real.T
     return 1 + (similarity > np.diag(similarity)[:, None]).sum(axis=1)
+
+
+@torch.no_grad()
+def denoising_error(pipe: LatentShiftPipeline, clips: np.ndarray, prompts: list[str], *, levels: int = 4) -> np.ndarray:
+    """What the model is trained to make small, on real clips: the mean squared error of its prediction, frame by frame.
+
+    Args:
+        pipe: a model of epsilon or v.
+        clips: `(B, F, H, W, 3) uint8`.
+        prompts: their B captions.
+        levels: timesteps, evenly spaced; the noise of a clip and level is that of seed 0, shared between frames as in training.
+
+    Returns:
+        `(F,)`, the mean over clips and levels.
+    """
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    steps, generator, total = schedule.config.num_train_timesteps, seed(0), torch.zeros(clips.shape[1])
+    share_text(pipe.unet)
+    for clip, prompt in zip(clips, prompts, strict=True):
+        vae, unet = pipe.vae, pipe.unet
+        latents = vae.encode(to_pixels(torch.from_numpy(clip)).to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+        embedding = text.embed(pipe.tokenizer, pipe.text_encoder, [prompt])
+        for level in range(levels):
+            timestep = torch.tensor([steps * (2 * level + 1) // (2 * levels)], device=unet.device)
+            own, common = (torch.randn(n, *latents.shape[1:], generator=generator) for n in (len(clip), 1))
+            noise = share_noise(own, common, pipe.call_defaults["shared_noise"]).to(latents)
+            with frames(unet, len(clip)):
+                predicted = unet(schedule.add_noise(latents, noise, timestep), timestep, embedding.to(latents)).sample
+            epsilon = schedule.config.prediction_type == "epsilon"
+            target = noise if epsilon else schedule.get_velocity(latents, noise, timestep)
+            total += (predicted - target).float().square().mean(dim=(1, 2, 3)).cpu()
+    return (total / (len(clips) * levels)).numpy()
 
 
 @torch.no_grad()
@@ -144,6 +179,7 @@ def evaluate(
         progress(len(clips), len(chosen))
     generated = np.stack(clips)
     ranks = retrieval_ranks(np.stack([features(clip) for clip in generated]), np.stack([features(clip) for clip in real]))
+    errors = denoising_error(pipe, real, [store.records[index].texts[0] for index in chosen])
     energies = np.array([[motion_energy(clip) for clip in part] for part in (generated, real)])
     return {
         "clips": len(chosen),
@@ -155,6 +191,8 @@ def evaluate(
         "retrieval_top1": float((ranks == 1).mean()),
         "retrieval_top5": float((ranks <= 5).mean()),
         "retrieval_median_rank": float(np.median(ranks)),
+        "denoising_error": float(errors.mean()),
+        "denoising_error_by_frame": errors.round(4).tolist(),
         "motion_energy": float(energies[0].mean()),
         "motion_energy_real": float(energies[1].mean()),
         # How far each clip's motion is from that of the real clip of its caption, as a factor: exp of the mean |log ratio|.
@@ -168,7 +206,7 @@ def evaluate(
 
 def table(results: list[dict]) -> str:
     """Markdown: a row for each measure of `evaluate`, a column for each model, and what real clips measure."""
-    real = results[0]
+    real, by_frame = results[0], [result["denoising_error_by_frame"] for result in results]
     rows = [
         ["measure", *(str(result["model"]) for result in results), "real clips"],
         ["---"] * (len(results) + 2),
@@ -176,6 +214,8 @@ def table(results: list[dict]) -> str:
         [f"right caption first of {real['clips']}", *(f"{result['retrieval_top1']:.0%}" for result in results), "100%"],
         ["right caption in the first five", *(f"{result['retrieval_top5']:.0%}" for result in results), "100%"],
         ["median rank of the right caption", *(f"{result['retrieval_median_rank']:g}" for result in results), "1"],
+        ["denoising error of real clips", *(f"{result['denoising_error']:.4f}" for result in results), "0"],
+        ["of their first and last frames", *(f"{(e[0] + e[-1]) / 2:.4f}" for e in by_frame), "0"],
         ["motion error, factor", *(f"{result['motion_error']:.2f}" for result in results), "1.00"],
     ]
     for name, unit in (("motion_energy", ", grey levels"), ("flicker", ", grey levels"), ("coherence", "")):

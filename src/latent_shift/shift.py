@@ -138,10 +138,12 @@ class _DifferentiableShift(torch.autograd.Function):
 
 @dataclass
 class _Clip:
-    """What every shifted layer of one network shares: the settings, and how many frames make a clip just now."""
+    """What every shifted layer of one network shares: the settings, how many frames make a clip just now, and, when frames come
+    one after the other, what each layer keeps of the last one."""
 
     shift: Shift
     num_frames: int = 1
+    memory: dict[nn.Module, Tensor] | None = None
 
     @contextmanager
     def of(self, num_frames: int, shift: Shift) -> Iterator[None]:
@@ -151,6 +153,16 @@ class _Clip:
             yield
         finally:
             self.num_frames, self.shift = before
+
+    def __call__(self, layer: nn.Module, x_NCHW: Tensor) -> Tensor:
+        if self.memory is None:
+            return temporal_shift(x_NCHW, self.num_frames, self.shift)
+        now, stays = x_NCHW.tensor_split([self.shift.channels(x_NCHW.shape[1])[0]], dim=1)
+        before = self.memory.get(layer)
+        if before is None:
+            before = now if self.shift.edge == "hold" else torch.zeros_like(now)
+        self.memory[layer] = now.clone()
+        return torch.cat([before, stays], dim=1)
 
 
 class ShiftGroupNorm(nn.GroupNorm):
@@ -163,7 +175,7 @@ class ShiftGroupNorm(nn.GroupNorm):
     clip: _Clip
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return temporal_shift(super().forward(x_NCHW), self.clip.num_frames, self.clip.shift)
+        return self.clip(self, super().forward(x_NCHW))
 
 
 class ShiftConv2d(nn.Conv2d):
@@ -172,7 +184,7 @@ class ShiftConv2d(nn.Conv2d):
     clip: _Clip
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return temporal_shift(super().forward(x_NCHW), self.clip.num_frames, self.clip.shift)
+        return self.clip(self, super().forward(x_NCHW))
 
 
 _LAYER = {"conv1": "norm1", "conv2": "norm2", "end": "conv2"}
@@ -259,6 +271,37 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
                 module._gradient_checkpointing_func = _CheckpointAsClips(checkpoint, clip)  # type: ignore[assignment]
     with clip.of(num_frames, clip.shift if edge is None else replace(clip.shift, edge=edge)):
         yield network
+
+
+@contextmanager
+def streaming(network: nn.Module, memory: dict[nn.Module, Tensor]) -> Iterator[nn.Module]:
+    """Within this block every image of a batch is the next frame of a clip, whose frames come one call after the other.
+
+    Args:
+        network: an inflated network whose shift is causal: nothing comes from the frame after.
+        memory: what each layer keeps of the frame before; empty before the first. Use one for each sequence of calls that makes a
+            clip: when sampling, one for each timestep.
+
+    Raises:
+        ValueError: `network` is not inflated, not causal, or loops.
+    """
+    clip: _Clip | None = getattr(network, "_latent_shift_clip", None)
+    if clip is None or clip.shift.backward > 0 or clip.shift.edge == "wrap":
+        settings = "not inflated" if clip is None else f"inflated with {clip.shift}"
+        raise ValueError(
+            f'frames can come one by one only where none needs the next: expected Shift(backward=0, edge="zero" or "hold"), '
+            f"{type(network).__name__} is {settings}"
+        )
+    clip.memory = memory
+    try:
+        yield network
+    finally:
+        clip.memory = None
+
+
+def reach(network: nn.Module) -> int:
+    """How many frames away, on either side, a frame of an inflated network still has an effect: one for each shifted layer."""
+    return sum(isinstance(layer, (ShiftGroupNorm, ShiftConv2d)) for layer in network.modules())
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,3 +24,32 @@ def embed(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts:
     tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
     mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
     return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
+
+
+_WEIGHTED = re.compile(r"\(([^()]+):\s*(\d+(?:\.\d+)?)\s*\)")
+
+
+def without_weights(prompt: str) -> str:
+    """The prompt that is encoded: "a (red:1.4) ball" without its weight, "a red ball"."""
+    return _WEIGHTED.sub(r"\1", prompt)
+
+
+def weights(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+    """For each of the tokenizer's L tokens of `without_weights(prompt)` what "(words:weight)" says, 1 where nothing is said.
+
+    Raises:
+        ValueError: a tokenizer that does not tell which letters a token stands for.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"weights in a prompt need a tokenizer with offsets; {type(tokenizer).__name__} has none")
+    spans, removed = [], 0
+    for match in _WEIGHTED.finditer(prompt):
+        start = match.start() - removed
+        spans.append((start, start + len(match[1]), float(match[2])))
+        removed += len(match[0]) - len(match[1])
+    length = tokenizer.model_max_length
+    offsets = tokenizer(
+        without_weights(prompt), padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
+    ).offset_mapping
+    of_token = [next((weight for start, end, weight in spans if first < end and last > start), 1.0) for first, last in offsets]
+    return torch.tensor(of_token)

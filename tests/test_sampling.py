@@ -1,0 +1,79 @@
+"""Modes of sampling against what the network says about the whole clip."""
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+
+from latent_shift import models
+from latent_shift.sampling import in_chunks
+from latent_shift.shift import Shift, frames, inflate, reach, share_text, streaming
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return models.unet("tiny", sample_size=4).eval().double()
+
+
+TEXT = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def clips(num_frames: int) -> torch.Tensor:
+    return torch.randn(2, 4, num_frames, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def predictor(unet, *, edge=None, calls=None):
+    @torch.no_grad()
+    def predict(latents, timestep, numbers):
+        share_text(unet)
+        num_frames = latents.shape[2]
+        if calls is not None:
+            calls.append(numbers.tolist())
+        with frames(unet, num_frames, edge=edge):
+            predicted = unet(latents.transpose(1, 2).flatten(0, 1), timestep, TEXT).sample
+        return predicted.unflatten(0, (len(latents), num_frames)).transpose(1, 2)
+
+    return predict
+
+
+@pytest.mark.parametrize("edge", ["zero", "hold", "wrap"])
+@pytest.mark.parametrize("place", ["conv1", "end"])
+def test_chunks_with_a_full_halo_are_the_whole_clip(unet, edge, place):
+    inflate(unet, Shift(place=place, edge=edge))
+    halo, num_frames = reach(unet), 40
+    assert halo == sum(isinstance(module, ResnetBlock2D) for module in unet.modules())
+    loop = edge == "wrap"
+    whole = predictor(unet)(clips(num_frames), torch.tensor(500), torch.arange(num_frames))
+    calls = []
+    chunked = in_chunks(predictor(unet, edge="hold" if loop else None, calls=calls), 5, halo, loop=loop)
+    torch.testing.assert_close(chunked(clips(num_frames), torch.tensor(500), torch.arange(num_frames)), whole)
+    assert len(calls) == 8
+    assert max(map(len, calls)) <= 5 + 2 * halo
+    shorter = in_chunks(predictor(unet, edge="hold" if loop else None), 5, 1, loop=loop)(
+        clips(num_frames), torch.tensor(500), torch.arange(40)
+    )
+    assert not torch.allclose(shorter, whole)
+
+
+@pytest.mark.parametrize("edge", ["zero", "hold"])
+@pytest.mark.parametrize("place", ["conv1", "conv2", "end"])
+def test_frames_that_come_one_by_one_are_those_of_the_whole_clip(unet, edge, place):
+    inflate(unet, Shift(backward=0, edge=edge, place=place))
+    whole = predictor(unet)(clips(6), torch.tensor(500), torch.arange(6))
+    memory = {}
+    for number in range(6):
+        with torch.no_grad(), streaming(unet, memory):
+            frame = unet(clips(6)[:, :, number], 500, TEXT).sample
+        torch.testing.assert_close(frame, whole[:, :, number])
+    assert len(memory) == reach(unet)
+    with frames(unet, 6):  # and nothing stays behind
+        torch.testing.assert_close(predictor(unet)(clips(6), torch.tensor(500), torch.arange(6)), whole)
+
+
+@pytest.mark.parametrize("shift", [None, Shift(), Shift(backward=0, edge="wrap")])
+def test_only_a_causal_network_streams(shift):
+    network = models.unet("tiny", sample_size=4)
+    if shift:
+        inflate(network, shift)
+    with pytest.raises(ValueError, match="expected Shift\\(backward=0"), streaming(network, {}):
+        pass

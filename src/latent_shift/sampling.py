@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from PIL import Image
 from torch import Tensor
 
+Pictures = Any  # what diffusers' image processors take: images, arrays `(F, H, W, 3)`, tensors `(F, 3, H, W)`, floats in [0, 1]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -59,7 +63,8 @@ class Known:
     Args:
         latents: `(1, C, F, h, w)`, clean.
         noise: `(B, C, F, h, w)`, standard normal.
-        mask: `(1, 1, F, h or 1, w or 1)`, 1 where something new is made and 0 where `latents` stay; None: all is new.
+        mask: `(1, 1, F, h or 1, w or 1)`, 1 where something new is made and 0 where `latents` stay; None: all is new, they
+            only were the start.
     """
 
     latents: Tensor
@@ -68,7 +73,20 @@ class Known:
 
     def put_back(self, latents: Tensor, scheduler: SchedulerMixin, timestep: Tensor | None) -> Tensor:
         """`latents` after a step, with what is known as noisy as they are at `timestep`; None: not at all."""
+        if self.mask is None:
+            return latents
         known = self.latents.expand_as(latents)
         if timestep is not None:
             known = scheduler.add_noise(known, self.noise, timestep.reshape(1))
-        return self.mask * latents + (1 - self.mask) * known
+        return torch.lerp(known, latents, self.mask)
+
+
+def as_mask(mask: Pictures, num_frames: int, size: tuple[int, ...]) -> Tensor:
+    """One picture or F, white where something new is made, to `(1, 1, F, h, w)` of 0 and 1; a latent is new if half of it is."""
+    pictures = list(mask) if isinstance(mask, (list, tuple)) or (not isinstance(mask, Image.Image) and np.ndim(mask) == 3) else [mask]
+    rows = [np.asarray(each.convert("L") if isinstance(each, Image.Image) else each) for each in pictures]
+    if len(rows) not in (1, num_frames) or any(row.ndim != 2 for row in rows):
+        raise ValueError(f"expected one mask (H, W) or {num_frames}, got {len(rows)} of shape {rows[0].shape}")
+    stack = torch.stack([torch.from_numpy(row / np.float32(255 if row.dtype == np.uint8 else 1)).float() for row in rows])
+    shrunk = torch.nn.functional.interpolate(stack[:, None], size, mode="area") >= 0.5
+    return shrunk.float().expand(num_frames, -1, -1, -1).transpose(0, 1)[None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,3 +54,11 @@ def weights(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     ).offset_mapping
     of_token = [next((weight for start, end, weight in spans if first < end and last > start), 1.0) for first, last in offsets]
     return torch.tensor(of_token)
+
+
+def between(keyed: Tensor, keys: list[int], num_frames: int) -> Tensor:
+    """`(K, ...)` values at K frames to `(F, ...)`, on straight lines from one to the next, the ends held."""
+    position = torch.from_numpy(np.interp(np.arange(num_frames), keys, np.arange(len(keys))))
+    before = position.long().clamp(max=len(keys) - 1)
+    after, share = (before + 1).clamp(max=len(keys) - 1), (position - before).view(-1, *[1] * (keyed.ndim - 1))
+    return torch.lerp(keyed[before], keyed[after], share.to(keyed))

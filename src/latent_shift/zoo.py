@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from PIL import Image
 from torch import Tensor
 
-from latent_shift import video
-from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift import families, video
+from latent_shift.generation import ClipGeneration
+from latent_shift.pipeline import LatentShiftPipeline, LatentShiftXLPipeline
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = {"emoji": "128x128, 16 frames at 8 fps, drawn as 3-D emoji; trained by recipes/emoji, embedded in this package"}
@@ -35,23 +39,67 @@ def device_of(name: str | torch.device | None = None) -> torch.device:
     return device
 
 
-def load(model: str | Path = "emoji", *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LatentShiftPipeline:
-    """Load a pipeline.
+def load(
+    model: str | Path = "emoji", *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, variant: str | None = None,
+    prediction: str | None = None,
+) -> ClipGeneration:  # fmt: skip
+    """Load a pipeline: a `LatentShiftPipeline`, or a `LatentShiftXLPipeline` for the family of Stable Diffusion XL.
 
     Args:
-        model: a name in `MODELS`, or a diffusers folder.
+        model: a name in `MODELS`, a diffusers folder, a `.safetensors` file in the original layout of SD 1.x, 2.x or XL, or, online, a
+            Hub id ("owner/name").
         device: None takes CUDA where there is one, else the CPU.
         dtype: of weights and computation; None takes float16 on CUDA, float32 on the CPU.
+        variant: of the weights' files in a folder, such as "fp16". None: the plain ones, or the only variant there is.
+        prediction: "epsilon" or "v_prediction" where the model does not say it right (single files cannot always).
 
     Raises:
-        ValueError: neither a known name nor a folder of a pipeline, or CUDA that is not there.
+        ValueError: nothing that can be loaded; the message says what it is and what was expected. Or CUDA that is not there.
     """
-    path = folder(model)
-    if not (path / "model_index.json").exists():
-        raise ValueError(f"{model}: expected a diffusers folder with a model_index.json")
     device = device_of(device)
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    return LatentShiftPipeline.from_pretrained(path, dtype=dtype).to(device)
+    if Path(model).is_file():
+        return families.open_file(model, dtype=dtype, prediction=prediction).to(device)
+    if str(model) not in MODELS and not Path(model).exists() and _HUB_ID.fullmatch(str(model)) and not HF_HUB_OFFLINE:
+        index = LatentShiftPipeline.load_config(str(model))
+        path: Path | str = str(model)
+    else:
+        path = folder(model)
+        index = _index(path)
+        variant = variant or _only_variant(path / "unet")
+    pipeline = LatentShiftXLPipeline if "text_encoder_2" in index else LatentShiftPipeline
+    pipe = pipeline.from_pretrained(path, dtype=dtype, variant=variant)
+    if prediction:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
+    return pipe.to(device)
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _index(path: Path) -> dict:
+    """The model_index.json of a pipeline's folder whose parts are there; raises ValueError for another folder."""
+    if not (path / "model_index.json").exists():
+        part = path / "config.json"
+        held = f"; it holds a {json.loads(part.read_text()).get('_class_name', 'model')} alone" if part.exists() else ""
+        raise ValueError(f"{path}: expected a diffusers folder with a model_index.json{held}")
+    index = json.loads((path / "model_index.json").read_text())
+    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", *(["text_encoder_2"] if "text_encoder_2" in index else [])):
+        if index.get(name, [None])[0] is None or not (path / name).is_dir():
+            raise ValueError(
+                f"{path}: has no {name}; expected a Stable Diffusion folder of unet, vae, text_encoder, tokenizer and scheduler"
+            )
+    if index["unet"][1] != "UNet2DConditionModel":
+        raise ValueError(f"{path}: its unet is a {index['unet'][1]}, expected UNet2DConditionModel")
+    if not list((path / "unet").glob("*.safetensors")):
+        raise ValueError(f"{path}: unet has no .safetensors weights (pickle files can run any program when they are opened)")
+    return index
+
+
+def _only_variant(path: Path) -> str | None:
+    """The variant of a folder in which there is no other."""
+    names = {file.name.split(".")[1] if file.name.count(".") > 1 else None for file in path.glob("*.safetensors")}
+    return names.pop() if len(names) == 1 else None
 
 
 def seed(number: int) -> torch.Generator:

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 from latent_shift import families
-from latent_shift.zoo import load, seed
+from latent_shift.zoo import describe, load, seed
 
 SMALL_TEXTS = [
     dict(hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, projection_dim=width) for width in (32, 48)
@@ -75,10 +75,16 @@ def test_a_single_file_is_the_model_it_was_made_of(name, small, tmp_path):
     expected = pipe("a cat", generator=seed(0), **arguments).frames
     torch.testing.assert_close(loaded("a cat", generator=seed(0), **arguments).frames, expected)
     assert loaded.scheduler.config.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
+    told = describe(tmp_path / "model.safetensors")
+    assert told["family"] == families.FAMILIES[name].title
+    assert told["unet"] == f"{sum(p.numel() for p in pipe.unet.parameters()) / 1e6:,.1f} M parameters"
     # What is saved, diffusers opens and makes the same image with.
     loaded.save_pretrained(tmp_path / "folder")
     theirs = (StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline).from_pretrained(tmp_path / "folder")
     theirs.set_progress_bar_config(disable=True)
+    assert {**describe(tmp_path / "folder"), "format": told["format"]}.items() >= {
+        key: told[key] for key in told if key != "text_encoder"
+    }.items()
     ours = load(tmp_path / "folder", device="cpu")
     ours.set_progress_bar_config(disable=True)
     image = theirs("a cat", generator=seed(0), num_inference_steps=2, output_type="np").images

@@ -12,6 +12,8 @@ import typer
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Text to video by Latent-Shift.")
 data_app = typer.Typer(no_args_is_help=True, help="Look at and prepare folders of captioned videos.")
 app.add_typer(data_app, name="data")
+models_app = typer.Typer()
+app.add_typer(models_app, name="models")
 
 Folder = Annotated[Path, typer.Argument(help="a folder of media files with metadata.jsonl or .txt captions")]
 Workers = Annotated[int, typer.Option(help="processes that decode")]
@@ -224,13 +226,24 @@ def bench(
     print(text)
 
 
-@app.command()
-def models() -> None:
-    """List the models known by name."""
+@models_app.callback(invoke_without_command=True)
+def models(context: typer.Context) -> None:
+    """List the models known by name, or look into one."""
+    if context.invoked_subcommand is None:
+        from latent_shift import zoo
+
+        for name, line in zoo.MODELS.items():
+            print(f"{name}: {line}")
+
+
+@models_app.command()
+def show(model: Annotated[str, typer.Argument(help="a name, a diffusers folder or a .safetensors file")]) -> None:
+    """Say what a model is without loading its weights: family, parts, parameters, sizes, shift."""
+    _quiet()
     from latent_shift import zoo
 
-    for name, line in zoo.MODELS.items():
-        print(f"{name}: {line}")
+    for name, value in zoo.describe(model).items():
+        print(f"{name:24} {value}")
 
 
 @data_app.command()

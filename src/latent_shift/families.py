@@ -136,6 +136,17 @@ def identify(tensors: dict[str, tuple[int, ...]]) -> str:
     return found
 
 
+def of(unet: dict) -> Family | None:
+    """The family of a diffusers folder by the configuration of its U-Net; None: of none."""
+    for family in FAMILIES.values():
+        same = ("cross_attention_dim", "use_linear_projection")
+        if tuple(unet["block_out_channels"]) == family.unet["block_out_channels"] and all(
+            unet.get(key, False) == family.unet.get(key, False) for key in same
+        ):
+            return family
+    return None
+
+
 def tokenizer(padding: str = "<|endoftext|>") -> CLIPTokenizer:
     """CLIP's tokenizer, 77 tokens long."""
     with tempfile.TemporaryDirectory() as folder:

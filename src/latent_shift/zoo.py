@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor
 from latent_shift import families, video
 from latent_shift.generation import ClipGeneration
 from latent_shift.pipeline import LatentShiftPipeline, LatentShiftXLPipeline
+from latent_shift.shift import Shift
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = {"emoji": "128x128, 16 frames at 8 fps, drawn as 3-D emoji; trained by recipes/emoji, embedded in this package"}
@@ -100,6 +103,44 @@ def _only_variant(path: Path) -> str | None:
     """The variant of a folder in which there is no other."""
     names = {file.name.split(".")[1] if file.name.count(".") > 1 else None for file in path.glob("*.safetensors")}
     return names.pop() if len(names) == 1 else None
+
+
+def describe(model: str | Path) -> dict[str, str]:
+    """What a model is, by name, without reading its weights; raises ValueError as `load` does."""
+    if Path(model).is_file():
+        tensors = families.header(model)
+        name = families.identify(tensors)
+        family: families.Family | None = families.FAMILIES[name]
+        parts = {
+            part: [shape for key, shape in tensors.items() if key.startswith(prefix)]
+            for part, prefix in (("unet", "model."), ("vae", "first_stage_model."), ("text_encoder", "cond"))
+        }  # fmt: skip
+        told = {"family": families.FAMILIES[name].title, "format": "a single file in the original layout"}
+        unet, settings = families.FAMILIES[name].unet, {}
+        scheduler = {**families.FAMILIES[name].scheduler, **({"prediction_type": "v_prediction"} if "v_pred" in tensors else {})}
+    else:
+        path = folder(model)
+        index = _index(path)
+        unet, scheduler = (json.loads(next((path / part).glob("*config.json")).read_text()) for part in ("unet", "scheduler"))
+        settings = index.get("latent_shift", {})
+        family = families.of(unet)
+        told = {"family": family.title if family else "of its own size", "format": f"a diffusers folder, {index['_class_name']}"}
+        parts = {}
+        for part in [part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if (path / part).is_dir()]:
+            variant = _only_variant(path / part)
+            files = [file for file in (path / part).glob("*.safetensors") if variant or file.name.count(".") == 1]
+            parts[part] = [shape for file in files for shape in families.header(file).values()]
+    sampled = unet["sample_size"]
+    told |= {part: f"{sum(math.prod(shape) for shape in shapes) / 1e6:,.1f} M parameters" for part, shapes in parts.items()}
+    told["widths"] = ", ".join(map(str, unet["block_out_channels"]))
+    told["text width"] = str(unet["cross_attention_dim"])
+    told["picture"] = "x".join([str(8 * sampled)] * 2 if isinstance(sampled, int) else [str(8 * side) for side in sampled]) + " pixels"
+    told["predicts"] = scheduler.get("prediction_type", "epsilon") + (
+        ", zero terminal SNR" if scheduler.get("rescale_betas_zero_snr") else ""
+    )
+    told["frames"] = f"{settings.get('num_frames', 16)} at {settings.get('fps', 8)} fps unless told otherwise"
+    told["shift"] = str(Shift(**{field.name: settings[field.name] for field in fields(Shift) if field.name in settings}))
+    return told
 
 
 def seed(number: int) -> torch.Generator:

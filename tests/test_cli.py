@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import tiny_config
 from typer.testing import CliRunner
@@ -103,6 +104,32 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
     assert video.read("sheet.webp")[0].shape == (4, 32, 2 * 32 + 2, 3)
 
 
+def test_every_way_of_generating(video_model, media, tmp_path, monkeypatch):
+    """Each option makes another clip than none."""
+    monkeypatch.chdir(tmp_path)
+    run("generate", "red", "-m", video_model, "-o", "still.png", "--num-frames", 1, "--steps", 1)
+    half = np.zeros((1, 32, 32, 3), np.uint8)
+    half[:, :, :16] = 255
+    video.write(half, "half.png")
+    seen = {}
+    for name, options in {
+        "plain": [], "weighed": [], "image": ["--image", "still.png"], "between": ["--image", "still.png", "--last-image", media / "still.png"],
+        "video": ["--video", media / "red.webp", "--num-frames", 4], "mask": ["--video", media / "red.webp", "--num-frames", 4, "--mask", "half.png"],
+        "strength": ["--video", media / "red.webp", "--num-frames", 4, "--strength", 0.9], "then": ["--then", "3:blue"], "loop": ["--loop"],
+        "shared": ["--shared-noise", 0.9], "free": ["--free-init", 2], "scheduler": ["--scheduler", "EulerAncestralDiscrete"],
+        "chunk": ["--num-frames", 9, "--chunk", 2, "--halo", 1], "long": ["--num-frames", 9],
+    }.items():  # fmt: skip
+        words = "a (red:1.6) square" if name == "weighed" else "a red square"
+        run("generate", words, "-m", video_model, "-o", f"{name}.webp", "--steps", 3, "--device", "cpu", *options)
+        seen[name] = video.read(f"{name}.webp")[0]
+    assert seen["chunk"].shape == seen["long"].shape == (9, 32, 32, 3)
+    names = [name for name in seen if name not in ("chunk", "long")]
+    assert all(seen[name].shape == (4, 32, 32, 3) for name in names)
+    same = [(a, b) for k, a in enumerate(names) for b in names[k + 1 :] if np.array_equal(seen[a], seen[b])]
+    assert not same
+    assert not np.array_equal(seen["chunk"], seen["long"])
+
+
 def test_bench_and_models_print_what_they_found(video_model, tmp_path):
     result = json.loads(run("bench", "--frames", 4, "--size", 8, "--rounds", 2, "-o", tmp_path / "bench.json"))
     assert result == json.loads((tmp_path / "bench.json").read_text())
@@ -127,6 +154,9 @@ def test_bench_and_models_print_what_they_found(video_model, tmp_path):
         (["generate", "x", "-o", "clip.mp4", "--fps", "0"], "fps must be above 0"),
         (["generate", "x", "-o", "clip.png", "--fps", "4"], "--fps has no effect"),
         (["generate", "x", "--loop", "--num-frames", "1"], "--loop has no effect"),
+        (["generate", "x", "--then", "lion"], "--then: expected FRAME:WORDS"),
+        (["generate", "x", "--halo", "2"], "--halo has no effect without --chunk"),
+        (["generate", "x", "--scheduler", "DDMI"], "unknown scheduler 'DDMI'; did you mean"),
         (["generate", "x", "--negative", "y", "--guidance", "1"], "--negative has no effect"),
         (["generate", "x", "--device", "cuda:99"], "cuda"),
         (["encode", "x", "y", "--autoencoder", "emojy", "--texts", "emoji"], "did you mean 'emoji'"),

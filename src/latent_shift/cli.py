@@ -21,8 +21,10 @@ Workers = Annotated[int, typer.Option(help="processes that decode")]
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="what to show")],
-    model: Annotated[str, typer.Option("--model", "-m", help="a name (see `latent-shift models`) or a diffusers folder")] = "emoji",
+    prompt: Annotated[str, typer.Argument(help="what to show; (words:1.4) weighs words")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="a name (see `latent-shift models`), a diffusers folder, a .safetensors file")
+    ] = "emoji",
     output: Annotated[list[Path] | None, typer.Option("--output", "-o", help=".mp4 .webm .gif .webp .png; may be repeated")] = None,
     num_frames: Annotated[int | None, typer.Option(help="frames; 1 makes an image")] = None,
     steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
@@ -33,25 +35,59 @@ def generate(
     shared_noise: Annotated[float | None, typer.Option(help="share of the noise common to all frames, 0 to 1: more moves less")] = None,
     fps: Annotated[float | None, typer.Option(help="frames a second of the file")] = None,
     loop: Annotated[bool, typer.Option("--loop", help="the last frame runs on into the first")] = False,
+    image: Annotated[Path | None, typer.Option(help="a picture: the first frame")] = None,
+    last_image: Annotated[Path | None, typer.Option(help="a picture: the last frame")] = None,
+    video: Annotated[Path | None, typer.Option(help="a video to make another of")] = None,
+    mask: Annotated[Path | None, typer.Option(help="a picture or video: white is made anew, black stays")] = None,
+    strength: Annotated[float | None, typer.Option(help="how far the video or picture is left behind, up to 1")] = None,
+    then: Annotated[list[str] | None, typer.Option(help="FRAME:WORDS, what to show from there; may be repeated")] = None,
+    chunk: Annotated[int | None, typer.Option(help="frames at once: long clips at constant memory")] = None,
+    halo: Annotated[int | None, typer.Option(help="frames a chunk sees on either side; fewer is faster, all is exact")] = None,
+    free_init: Annotated[int | None, typer.Option(help="times to start again from what was made (FreeInit)")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="of diffusers: DDIM, EulerDiscrete, UniPCMultistep, LCM, ...")] = None,
+    lora: Annotated[Path | None, typer.Option(help="a LoRA file")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
-    """Make a clip from words."""
+    """Make a clip from words, pictures or another clip."""
     _quiet()
-    from latent_shift import video, zoo
+    from latent_shift import video as files
+    from latent_shift import zoo
 
     for path in output or []:
-        video.check_output(path, fps=8 if fps is None else fps)
+        files.check_output(path, fps=8 if fps is None else fps)
     if fps is not None and output and all(path.suffix.lower() == ".png" for path in output):
         raise ValueError("--fps has no effect on a .png, which is a strip of frames; expected another output, or no --fps")
-    for option, given in (("--loop", loop), ("--shared-noise", shared_noise is not None)):
+    for option, given in (("--loop", loop), ("--shared-noise", shared_noise is not None), ("--chunk", chunk is not None)):
         if given and num_frames == 1:
             raise ValueError(f"{option} has no effect on one frame; expected --num-frames 2 or more")
+    if halo is not None and chunk is None:
+        raise ValueError("--halo has no effect without --chunk")
+    words: str | dict[int, str] = {0: prompt} if then else prompt
+    for each in then or []:
+        frame, separator, text = each.partition(":")
+        if not separator or not frame.isdecimal():
+            raise ValueError(f"--then: expected FRAME:WORDS, such as '8:a lion', got {each!r}")
+        words[int(frame)] = text.strip()  # type: ignore[index]
     pipe = zoo.load(model, device=device)
     if negative and (pipe.call_defaults["guidance_scale"] if guidance is None else guidance) <= 1:
         raise ValueError("--negative has no effect without guidance; expected --guidance above 1")
+    if scheduler:
+        pipe.scheduler = zoo.scheduler(scheduler, pipe.scheduler)
+    if lora:
+        pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+    if free_init:
+        pipe.enable_free_init(num_iters=free_init)
+    side, rate = size or pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.call_defaults["fps"]
+    pictures = {name: files.read(path, size=side)[0][0] for name, path in (("image", image), ("last_image", last_image)) if path}
+    if video:
+        pictures["video"] = files.read(video, fps=rate, size=side)[0][: num_frames or None]
+    if mask:
+        frames = files.read(mask, fps=rate, size=side)[0].mean(axis=-1) / 255
+        pictures["mask"] = frames[0] if len(frames) == 1 else frames[: len(pictures.get("video", frames))]
     (clips,) = pipe(
-        prompt, num_frames=num_frames, num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative,
-        height=size, width=size, loop=loop, shared_noise=shared_noise, generator=zoo.seed(seed), return_dict=False,
+        words, num_frames=None if video else num_frames, num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative,
+        height=size, width=size, loop=loop, shared_noise=shared_noise, strength=strength, chunk=chunk, halo=halo, **pictures,
+        generator=zoo.seed(seed), return_dict=False,
     )  # fmt: skip
     clip = clips[0]
     name = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-") or "clip"

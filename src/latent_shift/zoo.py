@@ -9,8 +9,10 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from PIL import Image
 from torch import Tensor
@@ -103,6 +105,15 @@ def _only_variant(path: Path) -> str | None:
     """The variant of a folder in which there is no other."""
     names = {file.name.split(".")[1] if file.name.count(".") > 1 else None for file in path.glob("*.safetensors")}
     return names.pop() if len(names) == 1 else None
+
+
+def scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
+    """diffusers' scheduler of a name ("DDIM", "EulerDiscrete", ...) with the settings of `like`; raises ValueError for another name."""
+    known = {each.removesuffix("Scheduler"): each for each in dir(diffusers) if each.endswith("Scheduler") and not each.startswith("Flax")}
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+        raise ValueError(f"unknown scheduler {name!r}; did you mean {' or '.join(nearest) or 'DDIM'}?")
+    return getattr(diffusers, known[name]).from_config(like.config)
 
 
 def describe(model: str | Path) -> dict[str, str]:

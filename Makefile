@@ -22,7 +22,7 @@ or take the CUDA build all the same:                                     make CU
 endef
 export NO_CPU_TORCH
 
-.PHONY: demo test check format emoji sheet table ablation bench clean
+.PHONY: demo test check format emoji sheet modes table ablation bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -73,13 +73,16 @@ runs/emoji-image/model/model_index.json: | data/emoji-latents/store.json
 	$(BIN)/latent-shift train recipes/emoji/image.toml
 
 emoji: runs/emoji-image/model/model_index.json
-	$(BIN)/latent-shift train recipes/emoji/video.toml $(SHORT) optim.steps=3200
+	$(BIN)/latent-shift train recipes/emoji/video.toml $(SHORT) optim.steps=7900
 	$(BIN)/latent-shift train recipes/emoji/video.toml
 	cp -r runs/emoji-video/model/. src/latent_shift/weights/emoji
 
 # What the model makes of recipes/emoji/prompts.txt, and the measures of the README's tables.
 sheet: $(VENV)/.core
 	$(BIN)/latent-shift sheet recipes/emoji/prompts.txt docs/emoji-sheet.png docs/emoji.gif
+
+modes: $(VENV)/.core
+	PATH="$(abspath $(BIN)):$$PATH" sh -ec "$$(sed -n '/^```bash/,/^```/{/^latent-shift/p}' docs/modes.md)"
 
 table: data/emoji-128/store.json
 	$(BIN)/latent-shift eval data/emoji-128 -o docs/results/emoji.json

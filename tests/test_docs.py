@@ -21,39 +21,68 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 QUICK = {
     "train": ["optim.steps=2", "optim.warmup_steps=1", "optim.cooldown_steps=0", "train.precision=no", "data.batch_size=2"],
-    "generate": ["--steps", "1", "--num-frames", "2"],
     "eval": ["--steps", "1"],
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def test_every_command(media, tmp_path, monkeypatch):
+def quick(words: list[str]) -> list[str]:
+    """A command of a page with the settings that make it quick."""
+    if words[:2] == ["data", "check"]:
+        return [*words, "--frames", "4"]
+    if words[0] == "train":
+        stage = (["data.crop=32", "model.size=tiny"] if "autoencoder" in words[1] else []) + (
+            ["data.num_frames=4"] if "video" in words[1] else []
+        )
+        return [*words, *stage, *QUICK["train"]]
+    if words[0] == "eval":
+        return [*words, "--num", "2", *QUICK["eval"]]
+    if words[0] == "generate":
+        given = "--num-frames" in words or "--then" in words or "--video" in words  # the page's own number
+        return [*words, "--steps", "3" if "--strength" in words else "1", *([] if given else ["--num-frames", "3"])]
+    return words
+
+
+@pytest.mark.parametrize(("name", "least"), [("README.md", 10), ("docs/modes.md", 12), ("docs/checkpoints.md", 3)])
+def test_every_command(name, least, media, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", "recipes")
     shutil.copytree(media, "my-videos")
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("latent-shift")]
-    assert len(commands) >= 10
+    (tmp_path / "docs" / "modes").mkdir(parents=True)
+    shutil.copy(ROOT / "docs" / "modes" / "mask.png", "docs/modes")
+    commands = [
+        line for block in blocks("bash", (ROOT / name).read_text()) for line in block.splitlines() if line.startswith("latent-shift")
+    ]
+    assert len(commands) >= least
     for line in commands:
-        words = shlex.split(line, comments=True)[1:]
-        if words[:2] == ["data", "check"]:
-            words += ["--frames", "4"]
-        if words[0] == "train" and "autoencoder" in words[1]:
-            words += ["data.crop=32", "model.size=tiny"]
-        if words[0] == "train" and "video" in words[1]:
-            words += ["data.num_frames=4"]
-        if words[0] == "eval":
-            words += ["--num", "2"]
-        if "--num-frames" in words:  # the README's own number
-            words += QUICK["generate"][:2]
-            result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
-            assert np.asarray(Image.open("rocket.png")).shape == (128, 128, 3)
-            continue
-        result = CliRunner().invoke(cli.app, words + QUICK.get(words[0], []), catch_exceptions=False)
+        words = quick(shlex.split(line, comments=True)[1:])
+        result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
         assert result.exit_code == 0, (line, result.output)
-    assert {path.name for path in tmp_path.glob("*.*")} >= {"heart.mp4", "fire.gif", "preview.png", "rocket.png", "a-red-heart.mp4"}
+        outputs = [word for flag, word in zip(words, words[1:], strict=False) if flag == "-o"]
+        assert all((tmp_path / output).exists() for output in outputs), line
+    if name == "README.md":
+        assert np.asarray(Image.open("rocket.png")).shape == (128, 128, 3)
+        assert {path.name for path in tmp_path.glob("*.*")} >= {"heart.mp4", "fire.gif", "preview.png", "rocket.png", "a-red-heart.mp4"}
+
+
+@pytest.mark.parametrize("name", ["docs/modes.md", "docs/checkpoints.md"])
+def test_every_example(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load = ls.load
+
+    def one_step(*args):
+        pipe = load(*args)
+        pipe.call_defaults["num_inference_steps"] = 1
+        return pipe
+
+    monkeypatch.setattr(ls, "load", one_step, raising=False)
+    examples = blocks("python", (ROOT / name).read_text())
+    assert examples
+    for example in examples:
+        exec(example, {})
 
 
 def test_the_pipeline_example(tmp_path, monkeypatch):
@@ -85,7 +114,7 @@ def test_the_method_example(video_model):
     assert ls.shift_of(names["unet"]) is None
 
 
-@pytest.mark.parametrize("name", ["README.md", "src/latent_shift/weights/emoji/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/modes.md", "docs/checkpoints.md", "src/latent_shift/weights/emoji/README.md"])
 def test_links_lead_somewhere(name):
     page = ROOT / name
     targets = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())

@@ -1,5 +1,6 @@
 """Every command and every example of the README runs, with two steps and the tiny size where it would train."""
 
+import itertools
 import re
 import shlex
 import shutil
@@ -61,7 +62,7 @@ def test_every_command(name, least, media, tmp_path, monkeypatch):
         words = quick(shlex.split(line, comments=True)[1:])
         result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
         assert result.exit_code == 0, (line, result.output)
-        outputs = [word for flag, word in zip(words, words[1:], strict=False) if flag == "-o"]
+        outputs = [word for flag, word in itertools.pairwise(words) if flag == "-o"]
         assert all((tmp_path / output).exists() for output in outputs), line
     if name == "README.md":
         assert np.asarray(Image.open("rocket.png")).shape == (128, 128, 3)

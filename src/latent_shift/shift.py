@@ -88,11 +88,12 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
         raise ValueError(f"num_frames={num_frames} does not divide the batch of {batch} frames; pass num_frames={nearest}")
     ahead, back = shift.channels(x_NCHW.shape[1])
     x_BFCHW = x_NCHW.unflatten(0, (1, -1) if num_frames == -1 else (-1, num_frames))
-    if torch.compiler.is_compiling() or shift.edge == "hold":
+    learning = torch.is_grad_enabled() and x_NCHW.requires_grad
+    if torch.compiler.is_compiling() or (learning and shift.edge == "hold"):
         return _shift_functional(x_BFCHW, ahead, back, shift.edge).flatten(0, 1)
-    if torch.is_grad_enabled() and x_NCHW.requires_grad:
-        return _DifferentiableShift.apply(x_BFCHW, ahead, back, shift.edge == "wrap", False).flatten(0, 1)
-    return _shift_in_one_pass(x_BFCHW, ahead, back, shift.edge == "wrap").flatten(0, 1)
+    if learning:
+        return _DifferentiableShift.apply(x_BFCHW, ahead, back, shift.edge, False).flatten(0, 1)
+    return _shift_in_one_pass(x_BFCHW, ahead, back, shift.edge).flatten(0, 1)
 
 
 def _shift_functional(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Tensor:
@@ -108,7 +109,7 @@ def _shift_functional(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Ten
     return torch.cat([from_before, stays, from_after], dim=2)
 
 
-def _shift_in_one_pass(x_BFCHW: Tensor, ahead: int, back: int, wrap: bool, reverse: bool = False) -> Tensor:
+def _shift_in_one_pass(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, reverse: bool = False) -> Tensor:
     """The shift as one pass over memory: every frame's group is copied straight to where it goes."""
     y_BFCHW = torch.empty_like(x_BFCHW)
     num_channels = x_BFCHW.shape[2]
@@ -118,18 +119,19 @@ def _shift_in_one_pass(x_BFCHW: Tensor, ahead: int, back: int, wrap: bool, rever
     y_BFCHW[:, 1:, before] = x_BFCHW[:, :-1, before]
     y_BFCHW[:, :-1, after] = x_BFCHW[:, 1:, after]
     y_BFCHW[:, :, stays] = x_BFCHW[:, :, stays]
-    y_BFCHW[:, 0, before] = x_BFCHW[:, -1, before] if wrap else 0
-    y_BFCHW[:, -1, after] = x_BFCHW[:, 0, after] if wrap else 0
+    from_before, from_after = (0, -1) if edge == "hold" else (-1, 0)
+    y_BFCHW[:, 0, before] = 0 if edge == "zero" else x_BFCHW[:, from_before, before]
+    y_BFCHW[:, -1, after] = 0 if edge == "zero" else x_BFCHW[:, from_after, after]
     return y_BFCHW
 
 
 class _DifferentiableShift(torch.autograd.Function):
-    """Being a permutation (and zeros), the shift has the shift the other way for its gradient."""
+    """Being a permutation (and zeros), the shift has the shift the other way for its gradient; one that holds the ends has not."""
 
     @staticmethod
-    def forward(ctx, x_BFCHW: Tensor, ahead: int, back: int, wrap: bool, reverse: bool) -> Tensor:
-        ctx.settings = (ahead, back, wrap, not reverse)
-        return _shift_in_one_pass(x_BFCHW, ahead, back, wrap, reverse)
+    def forward(ctx, x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, reverse: bool) -> Tensor:
+        ctx.settings = (ahead, back, edge, not reverse)
+        return _shift_in_one_pass(x_BFCHW, ahead, back, edge, reverse)
 
     @staticmethod
     def backward(ctx, grad_BFCHW: Tensor):

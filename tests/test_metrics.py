@@ -40,6 +40,14 @@ def test_motion_coherence_and_flicker():
     assert metrics.flicker(blink) == 2 * metrics.motion_energy(blink)
 
 
+def test_motion_that_leads_somewhere_persists():
+    noise = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    assert metrics.persistence(noise) == pytest.approx(1, abs=0.05)
+    ramp = np.repeat(np.arange(12, dtype=np.uint8) * 20, 12).reshape(12, 2, 2, 3)
+    assert metrics.persistence(ramp) == pytest.approx(4, rel=1e-3)
+    assert metrics.persistence(np.zeros((6, 2, 2, 3), np.uint8)) == 1
+
+
 def test_ranks_are_those_of_a_sort():
     rng = np.random.default_rng(0)
     generated, real = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.standard_normal((2, 20, 8)))

@@ -47,6 +47,13 @@ def flicker(clip: np.ndarray) -> float:
     return float(np.abs(x[2:] - 2 * x[1:-1] + x[:-2]).mean())
 
 
+def persistence(clip: np.ndarray, gap: int = 4) -> float:
+    """The change over `gap` frames (of a shorter clip, from end to end) by the change over one: 1 where frames are drawn anew around one picture, more where motion
+    leads somewhere."""
+    x, gap = clip.astype(np.int16), min(gap, len(clip) - 1)
+    return float((np.abs(x[gap:] - x[:-gap]).mean() + 1e-3) / (np.abs(np.diff(x, axis=0)).mean() + 1e-3))
+
+
 class ClipFeatures:
     """A clip as one unit vector: the mean over its frames of EfficientNet-lite0's last pooled features."""
 
@@ -199,6 +206,8 @@ def evaluate(
         "motion_error": float(np.exp(np.abs(np.log((energies[0] + 0.1) / (energies[1] + 0.1))).mean())),
         "coherence": float(np.mean([coherence(clip) for clip in generated])),
         "coherence_real": float(np.mean([coherence(clip) for clip in real])),
+        "persistence": float(np.mean([persistence(clip) for clip in generated])),
+        "persistence_real": float(np.mean([persistence(clip) for clip in real])),
         "flicker": float(np.mean([flicker(clip) for clip in generated])),
         "flicker_real": float(np.mean([flicker(clip) for clip in real])),
     }, generated
@@ -219,7 +228,9 @@ def table(results: list[dict]) -> str:
     if len(by_frame) == len(results):  # a file of an older version has none
         rows.append(["denoising error of real clips", *(f"{np.mean(errors):.4f}" for errors in by_frame), ""])
         rows.append(["of their first and last frames", *(f"{(errors[0] + errors[-1]) / 2:.4f}" for errors in by_frame), ""])
-    for name, unit in (("motion_energy", ", grey levels"), ("flicker", ", grey levels"), ("coherence", "")):
+    for name, unit in (("motion_energy", ", grey levels"), ("flicker", ", grey levels"), ("persistence", ""), ("coherence", "")):
+        if not all(name in result for result in results):
+            continue
         label = name.replace("_", " ") + unit
         rows.append([label, *(f"{result[name]:.3g}" for result in results), f"{real[name + '_real']:.3g}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

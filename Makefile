@@ -32,7 +32,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[dev,perceptual,lora,track,onnx]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[dev,perceptual,finetune,track,onnx]'
 	touch $@
 
 demo: $(VENV)/.core
@@ -89,7 +89,7 @@ table: data/emoji-128/store.json
 
 # The shift against no shift, with the paper's edges and noise: the video stage twice from the same image model, 1,000 steps each,
 # nothing else changed.
-PAPER := model.edge=zero diffusion.shared_noise=0.0
+PAPER := model.edge=zero diffusion.shared_noise=0.0 diffusion.noise_correlation=0.0
 
 ablation: runs/emoji-image/model/model_index.json
 	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/shift $(SHORT) $(PAPER) optim.steps=1000

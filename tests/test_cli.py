@@ -116,7 +116,8 @@ def test_every_way_of_generating(video_model, media, tmp_path, monkeypatch):
         "plain": [], "weighed": [], "image": ["--image", "still.png"], "between": ["--image", "still.png", "--last-image", media / "still.png"],
         "video": ["--video", media / "red.webp", "--num-frames", 4], "mask": ["--video", media / "red.webp", "--num-frames", 4, "--mask", "half.png"],
         "strength": ["--video", media / "red.webp", "--num-frames", 4, "--strength", 0.9], "then": ["--then", "3:blue"], "loop": ["--loop"],
-        "shared": ["--shared-noise", 0.9], "free": ["--free-init", 2], "scheduler": ["--scheduler", "EulerAncestralDiscrete"],
+        "shared": ["--shared-noise", 0.9], "correlated": ["--noise-correlation", 0.9], "free": ["--free-init", 2],
+        "scheduler": ["--scheduler", "EulerAncestralDiscrete"],
         "chunk": ["--num-frames", 9, "--chunk", 2, "--halo", 1], "long": ["--num-frames", 9],
     }.items():  # fmt: skip
         words = "a (red:1.6) square" if name == "weighed" else "a red square"

@@ -54,12 +54,21 @@ def test_single_frames_train_the_image_network(unet):
     torch.testing.assert_close(loss, (predicted(noisy, timesteps, text).sample - noise[:, 0]).square().mean())
 
 
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("correlation", [0.0, 0.7])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_frames_have_in_common_the_share_of_the_noise_that_was_asked_for(share):
+def test_noise_is_as_alike_from_frame_to_frame_as_was_asked_for(share, correlation, loop):
     rng = np.random.default_rng(0)
-    noise = share_noise(rng.standard_normal((4, 3, 4000)), rng.standard_normal((4, 1, 4000)), share)
-    covariance = np.einsum("bfn,bgn->fg", noise, noise) / 16000
-    np.testing.assert_allclose(covariance, share + (1 - share) * np.eye(3), atol=0.03)
+    own, common = rng.standard_normal((4, 5, 10_000)), rng.standard_normal((4, 1, 10_000))
+    noise = share_noise(own, common, share, correlation, loop=loop)
+    covariance = np.einsum("bfn,bgn->fg", noise, noise) / 40_000
+    apart = np.abs(np.arange(5)[:, None] - np.arange(5))
+    rest = (correlation**apart + correlation ** (5 - apart)) / (1 + correlation**5) if loop else correlation**apart
+    np.testing.assert_allclose(covariance, share + (1 - share) * rest, atol=0.03)
+    tensors = share_noise(torch.from_numpy(own), torch.from_numpy(common), share, correlation, loop=loop)
+    np.testing.assert_allclose(tensors.numpy(), noise)
+    if loop:  # it has no first frame
+        np.testing.assert_allclose(share_noise(np.roll(own, 1, axis=1), common, share, correlation, loop=True), np.roll(noise, 1, axis=1))
 
 
 def test_schedules():

@@ -93,14 +93,14 @@ def test_evaluation_compares_with_the_clips_of_the_captions(packed, video_model)
 def test_the_denoising_error_is_the_objectives(packed, video_model, prediction):
     pipe = load(video_model)
     pipe.scheduler.register_to_config(prediction_type=prediction)
-    pipe.call_defaults["shared_noise"] = 0.3
+    pipe.call_defaults |= {"shared_noise": 0.3, "noise_correlation": 0.6}
     clip = data.Store(packed).window(0, 0, 4)
     errors = metrics.denoising_error(pipe, clip[None], ["red"], levels=1)
     objective = DenoisingObjective(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config))
     latents = pipe.vae.encode(to_pixels(torch.from_numpy(clip))).latent_dist.mean * pipe.vae.config.scaling_factor
     own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for generator in [seed(0)] for n in (4, 1))
     loss, _ = objective(
-        latents[None], share_noise(own, common, 0.3), torch.tensor([500]), embed(pipe.tokenizer, pipe.text_encoder, ["red"])
+        latents[None], share_noise(own, common, 0.3, 0.6), torch.tensor([500]), embed(pipe.tokenizer, pipe.text_encoder, ["red"])
     )
     assert errors.shape == (4,)
     assert errors.mean() == pytest.approx(float(loss), rel=1e-4)

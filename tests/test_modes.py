@@ -180,9 +180,9 @@ def test_a_long_clip_in_chunks_is_the_whole_clip(texts, loop):
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
-@pytest.mark.parametrize("shared_noise", [0.0, 0.5])
-def test_a_stream_is_the_whole_clip(texts, scheduler, shared_noise):
-    pipe = sd(texts, backward=0.0, shared_noise=shared_noise)
+@pytest.mark.parametrize(("shared_noise", "noise_correlation"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.8), (0.5, 0.8)])
+def test_a_stream_is_the_whole_clip(texts, scheduler, shared_noise, noise_correlation):
+    pipe = sd(texts, backward=0.0, shared_noise=shared_noise, noise_correlation=noise_correlation)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     whole = pipe("red", generator=seed(0), negative_prompt="blue", output_type="np").frames[0]
     stream = pipe.stream("red", generator=seed(0), negative_prompt="blue")  # it has no end

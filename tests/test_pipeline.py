@@ -225,6 +225,8 @@ def test_wrong_calls_say_what_was_expected(pipe, texts, tmp_path):
         pipe("red", generator=[seed(0), seed(1)])
     with pytest.raises(ValueError, match="shared_noise must be from 0 to 1, got 2"):
         pipe("red", shared_noise=2)
+    with pytest.raises(ValueError, match="noise_correlation must be from 0 to below 1, got 1"):
+        pipe("red", noise_correlation=1)
     with pytest.raises(ValueError, match="divisible by 8"):
         pipe("red", height=33)
     with pytest.raises(ValueError, match=r"unknown latent_shift settings \['nmu_frames'\]"):

@@ -241,11 +241,13 @@ def test_a_batch_is_what_the_config_says(latents):
 
 
 def test_a_model_is_sampled_with_the_noise_it_learnt_to_take_away(latents):
-    stage = stages.DenoiserStage(tiny_config("video", latents, diffusion={"shared_noise": 0.8}, data={"batch_size": 64}))
+    settings = {"shared_noise": 0.5, "noise_correlation": 0.6}
+    stage = stages.DenoiserStage(tiny_config("video", latents, diffusion=settings, data={"batch_size": 64}))
     noise = stage.draw(np.random.default_rng(0))[1].flatten(2)
     covariance = torch.einsum("bfn,bgn->fg", noise, noise) / (noise.shape[0] * noise.shape[2])
-    torch.testing.assert_close(covariance, 0.8 + 0.2 * torch.eye(4), atol=0.08, rtol=0)
-    assert stage.pipeline().call_defaults["shared_noise"] == 0.8
+    apart = (torch.arange(4)[:, None] - torch.arange(4)).abs()
+    torch.testing.assert_close(covariance, 0.5 + 0.5 * 0.6**apart, atol=0.08, rtol=0)
+    assert settings.items() <= stage.pipeline().call_defaults.items()
 
 
 def test_the_timestep_shift_draws_noisier_steps(latents):
@@ -282,6 +284,7 @@ def test_a_model_draws_the_size_it_was_trained_at(media, packed, image_model, au
         ("video", "model.backward", 0.0),
         ("video", "model.edge", "wrap"),
         ("video", "diffusion.shared_noise", 0.5),
+        ("video", "diffusion.noise_correlation", 0.5),
         ("video", "model.init", None),
     ],
 )

@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import nn
 
 
 def save(accelerator: Accelerator, run: Path, step: int, *, keep: int) -> Path:
@@ -37,6 +38,19 @@ def save(accelerator: Accelerator, run: Path, step: int, *, keep: int) -> Path:
     return target
 
 
+def leave_out_frozen(accelerator: Accelerator, module: nn.Module) -> None:
+    """Save only what is trained: of a LoRA megabytes, not the gigabytes of the model it adds to."""
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if len(trained) == len(list(module.parameters())):
+        return
+
+    def drop(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
+        for index, state in enumerate(weights):
+            weights[index] = {name: tensor for name, tensor in state.items() if name in trained}
+
+    accelerator.register_save_state_pre_hook(drop)
+
+
 def steps(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step-*"))
@@ -47,7 +61,7 @@ def restore(accelerator: Accelerator, run: Path) -> int:
     found = steps(run)
     if not found:
         return 0
-    accelerator.load_state(str(found[-1]))
+    accelerator.load_state(str(found[-1]), strict=False)  # the frozen weights of a LoRA's model are not in it
     return int(json.loads((found[-1] / "state.json").read_text())["step"])
 
 

@@ -33,6 +33,7 @@ def generate(
     size: Annotated[int | None, typer.Option(help="side in pixels")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same clip")] = 0,
     shared_noise: Annotated[float | None, typer.Option(help="share of the noise common to all frames, 0 to 1: more moves less")] = None,
+    noise_correlation: Annotated[float | None, typer.Option(help="of the rest from frame to frame, below 1: more is slower")] = None,
     fps: Annotated[float | None, typer.Option(help="frames a second of the file")] = None,
     loop: Annotated[bool, typer.Option("--loop", help="the last frame runs on into the first")] = False,
     image: Annotated[Path | None, typer.Option(help="a picture: the first frame")] = None,
@@ -57,7 +58,10 @@ def generate(
         files.check_output(path, fps=8 if fps is None else fps)
     if fps is not None and output and all(path.suffix.lower() == ".png" for path in output):
         raise ValueError("--fps has no effect on a .png, which is a strip of frames; expected another output, or no --fps")
-    for option, given in (("--loop", loop), ("--shared-noise", shared_noise is not None), ("--chunk", chunk is not None)):
+    for option, given in (
+        ("--loop", loop), ("--shared-noise", shared_noise is not None), ("--noise-correlation", noise_correlation is not None),
+        ("--chunk", chunk is not None),
+    ):  # fmt: skip
         if given and num_frames == 1:
             raise ValueError(f"{option} has no effect on one frame; expected --num-frames 2 or more")
     if halo is not None and chunk is None:
@@ -74,7 +78,7 @@ def generate(
     if scheduler:
         pipe.scheduler = zoo.scheduler(scheduler, pipe.scheduler)
     if lora:
-        pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+        zoo.add_lora(pipe, lora)
     if free_init:
         pipe.enable_free_init(num_iters=free_init)
     side, rate = size or pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.call_defaults["fps"]
@@ -86,7 +90,8 @@ def generate(
         pictures["mask"] = frames[0] if len(frames) == 1 else frames[: len(pictures.get("video", frames))]
     (clips,) = pipe(
         words, num_frames=None if video else num_frames, num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative,
-        height=size, width=size, loop=loop, shared_noise=shared_noise, strength=strength, chunk=chunk, halo=halo, **pictures,
+        height=size, width=size, loop=loop, shared_noise=shared_noise, noise_correlation=noise_correlation, strength=strength,
+        chunk=chunk, halo=halo, **pictures,
         generator=zoo.seed(seed), return_dict=False,
     )  # fmt: skip
     clip = clips[0]
@@ -115,8 +120,12 @@ def train(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from latent_shift import finetune, memory, zoo
     from latent_shift import train as training
 
+    ready = finetune.prepare(resolved, run, device=zoo.device_of(), progress=_progress)
+    if resolved.stage != "autoencoder":
+        print(memory.estimate(ready))
     bar = Progress(
         TextColumn(resolved.stage),
         BarColumn(),
@@ -316,6 +325,15 @@ def pack(
 
 
 @data_app.command()
+def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) -> None:
+    """Measure how alike the frames of the clips are, and say which noise matches."""
+    from latent_shift.encode import LatentStore
+
+    for name, value in LatentStore(latents).likeness().items():
+        print(f"{name:28} {value:.3f}")
+
+
+@data_app.command()
 def preview(
     packed: Annotated[Path, typer.Argument(help="a packed data set")],
     out: Annotated[Path, typer.Argument(help="a .png")],
@@ -362,6 +380,7 @@ def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # But not what it says when a prompt is longer than the text encoder reads.
     diffusers.utils.logging.get_logger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").setLevel(logging.WARNING)
 

@@ -15,7 +15,9 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    path: str  # a store: pixels for the autoencoder, latents for the image and video stages
+    path: str  # a store (pixels for the autoencoder, latents for the other stages), or what finetune.py makes one of
+    size: int | None = Field(None, ge=8)  # side in pixels at which a folder of videos is packed; unset: the model's
+    fps: float = Field(8, gt=0)  # frames a second at which it is packed
     batch_size: int = Field(16, ge=1)  # crops, images or clips a step and process
     crop: int = Field(64, ge=8)  # autoencoder: side of the random crops in pixels
     num_frames: int = Field(1, ge=1)  # frames a clip; 1 trains the image model
@@ -38,6 +40,14 @@ class Model(Section):
         return self
 
 
+class Lora(Section):
+    """Train low-rank additions to the weights instead of the weights (Hu et al. 2021)."""
+
+    rank: int = Field(ge=1)
+    # Attention, and the convolutions that mix each frame's channels with those its neighbours lent it.
+    modules: list[str] = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
+
+
 class Diffusion(Section):
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"  # the paper predicts the noise
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
@@ -46,6 +56,7 @@ class Diffusion(Section):
     timestep_shift: float = Field(1.0, gt=0)  # 1 draws t uniformly (the paper); above 1 draws more of the noisy end
     min_snr: float | None = Field(None, gt=0)  # gamma of the min-SNR loss weight; unset: every timestep weighs the same
     shared_noise: float = Field(0.0, ge=0, lt=1)  # share of the noise's variance that all frames of a clip have in common
+    noise_correlation: float = Field(0.0, ge=0, lt=1)  # of the rest, from one frame to the next
     caption_dropout: float = Field(0.1, ge=0, le=1)  # share of captions emptied, for classifier-free guidance
 
     @model_validator(mode="after")
@@ -65,6 +76,7 @@ class Loss(Section):
 class Optim(Section):
     steps: int = Field(ge=1)
     lr: float = Field(gt=0)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory, from the extra "finetune"
     warmup_steps: int = Field(200, ge=0)
     cooldown_steps: int = Field(0, ge=0)  # the last steps, over which the rate falls linearly to 0
     weight_decay: float = Field(0.01, ge=0)
@@ -79,6 +91,8 @@ class Train(Section):
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     log_every: int = Field(50, ge=1)  # steps
     sample_every: int = Field(1000, ge=1)  # steps
+    sample_steps: int = Field(20, ge=1)  # of sampling; with the guidance what the trained model does when nothing is asked for
+    sample_guidance: float = Field(4.0, ge=1)
     checkpoint_minutes: float = Field(5.0, gt=0)
     keep_checkpoints: int = Field(2, ge=1)
     tensorboard: bool = False
@@ -90,6 +104,7 @@ class Config(Section):
     data: Data
     model: Model
     optim: Optim
+    lora: Lora | None = None
     loss: Loss = Loss()
     diffusion: Diffusion = Diffusion()
     train: Train = Train()
@@ -105,6 +120,8 @@ class Config(Section):
             default = type(getattr(self, section)).model_fields[key].default
             if getattr(getattr(self, section), key) != default:
                 raise ValueError(f"{name} has no effect in stage {self.stage}: leave it out")
+        if self.lora and (self.stage == "autoencoder" or self.model.init is None):
+            raise ValueError("lora trains additions to a denoiser's weights: expected stage image or video, and model.init")
         if self.optim.warmup_steps + self.optim.cooldown_steps > self.optim.steps:
             raise ValueError("optim.warmup_steps and optim.cooldown_steps together are more than optim.steps")
         return self
@@ -115,6 +132,7 @@ class Config(Section):
         return {
             "stage": self.stage,
             "data.path": self.data.path,
+            "lora": self.lora,
             **{f"model.{name}": value for name, value in self.model.model_dump().items()},
             **{f"diffusion.{name}": getattr(self.diffusion, name) for name in diffusion},
         }
@@ -122,8 +140,17 @@ class Config(Section):
 
 _DIFFUSION = [f"diffusion.{name}" for name in Diffusion.model_fields]
 _IGNORED = {  # settings that a stage does not read
-    "autoencoder": [*_DIFFUSION, "data.image_share", "model.place", "model.forward", "model.backward", "model.edge"],
-    "image": ["diffusion.shared_noise", "data.crop", "data.image_share", "loss.kl", "loss.perceptual"],
+    "autoencoder": [
+        *_DIFFUSION,
+        "data.image_share",
+        "train.sample_steps",
+        "train.sample_guidance",
+        "model.place",
+        "model.forward",
+        "model.backward",
+        "model.edge",
+    ],
+    "image": ["diffusion.shared_noise", "diffusion.noise_correlation", "data.crop", "data.image_share", "loss.kl", "loss.perceptual"],
     "video": ["data.crop", "loss.kl", "loss.perceptual"],
 }
 
@@ -133,7 +160,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Args:
         path: a TOML file.
-        overrides: `table.key=value`, the value in TOML (a bare word is a string).
+        overrides: `table.key=value`, the value in TOML (a bare word is a string); `data=` and `model=` are `data.path` and `model.init`.
 
     Raises:
         ValueError: unreadable, an unknown key (the nearest valid one is named), a wrong type, or settings that contradict.
@@ -151,7 +178,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
             value = tomlkit.value(text).unwrap()
         except tomlkit.exceptions.ParseError:
             value = text
-        *tables, name = key.split(".")
+        *tables, name = {"data": "data.path", "model": "model.init"}.get(key, key).split(".")
         target = settings
         for table in tables:
             target = target.setdefault(table, {})

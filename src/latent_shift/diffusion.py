@@ -6,6 +6,7 @@ B clips, F frames, C channels, H W, L tokens, D text width, N = B*F. A clip has 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -37,15 +38,34 @@ def draw_timesteps(rng: np.random.Generator, num: int, num_timesteps: int, *, sh
     return (num_timesteps * shift * u / (1 + (shift - 1) * u)).astype(np.int64)
 
 
-def share_noise(own, common, share: float):
-    """Noise of unit variance of which every frame has the same `share` (Ge et al. 2023, PYoCo's mixed noise: `share` = a^2 / (1 + a^2)).
+def share_noise(own, common, share: float, correlation: float = 0.0, *, loop: bool = False):
+    """Noise of unit variance, alike from frame to frame: frames k apart correlate by share + (1 - share) correlation^k.
+
+    The mixed and the progressive noise of PYoCo (Ge et al. 2023, section 4.1) in one: what stays, and what drifts.
 
     Args:
         own: each frame's own standard normal noise, an array or tensor `(B, F, ...)`.
         common: that of the clip, `(B, 1, ...)`.
-        share: share of the variance that the frames have in common; 0 leaves `own`.
+        share: share of the variance that all frames have in common; 0 without correlation leaves `own`.
+        correlation: from 0 to below 1, of the rest in one frame with the rest in the next.
+        loop: the last frame drifts on into the first.
     """
-    return own * (1 - share) ** 0.5 + common * share**0.5
+    drifting = [drift(own[:, :1], None, correlation)]
+    if loop:
+        num, gain = own.shape[1], (1 - correlation**2) ** 0.5
+        last = sum(own[:, num - 1 - k : num - k] * correlation**k for k in range(num)) * (gain / (1 - correlation**num))
+        drifting = [drift(own[:, :1], last, correlation)]
+    for frame in range(1, own.shape[1]):
+        drifting.append(drift(own[:, frame : frame + 1], drifting[-1], correlation))
+    rest = np.concatenate(drifting, axis=1) if isinstance(own, np.ndarray) else torch.cat(drifting, dim=1)
+    if loop:  # what has come round once more adds to the variance
+        rest = rest * ((1 - correlation**num) / (1 + correlation**num)) ** 0.5
+    return rest * (1 - share) ** 0.5 + common * share**0.5
+
+
+def drift(own, previous, correlation: float):
+    """A frame's noise after the `previous` frame's (None: it is the first), of which it keeps `correlation`."""
+    return own if previous is None else previous * correlation + own * (1 - correlation**2) ** 0.5
 
 
 class DenoisingObjective(nn.Module):

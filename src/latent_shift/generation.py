@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from latent_shift import text
-from latent_shift.diffusion import share_noise
+from latent_shift.diffusion import drift, share_noise
 from latent_shift.sampling import Known, Pictures, Predict, as_mask, in_chunks, last_steps
 from latent_shift.shift import Shift, frames, inflate, reach, share_text, shift_of, streaming
 
@@ -74,6 +74,7 @@ class ClipGeneration(FreeInitMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         shared_noise: float | None = None,
+        noise_correlation: float | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         image: Pictures = None,
@@ -111,6 +112,7 @@ class ClipGeneration(FreeInitMixin):
             generator: one generator, or one for each clip.
             latents: `(B, C, F, h, w)` initial noise, standard normal.
             shared_noise: share of the initial noise's variance that all frames have in common; more moves less. None: as trained.
+            noise_correlation: of the rest from one frame to the next; more moves more slowly. None: as trained.
             prompt_embeds, negative_prompt_embeds: `(B, L, D)` instead of texts, or `(B, F, L, D)`, one for each frame.
             image, last_image: the first frame of the clip, and its last.
             video: a clip of F frames to make another of.
@@ -137,6 +139,7 @@ class ClipGeneration(FreeInitMixin):
         num_frames = self._num_frames(num_frames, image, last_image, video, mask, strength, loop)
         num_inference_steps = self.call_defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         shared_noise = self.call_defaults["shared_noise"] if shared_noise is None else shared_noise
+        noise_correlation = self.call_defaults["noise_correlation"] if noise_correlation is None else noise_correlation
         height, width = self._size(height, width)
         for name, number, least in (
             ("num_frames", num_frames, 1), ("num_inference_steps", num_inference_steps, 1),
@@ -146,6 +149,8 @@ class ClipGeneration(FreeInitMixin):
                 raise ValueError(f"{name} must be {least} or more, got {number}")
         if not 0 <= shared_noise <= 1:
             raise ValueError(f"shared_noise must be from 0 to 1, got {shared_noise}")
+        if not 0 <= noise_correlation < 1:
+            raise ValueError(f"noise_correlation must be from 0 to below 1, got {noise_correlation}")
         if output_type not in ("np", "pil", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}; expected np, pil, pt or latent")
         tensor_inputs = list(callback_on_step_end_tensor_inputs)
@@ -168,7 +173,9 @@ class ClipGeneration(FreeInitMixin):
             )
         times: Tensor
         times, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        latents = self.prepare_video_latents(num_clips, num_frames, height, width, dtype, device, generator, latents, shared_noise)
+        latents = self.prepare_video_latents(
+            num_clips, num_frames, height, width, dtype, device, generator, latents, shared_noise, noise_correlation, loop
+        )
         known = self._known(image, last_image, video, mask, latents, height, width, decode_batch_size)
         if known is not None:
             strength = (0.6 if image is None and mask is None else 1.0) if strength is None else strength
@@ -219,7 +226,7 @@ class ClipGeneration(FreeInitMixin):
         self, prompt: str, *, num_frames: int | None = None, height: int | None = None, width: int | None = None,
         num_inference_steps: int | None = None, guidance_scale: float | None = None, guidance_rescale: float = 0.0,
         negative_prompt: str | None = None, generator: torch.Generator | None = None, shared_noise: float | None = None,
-        output_type: str = "np", **family: Any,
+        noise_correlation: float | None = None, output_type: str = "np", **family: Any,
     ) -> Iterator[np.ndarray | Tensor | Image.Image]:  # fmt: skip
         """Yield frame after frame of one clip, at constant memory; for deterministic schedulers they are those of the whole clip.
 
@@ -231,14 +238,16 @@ class ClipGeneration(FreeInitMixin):
         self._clip_skip, self._cross_attention_kwargs, self._interrupt = None, None, False
         steps = int(num_inference_steps or self.call_defaults["num_inference_steps"])
         share = self.call_defaults["shared_noise"] if shared_noise is None else shared_noise
+        correlation = self.call_defaults["noise_correlation"] if noise_correlation is None else noise_correlation
         height, width = self._size(height, width)
         texts = self._texts(prompt, negative_prompt, None, None, 1, 1, height, width, [], family)
         memories: list[dict] = [{} for _ in range(steps * self.scheduler.order)]
         device, dtype = self._execution_device, texts["prompt_embeds"].dtype
         draw = lambda: self.prepare_video_latents(1, 1, height, width, dtype, device, generator, None)  # noqa: E731
-        common, number = draw() if share else None, 0
+        common, rest, number = draw() if share or correlation else 0.0, None, 0
         while num_frames is None or number < num_frames:
-            latents = draw() if common is None else share_noise(draw(), common, share)
+            rest = drift(draw(), rest, correlation)
+            latents = rest * (1 - share) ** 0.5 + common * share**0.5
             timesteps, _ = retrieve_timesteps(self.scheduler, steps, device)
             for index, timestep in enumerate(timesteps):
                 predict = self._predictor(texts, None, memory=memories[index])
@@ -337,6 +346,7 @@ class ClipGeneration(FreeInitMixin):
     def prepare_video_latents(
         self, num_clips: int, num_frames: int, height: int, width: int, dtype: torch.dtype, device: torch.device,
         generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None, shared_noise: float = 0.0,
+        noise_correlation: float = 0.0, loop: bool = False,
     ) -> Tensor:  # fmt: skip
         """Initial noise `(B, C, F, h, w)` scaled for the scheduler: drawn, or the caller's after a check of its shape.
 
@@ -348,11 +358,11 @@ class ClipGeneration(FreeInitMixin):
         if latents is None:
             if isinstance(generator, list) and len(generator) != num_clips:
                 raise ValueError(f"expected one generator or {num_clips}, one for each clip, got {len(generator)}")
-            common = 1 if shared_noise and num_frames > 1 else 0
+            common = 1 if (shared_noise or noise_correlation) and num_frames > 1 else 0
             drawn = (num_clips, common + num_frames, channels, *shape[3:])
             noise = randn_tensor(drawn, generator=generator, device=device, dtype=dtype)
             if common:
-                noise = share_noise(noise[:, 1:], noise[:, :1], shared_noise)
+                noise = share_noise(noise[:, 1:], noise[:, :1], shared_noise, noise_correlation, loop=loop)
             latents = noise.transpose(1, 2)
         elif tuple(latents.shape) != shape:
             raise ValueError(
@@ -446,4 +456,6 @@ class ClipGeneration(FreeInitMixin):
 
 
 _ARGUMENTS = tuple(inspect.signature(ClipGeneration.__call__).parameters)
-_CALL_DEFAULTS: dict[str, float] = {"num_frames": 16, "fps": 8, "shared_noise": 0.0, "num_inference_steps": 50, "guidance_scale": 7.5}
+_CALL_DEFAULTS: dict[str, float] = {
+    "num_frames": 16, "fps": 8, "shared_noise": 0.0, "noise_correlation": 0.0, "num_inference_steps": 50, "guidance_scale": 7.5,
+}  # fmt: skip

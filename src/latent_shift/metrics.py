@@ -87,13 +87,14 @@ def denoising_error(pipe: LatentShiftPipeline, clips: np.ndarray, prompts: list[
         pipe: a model of epsilon or v.
         clips: `(B, F, H, W, 3) uint8`.
         prompts: their B captions.
-        levels: timesteps, evenly spaced; the noise of a clip and level is that of seed 0, shared between frames as in training.
+        levels: timesteps, evenly spaced; the noise of a clip and level is that of seed 0, alike from frame to frame as in training.
 
     Returns:
         `(F,)`, the mean over clips and levels.
     """
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     steps, generator, total = schedule.config.num_train_timesteps, seed(0), torch.zeros(clips.shape[1])
+    share, correlation = (float(pipe.call_defaults[name]) for name in ("shared_noise", "noise_correlation"))
     share_text(pipe.unet)
     for clip, prompt in zip(clips, prompts, strict=True):
         vae, unet = pipe.vae, pipe.unet
@@ -101,8 +102,8 @@ def denoising_error(pipe: LatentShiftPipeline, clips: np.ndarray, prompts: list[
         embedding = text.embed(pipe.tokenizer, pipe.text_encoder, [prompt])
         for level in range(levels):
             timestep = torch.tensor([steps * (2 * level + 1) // (2 * levels)], device=unet.device)
-            own, common = (torch.randn(n, *latents.shape[1:], generator=generator) for n in (len(clip), 1))
-            noise = share_noise(own, common, pipe.call_defaults["shared_noise"]).to(latents)
+            own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for n in (len(clip), 1))
+            noise = share_noise(own, common, share, correlation)[0].to(latents)
             with frames(unet, len(clip)):
                 predicted = unet(schedule.add_noise(latents, noise, timestep), timestep, embedding.to(latents)).sample
             epsilon = schedule.config.prediction_type == "epsilon"

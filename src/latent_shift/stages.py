@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from latent_shift import autoencoder, data, models, video, zoo
+from latent_shift import autoencoder, data, finetune, models, video, zoo
 from latent_shift.config import Config
 from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule, share_noise
 from latent_shift.encode import LatentStore
@@ -110,6 +110,8 @@ class DenoiserStage:
         self.shift = Shift(config.model.forward, config.model.backward, config.model.place, config.model.edge)
         self.model.register_to_config(sample_size=sample_size)  # what it is trained at it will draw
         inflate(self.model, self.shift)
+        if config.lora:
+            finetune.add_lora(self.model, config.lora, dtype=finetune.DTYPES[config.train.precision])
         share_text(self.model)
         options = config.diffusion
         self.schedule = noise_schedule(
@@ -156,11 +158,13 @@ class DenoiserStage:
         mean, std = moments[:, :, 0], moments[:, :, 1]
         latents = mean + std * rng.standard_normal(mean.shape, np.float32)
         noise = rng.standard_normal(mean.shape, np.float32)
-        if num_frames > 1 and self.config.diffusion.shared_noise:
-            noise = share_noise(noise, rng.standard_normal(mean[:, :1].shape, np.float32), self.config.diffusion.shared_noise)
-        timesteps = draw_timesteps(rng, num_clips, self.config.diffusion.num_timesteps, shift=self.config.diffusion.timestep_shift)
+        options = self.config.diffusion
+        if num_frames > 1 and (options.shared_noise or options.noise_correlation):
+            common = rng.standard_normal(mean[:, :1].shape, np.float32)
+            noise = share_noise(noise, common, options.shared_noise, options.noise_correlation)
+        timesteps = draw_timesteps(rng, num_clips, options.num_timesteps, shift=options.timestep_shift)
         captions = [self.store.caption(rng, index) for index in indices]
-        emptied = rng.random(num_clips) < self.config.diffusion.caption_dropout
+        emptied = rng.random(num_clips) < options.caption_dropout
         text = self.store.embeddings[np.where(emptied, 0, captions)].astype(np.float32)
         return tuple(torch.from_numpy(array) for array in (latents, noise, timesteps, text))
 
@@ -176,8 +180,9 @@ class DenoiserStage:
                 "num_frames": self.config.data.num_frames,
                 "fps": self.store.info["fps"],
                 "shared_noise": self.config.diffusion.shared_noise,
-                "num_inference_steps": 20,
-                "guidance_scale": 4.0,
+                "noise_correlation": self.config.diffusion.noise_correlation,
+                "num_inference_steps": self.config.train.sample_steps,
+                "guidance_scale": self.config.train.sample_guidance,
             },
         )
 
@@ -201,8 +206,12 @@ class DenoiserStage:
             video.write(video.side_by_side(clips, columns=4), folder / f"{step:08d}.webp", fps=self.store.info["fps"])
 
     def export(self, folder: Path) -> None:
-        """A half-precision pipeline folder; diffusers' StableDiffusionPipeline reads it too. No path of this machine is in it."""
+        """A half-precision pipeline folder; diffusers' StableDiffusionPipeline reads it too. No path of this machine is in it.
+        Of a LoRA its file alone."""
         pipe = self.pipeline()
+        if self.config.lora:
+            finetune.save_lora(self.model, folder, call_defaults=pipe.call_defaults)
+            return
         pipe.unet = copy.deepcopy(self.model)  # the averaged weights; the ones in training stay float32
         pipe.vae.half(), pipe.text_encoder.half(), pipe.unet.half()
         for part in (pipe.vae, pipe.unet):

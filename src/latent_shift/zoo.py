@@ -15,12 +15,13 @@ import torch
 from diffusers import SchedulerMixin
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from latent_shift import families, video
 from latent_shift.generation import ClipGeneration
 from latent_shift.pipeline import LatentShiftPipeline, LatentShiftXLPipeline
-from latent_shift.shift import Shift
+from latent_shift.shift import Shift, inflate
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = {"emoji": "128x128, 16 frames at 8 fps, drawn as 3-D emoji; trained by recipes/emoji, embedded in this package"}
@@ -71,7 +72,7 @@ def load(
     else:
         path = folder(model)
         index = _index(path)
-        variant = variant or _only_variant(path / "unet")
+        variant = variant or only_variant(path / "unet")
     pipeline = LatentShiftXLPipeline if "text_encoder_2" in index else LatentShiftPipeline
     pipe = pipeline.from_pretrained(path, dtype=dtype, variant=variant)
     if prediction:
@@ -101,10 +102,26 @@ def _index(path: Path) -> dict:
     return index
 
 
-def _only_variant(path: Path) -> str | None:
+def only_variant(path: Path) -> str | None:
     """The variant of a folder in which there is no other."""
     names = {file.name.split(".")[1] if file.name.count(".") > 1 else None for file in path.glob("*.safetensors")}
     return names.pop() if len(names) == 1 else None
+
+
+def add_lora(pipe: ClipGeneration, path: str | Path) -> None:
+    """Load a LoRA file; one that was trained here (`finetune.save_lora`) also brings its shift and the defaults of a call.
+
+    Raises:
+        ValueError: not a `.safetensors` file.
+    """
+    path = Path(path)
+    families.header(path)
+    with safe_open(path, "pt") as file:
+        told = json.loads((file.metadata() or {}).get("latent_shift", "{}"))
+    if told:
+        inflate(pipe.unet, Shift(**{field.name: told.pop(field.name) for field in fields(Shift)}))
+        pipe.call_defaults |= told
+    pipe.load_lora_weights(path.parent, weight_name=path.name)
 
 
 def scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
@@ -138,7 +155,7 @@ def describe(model: str | Path) -> dict[str, str]:
         told = {"family": family.title if family else "of its own size", "format": f"a diffusers folder, {index['_class_name']}"}
         parts = {}
         for part in [part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if (path / part).is_dir()]:
-            variant = _only_variant(path / part)
+            variant = only_variant(path / part)
             files = [file for file in (path / part).glob("*.safetensors") if variant or file.name.count(".") == 1]
             parts[part] = [shape for file in files for shape in families.header(file).values()]
     sampled = unet["sample_size"]

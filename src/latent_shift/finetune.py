@@ -1,0 +1,123 @@
+"""From what people have, a checkpoint and a folder of videos, to what the stages read; and the LoRA that may come of it.
+
+Whatever has to be made is made once, in the run folder:
+
+run/
+  base/        the checkpoint as a diffusers folder, if it was a single file, a Hub id or a variant
+  pixels/      the videos, packed (data.py)
+  latents/     their latents and embeddings (encode.py)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from safetensors.torch import save_file
+from torch import nn
+
+from latent_shift import data, encode, zoo
+from latent_shift.config import Config, Lora
+from latent_shift.shift import Shift, shift_of
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
+
+
+def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", progress: Progress | None = None) -> Config:
+    """The settings with a store for `data.path` and a plain diffusers folder for `model.init`.
+
+    Args:
+        config: `data.path` may be a folder of videos and captions, or a store of pixels where latents are wanted; `model.init` all
+            that `zoo.load` takes.
+        run: the run folder; what it holds already is not made again.
+        device: where frames are encoded.
+        progress: opens a progress bar of a name.
+
+    Raises:
+        ValueError: no such data or model, a family that is not trained here, or a `data.size` that has no effect.
+    """
+    bar = progress or (lambda name: nullcontext())
+    init, path = config.model.init, Path(config.data.path)
+    if init is not None:
+        init = str(_as_folder(init, run / "base"))
+    packed = (path / "store.json").exists()
+    if packed and (config.data.size, config.data.fps) != (None, type(config.data).model_fields["fps"].default):
+        raise ValueError(f"data.size and data.fps have no effect: {path} is packed already")
+    if not packed:
+        path, videos = run / "pixels", path
+        if not (path / "store.json").exists():
+            with bar("packing") as each:
+                problems = data.pack(videos, path, size=config.data.size or _size_of(init), fps=config.data.fps, progress=each)
+            for name, reason in problems:
+                print(f"{name}: left out, {reason}")
+    if config.stage != "autoencoder" and "texts" not in json.loads((path / "store.json").read_text()):
+        if init is None:
+            raise ValueError(f"{config.data.path} holds no latents, and there is no model.init to encode it with: `latent-shift encode` it")
+        path, pixels = run / "latents", path
+        if not (path / "store.json").exists():
+            with bar("encoding") as each:
+                encode.encode(pixels, path, autoencoder=init, texts=init, device=device, progress=each)
+    changed = {"data": config.data.model_copy(update={"path": str(path)}), "model": config.model.model_copy(update={"init": init})}
+    return config.model_copy(update=changed)
+
+
+def _as_folder(init: str, base: Path) -> Path:
+    """A diffusers folder of plain weights: the one that was given, or one made of it."""
+    plain = str(init) in zoo.MODELS or (Path(init).is_dir() and zoo.only_variant(Path(init) / "unet") is None)
+    if not plain:
+        if not (base / "model_index.json").exists():
+            pipe = zoo.load(init, device="cpu", dtype=torch.float32)
+            pipe.save_pretrained(base)
+        init = str(base)
+    folder = zoo.folder(init)
+    if (folder / "text_encoder_2").exists():
+        raise ValueError(
+            f"{init}: of the family of Stable Diffusion XL, which is generated with, not trained, here; expected SD 1.x or 2.x"
+        )
+    return folder
+
+
+def _size_of(init: str | None) -> int:
+    if init is None or not (Path(init) / "unet").is_dir():
+        raise ValueError("a folder of videos needs data.size, the side in pixels to pack it at")
+    unet, vae = (json.loads((Path(init) / part / "config.json").read_text()) for part in ("unet", "vae"))
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def add_lora(unet: UNet2DConditionModel, lora: Lora, *, dtype: torch.dtype) -> None:
+    """Freeze a U-Net, keep it in `dtype`, and add float32 matrices of rank `lora.rank` to the layers of `lora.modules`.
+
+    Raises:
+        ValueError: peft is not installed, or no layer has such a name.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'") from error
+    nn.Module.to(unet.requires_grad_(False), dtype)  # diffusers' own warns of parts to keep in float32: there are none
+    unet.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.modules)))
+    cast_training_params(unet, dtype=torch.float32)
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path, *, call_defaults: dict) -> Path:
+    """Write the additions as diffusers' LoRA file, `folder/pytorch_lora_weights.safetensors`.
+
+    How the frames were mixed and noised in training is in its header under "latent_shift", for `zoo.add_lora`.
+    """
+    from peft import get_peft_model_state_dict
+
+    told = json.dumps({**asdict(shift_of(unet) or Shift(0, 0)), **call_defaults})
+
+    def write(tensors: dict[str, torch.Tensor], path: str) -> None:
+        half = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
+        save_file(half, path, metadata={"format": "pt", "latent_shift": told})
+
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet), save_function=write)
+    return folder / "pytorch_lora_weights.safetensors"

@@ -1,0 +1,122 @@
+"""What a training run will need of memory, before any of it is taken.
+
+A step is run on fake tensors, which have shapes and no storage, while every storage that comes to life is counted until it dies:
+what autograd keeps, what checkpointing computes anew, casts of mixed precision, gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from latent_shift import finetune, models
+from latent_shift.config import Config
+from latent_shift.diffusion import DenoisingObjective, noise_schedule
+from latent_shift.shift import Shift, inflate, share_text
+
+
+@dataclass
+class Estimate:
+    """Bytes, on one device, at the peak of a training step: `weights` of the U-Net, `optimizer` states, `averaged` weights, and the
+    `step` itself, activations and gradients. Not counted: the context and workspaces of CUDA, and what sampling takes."""
+
+    weights: int
+    optimizer: int
+    averaged: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.averaged + self.step
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in ("weights", "optimizer", "averaged", "step"))
+        return f"memory of a training step: {self.total / 2**30:.2f} GiB ({parts})"
+
+
+def estimate(config: Config) -> Estimate:
+    """The memory that a run of `config`, as `finetune.prepare` gives it back, takes.
+
+    Raises:
+        ValueError: a stage of the autoencoder, which is small.
+    """
+    if config.stage == "autoencoder":
+        raise ValueError("expected a run of the stages image or video")
+    unet = _meta_unet(config)
+    store = json.loads((Path(config.data.path) / "store.json").read_text())
+    _, channels, height, width = store["shape"]
+    clips, length = config.data.batch_size, store["texts"][0]
+    precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    live = _Live()
+    with FakeTensorMode():
+        _fake(unet)
+        objective = DenoisingObjective(unet, noise_schedule(prediction=config.diffusion.prediction)).train()
+        if config.train.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        latents = torch.empty(clips, config.data.num_frames, channels, height, width)
+        text = torch.empty(clips, length, unet.config.cross_attention_dim)
+        with live:
+            with torch.autocast("cpu", precision) if precision else nullcontext():
+                loss, _ = objective(latents, latents, torch.zeros(clips, dtype=torch.long), text)
+            loss.backward()
+    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    return Estimate(
+        weights=sum(parameter.nbytes for parameter in unet.parameters()),
+        optimizer=trained * (2 if config.optim.optimizer == "adamw8bit" else 8),
+        averaged=trained * 4,
+        step=live.peak,
+    )
+
+
+def _meta_unet(config: Config) -> UNet2DConditionModel:
+    """The network of the run, inflated, with its LoRA, on the meta device."""
+    with torch.device("meta"):
+        if config.model.init:
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(config.model.init, subfolder="unet"))
+        else:
+            unet = models.unet(str(config.model.size))
+        inflate(unet, Shift(config.model.forward, config.model.backward, config.model.place, config.model.edge))
+        if config.lora:
+            finetune.add_lora(unet, config.lora, dtype=finetune.DTYPES[config.train.precision])
+    share_text(unet)
+    return unet
+
+
+def _fake(module: nn.Module) -> None:
+    """Give the parameters of a module on the meta device a device that mixed precision knows."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            part.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad))
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the storages that live, and remembers the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and id(storage := leaf.untyped_storage()) not in given and id(storage) not in self.seen:
+                self.now += storage.nbytes()
+                self.seen[id(storage)] = weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _gone(self, key: int, size: int) -> None:
+        self.now -= size
+        del self.seen[key]

@@ -1,0 +1,188 @@
+"""From a checkpoint and a folder of videos to a video model or a LoRA, by the recipe that users run, at tiny size."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_cli import run
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latent_shift import config, finetune, memory, models, stages, train, zoo
+from latent_shift.shift import Shift, shift_of
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "finetune-sd15.toml"
+TINY = ["data.num_frames=4", "optim.steps=3", "optim.warmup_steps=1", "optim.accumulate=2", "optim.lr=1e-2", "train.precision=no",
+        "train.sample_steps=2", "train.sample_every=2", "train.log_every=1", "optim.ema=0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(texts, tmp_path_factory):
+    """A Stable Diffusion folder as people have them: made and saved by diffusers alone."""
+    torch.manual_seed(0)
+    pipe = StableDiffusionPipeline(
+        vae=models.autoencoder("tiny"), unet=models.unet("tiny", sample_size=4), text_encoder=CLIPTextModel.from_pretrained(texts / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(texts / "tokenizer"), safety_checker=None, feature_extractor=None,
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), requires_safety_checker=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("checkpoint")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def resolved(checkpoint, media, *overrides):
+    return config.load(RECIPE, [f"model={checkpoint}", f"data={media}", *TINY, *overrides])
+
+
+def image(folder, **changes):
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for name, value in changes.items():
+        getattr(pipe, name)(value)
+    return pipe("red", num_inference_steps=2, generator=zoo.seed(0), output_type="np").images
+
+
+def test_the_recipe_makes_a_video_model_of_a_checkpoint_and_a_folder(checkpoint, media, tmp_path):
+    printed = run("train", RECIPE, "--run", tmp_path / "run", f"model={checkpoint}", f"data={media}", *TINY)
+    assert "memory of a training step: " in printed
+    model = tmp_path / "run" / "model"
+    assert printed.splitlines()[-1] == str(model)
+    pipe = zoo.load(model)
+    assert shift_of(pipe.unet) == Shift(edge="hold")
+    assert pipe.call_defaults == {
+        "num_frames": 4, "fps": 8, "shared_noise": 0.5, "noise_correlation": 0.7, "num_inference_steps": 2, "guidance_scale": 7.5,
+    }  # fmt: skip
+    assert not np.allclose(image(model), image(checkpoint), atol=1e-3)  # every weight learnt, and diffusers reads it
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["00000002.png", "00000002.webp"]
+
+
+def test_a_lora_is_small_goes_on_exactly_and_loads_in_diffusers(checkpoint, media, tmp_path):
+    settings = resolved(checkpoint, media, "lora.rank=2")
+    whole = train.train(settings, tmp_path / "whole") / "pytorch_lora_weights.safetensors"
+    part = settings.model_copy(update={"optim": settings.optim.model_copy(update={"steps": 2})})
+    train.train(part, tmp_path / "part")
+    saved = load_file(next((tmp_path / "part" / "checkpoints").glob("*/model.safetensors")))
+    assert all(".lora_" in name for name in saved)
+    again = train.train(settings, tmp_path / "part") / "pytorch_lora_weights.safetensors"
+    weights, before = load_file(again), load_file(whole)
+    assert weights.keys() == before.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(weights[name], tensor)
+    convolutions = [tensor for name, tensor in weights.items() if "resnets.0.conv1.lora" in name]
+    assert convolutions
+    assert all(tensor.any() for tensor in convolutions)  # the second matrix starts at zero: it has learnt
+    assert not np.allclose(image(checkpoint), image(checkpoint, load_lora_weights=str(whole.parent)), atol=1e-3)
+
+
+def test_a_lora_brings_its_shift(checkpoint, media, tmp_path):
+    file = train.train(resolved(checkpoint, media, "lora.rank=2", "model.forward=0.25"), tmp_path) / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        told = json.loads(opened.metadata()["latent_shift"])
+    pipe = zoo.load(checkpoint)
+    zoo.add_lora(pipe, file)
+    assert shift_of(pipe.unet) == Shift(forward=0.25, edge="hold")
+    assert pipe.call_defaults["num_frames"] == told["num_frames"] == 4
+    plain = zoo.load(checkpoint)
+    clip, without = (
+        each("red", num_inference_steps=2, generator=zoo.seed(0), num_frames=4, output_type="latent").frames for each in (pipe, plain)
+    )
+    assert not torch.allclose(clip, without, atol=1e-3)
+    with pytest.raises(ValueError, match=r"a pickle file can run any program"):
+        zoo.add_lora(pipe, tmp_path / "lora.ckpt")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_model_under_a_lora_is_frozen_and_as_small_as_the_precision(checkpoint, media, tmp_path, precision):
+    settings = finetune.prepare(resolved(checkpoint, media, "lora.rank=2", f"train.precision={precision}"), tmp_path)
+    unet = stages.DenoiserStage(settings).model
+    dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in unet.parameters()}
+    assert dtypes == {(True, torch.float32), (False, {"no": torch.float32, "bf16": torch.bfloat16}[precision])}
+    if precision == "bf16":
+        assert train.train(settings, tmp_path / "run").exists()
+        assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
+
+
+def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents, tmp_path):
+    """A folder of videos, a store of pixels, a store of latents; a checkpoint that is a variant."""
+    made = finetune.prepare(resolved(checkpoint, media), tmp_path)
+    assert (made.data.path, made.model.init) == (str(tmp_path / "latents"), str(checkpoint))
+    before = (tmp_path / "latents" / "array.bin").stat().st_mtime_ns
+    assert finetune.prepare(resolved(checkpoint, media), tmp_path) == made
+    assert (tmp_path / "latents" / "array.bin").stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "pixels" / "store.json").read_text())["shape"] == [32, 32, 3]  # the model's size
+
+    of_pixels = finetune.prepare(resolved(checkpoint, packed), tmp_path / "2")
+    assert of_pixels.data.path == str(tmp_path / "2" / "latents")
+    assert not (tmp_path / "2" / "pixels").exists()
+    assert finetune.prepare(resolved(checkpoint, latents), tmp_path / "3").data.path == str(latents)
+    assert not (tmp_path / "3").exists()
+    with pytest.raises(ValueError, match=r"data\.size and data\.fps have no effect"):
+        finetune.prepare(resolved(checkpoint, packed, "data.size=16"), tmp_path / "4")
+    assert json.loads((finetune_path(checkpoint, media, tmp_path / "5") / "store.json").read_text())["shape"] == [16, 16, 3]
+
+    half = tmp_path / "half"
+    StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None).to(torch.float16).save_pretrained(half, variant="fp16")
+    of_variant = finetune.prepare(resolved(half, latents), tmp_path / "6")
+    assert of_variant.model.init == str(tmp_path / "6" / "base")
+    UNet2DConditionModel.from_pretrained(tmp_path / "6" / "base", subfolder="unet")
+
+
+def finetune_path(checkpoint, media, run_folder):
+    finetune.prepare(resolved(checkpoint, media, "data.size=16"), run_folder)
+    return run_folder / "pixels"
+
+
+def test_mistakes_are_told(checkpoint, media, tmp_path):
+    with pytest.raises(ValueError, match=r"lora trains additions to a denoiser's weights: expected stage image or video, and model\.init"):
+        config.Config.model_validate({"stage": "image", "data": {"path": "x"}, "model": {"size": "tiny"}, "lora": {"rank": 2}, "optim": {"steps": 1000, "lr": 1e-3}})  # fmt: skip
+    with pytest.raises(ValueError, match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that"):
+        train.train(resolved(checkpoint, media, "diffusion.prediction=v_prediction"), tmp_path / "1")
+    with pytest.raises(ValueError, match=r"Target modules .*nothing.* not found"):
+        train.train(resolved(checkpoint, media, "lora.rank=2", 'lora.modules=["nothing"]'), tmp_path / "2")
+    scratch = {"stage": "autoencoder", "data": {"path": str(media)}, "model": {"size": "tiny"}, "optim": {"steps": 1000, "lr": 1e-3}}
+    with pytest.raises(ValueError, match=r"a folder of videos needs data\.size"):
+        finetune.prepare(config.Config.model_validate(scratch), tmp_path / "3")
+    with pytest.raises(ValueError, match=r"no_such: expected one of emoji, or a folder"):
+        finetune.prepare(resolved("no_such", media), tmp_path / "4")
+    double = tmp_path / "xl"
+    shutil.copytree(checkpoint, double)
+    (double / "text_encoder_2").mkdir()
+    with pytest.raises(ValueError, match=r"of the family of Stable Diffusion XL"):
+        finetune.prepare(resolved(double, media), tmp_path / "5")
+    wrong = resolved(checkpoint, media, "lora.rank=3")
+    train.train(wrong, tmp_path / "6")
+    with pytest.raises(ValueError, match=r"holds a run with another lora"):
+        train.train(resolved(checkpoint, media, "lora.rank=4"), tmp_path / "6")
+
+
+def test_the_estimate_counts_what_autograd_keeps(checkpoint, media, tmp_path):
+    """Of a chain whose memory can be counted by hand, and of the U-Net what is known of it."""
+    live = memory._Live()
+    x = torch.ones(1000, requires_grad=True)
+    with live:
+        y = x.exp()  # 4000 bytes, kept for backward
+        z = (y * 2).sum()  # 4000 more, gone when summed
+        del y
+        z.backward()  # the gradients of y and of x
+    assert 12_000 <= live.peak <= 16_100
+    assert live.now <= 4_100  # x.grad and z
+
+    def of(*overrides):
+        return memory.estimate(finetune.prepare(resolved(checkpoint, media, *overrides), tmp_path))
+
+    plain, frozen = of(), of("lora.rank=2")
+    number = models.num_parameters(models.unet("tiny"))
+    assert (plain.weights, plain.optimizer, plain.averaged) == (4 * number, 2 * number, 4 * number)
+    assert of("optim.optimizer=adamw").optimizer == 8 * number
+    assert plain.step > 4 * number  # the gradients are in it
+    assert frozen.averaged < plain.averaged / 4
+    assert frozen.step < plain.step - 3 * number
+    assert of("train.gradient_checkpointing=false").step > plain.step
+    assert of("data.batch_size=4").step > 2 * plain.step - 8 * number
+    assert of("train.precision=bf16", "lora.rank=2").weights < 0.6 * frozen.weights
+    assert plain.total == plain.weights + plain.optimizer + plain.averaged + plain.step

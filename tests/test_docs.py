@@ -34,6 +34,8 @@ def quick(words: list[str]) -> list[str]:
     """A command of a page with the settings that make it quick."""
     if words[:2] == ["data", "check"]:
         return [*words, "--frames", "4"]
+    if words[0] == "train" and "finetune" in words[1]:
+        return [*words, *QUICK["train"], "data.num_frames=4", "optim.accumulate=1", "train.sample_steps=1"]
     if words[0] == "train":
         stage = (["data.crop=32", "model.size=tiny"] if "autoencoder" in words[1] else []) + (
             ["data.num_frames=4"] if "video" in words[1] else []
@@ -48,10 +50,11 @@ def quick(words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "least"), [("README.md", 10), ("docs/modes.md", 12), ("docs/checkpoints.md", 3)])
-def test_every_command(name, least, media, tmp_path, monkeypatch):
+def test_every_command(name, least, media, image_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", "recipes")
     shutil.copytree(media, "my-videos")
+    shutil.copytree(image_model, "my-checkpoint")
     (tmp_path / "docs" / "modes").mkdir(parents=True)
     shutil.copy(ROOT / "docs" / "modes" / "mask.png", "docs/modes")
     commands = [

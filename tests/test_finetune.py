@@ -173,7 +173,7 @@ def test_the_estimate_counts_what_autograd_keeps(checkpoint, media, tmp_path):
     assert live.now <= 4_100  # x.grad and z
 
     def of(*overrides):
-        return memory.estimate(finetune.prepare(resolved(checkpoint, media, *overrides), tmp_path))
+        return memory.of_run(finetune.prepare(resolved(checkpoint, media, *overrides), tmp_path))
 
     plain, frozen = of(), of("lora.rank=2")
     number = models.num_parameters(models.unet("tiny"))

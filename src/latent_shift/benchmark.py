@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
 
-from latent_shift import models
+from latent_shift import families, memory, models
+from latent_shift.config import Config
 from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of
+
+_WIDTHS: dict[str, Any] = dict(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128)
+_HEADS = (2, 4, 8, 8)
 
 
 def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2) -> dict[str, dict[str, float]]:
@@ -84,9 +92,7 @@ def shift_overhead(
         unet: not changed. If it is inflated its own shift is timed. None takes one of widths 64/128/256/256, two layers a block (34 M
             parameters), at 32.
     """
-    unet = unet or UNet2DConditionModel(
-        sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128, attention_head_dim=(2, 4, 8, 8)
-    )
+    unet = unet or UNet2DConditionModel(**_WIDTHS, attention_head_dim=_HEADS)
     side = size or int(unet.config.sample_size)
     plain = deflate(copy.deepcopy(unet)).to(device).eval()
     shifted = inflate(copy.deepcopy(plain), shift_of(unet) or Shift())
@@ -116,3 +122,141 @@ def shift_overhead(
         "rounds": rounds,
         **results,
     }
+
+
+def against_peers(
+    *, num_frames: int = 16, text_length: int = 77, rounds: int = 5, device: str = "cpu", dtype: torch.dtype = torch.float32,
+    channels_last: bool = False, compiled: bool = False,
+) -> dict:  # fmt: skip
+    """One denoising step of U-Nets of the same widths, 64/128/256/256, two layers a block, 32x32 latents, each called as its pipeline
+    calls it: Latent-Shift's, AnimateDiff's, ModelScope's, and frame by frame the image model that all of them begin with.
+
+    Returns:
+        For each `parameters` and `seconds`, and `ratio`, its time relative to Latent-Shift's.
+    """
+    torch.manual_seed(0)
+    image = UNet2DConditionModel(**_WIDTHS, attention_head_dim=_HEADS)
+    shifted = inflate(copy.deepcopy(image))
+    share_text(shifted)
+    networks = {
+        "Latent-Shift": shifted,
+        "frame by frame": image,
+        "AnimateDiff (UNetMotionModel)": UNetMotionModel(**_WIDTHS, num_attention_heads=_HEADS),
+        "ModelScope (UNet3DConditionModel)": UNet3DConditionModel(**_WIDTHS, attention_head_dim=32),
+    }
+    x = torch.randn(num_frames, 4, 32, 32, device=device, dtype=dtype)
+    clip = x.transpose(0, 1)[None]
+    text = torch.randn(1, text_length, _WIDTHS["cross_attention_dim"], device=device, dtype=dtype)
+    of_frames = text.repeat(num_frames, 1, 1)
+    inputs = dict(zip(networks, ((x, 500, text), (x, 500, of_frames), (clip, 500, of_frames), (clip, 500, text)), strict=True))
+
+    def step(name: str) -> Callable[[], object]:
+        network = torch.nn.Module.to(networks[name], device, dtype).eval()
+        for parameter in network.parameters() if channels_last else ():
+            if parameter.ndim == 4:  # ModelScope's has convolutions over time beside
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
+        run = torch.compile(network) if compiled else network
+        if name != "Latent-Shift":
+            return lambda: run(*inputs[name])
+
+        def as_clip() -> object:
+            with frames(network, num_frames):
+                return run(*inputs[name])
+
+        return as_clip
+
+    with torch.no_grad():
+        results = paired({name: step(name) for name in networks}, rounds=rounds)
+    return {name: {"parameters": models.num_parameters(networks[name]), **result} for name, result in results.items()}
+
+
+def savings(*, num_frames: int = 16, text_length: int = 77, rounds: int = 10, device: str = "cpu") -> dict:
+    """A guided step of the 34 M U-Net as the pipeline runs it, against one with the text for each frame, and one in two calls."""
+    torch.manual_seed(0)
+    each = inflate(UNet2DConditionModel(**_WIDTHS, attention_head_dim=_HEADS).to(device).eval())
+    once = copy.deepcopy(each)
+    share_text(once)
+    x = torch.randn(num_frames, 4, 32, 32, device=device).repeat(2, 1, 1, 1)
+    text = torch.randn(2, text_length, _WIDTHS["cross_attention_dim"], device=device)
+
+    def call(network: UNet2DConditionModel, x: torch.Tensor, text: torch.Tensor) -> object:
+        with frames(network, num_frames):
+            return network(x, 500, text)
+
+    with torch.no_grad():
+        return paired(
+            {
+                "as the pipeline runs it": lambda: call(once, x, text),
+                "keys and values for each frame": lambda: call(each, x, text.repeat_interleave(num_frames, dim=0)),
+                "guidance in two calls": lambda: [call(once, x[:num_frames], text[row : row + 1]) for row in (0, 1)],
+            },
+            rounds=rounds,
+        )
+
+
+_FULL_SIZE = """
+import json, resource, time, torch
+from latent_shift import families, models
+from latent_shift.shift import frames, inflate, share_text
+pipe = families.blank("sd1")
+unet = inflate(pipe.unet)
+share_text(unet)
+x, text = torch.randn({frames}, 4, 32, 32), torch.randn(1, 77, 768)
+del pipe
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad(), frames(unet, {frames}):
+    start = time.perf_counter()
+    unet(x, 500, text)
+    seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps(dict(parameters=models.num_parameters(unet), seconds=seconds, gib_before=before / 2**20, gib_peak=peak / 2**20)))
+"""
+_LONG = """
+import json, resource, time, latent_shift as ls
+pipe = ls.load({model!r}, device="cpu")
+pipe.set_progress_bar_config(disable=True)
+options = dict(num_frames={frames}, num_inference_steps=2, generator=ls.seed(0))
+start = time.perf_counter()
+if {mode!r} == "stream":
+    ls.inflate(pipe.unet, ls.Shift(backward=0, edge="hold"))
+    for frame in pipe.stream("fire", **options):
+        pass
+else:
+    pipe("fire", output_type="latent", **({{}} if {mode!r} == "whole" else dict(chunk=16, halo=4)), **options)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps(dict(mode={mode!r}, frames={frames}, seconds=time.perf_counter() - start, gib_peak=peak / 2**20)))
+"""
+
+
+def training_memory() -> dict[str, dict[str, float]]:
+    """GiB that a step of recipes/finetune-sd15.toml takes (memory.py), whole and as a LoRA, with and without checkpointing."""
+    settings: dict[str, Any] = {
+        "stage": "video", "data": {"path": "", "batch_size": 1, "num_frames": 16}, "model": {"init": ""},
+        "optim": {"steps": 1000, "lr": 1e-5, "optimizer": "adamw8bit"},
+    }  # fmt: skip
+    results = {}
+    for lora, checkpointing in itertools.product((None, {"rank": 32}), (True, False)):
+        config = Config.model_validate({**settings, "lora": lora, "train": {"gradient_checkpointing": checkpointing}})
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**families.FAMILIES["sd1"].unet)
+        need = memory.estimate(config, unet, latents=(4, 64, 64), text_length=77)
+        name = ("LoRA of rank 32" if lora else "every weight") + (", checkpointing" if checkpointing else "")
+        results[name] = {part: size / 2**30 for part, size in {**asdict(need), "total": need.total}.items()}
+    return results
+
+
+def full_size(*, num_frames: int = 16) -> dict:
+    """One step at the size of Stable Diffusion 1.5 with random weights, 32x32 latents, on the CPU, in a process of its own."""
+    return _measured(_FULL_SIZE.format(frames=num_frames))
+
+
+def long_clips(model: str = "emoji", *, num_frames: tuple[int, ...] = (16, 64, 256, 1024)) -> list[dict]:
+    """Peak memory of two steps of clips of many lengths on the CPU: whole (up to 256 frames), in chunks of 16 with a halo of 4, and as
+    a stream whose frames are decoded. Each in a process of its own."""
+    runs = [(mode, number) for mode in ("whole", "chunks", "stream") for number in num_frames if mode != "whole" or number <= 256]
+    return [_measured(_LONG.format(model=model, mode=mode, frames=number)) for mode, number in runs]
+
+
+def _measured(program: str) -> dict:
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])

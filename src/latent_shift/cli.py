@@ -125,7 +125,7 @@ def train(
 
     ready = finetune.prepare(resolved, run, device=zoo.device_of(), progress=_progress)
     if resolved.stage != "autoencoder":
-        print(memory.estimate(ready))
+        print(memory.of_run(ready))
     bar = Progress(
         TextColumn(resolved.stage),
         BarColumn(),
@@ -247,21 +247,41 @@ def bench(
     model: Annotated[str | None, typer.Option("--model", "-m", help="take this model's U-Net instead of the 34 M one")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     commands: Annotated[bool, typer.Option("--commands", help="also time whole commands, loading included")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="time the step against AnimateDiff's and ModelScope's U-Nets instead")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="measure the memory of long clips, and of SD 1.5's size, instead")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")] = None,
 ) -> None:
     """Time one denoising step with the shift against the same U-Net frame by frame, in turn."""
     _quiet()
     import json
 
+    import torch
+
     from latent_shift import benchmark, zoo
 
+    variants: dict[str, dict] = {
+        "float32": {}, "float32, channels last": {"channels_last": True},
+        "bfloat16": {"dtype": torch.bfloat16}, "float32, compiled": {"compiled": True},
+    }  # fmt: skip
     own = {}
     if model:
         pipe = zoo.load(model, device=device)
         own = {"unet": pipe.unet, "text_length": pipe.tokenizer.model_max_length}
     device = str(zoo.device_of(device))
     result = benchmark.machine(device) | {"model": model}
-    result |= benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, **own)
+    if memory:
+        result |= {
+            "training SD 1.5, 16 frames of 512x512, GiB": benchmark.training_memory(),
+            "one step of SD 1.5": benchmark.full_size(num_frames=frames),
+            "long clips": benchmark.long_clips(model or "emoji"),
+        }
+    elif peers:
+        result |= {
+            name: benchmark.against_peers(num_frames=frames, rounds=rounds, device=device, **options) for name, options in variants.items()
+        }
+        result["guided step"] = benchmark.savings(num_frames=frames, rounds=rounds, device=device)
+    else:
+        result |= benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, **own)
     if commands:
         result["commands, seconds"] = benchmark.command_seconds(rounds=min(rounds, 3), device=device)
     text = json.dumps(result, indent=1)

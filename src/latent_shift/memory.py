@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latent_shift import finetune, models
+from latent_shift import finetune, models, zoo
 from latent_shift.config import Config
 from latent_shift.diffusion import DenoisingObjective, noise_schedule
 from latent_shift.shift import Shift, inflate, share_text
@@ -44,30 +45,46 @@ class Estimate:
         return f"memory of a training step: {self.total / 2**30:.2f} GiB ({parts})"
 
 
-def estimate(config: Config) -> Estimate:
-    """The memory that a run of `config`, as `finetune.prepare` gives it back, takes.
-
-    Raises:
-        ValueError: a stage of the autoencoder, which is small.
-    """
+def of_run(config: Config) -> Estimate:
+    """The memory that a run of `config`, as `finetune.prepare` gives it back, takes. Raises ValueError for an autoencoder's, which is
+    small."""
     if config.stage == "autoencoder":
         raise ValueError("expected a run of the stages image or video")
-    unet = _meta_unet(config)
     store = json.loads((Path(config.data.path) / "store.json").read_text())
-    _, channels, height, width = store["shape"]
-    clips, length = config.data.batch_size, store["texts"][0]
-    precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    with torch.device("meta"):
+        if config.model.init:
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(zoo.folder(config.model.init), subfolder="unet"))
+        else:
+            unet = models.unet(str(config.model.size))
+    return estimate(config, unet, latents=store["shape"][1:], text_length=store["texts"][0])
+
+
+def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[int], text_length: int) -> Estimate:
+    """The memory that training takes.
+
+    Args:
+        config: batch size, frames, shift, LoRA, precision, checkpointing and optimizer are read.
+        unet: on the meta device.
+        latents: `(C, h, w)` of a frame.
+        text_length: tokens of a caption.
+    """
+    inflate(unet, Shift(config.model.forward, config.model.backward, config.model.place, config.model.edge))
+    with torch.device("meta"):
+        if config.lora:
+            finetune.add_lora(unet, config.lora, dtype=finetune.DTYPES[config.train.precision])
+    share_text(unet)
+    clips, precision = config.data.batch_size, finetune.DTYPES[config.train.precision]
     live = _Live()
     with FakeTensorMode():
         _fake(unet)
         objective = DenoisingObjective(unet, noise_schedule(prediction=config.diffusion.prediction)).train()
         if config.train.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        latents = torch.empty(clips, config.data.num_frames, channels, height, width)
-        text = torch.empty(clips, length, unet.config.cross_attention_dim)
+        clean = torch.empty(clips, config.data.num_frames, *latents)
+        text = torch.empty(clips, text_length, unet.config.cross_attention_dim)
         with live:
-            with torch.autocast("cpu", precision) if precision else nullcontext():
-                loss, _ = objective(latents, latents, torch.zeros(clips, dtype=torch.long), text)
+            with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
+                loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)
             loss.backward()
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
     return Estimate(
@@ -76,20 +93,6 @@ def estimate(config: Config) -> Estimate:
         averaged=trained * 4,
         step=live.peak,
     )
-
-
-def _meta_unet(config: Config) -> UNet2DConditionModel:
-    """The network of the run, inflated, with its LoRA, on the meta device."""
-    with torch.device("meta"):
-        if config.model.init:
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(config.model.init, subfolder="unet"))
-        else:
-            unet = models.unet(str(config.model.size))
-        inflate(unet, Shift(config.model.forward, config.model.backward, config.model.place, config.model.edge))
-        if config.lora:
-            finetune.add_lora(unet, config.lora, dtype=finetune.DTYPES[config.train.precision])
-    share_text(unet)
-    return unet
 
 
 def _fake(module: nn.Module) -> None:

@@ -1,0 +1,52 @@
+"""The benchmark measures what it says: the right networks, called as their pipelines call them."""
+
+import json
+
+import pytest
+import torch
+from test_cli import run
+
+from latent_shift import benchmark
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16, "channels_last": True}])
+def test_peers_are_of_the_same_widths(options):
+    result = benchmark.against_peers(num_frames=2, text_length=8, rounds=1, **options)
+    ours, image, animatediff, modelscope = result.values()
+    assert (ours["ratio"], ours["parameters"]) == (1, image["parameters"])
+    assert image["parameters"] < animatediff["parameters"] < modelscope["parameters"]
+    assert all(each["seconds"] > 0 for each in result.values())
+
+
+def test_savings_are_relative_to_the_pipeline():
+    result = benchmark.savings(num_frames=2, text_length=8, rounds=1)
+    assert len(result) == 3
+    assert result["as the pipeline runs it"]["ratio"] == 1
+
+
+def test_long_clips_are_measured_in_processes_of_their_own(video_model):
+    whole, chunks, stream = benchmark.long_clips(str(video_model), num_frames=(3,))
+    assert [each["mode"] for each in (whole, chunks, stream)] == ["whole", "chunks", "stream"]
+    assert all(0.1 < each["gib_peak"] < 8 for each in (whole, chunks, stream))
+
+
+def test_checkpointing_and_loras_take_less_memory():
+    """At the size of Stable Diffusion 1.5, of which no byte is taken."""
+    result = benchmark.training_memory()
+    totals = [each["total"] for each in result.values()]
+    assert len(totals) == 4
+    assert result["LoRA of rank 32, checkpointing"]["total"] == min(totals)
+    assert result["every weight"]["total"] == max(totals)
+    assert result["every weight"]["weights"] == pytest.approx(859_520_964 * 4 / 2**30)
+
+
+def test_the_command_prints_one_of_them(monkeypatch, tmp_path):
+    def against_peers(**options):
+        return {"options": sorted(map(str, options))}
+
+    monkeypatch.setattr(benchmark, "against_peers", against_peers)
+    monkeypatch.setattr(benchmark, "savings", lambda **options: options)
+    result = json.loads(run("bench", "--peers", "--frames", 3, "-o", tmp_path / "peers.json"))
+    assert result == json.loads((tmp_path / "peers.json").read_text())
+    assert len([name for name in result if name.startswith(("float32", "bfloat16"))]) == 4
+    assert result["guided step"]["num_frames"] == 3

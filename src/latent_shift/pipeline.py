@@ -8,8 +8,19 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from latent_shift.generation import ClipGeneration, LatentShiftOutput
 
@@ -27,7 +38,9 @@ class LatentShiftPipeline(ClipGeneration, StableDiffusionPipeline):
     """
 
     def __init__(
-        self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None, image_encoder=None,
+        self, vae: AutoencoderKL, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers, safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None, image_encoder: CLIPVisionModelWithProjection | None = None,
         requires_safety_checker: bool = False, latent_shift: dict | None = None,
     ):  # fmt: skip
         super().__init__(
@@ -74,7 +87,9 @@ class LatentShiftXLPipeline(ClipGeneration, StableDiffusionXLPipeline):
     )  # fmt: skip
 
     def __init__(
-        self, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder=None, feature_extractor=None,
+        self, vae: AutoencoderKL, text_encoder: CLIPTextModel, text_encoder_2: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer,
+        tokenizer_2: CLIPTokenizer, unet: UNet2DConditionModel, scheduler: KarrasDiffusionSchedulers,
+        image_encoder: CLIPVisionModelWithProjection | None = None, feature_extractor: CLIPImageProcessor | None = None,
         force_zeros_for_empty_prompt: bool = True, add_watermarker: bool | None = None, latent_shift: dict | None = None,
     ):  # fmt: skip
         super().__init__(

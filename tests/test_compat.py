@@ -12,6 +12,7 @@ from diffusers import (
 )
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from latent_shift import models
@@ -170,6 +171,14 @@ def test_layerwise_casting_keeps_weights_in_eight_bits(pipe):
     after = clip(pipe)
     assert not torch.equal(after, before)
     assert (after - before).abs().mean() < 0.05
+
+
+def test_weights_alone_in_eight_bits(pipe):
+    before = clip(pipe)
+    quantize_(pipe.unet, Int8WeightOnlyConfig())
+    after = clip(pipe)
+    assert not torch.equal(after, before)
+    assert (after - before).abs().mean() < 0.02
 
 
 def test_half_precision_saved_and_loaded(pipe, tmp_path):

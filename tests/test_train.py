@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from latent_shift import checkpoint, data, encode, stages, train, video, zoo
 from latent_shift.autoencoder import AutoencoderObjective, to_pixels, whiten
 from latent_shift.config import load
+from latent_shift.diffusion import share_noise
 from latent_shift.encode import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
 
@@ -240,6 +242,21 @@ def test_a_batch_is_what_the_config_says(latents):
     assert (emptied[3] == null).all()
 
 
+def test_the_noise_that_matches_clips_is_found(latents):
+    """In clips that are noise themselves, of a known share and correlation."""
+    store = LatentStore(latents)
+    store.records = [replace(record, loop=False) for record in store.records]
+    rng = np.random.default_rng(0)
+    store.array = np.zeros((len(store.array), 2, 4, 64, 64))
+    for record in store.records:
+        own, common = (rng.standard_normal((1, number, 4, 64, 64)) for number in (record.num_frames, 1))
+        store.array[record.start : record.start + record.num_frames, 0] = 2 * share_noise(own, common, 0.6, 0.8)[0]
+    found = store.likeness(num=50)
+    assert found["diffusion.shared_noise"] == pytest.approx(0.6, abs=0.05)
+    assert found["diffusion.noise_correlation"] == pytest.approx(0.8, abs=0.05)
+    assert found["correlation 2 apart"] == pytest.approx(0.6 + 0.4 * 0.64, abs=0.03)
+
+
 def test_a_model_is_sampled_with_the_noise_it_learnt_to_take_away(latents):
     settings = {"shared_noise": 0.5, "noise_correlation": 0.6}
     stage = stages.DenoiserStage(tiny_config("video", latents, diffusion=settings, data={"batch_size": 64}))
@@ -279,6 +296,7 @@ def test_a_model_draws_the_size_it_was_trained_at(media, packed, image_model, au
         ("image", "diffusion.prediction", "v_prediction"),
         ("image", "diffusion.zero_terminal_snr", True),
         ("image", "diffusion.min_snr", 1e-3),
+        ("video", "data.window", "first"),
         ("video", "model.place", "end"),
         ("video", "model.forward", 0.0),
         ("video", "model.backward", 0.0),

@@ -21,6 +21,7 @@ class Data(Section):
     batch_size: int = Field(16, ge=1)  # crops, images or clips a step and process
     crop: int = Field(64, ge=8)  # autoencoder: side of the random crops in pixels
     num_frames: int = Field(1, ge=1)  # frames a clip; 1 trains the image model
+    window: Literal["random", "first"] = "random"  # the frames of a longer clip that are taken: from anywhere, or from its beginning
     image_share: float = Field(0.0, ge=0, le=1)  # share of the video steps that train on single frames instead
     splits: list[str] = ["train"]
 
@@ -150,7 +151,15 @@ _IGNORED = {  # settings that a stage does not read
         "model.backward",
         "model.edge",
     ],
-    "image": ["diffusion.shared_noise", "diffusion.noise_correlation", "data.crop", "data.image_share", "loss.kl", "loss.perceptual"],
+    "image": [
+        "diffusion.shared_noise",
+        "diffusion.noise_correlation",
+        "data.crop",
+        "data.image_share",
+        "data.window",
+        "loss.kl",
+        "loss.perceptual",
+    ],
     "video": ["data.crop", "loss.kl", "loss.perceptual"],
 }
 

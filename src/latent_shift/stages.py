@@ -154,7 +154,11 @@ class DenoiserStage:
         if num_frames > 1 and rng.random() < self.config.data.image_share:
             num_clips, num_frames = num_clips * num_frames, 1
         indices = self.samplers[num_frames].draw(rng, num_clips)
-        moments = np.stack([self.store.draw_window(rng, index, num_frames) for index in indices]).astype(np.float32)
+        if num_frames > 1 and self.config.data.window == "first":
+            windows = [self.store.window(index, 0, num_frames) for index in indices]
+        else:
+            windows = [self.store.draw_window(rng, index, num_frames) for index in indices]
+        moments = np.stack(windows).astype(np.float32)
         mean, std = moments[:, :, 0], moments[:, :, 1]
         latents = mean + std * rng.standard_normal(mean.shape, np.float32)
         noise = rng.standard_normal(mean.shape, np.float32)

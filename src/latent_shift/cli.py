@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from latent_shift import cli_data
+from latent_shift.terminal import Progress, quiet
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Text to video by Latent-Shift.")
-data_app = typer.Typer(no_args_is_help=True, help="Look at and prepare folders of captioned videos.")
-app.add_typer(data_app, name="data")
+app.add_typer(cli_data.app, name="data")
 models_app = typer.Typer()
 app.add_typer(models_app, name="models")
-
-Folder = Annotated[Path, typer.Argument(help="a folder of media files with metadata.jsonl or .txt captions")]
-Workers = Annotated[int, typer.Option(help="processes that decode")]
 
 
 @app.command()
@@ -50,7 +48,7 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
     """Make a clip from words, pictures or another clip."""
-    _quiet()
+    quiet()
     from latent_shift import video as files
     from latent_shift import zoo
 
@@ -116,21 +114,21 @@ def train(
     if dry_run:
         print(config.dump(resolved), end="")
         return
-    _quiet()
+    quiet()
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from latent_shift import finetune, memory, zoo
     from latent_shift import train as training
 
-    ready = finetune.prepare(resolved, run, device=zoo.device_of(), progress=_progress)
+    ready = finetune.prepare(resolved, run, device=zoo.device_of(), progress=Progress)
     if resolved.stage != "autoencoder":
         print(memory.of_run(ready))
-    bar = Progress(
-        TextColumn(resolved.stage),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
+    bar = progress.Progress(
+        progress.TextColumn(resolved.stage),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[status]}"),
         disable=not sys.stderr.isatty(),
         console=Console(stderr=True),
     )
@@ -156,12 +154,12 @@ def encode(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Encode packed frames and captions once, for the image and video stages."""
-    _quiet()
+    quiet()
     from latent_shift import encode as encoding
     from latent_shift import zoo
 
     parts = {"autoencoder": zoo.folder(autoencoder), "texts": zoo.folder(texts)}
-    with _progress("encoding") as progress:
+    with Progress("encoding") as progress:
         store = encoding.encode(pixels, out, **parts, batch_size=batch_size, device=zoo.device_of(device), progress=progress)
     print(f"{out}: {len(store.array)} frames, {len(store.row)} captions")
 
@@ -178,7 +176,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")] = None,
 ) -> None:
     """Measure models against real clips, side by side: reconstruction, retrieval, motion, coherence."""
-    _quiet()
+    quiet()
     import json
 
     from latent_shift import data, metrics, zoo
@@ -191,12 +189,12 @@ def evaluate(
     for name in model or ["emoji"]:
         pipe = zoo.load(name, device=device)
         pipe.set_progress_bar_config(disable=True)
-        with _progress(f"{name}: frames") as progress:
+        with Progress(f"{name}: frames") as progress:
             result = {
                 "model": name,
                 "reconstruction": metrics.reconstruction(pipe.vae, packed, splits=held_out, num=200, progress=progress),
             }
-        with _progress(f"{name}: clips") as progress:
+        with Progress(f"{name}: clips") as progress:
             measures, _ = metrics.evaluate(pipe, packed, num=num, splits=splits, steps=steps, guidance=guidance, progress=progress)
         results.append(result | measures)
         if output:
@@ -219,7 +217,7 @@ def sheet(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
     """Draw a contact sheet: what the model makes of a list of prompts, with one seed, nothing picked."""
-    _quiet()
+    quiet()
     from latent_shift import video, zoo
 
     for path in outputs:
@@ -228,7 +226,7 @@ def sheet(
     pipe = zoo.load(model, device=device)
     pipe.set_progress_bar_config(disable=True)
     rows = []
-    with _progress("clips") as progress:
+    with Progress("clips") as progress:
         for done, line in enumerate(lines, 1):
             clip = pipe(line, generator=zoo.seed(seed), num_inference_steps=steps, guidance_scale=guidance).frames[0]  # type: ignore[union-attr]
             rows.append(zoo.to_uint8(clip))
@@ -252,7 +250,7 @@ def bench(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")] = None,
 ) -> None:
     """Time one denoising step with the shift against the same U-Net frame by frame, in turn."""
-    _quiet()
+    quiet()
     import json
 
     import torch
@@ -304,105 +302,11 @@ def models(context: typer.Context) -> None:
 @models_app.command()
 def show(model: Annotated[str, typer.Argument(help="a name, a diffusers folder or a .safetensors file")]) -> None:
     """Say what a model is without loading its weights: family, parts, parameters, sizes, shift."""
-    _quiet()
+    quiet()
     from latent_shift import zoo
 
     for name, value in zoo.describe(model).items():
         print(f"{name:24} {value}")
-
-
-@data_app.command()
-def check(
-    folder: Folder, frames: Annotated[int, typer.Option(help="frames a clip must have")] = 16, fps: float = 8, workers: Workers = 2
-) -> None:
-    """Read every file as training would and name each that is no good, with the reason."""
-    from latent_shift import data
-
-    counts, problems = data.check(folder, min_frames=frames, fps=fps, workers=workers)
-    for name, reason in problems:
-        print(f"{name}: {reason}")
-    print(", ".join(f"{number} {what}" for what, number in counts.items()) + f", {len(problems)} with problems")
-    raise typer.Exit(1 if problems else 0)
-
-
-@data_app.command()
-def pack(
-    folder: Folder,
-    out: Annotated[Path, typer.Argument(help="where the packed frames go")],
-    size: Annotated[int, typer.Option(help="side in pixels")] = 128,
-    fps: Annotated[float, typer.Option(help="frames a second to keep")] = 8,
-    workers: Workers = 2,
-) -> None:
-    """Decode every file once into one array of frames."""
-    from latent_shift import data
-
-    with _progress("packing") as progress:
-        problems = data.pack(folder, out, size=size, fps=fps, workers=workers, progress=progress)
-    for name, reason in problems:
-        print(f"left out {name}: {reason}")
-    store = data.Store(out)
-    print(f"{out}: {len(store.records)} records, {len(store.array)} frames, {len(problems)} left out")
-
-
-@data_app.command()
-def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) -> None:
-    """Measure how alike the frames of the clips are, and say which noise matches."""
-    from latent_shift.encode import LatentStore
-
-    for name, value in LatentStore(latents).likeness().items():
-        print(f"{name:28} {value:.3f}")
-
-
-@data_app.command()
-def preview(
-    packed: Annotated[Path, typer.Argument(help="a packed data set")],
-    out: Annotated[Path, typer.Argument(help="a .png")],
-    rows: int = 8,
-    columns: int = 8,
-    seed: int = 0,
-) -> None:
-    """Draw clips and stills as training sees them, a row each under its caption; the captions are printed too."""
-    from latent_shift import data, video
-
-    sheet, captions = data.preview(data.pixels(packed), rows=rows, columns=columns, seed=seed)
-    print("\n".join(captions))
-    print(video.write(sheet[None], out))
-
-
-class _progress:
-    """A bar on a terminal, nothing elsewhere; calling it sets (done, total)."""
-
-    def __init__(self, label: str):
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self.bar = Progress(disable=not sys.stderr.isatty(), console=Console(stderr=True))
-        self.task = self.bar.add_task(label, total=None)
-
-    def __enter__(self) -> _progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total)
-
-
-def _quiet() -> None:
-    """Keep the libraries' notices (bars for loading files, types they did not expect) out of the terminal."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # But not what it says when a prompt is longer than the text encoder reads.
-    diffusers.utils.logging.get_logger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").setLevel(logging.WARNING)
 
 
 def main() -> None:

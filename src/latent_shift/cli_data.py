@@ -1,0 +1,73 @@
+"""`latent-shift data`: folders of captioned videos, checked, packed and looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latent_shift.terminal import Progress
+
+app = typer.Typer(no_args_is_help=True, help="Look at and prepare folders of captioned videos.")
+
+Folder = Annotated[Path, typer.Argument(help="a folder of media files with metadata.jsonl or .txt captions")]
+Workers = Annotated[int, typer.Option(help="processes that decode")]
+
+
+@app.command()
+def check(
+    folder: Folder, frames: Annotated[int, typer.Option(help="frames a clip must have")] = 16, fps: float = 8, workers: Workers = 2
+) -> None:
+    """Read every file as training would and name each that is no good, with the reason."""
+    from latent_shift import data
+
+    counts, problems = data.check(folder, min_frames=frames, fps=fps, workers=workers)
+    for name, reason in problems:
+        print(f"{name}: {reason}")
+    print(", ".join(f"{number} {what}" for what, number in counts.items()) + f", {len(problems)} with problems")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def pack(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="where the packed frames go")],
+    size: Annotated[int, typer.Option(help="side in pixels")] = 128,
+    fps: Annotated[float, typer.Option(help="frames a second to keep")] = 8,
+    workers: Workers = 2,
+) -> None:
+    """Decode every file once into one array of frames."""
+    from latent_shift import data
+
+    with Progress("packing") as progress:
+        problems = data.pack(folder, out, size=size, fps=fps, workers=workers, progress=progress)
+    for name, reason in problems:
+        print(f"left out {name}: {reason}")
+    store = data.Store(out)
+    print(f"{out}: {len(store.records)} records, {len(store.array)} frames, {len(problems)} left out")
+
+
+@app.command()
+def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) -> None:
+    """Measure how alike the frames of the clips are, and say which noise matches."""
+    from latent_shift.encode import LatentStore
+
+    for name, value in LatentStore(latents).likeness().items():
+        print(f"{name:28} {value:.3f}")
+
+
+@app.command()
+def preview(
+    packed: Annotated[Path, typer.Argument(help="a packed data set")],
+    out: Annotated[Path, typer.Argument(help="a .png")],
+    rows: int = 8,
+    columns: int = 8,
+    seed: int = 0,
+) -> None:
+    """Draw clips and stills as training sees them, a row each under its caption; the captions are printed too."""
+    from latent_shift import data, video
+
+    sheet, captions = data.preview(data.pixels(packed), rows=rows, columns=columns, seed=seed)
+    print("\n".join(captions))
+    print(video.write(sheet[None], out))

@@ -99,8 +99,8 @@ ablation: runs/emoji-image/model/model_index.json
 bench: $(VENV)/.core
 	$(BIN)/latent-shift bench --commands -o docs/results/bench.json
 	$(BIN)/latent-shift bench -m emoji --rounds 20 -o docs/results/bench-emoji.json
-	$(BIN)/latent-shift bench --peers --rounds 5 -o docs/results/peers.json
-	$(BIN)/latent-shift bench --memory -o docs/results/memory.json
+	$(BIN)/latent-shift bench peers -o docs/results/peers.json
+	$(BIN)/latent-shift bench memory -o docs/results/memory.json
 
 clean:
 	rm -rf $(VENV) out

@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import run
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_shift import config, finetune, memory, models, stages, train, zoo
@@ -73,23 +74,33 @@ def test_a_lora_is_small_goes_on_exactly_and_loads_in_diffusers(checkpoint, medi
     assert weights.keys() == before.keys()
     for name, tensor in before.items():
         torch.testing.assert_close(weights[name], tensor)
+    newest = sorted((tmp_path / "part" / "checkpoints").iterdir())[-1] / "model.safetensors"
+    save_file(dict(list(load_file(newest).items())[1:]), newest)
+    with pytest.raises(ValueError, match=r"expected the .* trained tensors of this run"):
+        train.train(settings, tmp_path / "part")
     convolutions = [tensor for name, tensor in weights.items() if "resnets.0.conv1.lora" in name]
     assert convolutions
     assert all(tensor.any() for tensor in convolutions)  # the second matrix starts at zero: it has learnt
     assert not np.allclose(image(checkpoint), image(checkpoint, load_lora_weights=str(whole.parent)), atol=1e-3)
 
 
-def test_a_lora_brings_its_shift(checkpoint, media, tmp_path):
-    file = train.train(resolved(checkpoint, media, "lora.rank=2", "model.forward=0.25"), tmp_path) / "pytorch_lora_weights.safetensors"
+@pytest.mark.parametrize("place", ["conv1", "conv2", "end"])
+def test_a_lora_brings_its_shift_and_size(checkpoint, media, tmp_path, place):
+    settings = resolved(
+        checkpoint, media, "lora.rank=2", "model.forward=0.25", f"model.place={place}", "data.size=16", 'lora.modules=["to_q", "conv1"]'
+    )
+    file = train.train(settings, tmp_path) / "pytorch_lora_weights.safetensors"
     with safe_open(file, "pt") as opened:
         told = json.loads(opened.metadata()["latent_shift"])
     pipe = zoo.load(checkpoint)
     zoo.add_lora(pipe, file)
-    assert shift_of(pipe.unet) == Shift(forward=0.25, edge="hold")
+    assert shift_of(pipe.unet) == Shift(forward=0.25, place=place, edge="hold")
+    assert pipe.unet.config.sample_size == 2
     assert pipe.call_defaults["num_frames"] == told["num_frames"] == 4
     plain = zoo.load(checkpoint)
     clip, without = (
-        each("red", num_inference_steps=2, generator=zoo.seed(0), num_frames=4, output_type="latent").frames for each in (pipe, plain)
+        each("red", height=16, width=16, num_inference_steps=2, generator=zoo.seed(0), num_frames=4, output_type="latent").frames
+        for each in (pipe, plain)
     )
     assert not torch.allclose(clip, without, atol=1e-3)
     with pytest.raises(ValueError, match=r"a pickle file can run any program"):
@@ -107,12 +118,12 @@ def test_the_model_under_a_lora_is_frozen_and_as_small_as_the_precision(checkpoi
         assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
 
 
-def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents, tmp_path):
+def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents, tmp_path, monkeypatch):
     """A folder of videos, a store of pixels, a store of latents; a checkpoint that is a variant."""
     made = finetune.prepare(resolved(checkpoint, media), tmp_path)
     assert (made.data.path, made.model.init) == (str(tmp_path / "latents"), str(checkpoint))
     before = (tmp_path / "latents" / "array.bin").stat().st_mtime_ns
-    assert finetune.prepare(resolved(checkpoint, media), tmp_path) == made
+    assert finetune.prepare(resolved(checkpoint, media), tmp_path) == finetune.prepare(made, tmp_path) == made
     assert (tmp_path / "latents" / "array.bin").stat().st_mtime_ns == before
     assert json.loads((tmp_path / "pixels" / "store.json").read_text())["shape"] == [32, 32, 3]  # the model's size
 
@@ -129,7 +140,13 @@ def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents
     StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None).to(torch.float16).save_pretrained(half, variant="fp16")
     of_variant = finetune.prepare(resolved(half, latents), tmp_path / "6")
     assert of_variant.model.init == str(tmp_path / "6" / "base")
-    UNet2DConditionModel.from_pretrained(tmp_path / "6" / "base", subfolder="unet")
+    assert isinstance(stages.DenoiserStage(of_variant).model, UNet2DConditionModel)  # an image model, whatever edge it is given
+    with pytest.raises(ValueError, match=r"was made of .* delete it or choose another folder"):
+        finetune.prepare(resolved(checkpoint, media, "data.size=16"), tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert finetune.prepare(resolved(checkpoint, media), tmp_path) == made
+    with pytest.raises(ValueError, match="is still to be made, which one process does"):
+        finetune.prepare(resolved(checkpoint, media), tmp_path / "7")
 
 
 def finetune_path(checkpoint, media, run_folder):
@@ -149,10 +166,12 @@ def test_mistakes_are_told(checkpoint, media, tmp_path):
         finetune.prepare(config.Config.model_validate(scratch), tmp_path / "3")
     with pytest.raises(ValueError, match=r"no_such: expected one of emoji, or a folder"):
         finetune.prepare(resolved("no_such", media), tmp_path / "4")
+    with pytest.raises(ValueError, match=r"with model\.place=end .*conv2 shifts and takes no LoRA"):
+        train.train(resolved(checkpoint, media, "lora.rank=2", "model.place=end"), tmp_path / "2b")
     double = tmp_path / "xl"
     shutil.copytree(checkpoint, double)
     (double / "text_encoder_2").mkdir()
-    with pytest.raises(ValueError, match=r"of the family of Stable Diffusion XL"):
+    with pytest.raises(ValueError, match="the family of Stable Diffusion XL is generated with, not trained"):
         finetune.prepare(resolved(double, media), tmp_path / "5")
     wrong = resolved(checkpoint, media, "lora.rank=3")
     train.train(wrong, tmp_path / "6")
@@ -177,12 +196,26 @@ def test_the_estimate_counts_what_autograd_keeps(checkpoint, media, tmp_path):
 
     plain, frozen = of(), of("lora.rank=2")
     number = models.num_parameters(models.unet("tiny"))
-    assert (plain.weights, plain.optimizer, plain.averaged) == (4 * number, 2 * number, 4 * number)
-    assert of("optim.optimizer=adamw").optimizer == 8 * number
+    assert plain.weights == 4 * number
+    assert of("optim.optimizer=adamw").optimizer == 4 * plain.optimizer
+    assert of("optim.accumulate=1").step < plain.step  # the gradients of the batch before
     assert plain.step > 4 * number  # the gradients are in it
     assert frozen.averaged < plain.averaged / 4
     assert frozen.step < plain.step - 3 * number
     assert of("train.gradient_checkpointing=false").step > plain.step
-    assert of("data.batch_size=4").step > 2 * plain.step - 8 * number
+    assert of("data.batch_size=4").step > 2 * plain.step - 12 * number
     assert of("train.precision=bf16", "lora.rank=2").weights < 0.6 * frozen.weights
-    assert plain.total == plain.weights + plain.optimizer + plain.averaged + plain.step
+
+
+def test_a_fake_step_takes_what_a_real_one_takes(checkpoint, media, tmp_path):
+    ready = finetune.prepare(resolved(checkpoint, media, "train.gradient_checkpointing=false"), tmp_path)
+    stage = stages.DenoiserStage(ready)
+    rng = np.random.default_rng(0)
+    batch = next(batch for batch in iter(lambda: stage.draw(rng), None) if batch[0].shape[1] > 1)
+    live = memory._Live()
+    stage.objective.train()
+    with live, sdpa_kernel(SDPBackend.MATH):
+        for _ in range(2):
+            loss, _ = stage.objective(*batch)
+            loss.backward()
+    assert memory.of_run(ready, "cpu").step == pytest.approx(live.peak, rel=0.1)

@@ -5,7 +5,7 @@ run/
   stats.jsonl            a line every `log_every` steps; `seconds` is the run's time so far, sampling and saving included
   samples/               pictures and clips drawn while it trains
   checkpoints/step-*/    weights (safetensors); averaged weights and optimizer state (PyTorch's own format)
-  model/                 the averaged weights as a diffusers folder, when the run is done
+  model/                 the averaged weights as a diffusers folder, when the run is done; of a LoRA its file
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 
@@ -44,11 +45,20 @@ def leave_out_frozen(accelerator: Accelerator, module: nn.Module) -> None:
     if len(trained) == len(list(module.parameters())):
         return
 
-    def drop(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
-        for index, state in enumerate(weights):
-            weights[index] = {name: tensor for name, tensor in state.items() if name in trained}
+    def save_trained(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
+        bare = [{name.removeprefix("module."): tensor for name, tensor in state.items()} for state in weights]  # what DDP puts before
+        weights[:] = [{name: state[name] for name in trained} for state in bare]
 
-    accelerator.register_save_state_pre_hook(drop)
+    def load_trained(modules: list[nn.Module], folder: str) -> None:
+        saved = load_file(Path(folder) / "model.safetensors")
+        if saved.keys() != trained:
+            raise ValueError(f"{folder}: expected the {len(trained)} trained tensors of this run, got {len(saved)} others")
+        for wrapped in modules:
+            accelerator.unwrap_model(wrapped).load_state_dict(saved, strict=False)
+        modules.clear()
+
+    accelerator.register_save_state_pre_hook(save_trained)
+    accelerator.register_load_state_pre_hook(load_trained)
 
 
 def steps(run: Path) -> list[Path]:
@@ -61,7 +71,7 @@ def restore(accelerator: Accelerator, run: Path) -> int:
     found = steps(run)
     if not found:
         return 0
-    accelerator.load_state(str(found[-1]), strict=False)  # the frozen weights of a LoRA's model are not in it
+    accelerator.load_state(str(found[-1]))
     return int(json.loads((found[-1] / "state.json").read_text())["step"])
 
 

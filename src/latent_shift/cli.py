@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from latent_shift import cli_data
+from latent_shift import cli_bench, cli_data
 from latent_shift.terminal import Progress, quiet
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Text to video by Latent-Shift.")
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_bench.app, name="bench")
 models_app = typer.Typer()
 app.add_typer(models_app, name="models")
 
@@ -71,12 +73,12 @@ def generate(
             raise ValueError(f"--then: expected FRAME:WORDS, such as '8:a lion', got {each!r}")
         words[int(frame)] = text.strip()  # type: ignore[index]
     pipe = zoo.load(model, device=device)
-    if negative and (pipe.call_defaults["guidance_scale"] if guidance is None else guidance) <= 1:
-        raise ValueError("--negative has no effect without guidance; expected --guidance above 1")
     if scheduler:
         pipe.scheduler = zoo.scheduler(scheduler, pipe.scheduler)
     if lora:
         zoo.add_lora(pipe, lora)
+    if negative and (pipe.call_defaults["guidance_scale"] if guidance is None else guidance) <= 1:
+        raise ValueError("--negative has no effect without guidance; expected --guidance above 1")
     if free_init:
         pipe.enable_free_init(num_iters=free_init)
     side, rate = size or pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.call_defaults["fps"]
@@ -121,9 +123,10 @@ def train(
     from latent_shift import finetune, memory, zoo
     from latent_shift import train as training
 
+    training.check_run(resolved, run)
     ready = finetune.prepare(resolved, run, device=zoo.device_of(), progress=Progress)
-    if resolved.stage != "autoencoder":
-        print(memory.of_run(ready))
+    if resolved.stage != "autoencoder" and int(os.environ.get("RANK", "0")) == 0:
+        print(memory.of_run(ready, zoo.device_of().type))
     bar = progress.Progress(
         progress.TextColumn(resolved.stage),
         progress.BarColumn(),
@@ -150,7 +153,7 @@ def encode(
     out: Annotated[Path, typer.Argument(help="where the latents go")],
     autoencoder: Annotated[str, typer.Option(help="a model's name, or an AutoencoderKL or pipeline folder")],
     texts: Annotated[str, typer.Option(help="a model's name, or a folder with tokenizer/ and text_encoder/")],
-    batch_size: Annotated[int, typer.Option(help="frames at once")] = 32,
+    batch_size: Annotated[int | None, typer.Option(help="frames at once; default: as their size allows")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Encode packed frames and captions once, for the image and video stages."""
@@ -235,58 +238,6 @@ def sheet(
         still = path.suffix.lower() == ".png"
         picture = video.labelled_rows(rows, lines, columns=columns)[None] if still else video.side_by_side(rows, columns=columns)
         print(video.write(picture, path, fps=pipe.call_defaults["fps"]))
-
-
-@app.command()
-def bench(
-    frames: Annotated[int, typer.Option(help="frames a clip")] = 16,
-    size: Annotated[int | None, typer.Option(help="side of the latents; default: the model's, else 32")] = None,
-    rounds: Annotated[int, typer.Option(help="counted rounds; of commands 3 at most")] = 10,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="take this model's U-Net instead of the 34 M one")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    commands: Annotated[bool, typer.Option("--commands", help="also time whole commands, loading included")] = False,
-    peers: Annotated[bool, typer.Option("--peers", help="time the step against AnimateDiff's and ModelScope's U-Nets instead")] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="measure the memory of long clips, and of SD 1.5's size, instead")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")] = None,
-) -> None:
-    """Time one denoising step with the shift against the same U-Net frame by frame, in turn."""
-    quiet()
-    import json
-
-    import torch
-
-    from latent_shift import benchmark, zoo
-
-    variants: dict[str, dict] = {
-        "float32": {}, "float32, channels last": {"channels_last": True},
-        "bfloat16": {"dtype": torch.bfloat16}, "float32, compiled": {"compiled": True},
-    }  # fmt: skip
-    own = {}
-    if model:
-        pipe = zoo.load(model, device=device)
-        own = {"unet": pipe.unet, "text_length": pipe.tokenizer.model_max_length}
-    device = str(zoo.device_of(device))
-    result = benchmark.machine(device) | {"model": model}
-    if memory:
-        result |= {
-            "training SD 1.5, 16 frames of 512x512, GiB": benchmark.training_memory(),
-            "one step of SD 1.5": benchmark.full_size(num_frames=frames),
-            "long clips": benchmark.long_clips(model or "emoji"),
-        }
-    elif peers:
-        result |= {
-            name: benchmark.against_peers(num_frames=frames, rounds=rounds, device=device, **options) for name, options in variants.items()
-        }
-        result["guided step"] = benchmark.savings(num_frames=frames, rounds=rounds, device=device)
-    else:
-        result |= benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, **own)
-    if commands:
-        result["commands, seconds"] = benchmark.command_seconds(rounds=min(rounds, 3), device=device)
-    text = json.dumps(result, indent=1)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n")
-    print(text)
 
 
 @models_app.callback(invoke_without_command=True)

@@ -21,7 +21,7 @@ class Data(Section):
     batch_size: int = Field(16, ge=1)  # crops, images or clips a step and process
     crop: int = Field(64, ge=8)  # autoencoder: side of the random crops in pixels
     num_frames: int = Field(1, ge=1)  # frames a clip; 1 trains the image model
-    window: Literal["random", "first"] = "random"  # the frames of a longer clip that are taken: from anywhere, or from its beginning
+    window: Literal["random", "first"] = "random"  # where in a longer clip its frames are taken; stills from anywhere
     image_share: float = Field(0.0, ge=0, le=1)  # share of the video steps that train on single frames instead
     splits: list[str] = ["train"]
 
@@ -128,12 +128,13 @@ class Config(Section):
         return self
 
     def identity(self) -> dict[str, object]:
-        """What the weights of a run mean; a run that goes on keeps it, everything else may change."""
+        """What the weights and the optimizer's state of a run mean; a run that goes on keeps it, everything else may change."""
         diffusion = ("prediction", "schedule", "num_timesteps", "zero_terminal_snr")
         return {
             "stage": self.stage,
-            "data.path": self.data.path,
+            **{f"data.{name}": getattr(self.data, name) for name in ("path", "size", "fps")},
             "lora": self.lora,
+            "optim.optimizer": self.optim.optimizer,
             **{f"model.{name}": value for name, value in self.model.model_dump().items()},
             **{f"diffusion.{name}": getattr(self.diffusion, name) for name in diffusion},
         }
@@ -144,6 +145,7 @@ _IGNORED = {  # settings that a stage does not read
     "autoencoder": [
         *_DIFFUSION,
         "data.image_share",
+        "data.window",
         "train.sample_steps",
         "train.sample_guidance",
         "model.place",

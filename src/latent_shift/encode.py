@@ -54,16 +54,22 @@ class LatentStore(Store):
         Args:
             splits: where the clips come from.
             num: clips of 9 frames to draw, every concept as likely as any other.
+
+        Raises:
+            ValueError: no clip of 9 frames.
         """
+        long = self.select(splits=splits, num_frames=9)
+        if not long:
+            raise ValueError(f"{self.folder}: expected clips of 9 frames or more in {', '.join(splits)}")
         rng = np.random.default_rng(0)
-        sampler = data.BalancedSampler(self.records, self.select(splits=splits, num_frames=9))
-        clips = np.stack([self.draw_window(rng, index, 9)[:, 0] for index in sampler.draw(rng, num)]).astype(np.float64)
+        chosen = data.BalancedSampler(self.records, long).draw(rng, num)
+        clips = np.stack([self.draw_window(rng, index, 9)[:, 0] for index in chosen]).astype(np.float32)
         variance = clips.var(axis=(0, 1, 3, 4)).mean()
         apart = {k: float(np.square(clips[:, k:] - clips[:, :-k]).mean() / (2 * variance)) for k in (1, 2, 4, 8)}
         drifts = min(max(apart[4] / max(apart[2], 1e-12) - 1, 0.0), 0.99)  # r^2
         return {
             **{f"correlation {k} apart": 1 - difference for k, difference in apart.items()},
-            "diffusion.shared_noise": max(0.0, 1 - apart[2] / (1 - drifts)),
+            "diffusion.shared_noise": min(max(0.0, 1 - apart[2] / (1 - drifts)), 0.99),
             "diffusion.noise_correlation": drifts**0.5,
         }
 
@@ -75,7 +81,7 @@ def encode(
     *,
     autoencoder: str | Path,
     texts: str | Path,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentStore:
@@ -86,7 +92,7 @@ def encode(
         out: where the store of latents goes.
         autoencoder: a diffusers `AutoencoderKL` folder, or a pipeline's.
         texts: a folder with `tokenizer/` and `text_encoder/` (any Stable Diffusion folder has them).
-        batch_size: frames, or captions, at once.
+        batch_size: frames, or captions, at once. None: as many pixels as 32 frames of 128x128.
         progress: called with (records done, records in all).
 
     Returns:
@@ -98,6 +104,8 @@ def encode(
     source, out, texts = data.pixels(pixels), Path(out), Path(texts)
     if out.resolve() in {Path(folder).resolve() for folder in (pixels, autoencoder, texts)}:
         raise ValueError(f"{out}: is read from; expected another folder for the latents")
+    height, width = source.info["shape"][:2]
+    batch_size = batch_size or max(1, 32 * 128**2 // (height * width))
     vae = models.load_autoencoder(autoencoder).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
     text_encoder = AutoModel.from_pretrained(texts / "text_encoder", dtype=torch.float32).to(device).eval()
@@ -113,9 +121,9 @@ def encode(
         for start in range(0, len(captions), batch_size):
             rows = text.embed(tokenizer, text_encoder, captions[start : start + batch_size])
             file.write(rows.half().cpu().numpy().tobytes())
-    height, width = (side // 2 ** (len(vae.config.block_out_channels) - 1) for side in source.info["shape"][:2])
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
     writer = StoreWriter(
-        out, "float16", (2, vae.config.latent_channels, height, width),
+        out, "float16", (2, vae.config.latent_channels, height // factor, width // factor),
         fps=source.info["fps"], size=source.info["size"], texts=list(rows.shape[1:]),
     )  # fmt: skip
 

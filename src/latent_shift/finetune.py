@@ -6,11 +6,14 @@ run/
   base/        the checkpoint as a diffusers folder, if it was a single file, a Hub id or a variant
   pixels/      the videos, packed (data.py)
   latents/     their latents and embeddings (encode.py)
+  *.json       what each of them was made of
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -24,7 +27,10 @@ from torch import nn
 
 from latent_shift import data, encode, zoo
 from latent_shift.config import Config, Lora
-from latent_shift.shift import Shift, shift_of
+from latent_shift.pipeline import LatentShiftXLPipeline
+from latent_shift.shift import Shift, ShiftConv2d, shift_of
+
+log = logging.getLogger("latent_shift")
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
@@ -41,45 +47,64 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
         progress: opens a progress bar of a name.
 
     Raises:
-        ValueError: no such data or model, a family that is not trained here, or a `data.size` that has no effect.
+        ValueError: no such data or model, a family that is not trained here, a `data.size` that has no effect, a run folder that
+            holds what was made of something else, or several processes that would all make the same.
     """
     bar = progress or (lambda name: nullcontext())
-    init, path = config.model.init, Path(config.data.path)
-    if init is not None:
+    init, path, stage = config.model.init, Path(config.data.path), config.stage
+    if init is not None and stage != "autoencoder":
         init = str(_as_folder(init, run / "base"))
+    defaults = {name: type(config.data).model_fields[name].default for name in ("size", "fps")}
     packed = (path / "store.json").exists()
-    if packed and (config.data.size, config.data.fps) != (None, type(config.data).model_fields["fps"].default):
+    if packed and any(getattr(config.data, name) != value for name, value in defaults.items()):
         raise ValueError(f"data.size and data.fps have no effect: {path} is packed already")
+    made_of = {"data": config.data.path, "size": config.data.size, "fps": config.data.fps, "model": config.model.init}
     if not packed:
         path, videos = run / "pixels", path
-        if not (path / "store.json").exists():
+        if _to_make(path, "store.json", made_of):
             with bar("packing") as each:
                 problems = data.pack(videos, path, size=config.data.size or _size_of(init), fps=config.data.fps, progress=each)
             for name, reason in problems:
-                print(f"{name}: left out, {reason}")
-    if config.stage != "autoencoder" and "texts" not in json.loads((path / "store.json").read_text()):
+                log.warning("%s: left out, %s", name, reason)
+    if stage != "autoencoder" and "texts" not in json.loads((path / "store.json").read_text()):
         if init is None:
             raise ValueError(f"{config.data.path} holds no latents, and there is no model.init to encode it with: `latent-shift encode` it")
         path, pixels = run / "latents", path
-        if not (path / "store.json").exists():
+        if _to_make(path, "store.json", made_of):
             with bar("encoding") as each:
                 encode.encode(pixels, path, autoencoder=init, texts=init, device=device, progress=each)
-    changed = {"data": config.data.model_copy(update={"path": str(path)}), "model": config.model.model_copy(update={"init": init})}
-    return config.model_copy(update=changed)
+    changed = {"path": str(path), **defaults}
+    return config.model_copy(
+        update={"data": config.data.model_copy(update=changed), "model": config.model.model_copy(update={"init": init})}
+    )
+
+
+def _to_make(folder: Path, last: str, made_of: dict) -> bool:
+    """Whether `folder` is still to be made, whose file `last` is written when it is whole; writes beside it what it is made of."""
+    note = folder.with_name(f"{folder.name}.json")
+    if (folder / last).exists():
+        before = json.loads(note.read_text()) if note.exists() else {}
+        if before != made_of:
+            raise ValueError(f"{folder} was made of {before}, not of {made_of}: delete it or choose another folder with --run")
+        return False
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{folder} is still to be made, which one process does: start the same run once without the others")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(made_of))
+    return True
 
 
 def _as_folder(init: str, base: Path) -> Path:
     """A diffusers folder of plain weights: the one that was given, or one made of it."""
     plain = str(init) in zoo.MODELS or (Path(init).is_dir() and zoo.only_variant(Path(init) / "unet") is None)
-    if not plain:
-        if not (base / "model_index.json").exists():
-            pipe = zoo.load(init, device="cpu", dtype=torch.float32)
+    if not plain and _to_make(base, "model_index.json", {"model": str(init)}):
+        pipe = zoo.load(init, device="cpu", dtype=torch.float32)
+        if not isinstance(pipe, LatentShiftXLPipeline):
             pipe.save_pretrained(base)
-        init = str(base)
-    folder = zoo.folder(init)
-    if (folder / "text_encoder_2").exists():
+    folder = zoo.folder(init) if plain else base
+    if not (folder / "model_index.json").exists() or (folder / "text_encoder_2").exists():
         raise ValueError(
-            f"{init}: of the family of Stable Diffusion XL, which is generated with, not trained, here; expected SD 1.x or 2.x"
+            f"{init}: expected a model of SD 1.x or 2.x; the family of Stable Diffusion XL is generated with, not trained, here"
         )
     return folder
 
@@ -88,6 +113,8 @@ def _size_of(init: str | None) -> int:
     if init is None or not (Path(init) / "unet").is_dir():
         raise ValueError("a folder of videos needs data.size, the side in pixels to pack it at")
     unet, vae = (json.loads((Path(init) / part / "config.json").read_text()) for part in ("unet", "vae"))
+    if not isinstance(unet["sample_size"], int):
+        raise ValueError(f"{init} draws {unet['sample_size']} latents, clips are packed as squares: give their side as data.size")
     return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
@@ -95,12 +122,15 @@ def add_lora(unet: UNet2DConditionModel, lora: Lora, *, dtype: torch.dtype) -> N
     """Freeze a U-Net, keep it in `dtype`, and add float32 matrices of rank `lora.rank` to the layers of `lora.modules`.
 
     Raises:
-        ValueError: peft is not installed, or no layer has such a name.
+        ValueError: peft is not installed, no layer has such a name, or one is a convolution that shifts (place "end").
     """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'") from error
+    shifting = [name for name, part in unet.named_modules() if isinstance(part, ShiftConv2d) and name.split(".")[-1] in lora.modules]
+    if shifting:
+        raise ValueError(f"with model.place=end {shifting[0]} shifts and takes no LoRA: leave it out of lora.modules")
     nn.Module.to(unet.requires_grad_(False), dtype)  # diffusers' own warns of parts to keep in float32: there are none
     unet.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.modules)))
     cast_training_params(unet, dtype=torch.float32)
@@ -113,7 +143,7 @@ def save_lora(unet: UNet2DConditionModel, folder: Path, *, call_defaults: dict) 
     """
     from peft import get_peft_model_state_dict
 
-    told = json.dumps({**asdict(shift_of(unet) or Shift(0, 0)), **call_defaults})
+    told = json.dumps({**asdict(shift_of(unet) or Shift(0, 0)), **call_defaults, "sample_size": unet.config.sample_size})
 
     def write(tensors: dict[str, torch.Tensor], path: str) -> None:
         half = {name: tensor.half().contiguous() for name, tensor in tensors.items()}

@@ -47,10 +47,11 @@ class ClipGeneration(Conditioning, FreeInitMixin):
         unknown = set(given) - {field.name for field in fields(Shift)} - set(_CALL_DEFAULTS)
         if unknown:
             raise ValueError(f"unknown latent_shift settings {sorted(unknown)}; expected fields of Shift or {sorted(_CALL_DEFAULTS)}")
-        settings = shift_of(self.unet) or Shift(**{field.name: given[field.name] for field in fields(Shift) if field.name in given})
-        inflate(self.unet, settings)
-        self.call_defaults = {**_CALL_DEFAULTS, **{key: given[key] for key in _CALL_DEFAULTS if key in given}}
-        self.register_to_config(latent_shift={**asdict(settings), **self.call_defaults})
+        if shift_of(self.unet) is None:
+            inflate(self.unet, Shift(**{field.name: given[field.name] for field in fields(Shift) if field.name in given}))
+        self._told = {key: given[key] for key in _CALL_DEFAULTS if key in given}
+        self.call_defaults = {**_CALL_DEFAULTS, **self._told}
+        self._register_settings()
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @torch.no_grad()
@@ -136,8 +137,7 @@ class ClipGeneration(Conditioning, FreeInitMixin):
         """
         num_frames = self._num_frames(num_frames, image, last_image, video, mask, strength, loop)
         num_inference_steps = self.call_defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-        shared_noise = self.call_defaults["shared_noise"] if shared_noise is None else shared_noise
-        noise_correlation = self.call_defaults["noise_correlation"] if noise_correlation is None else noise_correlation
+        shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self._size(height, width)
         for name, number, least in (
             ("num_frames", num_frames, 1), ("num_inference_steps", num_inference_steps, 1),
@@ -145,10 +145,6 @@ class ClipGeneration(Conditioning, FreeInitMixin):
         ):  # fmt: skip
             if number < least:
                 raise ValueError(f"{name} must be {least} or more, got {number}")
-        if not 0 <= shared_noise <= 1:
-            raise ValueError(f"shared_noise must be from 0 to 1, got {shared_noise}")
-        if not 0 <= noise_correlation < 1:
-            raise ValueError(f"noise_correlation must be from 0 to below 1, got {noise_correlation}")
         if output_type not in ("np", "pil", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}; expected np, pil, pt or latent")
         tensor_inputs = list(callback_on_step_end_tensor_inputs)
@@ -235,8 +231,7 @@ class ClipGeneration(Conditioning, FreeInitMixin):
         self._guidance_scale, self._guidance_rescale = guided, guidance_rescale
         self._clip_skip, self._cross_attention_kwargs, self._interrupt = None, None, False
         steps = int(num_inference_steps or self.call_defaults["num_inference_steps"])
-        share = self.call_defaults["shared_noise"] if shared_noise is None else shared_noise
-        correlation = self.call_defaults["noise_correlation"] if noise_correlation is None else noise_correlation
+        share, correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self._size(height, width)
         texts = self._texts(prompt, negative_prompt, None, None, 1, 1, height, width, [], family)
         memories: list[dict] = [{} for _ in range(steps * self.scheduler.order)]
@@ -332,7 +327,7 @@ class ClipGeneration(Conditioning, FreeInitMixin):
         """Initial noise `(B, C, F, h, w)` scaled for the scheduler: drawn, or the caller's after a check of its shape.
 
         First what the frames share is drawn, then frame by frame: one frame gets the noise of diffusers' image pipeline, and a
-        longer clip begins as a shorter one.
+        longer clip begins as a shorter one (a loop whose noise is correlated does not: its last frame leads into its first).
         """
         channels, factor = self.unet.config.in_channels, self.vae_scale_factor
         shape = (num_clips, channels, num_frames, height // factor, width // factor)
@@ -353,8 +348,23 @@ class ClipGeneration(Conditioning, FreeInitMixin):
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """As `DiffusionPipeline.save_pretrained`, with the settings that the U-Net is inflated with now."""
-        self.register_to_config(latent_shift={**asdict(shift_of(self.unet) or Shift()), **self.call_defaults})
+        self._register_settings()
         super().save_pretrained(*args, **kwargs)
+
+    def _register_settings(self) -> None:
+        """What model_index.json says: the shift, and of a call's defaults those that the model came with or that were changed. An image
+        model has none, and that tells it from one that was trained on clips."""
+        told = {key: value for key, value in self.call_defaults.items() if key in self._told or value != _CALL_DEFAULTS[key]}
+        self.register_to_config(latent_shift={**asdict(shift_of(self.unet) or Shift()), **told})
+
+    def _noise_settings(self, shared_noise: float | None, noise_correlation: float | None) -> tuple[float, float]:
+        share = self.call_defaults["shared_noise"] if shared_noise is None else shared_noise
+        correlation = self.call_defaults["noise_correlation"] if noise_correlation is None else noise_correlation
+        if not 0 <= share <= 1:
+            raise ValueError(f"shared_noise must be from 0 to 1, got {share}")
+        if not 0 <= correlation < 1:
+            raise ValueError(f"noise_correlation must be from 0 to below 1, got {correlation}")
+        return share, correlation
 
 
 ClipGeneration.arguments = tuple(inspect.signature(ClipGeneration.__call__).parameters)

@@ -17,6 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,9 +46,12 @@ class Estimate:
         return f"memory of a training step: {self.total / 2**30:.2f} GiB ({parts})"
 
 
-def of_run(config: Config) -> Estimate:
-    """The memory that a run of `config`, as `finetune.prepare` gives it back, takes. Raises ValueError for an autoencoder's, which is
-    small."""
+def of_run(config: Config, device: str = "cuda") -> Estimate:
+    """The memory that a run of `config`, as `finetune.prepare` gives it back, takes on `device`.
+
+    Raises:
+        ValueError: a run of the autoencoder, which is small.
+    """
     if config.stage == "autoencoder":
         raise ValueError("expected a run of the stages image or video")
     store = json.loads((Path(config.data.path) / "store.json").read_text())
@@ -56,17 +60,18 @@ def of_run(config: Config) -> Estimate:
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(zoo.folder(config.model.init), subfolder="unet"))
         else:
             unet = models.unet(str(config.model.size))
-    return estimate(config, unet, latents=store["shape"][1:], text_length=store["texts"][0])
+    return estimate(config, unet, latents=store["shape"][1:], text_length=store["texts"][0], device=device)
 
 
-def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[int], text_length: int) -> Estimate:
+def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[int], text_length: int, device: str = "cuda") -> Estimate:
     """The memory that training takes.
 
     Args:
-        config: batch size, frames, shift, LoRA, precision, checkpointing and optimizer are read.
+        config: batch size, frames, shift, LoRA, precision, accumulation, checkpointing and optimizer are read.
         unet: on the meta device.
         latents: `(C, h, w)` of a frame.
         text_length: tokens of a caption.
+        device: "cpu" or "cuda": attention keeps more on a CPU, where train.py takes the kernel that is faster backwards.
     """
     inflate(unet, Shift(config.model.forward, config.model.backward, config.model.place, config.model.edge))
     with torch.device("meta"):
@@ -82,10 +87,11 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
             unet.enable_gradient_checkpointing()
         clean = torch.empty(clips, config.data.num_frames, *latents)
         text = torch.empty(clips, text_length, unet.config.cross_attention_dim)
-        with live:
-            with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
-                loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)
-            loss.backward()
+        with live, sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
+            for _ in range(min(config.optim.accumulate, 2)):  # of the later batches the earlier ones' gradients are there
+                with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
+                    loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)
+                loss.backward()
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
     return Estimate(
         weights=sum(parameter.nbytes for parameter in unet.parameters()),

@@ -34,7 +34,7 @@ class LatentShiftPipeline(ClipGeneration, StableDiffusionPipeline):
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
         requires_safety_checker: as in `StableDiffusionPipeline`. The U-Net is inflated in place.
         latent_shift: how the U-Net was trained: the fields of `Shift`, and the defaults of a call (`num_frames`, `fps`,
-            `num_inference_steps`, `guidance_scale`, `shared_noise`). A U-Net that is already inflated keeps its settings.
+            `num_inference_steps`, `guidance_scale`, `shared_noise`, `noise_correlation`). A U-Net that is already inflated keeps its settings.
     """
 
     def __init__(

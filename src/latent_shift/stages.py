@@ -200,8 +200,8 @@ class DenoiserStage:
         prompts = [records[index].texts[0] for index in seen + held]
         pipe = self.pipeline().to(self.model.device)
         pipe.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(0) for _ in prompts]
-        clips = pipe(prompts, generator=generators).frames
+        # One by one: a batch of clips with guidance would need more memory than the training.
+        clips = np.concatenate([pipe(prompt, generator=zoo.seed(0), decode_batch_size=1).frames for prompt in prompts])
         clips = (clips * 255).round().astype(np.uint8)
         tiles = clips[:, :: max(1, clips.shape[1] // 8)]
         sheet = video.montage(tiles.reshape(-1, *tiles.shape[2:]), columns=tiles.shape[1] if tiles.shape[1] > 1 else 4)

@@ -44,7 +44,7 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
         report: called with the statistics of every `log_every` steps.
 
     Returns:
-        The exported diffusers folder, `run/model`; the run folder if SIGTERM stopped it before its last step.
+        `run/model`, the exported diffusers folder, or that of a LoRA's file; the run folder if SIGTERM stopped it before its last step.
 
     Raises:
         ValueError: settings or data that do not fit together, or a run folder that holds another model's run.
@@ -53,11 +53,7 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
     run = Path(run)
     if config.train.tensorboard and not is_tensorboard_available():
         raise RuntimeError("train.tensorboard needs TensorBoard: pip install 'latent-shift-video[track]'")
-    if (run / "config.toml").exists():
-        before = load(run / "config.toml")
-        changed = [name for name, value in before.identity().items() if config.identity()[name] != value]
-        if changed:
-            raise ValueError(f"{run} holds a run with another {', '.join(changed)}; choose another folder with --run")
+    check_run(config, run)
     AcceleratorState._reset_state()  # another run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=config.train.precision,
@@ -110,7 +106,7 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
             ema.store(parameters)
             ema.copy_to(parameters)
             stage.model.eval()
-            with accelerator.autocast() if config.lora else nullcontext():  # a frozen model is in half precision already
+            with accelerator.autocast() if config.stage != "autoencoder" else nullcontext():
                 action()
             stage.model.train()
             ema.restore(parameters)
@@ -184,6 +180,15 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
         averaged(partial(stage.export, run / "model"))
     accelerator.end_training()
     return run if stop else run / "model"
+
+
+def check_run(config: Config, run: str | Path) -> None:
+    """Raise ValueError if the folder `run` holds a run whose weights mean something else."""
+    if (Path(run) / "config.toml").exists():
+        before = load(Path(run) / "config.toml")
+        changed = [name for name, value in before.identity().items() if config.identity()[name] != value]
+        if changed:
+            raise ValueError(f"{run} holds a run with another {', '.join(changed)}; choose another folder with --run")
 
 
 def _optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -109,7 +109,7 @@ def only_variant(path: Path) -> str | None:
 
 
 def add_lora(pipe: ClipGeneration, path: str | Path) -> None:
-    """Load a LoRA file; one that was trained here (`finetune.save_lora`) also brings its shift and the defaults of a call.
+    """Load a LoRA file; one that was trained here (`finetune.save_lora`) also brings its shift, its size and the defaults of a call.
 
     Raises:
         ValueError: not a `.safetensors` file.
@@ -120,6 +120,7 @@ def add_lora(pipe: ClipGeneration, path: str | Path) -> None:
         told = json.loads((file.metadata() or {}).get("latent_shift", "{}"))
     if told:
         inflate(pipe.unet, Shift(**{field.name: told.pop(field.name) for field in fields(Shift)}))
+        pipe.unet.register_to_config(sample_size=told.pop("sample_size"))
         pipe.call_defaults |= told
     pipe.load_lora_weights(path.parent, weight_name=path.name)
 

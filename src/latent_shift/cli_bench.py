@@ -1,0 +1,96 @@
+"""`latent-shift bench`: what the shift costs, against other systems' U-Nets, and what memory it takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latent_shift.terminal import quiet
+
+app = typer.Typer(help="Time one denoising step with the shift against the same U-Net frame by frame, in turn; or compare more.")
+
+Frames = Annotated[int, typer.Option(help="frames a clip")]
+Rounds = Annotated[int, typer.Option(help="counted rounds; of commands 3 at most")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="take this model's U-Net instead of the 34 M one")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")]
+
+
+@app.callback(invoke_without_command=True)
+def shift(
+    context: typer.Context,
+    frames: Frames = 16,
+    size: Annotated[int | None, typer.Option(help="side of the latents; default: the model's, else 32")] = None,
+    rounds: Rounds = 10,
+    model: Model = None,
+    device: Device = "cpu",
+    commands: Annotated[bool, typer.Option("--commands", help="also time whole commands, loading included")] = False,
+    output: Output = None,
+) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    quiet()
+    from latent_shift import benchmark, zoo
+
+    own = {}
+    if model:
+        pipe = zoo.load(model, device=device)
+        own = {"unet": pipe.unet, "text_length": pipe.tokenizer.model_max_length}
+    device = str(zoo.device_of(device))
+    result = benchmark.machine(device) | {"model": model}
+    result |= benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, **own)
+    if commands:
+        result["commands, seconds"] = benchmark.command_seconds(rounds=min(rounds, 3), device=device)
+    _show(result, output)
+
+
+@app.command()
+def peers(frames: Frames = 16, rounds: Rounds = 5, device: Device = "cpu", output: Output = None) -> None:
+    """Time the step against AnimateDiff's and ModelScope's U-Nets of the same widths, in four ways of running them."""
+    quiet()
+    import torch
+
+    from latent_shift import benchmark, zoo
+
+    variants: dict[str, dict] = {
+        "float32": {}, "float32, channels last": {"channels_last": True},
+        "bfloat16": {"dtype": torch.bfloat16}, "float32, compiled": {"compiled": True},
+    }  # fmt: skip
+    device = str(zoo.device_of(device))
+    result = benchmark.machine(device)
+    for name, options in variants.items():
+        result[name] = benchmark.against_peers(num_frames=frames, rounds=rounds, device=device, **options)
+    result["guided step"] = benchmark.savings(num_frames=frames, rounds=rounds, device=device)
+    _show(result, output)
+
+
+@app.command()
+def memory(
+    model: Annotated[str, typer.Option("--model", "-m", help="of the long clips: a name, a folder or a .safetensors file")] = "emoji",
+    output: Output = None,
+) -> None:
+    """Measure on the CPU what long clips, a step of SD 1.5's size and its training take."""
+    quiet()
+    from latent_shift import benchmark
+
+    _show(
+        benchmark.machine()
+        | {
+            "training SD 1.5, 16 frames of 512x512, GiB": benchmark.training_memory(),
+            "one step of SD 1.5": benchmark.full_size(),
+            "model of the long clips": model,
+            "long clips": benchmark.long_clips(model),
+        },
+        output,
+    )
+
+
+def _show(result: dict, output: Path | None) -> None:
+    text = json.dumps(result, indent=1)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
+    print(text)

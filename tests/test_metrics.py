@@ -90,12 +90,12 @@ def test_evaluation_compares_with_the_clips_of_the_captions(packed, video_model)
 
 @torch.no_grad()
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_denoising_error_is_the_objectives(packed, video_model, prediction):
+def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video_model, prediction):
     pipe = load(video_model)
     pipe.scheduler.register_to_config(prediction_type=prediction)
     pipe.call_defaults |= {"shared_noise": 0.3, "noise_correlation": 0.6}
     clip = data.Store(packed).window(0, 0, 4)
-    errors = metrics.denoising_error(pipe, clip[None], ["red"], levels=1)
+    errors, motion = metrics.denoising(pipe, clip[None], ["red"], levels=1)
     objective = DenoisingObjective(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config))
     latents = pipe.vae.encode(to_pixels(torch.from_numpy(clip))).latent_dist.mean * pipe.vae.config.scaling_factor
     own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for generator in [seed(0)] for n in (4, 1))
@@ -104,6 +104,22 @@ def test_the_denoising_error_is_the_objectives(packed, video_model, prediction):
     )
     assert errors.shape == (4,)
     assert errors.mean() == pytest.approx(float(loss), rel=1e-4)
+    assert motion.keys() == {500}
+    assert motion[500] < 1
+    real_call = pipe.unet.forward
+
+    def knowing(noisy, timestep, *args, **kwargs):  # one that knows the clip finds all of its motion
+        made = real_call(noisy, timestep, *args, **kwargs)
+        schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+        a, s = schedule.alphas_cumprod[500] ** 0.5, (1 - schedule.alphas_cumprod[500]) ** 0.5
+        noise = (noisy - a * latents) / s
+        made.sample = noise if prediction == "epsilon" else a * noise - s * latents
+        return made
+
+    pipe.unet.forward = knowing
+    errors, motion = metrics.denoising(pipe, clip[None], ["red"], levels=1)
+    assert errors.mean() == pytest.approx(0, abs=1e-6)
+    assert motion[500] == pytest.approx(1, abs=1e-4)
 
 
 def test_reconstruction_is_the_psnr_of_held_out_frames(packed, video_model):

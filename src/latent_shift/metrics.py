@@ -80,8 +80,8 @@ def retrieval_ranks(generated: np.ndarray, real: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def denoising_error(pipe: LatentShiftPipeline, clips: np.ndarray, prompts: list[str], *, levels: int = 4) -> np.ndarray:
-    """What the model is trained to make small, on real clips: the mean squared error of its prediction, frame by frame.
+def denoising(pipe: LatentShiftPipeline, clips: np.ndarray, prompts: list[str], *, levels: int = 4) -> tuple[np.ndarray, dict[int, float]]:
+    """How well the model sees real clips through noise: what it is trained to make small, and how much of what moves it has found.
 
     Args:
         pipe: a model of epsilon or v.
@@ -90,10 +90,12 @@ def denoising_error(pipe: LatentShiftPipeline, clips: np.ndarray, prompts: list[
         levels: timesteps, evenly spaced; the noise of a clip and level is that of seed 0, alike from frame to frame as in training.
 
     Returns:
-        `(F,)`, the mean over clips and levels.
+        The mean squared error of its prediction `(F,)`, the mean over clips and levels; and by timestep the share of the variance
+        explained (R^2) of the clips' motion, each latent's deviation from the mean of its clip.
     """
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     steps, generator, total = schedule.config.num_train_timesteps, seed(0), torch.zeros(clips.shape[1])
+    missed, moving = np.zeros(levels), np.zeros(levels)
     share, correlation = (float(pipe.call_defaults[name]) for name in ("shared_noise", "noise_correlation"))
     share_text(pipe.unet)
     for clip, prompt in zip(clips, prompts, strict=True):
@@ -104,12 +106,21 @@ def denoising_error(pipe: LatentShiftPipeline, clips: np.ndarray, prompts: list[
             timestep = torch.tensor([steps * (2 * level + 1) // (2 * levels)], device=unet.device)
             own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for n in (len(clip), 1))
             noise = share_noise(own, common, share, correlation)[0].to(latents)
+            noisy = schedule.add_noise(latents, noise, timestep)
             with frames(unet, len(clip)):
-                predicted = unet(schedule.add_noise(latents, noise, timestep), timestep, embedding.to(latents)).sample
+                predicted = unet(noisy, timestep, embedding.to(latents)).sample
             epsilon = schedule.config.prediction_type == "epsilon"
             target = noise if epsilon else schedule.get_velocity(latents, noise, timestep)
             total += (predicted - target).float().square().mean(dim=(1, 2, 3)).cpu()
-    return (total / (len(clips) * levels)).numpy()
+            signal = float(schedule.alphas_cumprod[timestep.cpu()])
+            a, s = signal**0.5, (1 - signal) ** 0.5
+            clean = (noisy - s * predicted) / a if epsilon else a * noisy - s * predicted
+            motion, found = (each.float() - each.float().mean(dim=0) for each in (latents, clean))
+            missed[level] += float((motion - found).square().sum())
+            moving[level] += float(motion.square().sum())
+    timesteps = [steps * (2 * level + 1) // (2 * levels) for level in range(levels)]
+    explained = 1 - missed / np.maximum(moving, 1e-12)
+    return (total / (len(clips) * levels)).numpy(), {t: float(r2) for t, r2 in zip(timesteps, explained, strict=True)}
 
 
 @torch.no_grad()
@@ -187,7 +198,7 @@ def evaluate(
         progress(len(clips), len(chosen))
     generated = np.stack(clips)
     ranks = retrieval_ranks(np.stack([features(clip) for clip in generated]), np.stack([features(clip) for clip in real]))
-    errors = denoising_error(pipe, real, [store.records[index].texts[0] for index in chosen])
+    errors, motion = denoising(pipe, real, [store.records[index].texts[0] for index in chosen])
     energies = np.array([[motion_energy(clip) for clip in part] for part in (generated, real)])
     return {
         "clips": len(chosen),
@@ -201,6 +212,7 @@ def evaluate(
         "retrieval_median_rank": float(np.median(ranks)),
         "denoising_error": float(errors.mean()),
         "denoising_error_by_frame": errors.round(4).tolist(),
+        "motion_explained_by_timestep": {str(timestep): round(r2, 4) for timestep, r2 in motion.items()},
         "motion_energy": float(energies[0].mean()),
         "motion_energy_real": float(energies[1].mean()),
         # How far each clip's motion is from that of the real clip of its caption, as a factor: exp of the mean |log ratio|.
@@ -229,6 +241,10 @@ def table(results: list[dict]) -> str:
     if len(by_frame) == len(results):  # a file of an older version has none
         rows.append(["denoising error of real clips", *(f"{np.mean(errors):.4f}" for errors in by_frame), ""])
         rows.append(["of their first and last frames", *(f"{(errors[0] + errors[-1]) / 2:.4f}" for errors in by_frame), ""])
+    if all("motion_explained_by_timestep" in result for result in results):
+        for timestep in real["motion_explained_by_timestep"]:
+            explained = [result["motion_explained_by_timestep"][timestep] for result in results]
+            rows.append([f"their motion, seen through the noise of timestep {timestep}", *(f"{r2:.0%}" for r2 in explained), "100%"])
     for name, unit in (("motion_energy", ", grey levels"), ("flicker", ", grey levels"), ("persistence", ""), ("coherence", "")):
         if not all(name in result for result in results):
             continue

@@ -29,6 +29,8 @@ class Progress:
 
 def quiet() -> None:
     """Keep the libraries' notices (bars for loading files, types they did not expect) out of the terminal."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # what they say when they are imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
     import transformers
 
@@ -37,6 +39,5 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # But not what it says when a prompt is longer than the text encoder reads.
     diffusers.utils.logging.get_logger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").setLevel(logging.WARNING)

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 
+from latent_shift import shift
 from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of, temporal_shift
 
 EDGES = ("zero", "wrap", "hold")
@@ -57,9 +58,26 @@ def test_it_moves_channels_to_the_neighbouring_frames(edge, ahead, back):
 
 @pytest.mark.parametrize("edge", EDGES)
 def test_the_compiled_form_is_the_eager_form(edge):
-    x = torch.randn(8, 6, 4, 4)
+    x = torch.randn(8, 6, 4, 4, requires_grad=True)
     compiled = torch.compile(temporal_shift, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x, 4, Shift(edge=edge)), temporal_shift(x, 4, Shift(edge=edge)))
+    outputs = [call(x, 4, Shift(edge=edge)) for call in (temporal_shift, compiled)]
+    assert torch.equal(*outputs)
+    upstream = torch.randn_like(x)
+    assert torch.equal(*[torch.autograd.grad(output, x, upstream)[0] for output in outputs])
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_the_form_that_is_exported_is_the_eager_form(edge):
+    x = torch.randn(2, 4, 6, 4, 4)
+    assert torch.equal(shift._shift_functional(x, 2, 1, edge), shift._shift_in_one_pass(x, 2, 1, edge, False))
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_it_keeps_the_rules_of_an_operator(edge, adjoint):
+    """PyTorch's own: schema, fake tensors and autograd tell the truth."""
+    for x in (torch.randn(2, 4, 6, 3, 3), torch.randn(8, 6, 3, 3).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 4))):
+        torch.library.opcheck(shift._shift_in_one_pass, (x.requires_grad_(), 2, 1, edge, adjoint))
 
 
 def test_memory_format_is_kept():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
+import multiprocessing
 import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
 
-from latent_shift import families, memory, models
+from latent_shift import families, memory, models, zoo
 from latent_shift.config import Config
 from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of
+from latent_shift.terminal import quiet
 
 _WIDTHS: dict[str, Any] = dict(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128)
 _HEADS = (2, 4, 8, 8)
@@ -194,41 +196,6 @@ def savings(*, num_frames: int = 16, text_length: int = 77, rounds: int = 10, de
         )
 
 
-_PEAK = """
-def gib():  # not ru_maxrss, which begins with that of the process that started this one
-    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 2**20
-"""
-_FULL_SIZE = """
-import json, time, torch
-from diffusers import UNet2DConditionModel
-from latent_shift import families, models
-from latent_shift.shift import frames, inflate, share_text
-unet = inflate(UNet2DConditionModel(**families.FAMILIES["sd1"].unet).eval())
-share_text(unet)
-x, text = torch.randn({frames}, 4, 32, 32), torch.randn(1, 77, 768)
-before = gib()
-with torch.no_grad(), frames(unet, {frames}):
-    start = time.perf_counter()
-    unet(x, 500, text)
-    seconds = time.perf_counter() - start
-print(json.dumps(dict(parameters=models.num_parameters(unet), seconds=seconds, gib_before=before, gib_peak=gib())))
-"""
-_LONG = """
-import json, time, latent_shift as ls
-pipe = ls.load({model!r}, device="cpu")
-pipe.set_progress_bar_config(disable=True)
-options = dict(num_frames={frames}, num_inference_steps=2, generator=ls.seed(0))
-start = time.perf_counter()
-if {mode!r} == "stream":
-    ls.inflate(pipe.unet, ls.Shift(backward=0, edge="hold"))
-    for frame in pipe.stream("fire", **options):
-        pass
-else:
-    pipe("fire", output_type="latent", **({{}} if {mode!r} == "whole" else dict(chunk=16, halo=4)), **options)
-print(json.dumps(dict(mode={mode!r}, frames={frames}, seconds=time.perf_counter() - start, gib_peak=gib())))
-"""
-
-
 def training_memory() -> dict[str, dict[str, float]]:
     """GiB that a step of recipes/finetune-sd15.toml takes (memory.py), whole and as a LoRA, with and without checkpointing."""
     settings: dict[str, Any] = {
@@ -246,18 +213,51 @@ def training_memory() -> dict[str, dict[str, float]]:
     return results
 
 
-def full_size(*, num_frames: int = 16) -> dict:
+def full_size(*, num_frames: int = 16) -> dict[str, Any]:
     """One step at the size of Stable Diffusion 1.5 with random weights, 32x32 latents, on the CPU, in a process of its own."""
-    return _measured(_FULL_SIZE.format(frames=num_frames))
+    return _alone(_full_size, num_frames)
 
 
-def long_clips(model: str = "emoji", *, num_frames: tuple[int, ...] = (16, 64, 256, 1024)) -> list[dict]:
+def long_clips(model: str = "emoji", *, num_frames: tuple[int, ...] = (16, 64, 256, 1024)) -> list[dict[str, Any]]:
     """Peak memory of two steps of clips of many lengths on the CPU: whole (up to 256 frames), in chunks of 16 with a halo of 4, and as
     a stream whose frames are decoded. Each in a process of its own."""
     runs = [(mode, number) for mode in ("whole", "chunks", "stream") for number in num_frames if mode != "whole" or number <= 256]
-    return [_measured(_LONG.format(model=model, mode=mode, frames=number)) for mode, number in runs]
+    return [_alone(_long_clip, model, mode, number) for mode, number in runs]
 
 
-def _measured(program: str) -> dict:
-    done = subprocess.run([sys.executable, "-c", _PEAK + program], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def _full_size(num_frames: int) -> dict[str, Any]:
+    unet = inflate(UNet2DConditionModel(**families.FAMILIES["sd1"].unet).eval())
+    share_text(unet)
+    x, text = torch.randn(num_frames, 4, 32, 32), torch.randn(1, 77, 768)
+    before = _gib_peak()
+    with torch.no_grad(), frames(unet, num_frames):
+        start = time.perf_counter()
+        unet(x, 500, text)
+        seconds = time.perf_counter() - start
+    return {"parameters": models.num_parameters(unet), "seconds": seconds, "gib_before": before, "gib_peak": _gib_peak()}
+
+
+def _long_clip(model: str, mode: str, num_frames: int) -> dict[str, Any]:
+    pipe = zoo.load(model, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"num_frames": num_frames, "num_inference_steps": 2, "generator": zoo.seed(0)}
+    if mode == "chunks":
+        options |= {"chunk": 16, "halo": 4}
+    start = time.perf_counter()
+    if mode == "stream":
+        inflate(pipe.unet, Shift(backward=0, edge="hold"))
+        for _ in pipe.stream("fire", **options):
+            pass
+    else:
+        pipe("fire", output_type="latent", **options)
+    return {"mode": mode, "frames": num_frames, "seconds": time.perf_counter() - start, "gib_peak": _gib_peak()}
+
+
+def _alone(call: Callable[..., Any], *args: Any) -> Any:
+    """What `call` returns in a fresh process, whose peak of memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=quiet) as pool:
+        return pool.submit(call, *args).result()
+
+
+def _gib_peak() -> float:  # not ru_maxrss, which begins with that of the process that started this one
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20

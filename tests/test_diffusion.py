@@ -25,11 +25,13 @@ def unet():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("min_snr", [None, 5.0])
+@pytest.mark.parametrize("motion_weight", [1.0, 3.0])
 @torch.no_grad()
-def test_the_loss_is_the_formula(unet, prediction, min_snr):
+def test_the_loss_is_the_formula(unet, prediction, min_snr, motion_weight):
     latents, noise, timesteps, text = batch()
     schedule = noise_schedule(prediction=prediction)
-    loss, _ = DenoisingObjective(unet, schedule, min_snr=min_snr)(latents, noise, timesteps, text)
+    objective = DenoisingObjective(unet, schedule, min_snr=min_snr, motion_weight=motion_weight)
+    loss, _ = objective(latents, noise, timesteps, text)
     expected = []
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     for clip in range(2):
@@ -40,7 +42,9 @@ def test_the_loss_is_the_formula(unet, prediction, min_snr):
         target = noise[clip] if prediction == "epsilon" else a * noise[clip] - s * latents[clip]
         snr = float(alpha_bar / (1 - alpha_bar))
         weight = 1.0 if min_snr is None else min(snr, min_snr) / (snr if prediction == "epsilon" else snr + 1)
-        expected.append(weight * (predicted - target).square().mean())
+        error = predicted - target
+        steady = error.mean(dim=0, keepdim=True)
+        expected.append(weight * (steady.square().mean() + motion_weight * (error - steady).square().mean()))
     torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
 
 

@@ -301,6 +301,7 @@ def test_a_model_draws_the_size_it_was_trained_at(media, packed, image_model, au
         ("video", "model.forward", 0.0),
         ("video", "model.backward", 0.0),
         ("video", "model.edge", "wrap"),
+        ("video", "diffusion.motion_weight", 3.0),
         ("video", "diffusion.shared_noise", 0.5),
         ("video", "diffusion.noise_correlation", 0.5),
         ("video", "model.init", None),

@@ -56,6 +56,7 @@ class Diffusion(Section):
     zero_terminal_snr: bool = False
     timestep_shift: float = Field(1.0, gt=0)  # 1 draws t uniformly (the paper); above 1 draws more of the noisy end
     min_snr: float | None = Field(None, gt=0)  # gamma of the min-SNR loss weight; unset: every timestep weighs the same
+    motion_weight: float = Field(1.0, gt=0)  # of the part of the error that changes within a clip, beside the part that stays
     shared_noise: float = Field(0.0, ge=0, lt=1)  # share of the noise's variance that all frames of a clip have in common
     noise_correlation: float = Field(0.0, ge=0, lt=1)  # of the rest, from one frame to the next
     caption_dropout: float = Field(0.1, ge=0, le=1)  # share of captions emptied, for classifier-free guidance
@@ -154,6 +155,7 @@ _IGNORED = {  # settings that a stage does not read
         "model.edge",
     ],
     "image": [
+        "diffusion.motion_weight",
         "diffusion.shared_noise",
         "diffusion.noise_correlation",
         "data.crop",

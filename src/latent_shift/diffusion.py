@@ -71,17 +71,25 @@ def drift(own, previous, correlation: float):
 class DenoisingObjective(nn.Module):
     """The mean squared error of a U-Net that predicts the noise (or v) in latents, as one module that accelerate can wrap.
 
+    Args:
+        unet: inflated, with one text a clip (`share_text`).
+        schedule: of the noise.
+        min_snr: gamma of the min-SNR weight of timesteps; None: all weigh the same.
+        motion_weight: how much the part of the error weighs that differs from the clip's mean over frames. What stays still is learnt
+            first; above 1 what moves is not left behind (the concern of the loss of MotionDirector, Zhao et al. 2023, section 3.3).
+
     Raises:
         ValueError: a schedule that predicts something else.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, schedule: DDPMScheduler, *, min_snr: float | None = None):
+    def __init__(self, unet: UNet2DConditionModel, schedule: DDPMScheduler, *, min_snr: float | None = None, motion_weight: float = 1.0):
         super().__init__()
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"expected a schedule that predicts epsilon or v_prediction, got {schedule.config.prediction_type!r}")
         self.unet = unet
         self.schedule = schedule
         self.min_snr = min_snr
+        self.motion_weight = motion_weight
 
     def forward(
         self, latents_BFCHW: Tensor, noise_BFCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor
@@ -95,9 +103,13 @@ class DenoisingObjective(nn.Module):
         target = noise if epsilon else self.schedule.get_velocity(latents, noise, timesteps_N)
         with frames(self.unet, num_frames):
             predicted = self.unet(noisy, timesteps_N, text_BLD).sample.float()
-        error_B = (predicted - target).square().mean(dim=(1, 2, 3)).unflatten(0, (-1, num_frames)).mean(dim=1)
-        loss = (error_B * self._weight(timesteps_B)).mean()
-        return loss, {"mse": error_B.mean().detach()}
+        error_BFCHW = (predicted - target).unflatten(0, (-1, num_frames))
+        mse_B = error_BFCHW.square().mean(dim=(1, 2, 3, 4))
+        loss_B = mse_B
+        if self.motion_weight != 1 and num_frames > 1:
+            steady_B = error_BFCHW.mean(dim=1).square().mean(dim=(1, 2, 3))
+            loss_B = steady_B + self.motion_weight * (mse_B - steady_B)
+        return (loss_B * self._weight(timesteps_B)).mean(), {"mse": mse_B.mean().detach()}
 
     def _weight(self, timesteps_B: Tensor) -> Tensor | float:
         """Min-SNR (Hang et al. 2023, equation 11): the loss on x0 weighs min(SNR, gamma), whatever is predicted."""

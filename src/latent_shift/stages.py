@@ -121,7 +121,7 @@ class DenoiserStage:
             zero_terminal_snr=options.zero_terminal_snr,
         )
         self._check_start()
-        self.objective = DenoisingObjective(self.model, self.schedule, min_snr=options.min_snr)
+        self.objective = DenoisingObjective(self.model, self.schedule, min_snr=options.min_snr, motion_weight=options.motion_weight)
 
     def _check_start(self) -> None:
         """The U-Net fits the latents and texts, and learns what it has learnt before, moving the channels it moved before."""

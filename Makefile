@@ -83,6 +83,7 @@ sheet: $(VENV)/.core
 
 modes: $(VENV)/.core
 	PATH="$(abspath $(BIN)):$$PATH" sh -ec "$$(sed -n '/^```bash/,/^```/{/^latent-shift/p}' docs/modes.md)"
+	sed -n '/^```python/,/^```/{/^```/!p}' docs/modes.md | $(BIN)/python -
 
 table: data/emoji-128/store.json
 	$(BIN)/latent-shift eval data/emoji-128 -o docs/results/emoji.json

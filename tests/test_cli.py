@@ -164,8 +164,16 @@ def test_bench_and_models_print_what_they_found(video_model, tmp_path):
         (["sheet", __file__, "sheet.jpg"], "expected one of .mp4"),
     ],
 )
-def test_errors_are_a_line_and_an_exit_code(words, message):
-    result = subprocess.run([sys.executable, "-m", "latent_shift", *words], capture_output=True, text=True)
+def test_errors_are_a_line_and_an_exit_code(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["latent-shift", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_error_in_a_process_of_its_own():
+    result = subprocess.run([sys.executable, "-m", "latent_shift", "train", "absent.toml"], capture_output=True, text=True)
     assert result.returncode == 1
-    assert message in result.stderr
+    assert "absent.toml" in result.stderr
     assert "Traceback" not in result.stderr

@@ -40,8 +40,8 @@ def test_public_names():
 def test_the_method_imports_nothing_of_ours_and_no_file_is_long():
     for path in Path(latent_shift.__file__).parent.glob("*.py"):
         text = path.read_text()
-        assert text.count("\n") <= 500, path
+        assert text.count("\n") <= 400, path
         if path.name == "shift.py":
             assert "from latent_shift" not in text
-        if path.name != "cli.py":
+        if not path.name.startswith("cli"):
             assert "print(" not in text, path

@@ -17,13 +17,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latent_shift import finetune, models, zoo
 from latent_shift.config import Config
-from latent_shift.diffusion import DenoisingObjective, noise_schedule
+from latent_shift.diffusion import DenoisingObjective, attention_kernel, noise_schedule
 from latent_shift.shift import Shift, inflate, share_text
 
 
@@ -87,7 +86,7 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
             unet.enable_gradient_checkpointing()
         clean = torch.empty(clips, config.data.num_frames, *latents)
         text = torch.empty(clips, text_length, unet.config.cross_attention_dim)
-        with live, sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
+        with live, attention_kernel(device, noise=clean):
             for _ in range(min(config.optim.accumulate, 2)):  # of the later batches the earlier ones' gradients are there
                 with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
                     loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)

@@ -51,7 +51,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 # The embedded model from nothing: 750 MB of data, then the paper's three stages (hours on two cores; see the model card).
-SHORT := optim.cooldown_steps=0 data.num_frames=8 data.batch_size=8 data.window=random data.image_share=0.4 diffusion.timestep_shift=3.0
+SHORT := optim.cooldown_steps=0 data.num_frames=8 data.batch_size=8 data.window=random data.image_share=0.4 diffusion.timestep_shift=3.0 diffusion.motion_weight=1.0
 
 data/emoji/metadata.jsonl: | $(VENV)/.dev
 	$(BIN)/python recipes/emoji/fetch.py data/emoji

@@ -161,29 +161,6 @@ def test_a_video_cut_short_is_refused(tmp_path, suffix):
         video.read(part)
 
 
-def test_a_folder_of_videos_with_captions_is_a_data_set(tmp_path):
-    video.write(counting_clip(16), tmp_path / "sub" / "a.mp4")
-    (tmp_path / "sub" / "a.txt").write_text("a cat\nthe same cat\n")
-    video.write(counting_clip(16), tmp_path / "b.webm")
-    records = data.read_records(tmp_path)
-    assert [(record.file_name, record.texts) for record in records] == [("b.webm", ()), ("sub/a.mp4", ("a cat", "the same cat"))]
-    counts, problems = data.check(tmp_path)
-    assert counts == {"clips": 1, "stills": 0, "concepts": 2}
-    assert problems == [("b.webm", "no caption")]
-    (tmp_path / "sub" / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8 text"):
-        data.read_records(tmp_path)
-    (tmp_path / "sub" / "a.txt").unlink()
-    with pytest.raises(ValueError, match=r"expected metadata.jsonl, or media files each with a caption"):
-        data.read_records(tmp_path)
-
-
-def test_metadata_lines_are_checked(tmp_path):
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "a"}\n{"file_name": "b.mp4"}\n')
-    with pytest.raises(ValueError, match=r"metadata.jsonl:2: expected an object with file_name and text"):
-        data.read_records(tmp_path)
-
-
 def test_captions_keep_their_letters_and_empty_ones_are_none(tmp_path):
     video.write(counting_clip(16), tmp_path / "a.mp4")
     rows = [{"file_name": "a.mp4", "text": "one\u2028line"}, {"file_name": "a.mp4", "text": ["", "a"]}, {"file_name": "a.mp4", "text": " "}]

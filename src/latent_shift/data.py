@@ -150,7 +150,7 @@ def pack(
     total = length_hint(clips) or None
     writer = StoreWriter(out, "uint8", (size, size, 3), fps=fps, size=size, source=Path(source).name)
     problems = []
-    for done, (record, frames) in enumerate(_decoded(clips, size, fps, workers), 1):
+    for done, (record, frames) in enumerate(decoded(clips, size, fps, workers), 1):
         if isinstance(frames, str):
             problems.append((record.file_name, frames))
         else:
@@ -162,26 +162,6 @@ def pack(
         raise ValueError(f"{source}: none of {done} files can be used{first}")
     writer.close()
     return problems
-
-
-def check(source: str | Path, *, min_frames: int = 16, fps: float = 8, workers: int = 1) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Read every file as training would; returns counts and the (file name, reason) of each that is not a good clip.
-
-    Counts: clips, stills, concepts. Reasons: unreadable, no caption, a clip shorter than `min_frames` at `fps` that does
-    not loop, a clip in which nothing moves.
-    """
-    counts, problems, concepts = {"clips": 0, "stills": 0}, [], set()
-    for record, frames in _decoded(read(source), 64, fps, workers):
-        concepts.add(record.concept)
-        if isinstance(frames, str):
-            problems.append((record.file_name, frames))
-            continue
-        counts["clips" if len(frames) > 1 else "stills"] += 1
-        if 1 < len(frames) < min_frames and not record.loop:
-            problems.append((record.file_name, f"{len(frames)} frames at {fps:g} fps, {min_frames} wanted"))
-        if len(frames) > 1 and np.abs(np.diff(frames.astype(np.int16), axis=0)).mean() < 0.05:
-            problems.append((record.file_name, "static: no frame differs from the one before"))
-    return counts | {"concepts": len(concepts)}, problems
 
 
 def preview(store: Store, *, rows: int = 8, columns: int = 8, seed: int = 0) -> tuple[np.ndarray, list[str]]:
@@ -205,7 +185,7 @@ def _decode(media: Media, name: str, size: int, fps: float) -> np.ndarray | str:
         return str(error).removeprefix(f"{media if isinstance(media, Path) else name}: ")
 
 
-def _decoded(clips: Iterator[tuple[Record, Media]], size: int, fps: float, workers: int) -> Iterator[tuple[Record, np.ndarray | str]]:
+def decoded(clips: Iterator[tuple[Record, Media]], size: int, fps: float, workers: int) -> Iterator[tuple[Record, np.ndarray | str]]:
     """Each record with its frames, or with the reason why there are none; two clips a worker are on their way at any time."""
     tasks = ((record, (media if record.texts else "no caption", record.file_name, size, fps)) for record, media in clips)
     if workers <= 1:

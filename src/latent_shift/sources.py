@@ -179,7 +179,7 @@ def ucf101_sentences() -> dict[str, str]:
 
 def _ucf101(folder: Path, files: list[Path]) -> Iterator[tuple[Record, Media]]:
     """The splits are those of the first list; without lists all is train."""
-    sentences, splits = ucf101_sentences(), {}
+    sentences, splits = ucf101_sentences(), dict[str, str]()
     for split in ("train", "test"):
         for table in sorted(folder.rglob(f"{split}list01.txt")):
             splits |= {PurePosixPath(line.split()[0]).name: split for line in lines_of(table) if line.strip()}

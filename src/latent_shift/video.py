@@ -170,7 +170,7 @@ def _fit(image: Image.Image, size: int | None) -> np.ndarray:
 
 
 def _decode_video(file: Path | io.BytesIO) -> Iterator[tuple[Image.Image, float]]:
-    with av.open(file if isinstance(file, io.BytesIO) else str(file)) as container:
+    with av.open(file if isinstance(file, io.BytesIO) else str(file), "r") as container:
         if not container.streams.video:
             raise EOFError("no video stream")
         stream = container.streams.video[0]

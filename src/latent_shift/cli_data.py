@@ -20,9 +20,9 @@ def check(
     folder: Folder, frames: Annotated[int, typer.Option(help="frames a clip must have")] = 16, fps: float = 8, workers: Workers = 2
 ) -> None:
     """Read every file as training would and name each that is no good, with the reason."""
-    from latent_shift import data
+    from latent_shift.check import check as look
 
-    counts, problems = data.check(folder, min_frames=frames, fps=fps, workers=workers)
+    counts, problems = look(folder, min_frames=frames, fps=fps, workers=workers)
     for name, reason in problems:
         print(f"{name}: {reason}")
     print(", ".join(f"{number} {what}" for what, number in counts.items()) + f", {len(problems)} with problems")

@@ -1,8 +1,4 @@
-"""Captioned clips on disk: a folder of media files, packed once into one array of frames.
-
-    folder/                    what a user has
-      metadata.jsonl           a line a file: {"file_name": ..., "text": str or [str, ...], optional: "concept", "split", "loop"}
-      *.mp4, *.webp, ...       or, without metadata.jsonl, each media file beside a .txt caption (a line a wording)
+"""Captioned clips on disk, packed once into one array of frames.
 
     store/                     what training reads: `pack` writes pixels, `encode` writes latents, in the same form
       array.bin                every frame of every record, one after the other
@@ -15,60 +11,17 @@ Everything random is drawn from a numpy Generator that the caller seeds, so a tr
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, replace
+from operator import length_hint
 from pathlib import Path
 
 import numpy as np
 
 from latent_shift import video
-
-
-@dataclass(frozen=True)
-class Record:
-    """One clip or still. `texts[0]` is the caption, the others are wordings of it; `loop`: the last frame runs on into the first."""
-
-    file_name: str
-    texts: tuple[str, ...]
-    concept: str
-    split: str = "train"
-    loop: bool = False
-    start: int = 0
-    num_frames: int = 0
-
-
-def read_records(folder: str | Path) -> list[Record]:
-    """The records of a media folder, in the order of metadata.jsonl or of the file names.
-
-    Raises:
-        ValueError: no metadata and no captioned file, or a line that is not a record; the message names file and line.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    metadata = folder / "metadata.jsonl"
-    if not metadata.exists():
-        captions = [(path, path.with_suffix(".txt")) for path in sorted(folder.rglob("*")) if path.suffix.lower() in video.SUFFIXES]
-        records = []
-        for path, caption in captions:
-            texts = tuple(line.strip() for line in _text(caption).splitlines() if line.strip()) if caption.exists() else ()
-            records.append(Record(str(path.relative_to(folder)), texts, concept=texts[0] if texts else path.stem))
-        if not any(record.texts for record in records):
-            raise ValueError(f"{folder}: expected metadata.jsonl, or media files each with a caption in a .txt of the same name")
-        return records
-    records = []
-    for number, line in enumerate(_lines(metadata), 1):
-        try:
-            row = json.loads(line)
-            texts = tuple(text for text in ([row["text"]] if isinstance(row["text"], str) else row["text"]) if str.strip(text))
-            name = row["file_name"]
-            optional = {key: row[key] for key in ("split", "loop") if key in row}
-            records.append(Record(name, texts, str(row.get("concept", texts[0] if texts else name)), **optional))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{metadata}:{number}: expected an object with file_name and text, got {line[:80]!r} ({error})") from error
-    return records
+from latent_shift.sources import Media, Record, lines_of, read
 
 
 class Store:
@@ -85,7 +38,7 @@ class Store:
         if not (self.folder / "store.json").exists():
             raise ValueError(f"{folder}: not a packed data set (no store.json); `latent-shift data pack FOLDER OUT` writes one")
         self.info = json.loads((self.folder / "store.json").read_text())
-        rows = [json.loads(line) for line in _lines(self.folder / "index.jsonl")]
+        rows = [json.loads(line) for line in lines_of(self.folder / "index.jsonl")]
         self.records = [Record(**{**row, "texts": tuple(row["texts"])}) for row in rows]
         total = sum(record.num_frames for record in self.records)
         shape = (total, *self.info["shape"])
@@ -169,61 +122,46 @@ class BalancedSampler:
 
 
 def pack(
-    folder: str | Path, out: str | Path, *, size: int, fps: float, workers: int = 1, progress: Callable[[int, int], None] | None = None
+    source: str | Path,
+    out: str | Path,
+    *,
+    size: int,
+    fps: float,
+    workers: int = 1,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> list[tuple[str, str]]:
     """Decode every record once into a store of `(F, size, size, 3) uint8` frames.
 
     Args:
-        folder: a media folder (see the head of this file).
+        source: captioned clips in one of the layouts of sources.py.
         out: where the store goes.
         size: side of the frames in pixels.
         fps: frames a second kept of every clip.
         workers: processes that decode.
-        progress: called with (records done, records in all).
+        progress: called with (records done, records in all, None where only the end will tell).
 
     Returns:
         The files that could not be used, as (file name, reason). They are left out, never replaced.
 
     Raises:
-        ValueError: not a media folder, or no file of it can be used.
+        ValueError: no clips in any layout, or none that can be used.
     """
-    folder = Path(folder)
-    records = read_records(folder)
-    writer = StoreWriter(out, "uint8", (size, size, 3), fps=fps, size=size, source=folder.name)
+    clips, done = read(source), 0
+    total = length_hint(clips) or None
+    writer = StoreWriter(out, "uint8", (size, size, 3), fps=fps, size=size, source=Path(source).name)
     problems = []
-    for done, (record, frames) in enumerate(_decoded(folder, records, size, fps, workers), 1):
+    for done, (record, frames) in enumerate(decoded(clips, size, fps, workers), 1):
         if isinstance(frames, str):
             problems.append((record.file_name, frames))
         else:
             writer.add(record, frames)
         if progress:
-            progress(done, len(records))
+            progress(done, total)
     if not writer.total:
-        raise ValueError(f"{folder}: none of {len(records)} files can be used; the first: {': '.join(problems[0])}")
+        first = f"; the first: {': '.join(problems[0])}" if problems else ""
+        raise ValueError(f"{source}: none of {done} files can be used{first}")
     writer.close()
     return problems
-
-
-def check(folder: str | Path, *, min_frames: int = 16, fps: float = 8, workers: int = 1) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Read every file as training would; returns counts and the (file name, reason) of each that is not a good clip.
-
-    Counts: clips, stills, concepts. Reasons: unreadable, no caption, a clip shorter than `min_frames` at `fps` that does
-    not loop, a clip in which nothing moves.
-    """
-    folder = Path(folder)
-    records = read_records(folder)
-    counts = {"clips": 0, "stills": 0, "concepts": len({record.concept for record in records})}
-    problems = []
-    for record, frames in _decoded(folder, records, 64, fps, workers):
-        if isinstance(frames, str):
-            problems.append((record.file_name, frames))
-            continue
-        counts["clips" if len(frames) > 1 else "stills"] += 1
-        if 1 < len(frames) < min_frames and not record.loop:
-            problems.append((record.file_name, f"{len(frames)} frames at {fps:g} fps, {min_frames} wanted"))
-        if len(frames) > 1 and np.abs(np.diff(frames.astype(np.int16), axis=0)).mean() < 0.05:
-            problems.append((record.file_name, "static: no frame differs from the one before"))
-    return counts, problems
 
 
 def preview(store: Store, *, rows: int = 8, columns: int = 8, seed: int = 0) -> tuple[np.ndarray, list[str]]:
@@ -236,33 +174,28 @@ def preview(store: Store, *, rows: int = 8, columns: int = 8, seed: int = 0) -> 
     return video.labelled_rows(strips, captions, columns=columns), captions
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a .jsonl file. (`str.splitlines` also splits where a caption has one of Unicode's other line separators.)"""
-    return _text(path).removesuffix("\n").split("\n")
-
-
-def _text(path: Path) -> str:
+def _decode(media: Media, name: str, size: int, fps: float) -> np.ndarray | str:
+    if isinstance(media, str):
+        return media
     try:
-        return path.read_text(encoding="utf-8-sig")  # with or without the mark some editors put in front
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text ({error})") from error
-
-
-def _decode_one(task: tuple[Path, int, float]) -> np.ndarray | str:
-    path, size, fps = task
-    try:
-        return video.read(path, fps=fps, size=size)[0]
+        return video.read(
+            name if isinstance(media, bytes) else media, content=media if isinstance(media, bytes) else None, fps=fps, size=size
+        )[0]
     except ValueError as error:
-        return str(error).removeprefix(f"{path}: ")
+        return str(error).removeprefix(f"{media if isinstance(media, Path) else name}: ")
 
 
-def _decoded(folder: Path, records: list[Record], size: int, fps: float, workers: int) -> Iterator[tuple[Record, np.ndarray | str]]:
-    """Each record with its frames, or with the reason why there are none."""
-    captioned = [record for record in records if record.texts]
-    yield from ((record, "no caption") for record in records if not record.texts)
-    tasks = [(folder / record.file_name, size, fps) for record in captioned]
+def decoded(clips: Iterator[tuple[Record, Media]], size: int, fps: float, workers: int) -> Iterator[tuple[Record, np.ndarray | str]]:
+    """Each record with its frames, or with the reason why there are none; two clips a worker are on their way at any time."""
+    tasks = ((record, (media if record.texts else "no caption", record.file_name, size, fps)) for record, media in clips)
     if workers <= 1:
-        yield from zip(captioned, map(_decode_one, tasks), strict=True)
+        yield from ((record, _decode(*task)) for record, task in tasks)
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from zip(captioned, pool.map(_decode_one, tasks, chunksize=8), strict=True)
+        underway: deque[tuple[Record, Future]] = deque()
+        for record, task in tasks:
+            underway.append((record, pool.submit(_decode, *task)))
+            if len(underway) >= 2 * workers:
+                record, future = underway.popleft()
+                yield record, future.result()
+        yield from ((record, future.result()) for record, future in underway)

@@ -33,7 +33,7 @@ from latent_shift.shift import Shift, ShiftConv2d, shift_of
 log = logging.getLogger("latent_shift")
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int | None], None] | None]]
 
 
 def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", progress: Progress | None = None) -> Config:

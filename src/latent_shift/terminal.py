@@ -23,7 +23,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int | None) -> None:
         self.bar.update(self.task, completed=done, total=total)
 
 

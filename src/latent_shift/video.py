@@ -6,6 +6,7 @@ pillow the animations and stills; both ship their codecs, so nothing else has to
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterator
 from functools import partial
@@ -27,12 +28,18 @@ BROKEN = (
 
 
 def read(
-    path: str | Path, *, fps: float | None = None, size: int | None = None, background: tuple[int, int, int] = (255, 255, 255)
+    path: str | Path,
+    *,
+    content: bytes | None = None,
+    fps: float | None = None,
+    size: int | None = None,
+    background: tuple[int, int, int] = (255, 255, 255),
 ) -> tuple[np.ndarray, float]:
     """Decode a video, animation or still, turned upright where the file says how it was held.
 
     Args:
         path: a file with one of `SUFFIXES`.
+        content: what is in the file, if it lies elsewhere (in a shard, say); the path then only names it.
         fps: frames a second wanted. Output frame `k` is the one on screen at `k / fps` seconds; None keeps every frame.
         size: side of the square wanted, in pixels: the largest centred square is cut out and resized. None keeps the size.
         background: RGB laid behind transparent pixels.
@@ -51,7 +58,7 @@ def read(
     end = 0.0
     num_decoded = 0
     try:
-        for image, seconds in decode(path):
+        for image, seconds in decode(path if content is None else io.BytesIO(content)):
             # A frame is shown from `end` to `end + seconds`: it fills every output slot that falls inside.
             num_decoded += 1
             repeats = 1 if fps is None else sum(1 for _ in _slots(end, end + seconds, fps))
@@ -162,10 +169,10 @@ def _fit(image: Image.Image, size: int | None) -> np.ndarray:
     return np.asarray(image)
 
 
-def _decode_video(path: Path) -> Iterator[tuple[Image.Image, float]]:
-    with av.open(str(path)) as container:
+def _decode_video(file: Path | io.BytesIO) -> Iterator[tuple[Image.Image, float]]:
+    with av.open(file if isinstance(file, io.BytesIO) else str(file), "r") as container:
         if not container.streams.video:
-            raise ValueError(f"{path}: holds no video stream")
+            raise EOFError("no video stream")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         default = 1 / float(stream.average_rate or 25)
@@ -185,15 +192,15 @@ def _decode_video(path: Path) -> Iterator[tuple[Image.Image, float]]:
         if not promised and container.duration and len(container.streams) == 1:
             promised = container.duration / av.time_base
         if shown < 0.9 * promised - 2 * default:
-            raise ValueError(f"{path}: cut short: {shown:.1f} s of {promised:.1f} s can be decoded")
+            raise EOFError(f"cut short: {shown:.1f} s of {promised:.1f} s can be decoded")
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:
     return frame.to_image().rotate(frame.rotation, expand=True)  # both count degrees counterclockwise; telephones film sideways
 
 
-def _decode_image(path: Path, background: tuple[int, int, int]) -> Iterator[tuple[Image.Image, float]]:
-    with Image.open(path) as image:
+def _decode_image(file: Path | io.BytesIO, background: tuple[int, int, int]) -> Iterator[tuple[Image.Image, float]]:
+    with Image.open(file) as image:
         for frame in ImageSequence.Iterator(image):
             frame.load()
             seconds = frame.info.get("duration", 100) / 1000

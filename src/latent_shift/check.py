@@ -1,0 +1,111 @@
+"""What is wrong with captioned clips, told before anything is trained on them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from latent_shift.data import decoded
+from latent_shift.sources import Record, read
+
+SIDE = 128
+"""Clips are looked at in this many pixels a side."""
+
+
+def check(source: str | Path, *, min_frames: int = 16, fps: float = 8, workers: int = 1) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Read every clip as training would.
+
+    Args:
+        source: captioned clips in one of the layouts of sources.py.
+        min_frames: frames that a clip must have at `fps`, unless it loops.
+        fps: frames a second.
+        workers: processes that decode.
+
+    Returns:
+        Counts of clips, stills and concepts; and (file name, reason) of each that is no good clip: unreadable, without caption, too
+        short, static, with a cut, seen before. What many clips show at the same place, a watermark, is told of the source as a whole.
+
+    Raises:
+        ValueError: no clips in any layout.
+    """
+    counts: Counter[str] = Counter(clips=0, stills=0)
+    problems: list[tuple[str, str]] = []
+    concepts, seen, edges = set(), _Seen(), list[np.ndarray]()
+    for record, frames in decoded(read(source), SIDE, fps, workers):
+        concepts.add(record.concept)
+        if isinstance(frames, str):
+            problems.append((record.file_name, frames))
+            continue
+        counts["clips" if len(frames) > 1 else "stills"] += 1
+        grey = frames.mean(axis=-1, dtype=np.float32)
+        problems += [(record.file_name, reason) for reason in _of_clip(record, grey, min_frames, fps)]
+        if first := seen.before(fingerprint(grey), record.file_name):
+            problems.append((record.file_name, f"shows what {first} shows"))
+        if len(edges) < 500:
+            edges.append(np.stack(np.gradient(grey[len(grey) // 2])).clip(-127, 127).round().astype(np.int8))
+    if overlay := _overlay(edges):
+        problems.append((str(source), overlay))
+    return {**counts, "concepts": len(concepts)}, problems
+
+
+def _of_clip(record: Record, grey: np.ndarray, min_frames: int, fps: float) -> list[str]:
+    if len(grey) == 1:
+        return []
+    changes = np.abs(np.diff(grey, axis=0)).mean(axis=(1, 2))
+    reasons = []
+    if len(grey) < min_frames and not record.loop:
+        reasons.append(f"{len(grey)} frames at {fps:g} fps, {min_frames} wanted")
+    if changes.mean() < 0.05:
+        reasons.append("static: no frame differs from the one before")
+    if cuts := cuts_of(changes):
+        reasons.append(f"a cut to another scene at {', '.join(f'{frame / fps:.1f} s' for frame in cuts)}")
+    return reasons
+
+
+def cuts_of(changes: np.ndarray) -> list[int]:
+    """The frames that begin another scene: the change to them is above 27 grey levels a pixel (PySceneDetect's threshold) and four times
+    what is usual in the clip, so that what moves fast all the time is no cut."""
+    return [int(frame) + 1 for frame in np.flatnonzero((changes > 27) & (changes > 4 * np.median(changes)))]
+
+
+def fingerprint(grey: np.ndarray) -> np.ndarray:
+    """256 bits that copies of a `(F, H, W)` clip in other sizes and encodings share all but a few of: which tile is darker than the one
+    beside it, of 9x8 in each of four frames."""
+    picked = grey[np.linspace(0, len(grey) - 1, 4).round().astype(int)]
+    rows, columns = (np.linspace(0, length, number + 1).astype(int)[:-1] for length, number in zip(grey.shape[1:], (8, 9), strict=True))
+    tiles = np.add.reduceat(np.add.reduceat(picked, rows, axis=1), columns, axis=2) / (grey.shape[1] * grey.shape[2] / 72)
+    return (np.diff(tiles, axis=2) > 4).ravel()
+
+
+class _Seen:
+    """Fingerprints that differ in fewer bits than there are bands are equal in one band at least: only those are compared."""
+
+    def __init__(self, bands: int = 16):
+        self.bands = [defaultdict[bytes, list](list) for _ in range(bands)]
+
+    def before(self, bits: np.ndarray, name: str) -> str | None:
+        """Who was seen with these bits, but for a few; if nobody was, `name` is from now on."""
+        keys = [bits[number :: len(self.bands)].tobytes() for number in range(len(self.bands))]
+        for band, key in zip(self.bands, keys, strict=True):
+            for other, first in band[key]:
+                if np.count_nonzero(other != bits) < len(self.bands):
+                    return first
+        for band, key in zip(self.bands, keys, strict=True):
+            band[key].append((bits, name))
+        return None
+
+
+def _overlay(edges: list[np.ndarray], *, least: int = 20, strength: float = 3.0) -> str | None:
+    """Edges that most clips have at the same place (Dekel et al. 2017: the median over clips of the gradient there is not zero)."""
+    if len(edges) < least:
+        return None
+    gradients = np.stack(edges).astype(np.float32)
+    median = np.median(gradients, axis=0)
+    error = 1.2533 * 1.4826 * np.median(np.abs(gradients - median), axis=0) / len(edges) ** 0.5  # of the median of normal numbers
+    found = (np.abs(median) > strength + 5 * error).any(axis=0)
+    if found.mean() < 1e-3:
+        return None
+    rows, columns = (np.flatnonzero(found.any(axis=axis)) * 100 // SIDE for axis in (1, 0))
+    return f"a fixed overlay, such as a watermark, {rows[0]}-{rows[-1]} % from the top and {columns[0]}-{columns[-1]} % from the left"

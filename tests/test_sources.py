@@ -1,0 +1,193 @@
+"""Every layout in which people have captioned videos, as it lies on their disks."""
+
+import csv
+import io
+import json
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+from test_data import counting_clip
+
+from latent_shift import check, data, sources, video
+
+
+def records(path):
+    return [record for record, _ in sources.read(path)]
+
+
+def test_media_beside_their_captions(tmp_path):
+    video.write(counting_clip(16), tmp_path / "sub" / "a.mp4")
+    (tmp_path / "sub" / "a.txt").write_text("a cat\nthe same cat\n")
+    video.write(counting_clip(16), tmp_path / "b.webm")
+    assert [(record.file_name, record.texts) for record in records(tmp_path)] == [("b.webm", ()), ("sub/a.mp4", ("a cat", "the same cat"))]
+    counts, problems = check.check(tmp_path)
+    assert counts == {"clips": 1, "stills": 0, "concepts": 2}
+    assert problems == [("b.webm", "no caption")]
+    (tmp_path / "sub" / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8 text"):
+        sources.read(tmp_path)
+    (tmp_path / "sub" / "a.txt").unlink()
+    with pytest.raises(ValueError, match=r"expected metadata.jsonl or metadata.csv, .tar shards, UCF-101, MSR-VTT, or media files"):
+        sources.read(tmp_path)
+    with pytest.raises(ValueError, match="gone: no such folder"):
+        sources.read(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "clips.jsonl", "clips.csv"])
+def test_tables(tmp_path, name):
+    rows = [
+        {"file_name": "sub/a.mp4", "text": "a cat, seen", "concept": "cat", "split": "val", "loop": True},
+        {"file_name": "b.mp4", "text": "a dog"},
+    ]
+    with (tmp_path / name).open("w", newline="") as file:
+        if name.endswith(".csv"):
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.write("\n".join(map(json.dumps, rows)))
+    cat, dog = sources.read(tmp_path if name.startswith("metadata") else tmp_path / name)
+    assert cat == (sources.Record("sub/a.mp4", ("a cat, seen",), "cat", "val", True), tmp_path / "sub" / "a.mp4")
+    assert dog == (sources.Record("b.mp4", ("a dog",), "a dog"), tmp_path / "b.mp4")
+
+
+def test_lines_of_tables_are_checked(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "a"}\n{"file_name": "b.mp4"}\n')
+    with pytest.raises(ValueError, match=r"metadata.jsonl:2: expected file_name and text, got .*b.mp4"):
+        sources.read(tmp_path)
+    (tmp_path / "list.csv").write_text("file_name,caption\na.mp4,a\n")
+    with pytest.raises(ValueError, match=r"list.csv:2: expected file_name and text"):
+        sources.read(tmp_path / "list.csv")
+    with pytest.raises(ValueError, match=r"none.csv: no such file"):
+        sources.read(tmp_path / "none.csv")
+
+
+def write_shard(path, samples):
+    """`samples`: key -> {suffix: bytes}, written one after the other as WebDataset's writer does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as shard:
+        for key, parts in samples.items():
+            for suffix, content in parts.items():
+                member = tarfile.TarInfo(key + suffix)
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return video.write(counting_clip(16), tmp_path / "made" / "clip.mp4").read_bytes()
+
+
+@pytest.fixture
+def shards(tmp_path, clip):
+    folder = tmp_path / "shards"
+    write_shard(
+        folder / "web-000.tar",
+        {
+            "000": {".json": json.dumps({"caption": "a counter", "width": 32}).encode(), ".mp4": clip},
+            "001": {".mp4": clip, ".txt": b"counting\nnumbers\n", ".json": b"{}"},
+            "sub/002.first": {".mp4": clip, ".txt": b"not this one: its key ends at the first dot"},
+        },
+    )
+    write_shard(folder / "web-001.tar", {"003": {".txt": b"words alone"}, "004": {".mp4": clip}, "005": {".MP4": clip, ".txt": b"loud"}})
+    return folder
+
+
+def test_shards(shards, tmp_path):
+    found = list(sources.read(shards))
+    assert [record.texts for record, _ in found[:2]] == [("a counter",), ("counting", "numbers")]
+    assert all(isinstance(media, bytes) for _, media in found[:2])
+    assert found[2][1].startswith("no media among")
+    problems = data.pack(shards, tmp_path / "store", size=16, fps=8)
+    assert [(name.rpartition("shards/")[2], reason) for name, reason in problems] == [
+        ("web-000.tar/sub/002", "no media among .first.mp4, .first.txt"),
+        ("web-001.tar/003", "no media among .txt"),
+        ("web-001.tar/004.mp4", "no caption"),
+    ]
+    store = data.Store(tmp_path / "store")
+    assert [record.texts[0] for record in store.records] == ["a counter", "counting", "loud"]
+    assert len(store.array) == 3 * 16
+
+
+def test_shards_by_address_and_range(shards):
+    files = fsspec.filesystem("memory")
+    for path in shards.glob("*.tar"):
+        files.pipe(f"/web/{path.name}", path.read_bytes())
+    there = list(sources.read("memory://web/web-{000..001}.tar"))
+    here = list(sources.read(shards / "web-{000..001}.tar"))
+    assert [(record.texts, media) for record, media in there] == [(record.texts, media) for record, media in here]
+    assert len(there) == 6
+    assert sources.expand("a{1..2}-{08..10}.tar") == [f"a{i}-{j}.tar" for i in (1, 2) for j in ("08", "09", "10")]
+
+
+def test_a_broken_shard_is_told_and_the_others_count(shards):
+    whole = (shards / "web-000.tar").read_bytes()
+    (shards / "web-000.tar").write_bytes(whole[: len(whole) // 2])
+    (shards / "web-002.tar").write_bytes(b"no tar at all")
+    found = list(sources.read(shards))
+    reasons = [(record.file_name.rpartition("/")[2], media) for record, media in found if isinstance(media, str) and "shard" in media]
+    assert [name for name, _ in reasons] == ["web-000.tar", "web-002.tar"]
+    assert any(record.texts == ("loud",) for record, _ in found)
+    ((_, reason),) = list(sources.read(shards / "web-{7..7}.tar"))
+    assert reason.startswith("the shard cannot be read on: [Errno 2]")
+    with pytest.raises(ValueError, match="Protocol not known: nowhere"):
+        list(sources.read("nowhere://web.tar"))
+
+
+def test_ucf101_as_it_is_unpacked(tmp_path):
+    sentences = sources.ucf101_sentences()
+    assert len(sentences) == 101
+    assert len(set(sentences.values())) == 101
+    for action, group in (("ApplyEyeMakeup", 1), ("ApplyEyeMakeup", 8), ("YoYo", 9)):
+        video.write(counting_clip(8), tmp_path / "made.mp4")
+        path = tmp_path / "UCF-101" / action / f"v_{action}_g{group:02}_c01.avi"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((tmp_path / "made.mp4").read_bytes())  # the container is told by its contents
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "trainlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\nYoYo/v_YoYo_g09_c01.avi 101\n")
+    (lists / "testlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi\n")
+    (lists / "trainlist02.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi 1\n")
+    found = records(tmp_path)
+    assert [(record.texts[0], record.split) for record in found] == [
+        ("A person is applying eye makeup", "test"), ("A person is applying eye makeup", "train"), ("A person is playing with a yo-yo", "train"),
+    ]  # fmt: skip
+    assert [record.concept for record in found] == ["ApplyEyeMakeup", "ApplyEyeMakeup", "YoYo"]
+    assert check.check(tmp_path, min_frames=2) == (
+        {"clips": 3, "stills": 0, "concepts": 2},
+        [(record.file_name, f"shows what {found[0].file_name} shows") for record in found[1:]],
+    )
+    other = tmp_path / "UCF-101" / "Sleeping" / "v_Sleeping_g01_c01.avi"
+    other.parent.mkdir()
+    other.write_bytes(b"")
+    reason = ("UCF-101/Sleeping/v_Sleeping_g01_c01.avi", "Sleeping is none of the 101 classes")
+    assert reason in check.check(tmp_path, min_frames=2)[1]
+
+
+def test_msrvtt_as_it_is_unpacked(tmp_path):
+    rows = {
+        "info": {"year": "2016"},
+        "videos": [
+            {"video_id": f"video{number}", "split": split, "category": 1, "url": "", "start time": 0.0, "end time": 1.0, "id": number}
+            for number, split in ((10, "test"), (2, "validate"), (1, "train"))
+        ],
+        "sentences": [
+            {"caption": caption, "video_id": name, "sen_id": number}
+            for number, (name, caption) in enumerate([("video1", "one "), ("video10", "ten"), ("video1", "a first one"), ("video2", "two")])
+        ],
+    }
+    (tmp_path / "annotation").mkdir()
+    (tmp_path / "annotation" / "MSR_VTT.json").write_text(json.dumps(rows))
+    (tmp_path / "annotation" / "notes.json").write_text("[]")
+    for number in (1, 10):
+        video.write(counting_clip(8), tmp_path / "videos" / "all" / f"video{number}.mp4")
+    assert [(record.file_name, record.texts, record.split) for record in records(tmp_path)] == [
+        ("videos/all/video1.mp4", ("one", "a first one"), "train"),
+        ("video2", ("two",), "val"),
+        ("videos/all/video10.mp4", ("ten",), "test"),
+    ]
+    assert data.pack(tmp_path, tmp_path / "store", size=16, fps=8, workers=2) == [("video2", "no such video")]
+    assert np.array_equal(data.Store(tmp_path / "store").window(0, 0, 1).shape, (1, 16, 16, 3))

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from latent_shift import data, video
+from latent_shift.store import Store
 
 
 def counting_clip(num_frames: int, size: int = 32) -> np.ndarray:
@@ -166,7 +167,7 @@ def test_captions_keep_their_letters_and_empty_ones_are_none(tmp_path):
     rows = [{"file_name": "a.mp4", "text": "one\u2028line"}, {"file_name": "a.mp4", "text": ["", "a"]}, {"file_name": "a.mp4", "text": " "}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     assert data.pack(tmp_path, tmp_path / "store", size=16, fps=8) == [("a.mp4", "no caption")]
-    assert sorted(record.texts for record in data.Store(tmp_path / "store").records) == [("a",), ("one\u2028line",)]
+    assert sorted(record.texts for record in Store(tmp_path / "store").records) == [("a",), ("one\u2028line",)]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.mp4", "text": "a"}\n')
     with pytest.raises(ValueError, match=r"none of 1 files can be used; the first: gone.mp4: .*cannot be decoded"):
         data.pack(tmp_path, tmp_path / "other", size=16, fps=8)
@@ -179,53 +180,10 @@ def test_packing_leaves_broken_files_out_and_says_so(media, tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": name}) for name in names))
     left_out = data.pack(tmp_path, tmp_path / "store", size=16, fps=8)
     assert [name for name, _ in left_out] == ["broken.mp4", "gone.mp4"]
-    assert [record.file_name for record in data.Store(tmp_path / "store").records] == ["red.webp"]  # nothing takes their place
-
-
-def test_a_store_gives_back_what_was_packed(media, packed):
-    store = data.Store(packed)
-    for index, record in enumerate(store.records):
-        frames, _ = video.read(media / record.file_name, fps=8, size=32)
-        assert np.array_equal(store.window(index, 0, len(frames)), frames)
-    assert store.info["fps"] == 8
-    two = data.pack(media, packed.parent / "two", size=32, fps=8, workers=2)
-    assert two == []
-    assert (packed.parent / "two" / "array.bin").read_bytes() == (packed / "array.bin").read_bytes()
-
-
-def test_windows_of_a_loop_go_round_and_others_stay_inside(packed):
-    store = data.Store(packed)
-    red, green = (next(i for i, record in enumerate(store.records) if record.concept == name) for name in ("red", "green"))
-    whole = store.window(red, 0, 20)
-    assert np.array_equal(store.window(red, 18, 4), whole[[18, 19, 0, 1]])
-    rng = np.random.default_rng(0)
-    starts = {store.draw_window(rng, green, 4)[0].tobytes() for _ in range(200)}
-    assert len(starts) == 17  # 20 - 4 + 1 places
-    assert len({store.draw_window(rng, red, 4)[0].tobytes() for _ in range(300)}) == 20
-    assert store.select(num_frames=30) == [red]
-    assert len(store.select(splits=("val_concept",))) == 1
-
-
-def test_concepts_are_drawn_equally_often():
-    records = [data.Record(f"{concept}{k}", ("x",), concept) for concept, number in (("a", 1), ("b", 9)) for k in range(number)]
-    drawn = data.BalancedSampler(records, list(range(10))).draw(np.random.default_rng(0), 4000)
-    assert 0.45 < np.mean(np.array(drawn) == 0) < 0.55
-    assert len(set(drawn)) == 10
-    with pytest.raises(ValueError, match="no record to train on"):
-        data.BalancedSampler(records, [])
-
-
-def test_damaged_stores_are_refused(packed, tmp_path):
-    with pytest.raises(ValueError, match="not a packed data set"):
-        data.Store(tmp_path)
-    for name in ("store.json", "index.jsonl", "array.bin"):
-        (tmp_path / name).write_bytes((packed / name).read_bytes())
-    (tmp_path / "array.bin").write_bytes((packed / "array.bin").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="expected 187392 bytes for 61 frames, got 187391"):
-        data.Store(tmp_path)
+    assert [record.file_name for record in Store(tmp_path / "store").records] == ["red.webp"]  # nothing takes their place
 
 
 def test_a_preview_shows_clips_and_names_them(packed):
-    sheet, captions = data.preview(data.Store(packed), rows=3, columns=5)
+    sheet, captions = data.preview(Store(packed), rows=3, columns=5)
     assert sheet.shape == (3 * (32 + 14), 5 * 32 + 4 * 2, 3)
     assert set(captions) <= {"a red square", "a green square", "a blue square"}

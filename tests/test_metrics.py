@@ -5,9 +5,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from latent_shift import data, metrics
+from latent_shift import metrics
 from latent_shift.autoencoder import to_pixels
 from latent_shift.diffusion import DenoisingObjective, share_noise
+from latent_shift.store import Store
 from latent_shift.text import embed
 from latent_shift.zoo import load, seed
 
@@ -70,21 +71,21 @@ def test_features_know_the_same_thing_again():
 def test_evaluation_compares_with_the_clips_of_the_captions(packed, video_model):
     pipe = load(video_model)
     pipe.set_progress_bar_config(disable=True)
-    result, clips = metrics.evaluate(pipe, data.Store(packed), num=3, steps=1, guidance=1.0, batch_size=2)
+    result, clips = metrics.evaluate(pipe, Store(packed), num=3, steps=1, guidance=1.0, batch_size=2)
     assert clips.shape == (3, 4, 32, 32, 3)
     assert result["motion_energy"] == pytest.approx(np.mean([metrics.motion_energy(clip) for clip in clips]))
     assert result["motion_energy_real"] > 0
     assert 0 <= result["retrieval_top1"] <= result["retrieval_top5"] <= 1
     assert result["guidance_scale"] == 1.0
     assert np.mean(result["denoising_error_by_frame"]) == pytest.approx(result["denoising_error"], abs=1e-4)
-    _, guided = metrics.evaluate(pipe, data.Store(packed), steps=1, guidance=9.0, batch_size=2)  # as many as there are: 3
+    _, guided = metrics.evaluate(pipe, Store(packed), steps=1, guidance=9.0, batch_size=2)  # as many as there are: 3
     assert not np.array_equal(clips, guided)
     with pytest.raises(ValueError, match="3 concepts of train have clips of 4 frames, 4 asked for"):
-        metrics.evaluate(pipe, data.Store(packed), num=4)
+        metrics.evaluate(pipe, Store(packed), num=4)
     for key, value, message in (("num_frames", 1, "expected a video model of 3 frames or more"), ("fps", 4, "makes 32 pixels at 4 fps")):
         pipe.call_defaults[key], kept = value, pipe.call_defaults[key]
         with pytest.raises(ValueError, match=message):
-            metrics.evaluate(pipe, data.Store(packed), num=3)
+            metrics.evaluate(pipe, Store(packed), num=3)
         pipe.call_defaults[key] = kept
 
 
@@ -94,7 +95,7 @@ def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video
     pipe = load(video_model)
     pipe.scheduler.register_to_config(prediction_type=prediction)
     pipe.call_defaults |= {"shared_noise": 0.3, "noise_correlation": 0.6}
-    clip = data.Store(packed).window(0, 0, 4)
+    clip = Store(packed).window(0, 0, 4)
     errors, motion = metrics.denoising(pipe, clip[None], ["red"], levels=1)
     objective = DenoisingObjective(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config))
     latents = pipe.vae.encode(to_pixels(torch.from_numpy(clip))).latent_dist.mean * pipe.vae.config.scaling_factor
@@ -123,6 +124,6 @@ def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video
 
 
 def test_reconstruction_is_the_psnr_of_held_out_frames(packed, video_model):
-    result = metrics.reconstruction(load(video_model).vae, data.Store(packed), splits=("val_concept",), num=3)
+    result = metrics.reconstruction(load(video_model).vae, Store(packed), splits=("val_concept",), num=3)
     assert result["frames"] == 3
     assert 0 < result["psnr_db_5_percent"] <= result["psnr_db"] < 60

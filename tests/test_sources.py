@@ -11,6 +11,7 @@ import pytest
 from test_data import counting_clip
 
 from latent_shift import check, data, sources, video
+from latent_shift.store import Store
 
 
 def records(path):
@@ -107,9 +108,9 @@ def test_shards(shards, tmp_path):
         ("web-001.tar/003", "no media among .txt"),
         ("web-001.tar/004.mp4", "no caption"),
     ]
-    store = data.Store(tmp_path / "store")
+    store = Store(tmp_path / "store")
     assert [record.texts[0] for record in store.records] == ["a counter", "counting", "loud"]
-    assert len(store.array) == 3 * 16
+    assert store.num_frames == 3 * 16
 
 
 def test_shards_by_address_and_range(shards):
@@ -190,4 +191,4 @@ def test_msrvtt_as_it_is_unpacked(tmp_path):
         ("videos/all/video10.mp4", ("ten",), "test"),
     ]
     assert data.pack(tmp_path, tmp_path / "store", size=16, fps=8, workers=2) == [("video2", "no such video")]
-    assert np.array_equal(data.Store(tmp_path / "store").window(0, 0, 1).shape, (1, 16, 16, 3))
+    assert np.array_equal(Store(tmp_path / "store").window(0, 0, 1).shape, (1, 16, 16, 3))

@@ -2,24 +2,21 @@
 
 import json
 import os
-import shutil
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from latent_shift import checkpoint, data, encode, stages, train, video, zoo
 from latent_shift.autoencoder import AutoencoderObjective, to_pixels, whiten
 from latent_shift.config import load
-from latent_shift.diffusion import share_noise
 from latent_shift.encode import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift.store import Store
 
 
 def test_a_run_folder_holds_settings_statistics_samples_and_the_model(video_model):
@@ -170,7 +167,7 @@ def test_whitening_changes_the_latents_and_not_the_pictures(packed):
     from latent_shift import models
 
     vae = models.autoencoder("tiny").eval()
-    pixels = to_pixels(torch.from_numpy(data.Store(packed).window(0, 0, 20)))
+    pixels = to_pixels(torch.from_numpy(Store(packed).window(0, 0, 20)))
     with torch.no_grad():
         before = vae.encode(pixels).latent_dist
         picture = vae.decode(before.mean).sample
@@ -188,7 +185,7 @@ def test_whitening_changes_the_latents_and_not_the_pictures(packed):
 def test_the_autoencoder_loss_is_its_terms(packed):
     from latent_shift import models
 
-    pixels = to_pixels(torch.from_numpy(data.Store(packed).window(0, 0, 4)))
+    pixels = to_pixels(torch.from_numpy(Store(packed).window(0, 0, 4)))
     noise = torch.randn(4, 4, 4, 4)
     vae = models.autoencoder("tiny")
     loss, terms = AutoencoderObjective(vae, kl=0.5, perceptual=2.0)(pixels, noise)
@@ -200,29 +197,6 @@ def test_the_autoencoder_loss_is_its_terms(packed):
     assert terms["perceptual"] > 0
     same, _ = AutoencoderObjective(vae, kl=0.0, perceptual=0.0)(pixels, noise)
     torch.testing.assert_close(same, l1)
-
-
-def test_latents_are_encoded_once_and_whole(packed, latents, autoencoder):
-    pixels, store = data.Store(packed), LatentStore(latents)
-    assert store.array.shape == (61, 2, 4, 4, 4)
-    assert [record.texts for record in store.records] == [record.texts for record in pixels.records]
-    vae = AutoencoderKL.from_pretrained(autoencoder)
-    with torch.no_grad():
-        posterior = vae.encode(to_pixels(torch.from_numpy(pixels.window(1, 5, 3)))).latent_dist
-    latent = torch.from_numpy(store.window(1, 5, 3).astype(np.float32))
-    torch.testing.assert_close(latent[:, 0], posterior.mean, rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(latent[:, 1], posterior.std, rtol=1e-2, atol=1e-3)
-    # The cached embeddings are what diffusers' own pipeline computes from the words.
-    assert store.row[""] == 0
-    assert sorted(store.row) == sorted({text for record in pixels.records for text in record.texts} | {""})
-
-
-def test_cached_embeddings_are_the_pipelines(latents, video_model):
-    store = LatentStore(latents)
-    pipe = StableDiffusionPipeline.from_pretrained(video_model, dtype=torch.float32)
-    ours = torch.from_numpy(store.embeddings[[store.row["a red square"], 0]].astype(np.float32))
-    theirs = torch.cat(pipe.encode_prompt("a red square", "cpu", 1, True))
-    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=5e-3)
 
 
 def test_a_batch_is_what_the_config_says(latents):
@@ -240,21 +214,6 @@ def test_a_batch_is_what_the_config_says(latents):
     emptied = stages.DenoiserStage(tiny_config("video", latents, diffusion={"caption_dropout": 1.0})).draw(np.random.default_rng(0))
     null = torch.from_numpy(LatentStore(latents).embeddings[0].astype(np.float32))
     assert (emptied[3] == null).all()
-
-
-def test_the_noise_that_matches_clips_is_found(latents):
-    """In clips that are noise themselves, of a known share and correlation."""
-    store = LatentStore(latents)
-    store.records = [replace(record, loop=False) for record in store.records]
-    rng = np.random.default_rng(0)
-    store.array = np.zeros((len(store.array), 2, 4, 64, 64))
-    for record in store.records:
-        own, common = (rng.standard_normal((1, number, 4, 64, 64)) for number in (record.num_frames, 1))
-        store.array[record.start : record.start + record.num_frames, 0] = 2 * share_noise(own, common, 0.6, 0.8)[0]
-    found = store.likeness(num=50)
-    assert found["diffusion.shared_noise"] == pytest.approx(0.6, abs=0.05)
-    assert found["diffusion.noise_correlation"] == pytest.approx(0.8, abs=0.05)
-    assert found["correlation 2 apart"] == pytest.approx(0.6 + 0.4 * 0.64, abs=0.03)
 
 
 def test_a_model_is_sampled_with_the_noise_it_learnt_to_take_away(latents):
@@ -332,17 +291,6 @@ def test_the_seed_counts(latents, tmp_path):
         train.train(tiny_config("image", latents, steps=1, train={"seed": number}), run)
         losses.append(json.loads((run / "stats.jsonl").read_text())["loss"])
     assert losses[0] == losses[1] != losses[2]
-
-
-def test_latents_never_lie_over_the_pixels_or_beside_another_autoencoder(packed, autoencoder, texts, latents, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="is read from; expected another folder"):
-        encode.encode(packed, packed, autoencoder=autoencoder, texts=texts)
-    shutil.copytree(latents, tmp_path / "latents")
-    monkeypatch.setattr(encode.text, "embed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        encode.encode(packed, tmp_path / "latents", autoencoder=autoencoder, texts=texts)
-    with pytest.raises(ValueError, match="not a packed data set"):
-        LatentStore(tmp_path / "latents")
 
 
 def test_a_start_that_does_not_fit_is_refused(latents, image_model, video_model):

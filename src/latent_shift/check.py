@@ -33,7 +33,7 @@ def check(source: str | Path, *, min_frames: int = 16, fps: float = 8, workers: 
     counts: Counter[str] = Counter(clips=0, stills=0)
     problems: list[tuple[str, str]] = []
     concepts, seen, edges = set(), _Seen(), list[np.ndarray]()
-    for record, frames in decoded(read(source), SIDE, fps, workers):
+    for record, frames in decoded(read(source), [(SIDE, SIDE)], fps, workers):
         concepts.add(record.concept)
         if isinstance(frames, str):
             problems.append((record.file_name, frames))

@@ -19,6 +19,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
+from latent_shift.store import write
+
 
 def save(accelerator: Accelerator, run: Path, step: int, *, keep: int) -> Path:
     """Write checkpoint `step` aside, rename it into place, and delete all but the newest `keep`."""
@@ -84,10 +86,3 @@ def trim_stats(run: Path, step: int) -> float:
     if lines:
         write(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows[-1].get("seconds", 0.0) if rows else 0.0
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file aside and rename it into place."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

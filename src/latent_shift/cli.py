@@ -149,22 +149,27 @@ def train(
 
 @app.command()
 def encode(
-    pixels: Annotated[Path, typer.Argument(help="a packed data set")],
+    packed: Annotated[Path, typer.Argument(help="a packed data set")],
     out: Annotated[Path, typer.Argument(help="where the latents go")],
     autoencoder: Annotated[str, typer.Option(help="a model's name, or an AutoencoderKL or pipeline folder")],
     texts: Annotated[str, typer.Option(help="a model's name, or a folder with tokenizer/ and text_encoder/")],
+    mirror: Annotated[bool, typer.Option("--mirror", help="also the mirror image of clips whose captions name no side")] = False,
     batch_size: Annotated[int | None, typer.Option(help="frames at once; default: as their size allows")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    workers: Annotated[int, typer.Option(help="processes; on a CPU each with one thread")] = 1,
+    ray: Annotated[str | None, typer.Option(help="address of a Ray cluster that shares the work: auto, local, host:port")] = None,
 ) -> None:
-    """Encode packed frames and captions once, for the image and video stages."""
+    """Encode packed frames and captions once, for the image and video stages. What was stopped goes on."""
     quiet()
     from latent_shift import encode as encoding
     from latent_shift import zoo
 
-    parts = {"autoencoder": zoo.folder(autoencoder), "texts": zoo.folder(texts)}
     with Progress("encoding") as progress:
-        store = encoding.encode(pixels, out, **parts, batch_size=batch_size, device=zoo.device_of(device), progress=progress)
-    print(f"{out}: {len(store.array)} frames, {len(store.row)} captions")
+        store = encoding.encode(
+            packed, out, autoencoder=zoo.folder(autoencoder), texts=zoo.folder(texts), mirror=mirror, batch_size=batch_size,
+            device=zoo.device_of(device), workers=workers, ray=ray, progress=progress,
+        )  # fmt: skip
+    print(f"{out}: {store.num_frames} frames in {len(store.shapes)} shards, {len(store.row)} captions")
 
 
 @app.command("eval")
@@ -182,9 +187,10 @@ def evaluate(
     quiet()
     import json
 
-    from latent_shift import data, metrics, zoo
+    from latent_shift import metrics, zoo
+    from latent_shift.store import pixels
 
-    packed, splits, results = data.pixels(store), tuple(split or ["train"]), []
+    packed, splits, results = pixels(store), tuple(split or ["train"]), []
     for name in model or ["emoji"]:  # what is wrong is told before the work, not after
         metrics.clips_to_match(zoo.load(name, device=device), packed, num=num, splits=splits)
     metrics.ClipFeatures()

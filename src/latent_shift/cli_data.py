@@ -35,17 +35,22 @@ def pack(
     out: Annotated[Path, typer.Argument(help="where the packed frames go")],
     size: Annotated[int, typer.Option(help="side in pixels")] = 128,
     fps: Annotated[float, typer.Option(help="frames a second to keep")] = 8,
+    aspects: Annotated[
+        int | None, typer.Option(help="keep shapes: sizes with this factor instead of squares (64 for Stable Diffusion)")
+    ] = None,
+    shard_mb: Annotated[float, typer.Option(help="megabytes of a shard")] = 64,
     workers: Workers = 2,
 ) -> None:
-    """Decode every file once into one array of frames."""
+    """Decode every file once into shards of frames."""
     from latent_shift import data
+    from latent_shift.store import Store
 
     with Progress("packing") as progress:
-        problems = data.pack(folder, out, size=size, fps=fps, workers=workers, progress=progress)
+        problems = data.pack(folder, out, size=size, fps=fps, aspects=aspects, shard_mb=shard_mb, workers=workers, progress=progress)
     for name, reason in problems:
         print(f"left out {name}: {reason}")
-    store = data.Store(out)
-    print(f"{out}: {len(store.records)} records, {len(store.array)} frames, {len(problems)} left out")
+    store = Store(out)
+    print(f"{out}: {len(store.records)} records, {store.num_frames} frames, {len(store.shapes)} shards, {len(problems)} left out")
 
 
 @app.command()
@@ -67,7 +72,8 @@ def preview(
 ) -> None:
     """Draw clips and stills as training sees them, a row each under its caption; the captions are printed too."""
     from latent_shift import data, video
+    from latent_shift.store import pixels
 
-    sheet, captions = data.preview(data.pixels(packed), rows=rows, columns=columns, seed=seed)
+    sheet, captions = data.preview(pixels(packed), rows=rows, columns=columns, seed=seed)
     print("\n".join(captions))
     print(video.write(sheet[None], out))

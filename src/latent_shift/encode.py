@@ -1,26 +1,36 @@
 """Pixels and captions to latents and embeddings, once: what the image and video stages read at every step.
 
-latents/
-  store.json, index.jsonl, array.bin    a store (data.py) whose frames are (2, C, h, w): posterior mean and std
-  texts.json, texts.bin                 every caption once, row 0 the null prompt, as (L, D) float16
-  autoencoder/, text_encoder/, tokenizer/   what made them, so that a trained U-Net can be exported whole
+    latents/
+      store.json, index.jsonl, shards/KEY.npy   a store (store.py) whose frames are (2, C, h, w): posterior mean and std
+      texts.json, texts.npy                     every caption once, row 0 the null prompt, as (L, D) float16
+      autoencoder/, text_encoder/, tokenizer/   what made them, so that a trained U-Net can be exported whole
+
+A shard of latents is made of one shard of pixels, and its KEY of the key of that, of the autoencoder's weights and of the settings.
+So any number of processes on any number of machines can make the shards in any order, whatever stops them: a shard that is there is
+whole and is not made again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import multiprocessing
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from latent_shift import data, models, text
+from latent_shift import models, text
 from latent_shift.autoencoder import to_pixels
-from latent_shift.data import Store, StoreWriter
+from latent_shift.sources import Record
+from latent_shift.store import BalancedSampler, Store, begin, finish, pixels, save
 
 
 class LatentStore(Store):
@@ -35,9 +45,8 @@ class LatentStore(Store):
         super().__init__(folder)
         if "texts" not in self.info:
             raise ValueError(f"{folder}: holds pixels, not latents; `latent-shift encode` makes latents of them")
-        captions = json.loads((self.folder / "texts.json").read_text())
-        self.row = {caption: index for index, caption in enumerate(captions)}
-        self.embeddings = np.memmap(self.folder / "texts.bin", np.float16, "r", shape=(len(captions), *self.info["texts"]))
+        self.row = {caption: index for index, caption in enumerate(json.loads((self.folder / "texts.json").read_text()))}
+        self.embeddings = np.load(self.folder / "texts.npy", mmap_mode="r")
 
     def caption(self, rng: np.random.Generator, index: int) -> int:
         """Row of a caption of record `index`: its first wording half of the time, else one of the others."""
@@ -62,7 +71,7 @@ class LatentStore(Store):
         if not long:
             raise ValueError(f"{self.folder}: expected clips of 9 frames or more in {', '.join(splits)}")
         rng = np.random.default_rng(0)
-        chosen = data.BalancedSampler(self.records, long).draw(rng, num)
+        chosen = BalancedSampler(self, long).draw(rng, num)
         clips = np.stack([self.draw_window(rng, index, 9)[:, 0] for index in chosen]).astype(np.float32)
         variance = clips.var(axis=(0, 1, 3, 4)).mean()
         apart = {k: float(np.square(clips[:, k:] - clips[:, :-k]).mean() / (2 * variance)) for k in (1, 2, 4, 8)}
@@ -74,76 +83,213 @@ class LatentStore(Store):
         }
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Unit:
+    """One shard of latents, and what it is made of: `pieces` are the (start, frames) of a shard of pixels; all of it, or mirrored those
+    clips whose captions name no side."""
+
+    shard: Path
+    pieces: tuple[tuple[int, int], ...]
+    mirror: bool
+    out: Path
+
+
+class Encoder:
+    """An autoencoder that makes shards of latents. One process, one thread on a CPU: then it does not matter how many there are."""
+
+    def __init__(self, autoencoder: str | Path, batch_size: int | None = None, device: str | torch.device = "cpu"):
+        self.vae = models.load_autoencoder(autoencoder).to(device).eval()
+        self.batch_size = batch_size
+
+    def identity(self) -> str:
+        """Of what it computes: the configuration and every weight."""
+        digest = hashlib.sha256(json.dumps({k: v for k, v in self.vae.config.items() if k[0] != "_"}, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def __call__(self, unit: Unit) -> None:
+        """Make `unit.out`, unless it is there."""
+        if unit.out.exists():
+            return
+        frames = np.load(unit.shard, mmap_mode="r")
+        rows = np.concatenate([np.arange(start, start + num) for start, num in unit.pieces])
+        batch_size = self.batch_size or max(1, 32 * 128**2 // (frames.shape[1] * frames.shape[2]))  # as many pixels as 32 of 128x128
+        batches = []
+        for start in range(0, len(rows), batch_size):
+            batch = frames[rows[start : start + batch_size]]
+            batch = np.ascontiguousarray(batch[:, :, ::-1] if unit.mirror else batch)
+            posterior = self.vae.encode(to_pixels(torch.from_numpy(batch)).to(self.vae.device)).latent_dist
+            moments = torch.stack([posterior.mean, posterior.std], dim=1) * self.vae.config.scaling_factor
+            batches.append(moments.half().cpu().numpy())
+        save(unit.out, np.concatenate(batches))
+
+
 def encode(
-    pixels: str | Path,
+    packed: str | Path,
     out: str | Path,
     *,
     autoencoder: str | Path,
     texts: str | Path,
+    mirror: bool = False,
     batch_size: int | None = None,
     device: str | torch.device = "cpu",
+    workers: int = 1,
+    ray: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentStore:
-    """Encode a packed data set.
+    """Encode a packed data set. What stops it costs the shards that were being made: the same call goes on.
 
     Args:
-        pixels: a store of pixels (`data.pack`).
+        packed: a store of pixels (`data.pack`).
         out: where the store of latents goes.
         autoencoder: a diffusers `AutoencoderKL` folder, or a pipeline's.
         texts: a folder with `tokenizer/` and `text_encoder/` (any Stable Diffusion folder has them).
+        mirror: also encode the mirror image of every clip whose captions name no side.
         batch_size: frames, or captions, at once. None: as many pixels as 32 frames of 128x128.
-        progress: called with (records done, records in all).
+        device: of the autoencoder and the text encoder.
+        workers: processes. On a CPU each has one thread, so that any number of them makes the same latents.
+        ray: address of a Ray cluster ("auto", "local") whose machines see `packed` and `out` under the same paths; `workers` of them
+            at most are at work.
+        progress: called with (shards done, shards in all).
 
     Returns:
         The new store. Latents are scaled by the autoencoder's `scaling_factor`, as the U-Net sees them.
 
     Raises:
         ValueError: not a store of pixels, or `out` is one of the folders read.
+        RuntimeError: a worker died.
     """
-    source, out, texts = data.pixels(pixels), Path(out), Path(texts)
-    if out.resolve() in {Path(folder).resolve() for folder in (pixels, autoencoder, texts)}:
+    source, out, texts = pixels(packed), Path(out), Path(texts)
+    if out.resolve() in {Path(folder).resolve() for folder in (packed, autoencoder, texts)}:
         raise ValueError(f"{out}: is read from; expected another folder for the latents")
-    height, width = source.info["shape"][:2]
-    batch_size = batch_size or max(1, 32 * 128**2 // (height * width))
-    vae = models.load_autoencoder(autoencoder).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
-    text_encoder = AutoModel.from_pretrained(texts / "text_encoder", dtype=torch.float32).to(device).eval()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "store.json").unlink(missing_ok=True)  # whatever stops this, no new autoencoder lies beside old latents
-    vae.save_pretrained(out / "autoencoder")
+    begin(out)
+    encoder = Encoder(autoencoder, batch_size, device)
+    factor = 2 ** (len(encoder.vae.config.block_out_channels) - 1)
+    encoder.vae.save_pretrained(out / "autoencoder")
     for name in ("tokenizer", "text_encoder"):
         shutil.copytree(texts / name, out / name, dirs_exist_ok=True)
+    shape = _encode_texts(source, out, batch_size=batch_size or 32, device=device)
 
-    captions = ["", *sorted({caption for record in source.records for caption in record.texts if caption})]
-    (out / "texts.json").write_text(json.dumps(captions, ensure_ascii=False))
-    with (out / "texts.bin").open("wb") as file:
-        for start in range(0, len(captions), batch_size):
-            rows = text.embed(tokenizer, text_encoder, captions[start : start + batch_size])
-            file.write(rows.half().cpu().numpy().tobytes())
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    writer = StoreWriter(
-        out, "float16", (2, vae.config.latent_channels, height // factor, width // factor),
-        fps=source.info["fps"], size=source.info["size"], texts=list(rows.shape[1:]),
-    )  # fmt: skip
-
-    def moments(frames: np.ndarray) -> Tensor:
-        posterior = vae.encode(to_pixels(torch.from_numpy(frames)).to(device)).latent_dist
-        return (torch.stack([posterior.mean, posterior.std], dim=1) * vae.config.scaling_factor).half().cpu()
-
-    # Stills come one frame a record: records are gathered until a batch is full.
-    pending: list[int] = []
-    for done in range(1, len(source.records) + 1):
-        pending.append(done - 1)
-        num_frames = sum(source.records[index].num_frames for index in pending)
-        if num_frames < batch_size and done < len(source.records):
-            continue
-        pieces = np.concatenate([source.window(index, 0, source.records[index].num_frames) for index in pending])
-        latents = torch.cat([moments(piece) for piece in np.split(pieces, range(batch_size, len(pieces), batch_size))])
-        for index, rows in zip(pending, latents.split([source.records[i].num_frames for i in pending]), strict=True):
-            writer.add(source.records[index], rows.numpy())
-        pending = []
+    units, records, shapes = _plan(source, out, encoder, mirror=mirror, factor=factor)
+    missing = [unit for unit in units if not unit.out.exists()]
+    for done, _ in enumerate(_run(missing, encoder, (str(out / "autoencoder"), batch_size, str(device)), workers, ray), 1):
         if progress:
-            progress(done, len(source.records))
-    writer.close()
+            progress(len(units) - len(missing) + done, len(units))
+    info = {"fps": source.info["fps"], "size": source.info["size"], "factor": factor, "channels": encoder.vae.config.latent_channels}
+    finish(out, records, shapes, dtype="float16", texts=shape, **info)
     return LatentStore(out)
+
+
+def _encode_texts(source: Store, out: Path, *, batch_size: int, device: str | torch.device) -> list[int]:
+    """Write every caption's embedding; returns the shape of one."""
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    text_encoder = AutoModel.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
+    captions = ["", *sorted({caption for record in source.records for caption in record.texts if caption})]
+    batches = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
+    embeddings = torch.cat([text.embed(tokenizer, text_encoder, batch).half().cpu() for batch in batches])
+    (out / "texts.json").write_text(json.dumps(captions, ensure_ascii=False))
+    np.save(out / "texts.npy", embeddings.numpy())
+    return list(embeddings.shape[1:])
+
+
+_SIDED = re.compile(r"\b((left|right|east|west)(wards?)?|(anti|counter)?clockwise)\b", re.IGNORECASE)
+
+
+def _plan(
+    source: Store, out: Path, encoder: Encoder, *, mirror: bool, factor: int
+) -> tuple[list[Unit], list[Record], dict[str, tuple[int, ...]]]:
+    """The shards to make, and what the index and store.json will say of them."""
+    by_shard: dict[str, list[Record]] = {}
+    for record in source.records:
+        by_shard.setdefault(record.shard, []).append(record)
+    identity, channels = encoder.identity(), encoder.vae.config.latent_channels
+    units, records, shapes = list[Unit](), list[Record](), dict[str, tuple[int, ...]]()
+    for mirrored in (False, True) if mirror else (False,):
+        for shard, clips in by_shard.items():
+            taken = [clip for clip in clips if not (mirrored and any(map(_SIDED.search, clip.texts)))]
+            if not taken:
+                continue
+            pieces = tuple((clip.start, clip.num_frames) for clip in taken)
+            key = hashlib.sha256(repr((shard, pieces, mirrored, identity)).encode()).hexdigest()[:24]
+            units.append(Unit(source.folder / "shards" / f"{shard}.npy", pieces, mirrored, out / "shards" / f"{key}.npy"))
+            height, width = source.shapes[shard][1:3]
+            starts = np.cumsum([0, *(num for _, num in pieces)])
+            shapes[key] = (int(starts[-1]), 2, channels, height // factor, width // factor)
+            records += [replace(clip, shard=key, start=int(start)) for clip, start in zip(taken, starts, strict=False)]
+    return units, records, shapes
+
+
+def _run(units: list[Unit], encoder: Encoder, made_of: tuple, workers: int, ray: str | None) -> Iterator[None]:
+    """Make the shards in some order; yields when one is done."""
+    if ray:
+        yield from _on_ray(units, made_of, workers, ray)
+    elif workers <= 1 or len(units) <= 1:
+        with one_thread():
+            for unit in units:
+                encoder(unit)
+                yield
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(units)), mp_context=spawn, initializer=_start, initargs=made_of) as pool:
+            try:
+                for task in as_completed([pool.submit(_encode_unit, unit) for unit in units]):
+                    task.result()
+                    yield
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _on_ray(units: list[Unit], made_of: tuple, workers: int, address: str) -> Iterator[None]:
+    """Ray Data gives a shard to whoever is free, and to another one if that machine dies."""
+    import ray
+
+    ray.init(address=address, log_to_driver=False)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        needs = {"num_gpus": 1} if made_of[-1].startswith("cuda") else {"num_cpus": 1}
+        numbers = ray.data.range(len(units), override_num_blocks=len(units))
+        made = numbers.map(
+            _RayEncoder,
+            fn_constructor_args=(units, made_of),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, workers)),
+            **needs,
+        )
+        for _ in made.iter_rows():
+            yield
+    finally:
+        ray.shutdown()
+
+
+class _RayEncoder:
+    def __init__(self, units: list[Unit], made_of: tuple):
+        torch.set_num_threads(1)
+        self.units, self.encoder = units, Encoder(*made_of)
+
+    def __call__(self, row: dict) -> dict:
+        self.encoder(self.units[row["id"]])
+        return row
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_encoder: Encoder  # of a worker
+
+
+def _start(*made_of) -> None:
+    global _encoder
+    torch.set_num_threads(1)
+    _encoder = Encoder(*made_of)
+
+
+def _encode_unit(unit: Unit) -> None:
+    _encoder(unit)

@@ -59,7 +59,13 @@ def of_run(config: Config, device: str = "cuda") -> Estimate:
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(zoo.folder(config.model.init), subfolder="unet"))
         else:
             unet = models.unet(str(config.model.size))
-    return estimate(config, unet, latents=store["shape"][1:], text_length=store["texts"][0], device=device)
+    return estimate(
+        config,
+        unet,
+        latents=max(store["shards"].values(), key=lambda shape: shape[-1] * shape[-2])[2:],
+        text_length=store["texts"][0],
+        device=device,
+    )
 
 
 def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[int], text_length: int, device: str = "cuda") -> Estimate:

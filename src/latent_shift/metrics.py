@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL, DDPMScheduler
 
 from latent_shift import text
 from latent_shift.autoencoder import FeatureDistance, to_frames, to_pixels
-from latent_shift.data import BalancedSampler, Store
 from latent_shift.diffusion import share_noise
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.shift import frames, share_text
+from latent_shift.store import BalancedSampler, Store
 from latent_shift.zoo import seed, to_uint8
 
 
@@ -129,7 +129,7 @@ def reconstruction(
 ) -> dict:
     """PSNR in dB of `num` single frames of `splits` through the autoencoder: mean over frames, and the 5 % worst frame's."""
     rng = np.random.default_rng(0)
-    sampler = BalancedSampler(store.records, store.select(splits=splits))
+    sampler = BalancedSampler(store, store.select(splits=splits))
     values = []
     for done, index in enumerate(sampler.draw(rng, num), 1):
         frame = store.draw_window(rng, index, 1)
@@ -149,7 +149,8 @@ def clips_to_match(pipe: LatentShiftPipeline, store: Store, *, num: int | None =
         raise ValueError(
             f"the model makes {made[0]} pixels at {made[1]:g} fps, {store.folder} holds {store.info['size']} at {store.info['fps']:g}"
         )
-    candidates = store.select(splits=splits, num_frames=num_frames)
+    square = (made[0], made[0], 3)
+    candidates = [index for index in store.select(splits=splits, num_frames=num_frames) if store.shape(index) == square]
     plainest: dict[str, int] = {}  # the record with the shortest caption of each concept: no skin tone, no variant
     for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
         plainest.setdefault(store.records[index].concept, index)

@@ -33,13 +33,15 @@ Media = Path | bytes | str
 
 @dataclass(frozen=True)
 class Record:
-    """One clip or still. `texts[0]` is the caption, the others are wordings of it; `loop`: the last frame runs on into the first."""
+    """One clip or still. `texts[0]` is the caption, the others are wordings of it; `loop`: the last frame runs on into the first;
+    `shard`, `start` and `num_frames` say where it lies in a store."""
 
     file_name: str
     texts: tuple[str, ...]
     concept: str
     split: str = "train"
     loop: bool = False
+    shard: str = ""
     start: int = 0
     num_frames: int = 0
 

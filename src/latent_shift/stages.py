@@ -17,12 +17,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from latent_shift import autoencoder, data, finetune, models, video, zoo
+from latent_shift import autoencoder, finetune, models, video, zoo
 from latent_shift.config import Config
 from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule, share_noise
 from latent_shift.encode import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.shift import Shift, inflate, share_text
+from latent_shift.store import BalancedSampler, pixels
 
 
 class Stage(Protocol):
@@ -41,12 +42,11 @@ class AutoencoderStage:
 
     def __init__(self, config: Config):
         self.config = config
-        self.store = data.pixels(config.data.path)
-        self.sampler = data.BalancedSampler(self.store.records, self.store.select(splits=config.data.splits))
-        if config.data.crop > min(self.store.array.shape[1:3]):
-            raise ValueError(
-                f"data.crop={config.data.crop} is larger than the frames of {config.data.path}, {self.store.array.shape[1]} a side"
-            )
+        self.store = pixels(config.data.path)
+        self.sampler = BalancedSampler(self.store, self.store.select(splits=config.data.splits))
+        smallest = min(min(shape[1:3]) for shape in self.store.shapes.values())
+        if config.data.crop > smallest:
+            raise ValueError(f"data.crop={config.data.crop} is larger than the frames of {config.data.path}, {smallest} a side")
         init = config.model.init
         self.model = models.load_autoencoder(zoo.folder(init)) if init else models.autoencoder(str(config.model.size))
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
@@ -72,8 +72,8 @@ class AutoencoderStage:
     def sample(self, folder: Path, step: int) -> None:
         """Eight frames above their reconstructions."""
         frames = self._frames(8)
-        pixels = autoencoder.to_pixels(frames).to(self.model.device)
-        decoded = autoencoder.to_frames(self.model.decode(self.model.encode(pixels).latent_dist.mean).sample.cpu())
+        shown = autoencoder.to_pixels(frames).to(self.model.device)
+        decoded = autoencoder.to_frames(self.model.decode(self.model.encode(shown).latent_dist.mean).sample.cpu())
         sheet = video.montage(torch.cat([frames, decoded]).numpy(), columns=8)
         video.write(sheet[None], folder / f"{step:08d}.png")
 
@@ -97,11 +97,11 @@ class DenoiserStage:
         self.config = config
         self.store = LatentStore(config.data.path)
         self.samplers = {
-            num_frames: data.BalancedSampler(self.store.records, self.store.select(splits=config.data.splits, num_frames=num_frames))
+            num_frames: BalancedSampler(self.store, self.store.select(splits=config.data.splits, num_frames=num_frames))
             for num_frames in {1, config.data.num_frames}
         }
         init = config.model.init
-        sample_size = self.store.info["shape"][-1]
+        sample_size = self.store.info["size"] // self.store.info["factor"]
         self.model = (
             UNet2DConditionModel.from_pretrained(zoo.folder(init), subfolder="unet", dtype=torch.float32)
             if init
@@ -125,7 +125,7 @@ class DenoiserStage:
 
     def _check_start(self) -> None:
         """The U-Net fits the latents and texts, and learns what it has learnt before, moving the channels it moved before."""
-        channels, width = self.store.info["shape"][1], self.store.info["texts"][1]
+        channels, width = self.store.info["channels"], self.store.info["texts"][1]
         expected = (self.model.config.in_channels, self.model.config.cross_attention_dim)
         if (channels, width) != expected:
             raise ValueError(

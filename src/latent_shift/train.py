@@ -31,6 +31,7 @@ from latent_shift import checkpoint, finetune, models
 from latent_shift.config import Config, dump, load
 from latent_shift.diffusion import attention_kernel
 from latent_shift.stages import AutoencoderStage, DenoiserStage, Stage
+from latent_shift.store import write
 
 log = logging.getLogger("latent_shift")
 
@@ -85,7 +86,7 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
         group["betas"], group["weight_decay"] = (0.9, config.optim.beta2), config.optim.weight_decay
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write(run / "config.toml", dump(config))
+        write(run / "config.toml", dump(config))
         seconds = checkpoint.trim_stats(run, done)
         stats = (run / "stats.jsonl").open("a")
     if config.train.tensorboard:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def read(
     *,
     content: bytes | None = None,
     fps: float | None = None,
-    size: int | None = None,
+    size: int | Sequence[tuple[int, int]] | None = None,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> tuple[np.ndarray, float]:
     """Decode a video, animation or still, turned upright where the file says how it was held.
@@ -41,7 +41,8 @@ def read(
         path: a file with one of `SUFFIXES`.
         content: what is in the file, if it lies elsewhere (in a shard, say); the path then only names it.
         fps: frames a second wanted. Output frame `k` is the one on screen at `k / fps` seconds; None keeps every frame.
-        size: side of the square wanted, in pixels: the largest centred square is cut out and resized. None keeps the size.
+        size: side of the square wanted, in pixels, or `(height, width)`s of which the one nearest in shape is taken: the largest
+            centred piece of that shape is cut out and resized. None keeps the size.
         background: RGB laid behind transparent pixels.
 
     Returns:
@@ -161,11 +162,16 @@ def _slots(start: float, end: float, fps: float) -> Iterator[int]:
     return iter(range(first, int(np.ceil(end * fps - 1e-6))))
 
 
-def _fit(image: Image.Image, size: int | None) -> np.ndarray:
-    if size is not None and image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+def _fit(image: Image.Image, size: int | Sequence[tuple[int, int]] | None) -> np.ndarray:
+    if size is None:
+        return np.asarray(image)
+    sizes, shape = [(size, size)] if isinstance(size, int) else size, np.log(image.height / image.width)
+    height, width = min(sizes, key=lambda each: abs(np.log(each[0] / each[1]) - shape))
+    if image.size != (width, height):
+        scale = min(image.width / width, image.height / height)
+        left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+        box = (left, top, image.width - left, image.height - top)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(image)
 
 

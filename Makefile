@@ -51,7 +51,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 # The embedded model from nothing: 750 MB of data, then the paper's three stages (hours on two cores; see the model card).
-SHORT := optim.cooldown_steps=0 data.num_frames=8 data.batch_size=8 data.window=random data.image_share=0.4 diffusion.timestep_shift=3.0 diffusion.motion_weight=1.0
+SHORT := optim.cooldown_steps=0 data.num_frames=8 data.batch_size=8 data.window=random data.image_share=0.4 diffusion.timestep_shift=3.0 diffusion.motion_weight=1.0 optim.lr=8e-4
 
 data/emoji/metadata.jsonl: | $(VENV)/.dev
 	$(BIN)/python recipes/emoji/fetch.py data/emoji
@@ -90,7 +90,7 @@ table: data/emoji-128/store.json
 
 # The shift against no shift, with the paper's edges and noise: the video stage twice from the same image model, 1,000 steps each,
 # nothing else changed.
-PAPER := model.edge=zero diffusion.shared_noise=0.0 diffusion.noise_correlation=0.0
+PAPER := model.edge=zero diffusion.shared_noise=0.0 diffusion.noise_correlation=0.0 train.sample_shared_noise=0.0 train.sample_noise_correlation=0.0
 
 ablation: runs/emoji-image/model/model_index.json
 	$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/shift $(SHORT) $(PAPER) optim.steps=1000

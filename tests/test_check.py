@@ -51,6 +51,29 @@ def test_copies_in_another_size_and_encoding(tmp_path):
     assert problems(tmp_path, one=one, other=other, copy=large) == {"copy.mp4": "shows what one.mp4 shows"}
 
 
+def test_what_differs_in_colour_or_in_a_detail_is_no_copy(tmp_path):
+    disc = (np.hypot(*np.mgrid[-32:32, -32:32]) < 25)[None, :, :, None]
+    clips = {name: np.where(disc, np.array(colour), 255) for name, colour in (("red", (200, 60, 60)), ("blue", (60, 90, 200)))}
+    clips["winks"] = clips["red"].copy()
+    clips["winks"][:, 20:26, 20:30] = 0
+    drift = np.arange(16)[:, None, None, None]  # a little lighter from frame to frame, so that none is static
+    assert problems(tmp_path, **{name: (frames * (1 - drift / 100)).astype(np.uint8) for name, frames in clips.items()}) == {}
+
+
+def test_a_watermark_on_later_clips_counts(tmp_path):
+    """What is found does not depend on the order of the clips."""
+    from latent_shift import check as module
+
+    mark = np.zeros((1, 64, 64, 3), bool)
+    mark[:, 48:56, 8:40:4] = True
+    stills = {f"{number:04}": np.where(mark & (number >= 200), 255, clouds(1, number)).astype(np.uint8) for number in range(900)}
+    for name, frames in stills.items():
+        video.write(frames, tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    found = dict(module.check(tmp_path)[1])
+    assert list(found) == [str(tmp_path)] and "fixed overlay" in found[str(tmp_path)]
+
+
 def test_cuts_are_told_from_fast_motion(tmp_path):
     cut = np.concatenate([clouds(10, 2), clouds(10, 3)])
     fast = np.stack([clouds(1, seed)[0] for seed in range(10, 30)])

@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_shift import config, finetune, memory, models, stages, train, zoo
 from latent_shift.shift import Shift, shift_of
+from latent_shift.store import Store
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "finetune-sd15.toml"
 TINY = ["data.num_frames=4", "optim.steps=3", "optim.warmup_steps=1", "optim.accumulate=2", "optim.lr=1e-2", "train.precision=no",
@@ -122,10 +123,10 @@ def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents
     """A folder of videos, a store of pixels, a store of latents; a checkpoint that is a variant."""
     made = finetune.prepare(resolved(checkpoint, media), tmp_path)
     assert (made.data.path, made.model.init) == (str(tmp_path / "latents"), str(checkpoint))
-    before = (tmp_path / "latents" / "array.bin").stat().st_mtime_ns
+    before = (tmp_path / "latents" / "store.json").stat().st_mtime_ns
     assert finetune.prepare(resolved(checkpoint, media), tmp_path) == finetune.prepare(made, tmp_path) == made
-    assert (tmp_path / "latents" / "array.bin").stat().st_mtime_ns == before
-    assert json.loads((tmp_path / "pixels" / "store.json").read_text())["shape"] == [32, 32, 3]  # the model's size
+    assert (tmp_path / "latents" / "store.json").stat().st_mtime_ns == before
+    assert set(Store(tmp_path / "pixels").shapes.values()) == {(61, 32, 32, 3)}  # the model's size
 
     of_pixels = finetune.prepare(resolved(checkpoint, packed), tmp_path / "2")
     assert of_pixels.data.path == str(tmp_path / "2" / "latents")

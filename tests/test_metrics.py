@@ -78,7 +78,13 @@ def test_evaluation_compares_with_the_clips_of_the_captions(packed, video_model)
     assert 0 <= result["retrieval_top1"] <= result["retrieval_top5"] <= 1
     assert result["guidance_scale"] == 1.0
     assert np.mean(result["denoising_error_by_frame"]) == pytest.approx(result["denoising_error"], abs=1e-4)
-    _, guided = metrics.evaluate(pipe, Store(packed), steps=1, guidance=9.0, batch_size=2)  # as many as there are: 3
+    assert result["denoising_noise"] == [0.0, 0.0]
+    other, guided = metrics.evaluate(pipe, Store(packed), steps=1, guidance=9.0, noise=(0.3, 0.6), batch_size=2)  # all there are: 3
+    assert other["denoising_noise"] == [0.3, 0.6]
+    assert other["denoising_error"] != result["denoising_error"]
+    result |= {"model": "tiny", "reconstruction": {"psnr_db": 1.0}}
+    less = {**result, "motion_explained_by_timestep": {"9": 0.5}}
+    assert "seen through" in metrics.table([result]) and "seen through" not in metrics.table([result, less])
     assert not np.array_equal(clips, guided)
     with pytest.raises(ValueError, match="3 concepts of train have clips of 4 frames, 4 asked for"):
         metrics.evaluate(pipe, Store(packed), num=4)
@@ -94,9 +100,8 @@ def test_evaluation_compares_with_the_clips_of_the_captions(packed, video_model)
 def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video_model, prediction):
     pipe = load(video_model)
     pipe.scheduler.register_to_config(prediction_type=prediction)
-    pipe.call_defaults |= {"shared_noise": 0.3, "noise_correlation": 0.6}
     clip = Store(packed).window(0, 0, 4)
-    errors, motion = metrics.denoising(pipe, clip[None], ["red"], levels=1)
+    errors, motion = metrics.denoising(pipe, clip[None], ["red"], noise=(0.3, 0.6), levels=1)
     objective = DenoisingObjective(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config))
     latents = pipe.vae.encode(to_pixels(torch.from_numpy(clip))).latent_dist.mean * pipe.vae.config.scaling_factor
     own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for generator in [seed(0)] for n in (4, 1))
@@ -118,7 +123,7 @@ def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video
         return made
 
     pipe.unet.forward = knowing
-    errors, motion = metrics.denoising(pipe, clip[None], ["red"], levels=1)
+    errors, motion = metrics.denoising(pipe, clip[None], ["red"], noise=(0.3, 0.6), levels=1)
     assert errors.mean() == pytest.approx(0, abs=1e-6)
     assert motion[500] == pytest.approx(1, abs=1e-4)
 

@@ -1,6 +1,7 @@
 """Every layout in which people have captioned videos, as it lies on their disks."""
 
 import csv
+import gzip
 import io
 import json
 import tarfile
@@ -9,8 +10,10 @@ import fsspec
 import numpy as np
 import pytest
 from test_data import counting_clip
+from typer.testing import CliRunner
 
 from latent_shift import check, data, sources, video
+from latent_shift.cli import app
 from latent_shift.store import Store
 
 
@@ -65,6 +68,23 @@ def test_lines_of_tables_are_checked(tmp_path):
         sources.read(tmp_path / "none.csv")
 
 
+def test_captions_in_a_csv_are_whole(tmp_path):
+    table = tmp_path / "list.csv"
+    table.write_text('file_name,text\na.mp4,"one, two\nthree"\nb.mp4,\nc.mp4,line\u2028separator\n')
+    assert [record.texts for record, _ in sources.read(table)] == [("one, two\nthree",), (), ("line\u2028separator",)]
+    table.write_text("file_name,text\na.mp4,a cat, seen from above, by day\n")
+    with pytest.raises(ValueError, match="2 more columns than the head; a comma in a caption needs quotes"):
+        sources.read(table)
+
+
+def test_what_is_no_source_is_said_to_be_none(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"clip.mp4: expected a folder, a .jsonl or .csv table or .tar shards"):
+        sources.read(tmp_path / "clip.mp4")
+    with pytest.raises(ValueError, match=r"none: no such folder"):
+        sources.read(tmp_path / "none")
+
+
 def write_shard(path, samples):
     """`samples`: key -> {suffix: bytes}, written one after the other as WebDataset's writer does."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +122,14 @@ def test_shards(shards, tmp_path):
     assert [record.texts for record, _ in found[:2]] == [("a counter",), ("counting", "numbers")]
     assert all(isinstance(media, bytes) for _, media in found[:2])
     assert found[2][1].startswith("no media among")
+    compressed = tmp_path / "web.tar.gz"
+    compressed.write_bytes(gzip.compress((shards / "web-000.tar").read_bytes()))
+    assert [(record.texts, media) for record, media in sources.read(compressed)] == [(record.texts, media) for record, media in found[:3]]
+    for caption in ([None, 3, " x "], 5, None):
+        (shards / "bad").mkdir(exist_ok=True)
+        write_shard(shards / "bad" / "0.tar", {"0": {".json": json.dumps({"caption": caption}).encode(), ".mp4": b""}})
+        ((record, _),) = sources.read(shards / "bad")
+        assert record.texts == (("x",) if isinstance(caption, list) else ())
     problems = data.pack(shards, tmp_path / "store", size=16, fps=8)
     assert [(name.rpartition("shards/")[2], reason) for name, reason in problems] == [
         ("web-000.tar/sub/002", "no media among .first.mp4, .first.txt"),
@@ -121,6 +149,8 @@ def test_shards_by_address_and_range(shards):
     here = list(sources.read(shards / "web-{000..001}.tar"))
     assert [(record.texts, media) for record, media in there] == [(record.texts, media) for record, media in here]
     assert len(there) == 6
+    told = CliRunner().invoke(app, ["data", "check", f"file://{shards}/web-{{000..001}}.tar"])
+    assert told.output.splitlines()[-1] == "3 clips, 0 stills, 6 concepts, 5 with problems"
     assert sources.expand("a{1..2}-{08..10}.tar") == [f"a{i}-{j}.tar" for i in (1, 2) for j in ("08", "09", "10")]
 
 
@@ -157,6 +187,13 @@ def test_ucf101_as_it_is_unpacked(tmp_path):
         ("A person is applying eye makeup", "test"), ("A person is applying eye makeup", "train"), ("A person is playing with a yo-yo", "train"),
     ]  # fmt: skip
     assert [record.concept for record in found] == ["ApplyEyeMakeup", "ApplyEyeMakeup", "YoYo"]
+    stands = tmp_path / "stands" / "HandstandPushups" / "v_HandStandPushups_g01_c01.avi"  # one class whose capitals differ
+    stands.parent.mkdir(parents=True)
+    stands.write_bytes((tmp_path / "made.mp4").read_bytes())
+    assert [(record.concept, record.texts) for record in records(tmp_path / "stands")] == [
+        ("HandstandPushups", (sentences["HandstandPushups"],))
+    ]
+    stands.unlink()
     assert check.check(tmp_path, min_frames=2) == (
         {"clips": 3, "stills": 0, "concepts": 2},
         [(record.file_name, f"shows what {found[0].file_name} shows") for record in found[1:]],

@@ -224,6 +224,9 @@ def test_a_model_is_sampled_with_the_noise_it_learnt_to_take_away(latents):
     apart = (torch.arange(4)[:, None] - torch.arange(4)).abs()
     torch.testing.assert_close(covariance, 0.5 + 0.5 * 0.6**apart, atol=0.08, rtol=0)
     assert settings.items() <= stage.pipeline().call_defaults.items()
+    other = {"sample_shared_noise": 0.0, "sample_noise_correlation": 0.9}  # or with what is asked for
+    stage = stages.DenoiserStage(tiny_config("video", latents, diffusion=settings, train=other))
+    assert {"shared_noise": 0.0, "noise_correlation": 0.9}.items() <= stage.pipeline().call_defaults.items()
 
 
 def test_the_timestep_shift_draws_noisier_steps(latents):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ def check(source: str | Path, *, min_frames: int = 16, fps: float = 8, workers: 
     """
     counts: Counter[str] = Counter(clips=0, stills=0)
     problems: list[tuple[str, str]] = []
-    concepts, seen, edges = set(), _Seen(), list[np.ndarray]()
+    concepts, seen, edges, rng = set(), _Seen(), list[np.ndarray](), np.random.default_rng(0)
     for record, frames in decoded(read(source), [(SIDE, SIDE)], fps, workers):
         concepts.add(record.concept)
         if isinstance(frames, str):
@@ -41,10 +41,11 @@ def check(source: str | Path, *, min_frames: int = 16, fps: float = 8, workers: 
         counts["clips" if len(frames) > 1 else "stills"] += 1
         grey = frames.mean(axis=-1, dtype=np.float32)
         problems += [(record.file_name, reason) for reason in _of_clip(record, grey, min_frames, fps)]
-        if first := seen.before(fingerprint(grey), record.file_name):
+        if first := seen.before(thumbnail(frames), record.file_name):
             problems.append((record.file_name, f"shows what {first} shows"))
-        if len(edges) < 500:
-            edges.append(np.stack(np.gradient(grey[len(grey) // 2])).clip(-127, 127).round().astype(np.int8))
+        num = counts["clips"] + counts["stills"]  # of all of them 500 are kept, any as likely as any other
+        if (place := num - 1 if num <= 500 else int(rng.integers(num))) < 500:
+            edges[place : place + 1] = [np.stack(np.gradient(grey[len(grey) // 2])).clip(-127, 127).round().astype(np.int8)]
     if overlay := _overlay(edges):
         problems.append((str(source), overlay))
     return {**counts, "concepts": len(concepts)}, problems
@@ -70,31 +71,46 @@ def cuts_of(changes: np.ndarray) -> list[int]:
     return [int(frame) + 1 for frame in np.flatnonzero((changes > 27) & (changes > 4 * np.median(changes)))]
 
 
-def fingerprint(grey: np.ndarray) -> np.ndarray:
-    """256 bits that copies of a `(F, H, W)` clip in other sizes and encodings share all but a few of: which tile is darker than the one
-    beside it, of 9x8 in each of four frames."""
-    picked = grey[np.linspace(0, len(grey) - 1, 4).round().astype(int)]
-    rows, columns = (np.linspace(0, length, number + 1).astype(int)[:-1] for length, number in zip(grey.shape[1:], (8, 9), strict=True))
-    tiles = np.add.reduceat(np.add.reduceat(picked, rows, axis=1), columns, axis=2) / (grey.shape[1] * grey.shape[2] / 72)
-    return (np.diff(tiles, axis=2) > 4).ravel()
+def thumbnail(frames: np.ndarray) -> np.ndarray:
+    """`(864,) uint8`: the colours of 8x9 tiles in four frames of a `(F, H, W, 3)` clip, which hardly differ between copies in other
+    sizes and encodings."""
+    picked = frames[np.linspace(0, len(frames) - 1, 4).round().astype(int)]
+    rows, columns = (
+        np.linspace(0, length, number + 1).round().astype(int) for length, number in zip(frames.shape[1:3], (8, 9), strict=True)
+    )
+    sums = np.add.reduceat(np.add.reduceat(picked.astype(np.float32), rows[:-1], axis=1), columns[:-1], axis=2)
+    return (sums / (np.diff(rows)[:, None, None] * np.diff(columns)[:, None])).round().astype(np.uint8).ravel()
 
 
 class _Seen:
-    """Fingerprints that differ in fewer bits than there are bands are equal in one band at least: only those are compared."""
+    """The clips so far. A clip is a copy if no tile differs by more than 12 grey levels in any colour; 64 tiles of each are compared
+    with those of all the others, and the rest with those that are left."""
 
-    def __init__(self, bands: int = 16):
-        self.bands = [defaultdict[bytes, list](list) for _ in range(bands)]
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.thumbnails = np.empty((0, 864), np.uint8)
+        self.few = np.random.default_rng(0).choice(864, 64, replace=False)
+        self.heads = np.empty((0, 64), np.uint8)
 
-    def before(self, bits: np.ndarray, name: str) -> str | None:
-        """Who was seen with these bits, but for a few; if nobody was, `name` is from now on."""
-        keys = [bits[number :: len(self.bands)].tobytes() for number in range(len(self.bands))]
-        for band, key in zip(self.bands, keys, strict=True):
-            for other, first in band[key]:
-                if np.count_nonzero(other != bits) < len(self.bands):
-                    return first
-        for band, key in zip(self.bands, keys, strict=True):
-            band[key].append((bits, name))
+    def before(self, thumbnail: np.ndarray, name: str) -> str | None:
+        """Who was seen that looks the same; if nobody was, `name` is from now on."""
+        num, head = len(self.names), thumbnail[self.few]
+        near = np.flatnonzero(_near(self.heads[:num], head))
+        same = near[_near(self.thumbnails[near], thumbnail)]
+        if len(same):
+            return self.names[same[0]]
+        if num == len(self.heads):  # twice the room
+            grow = max(1024, num)
+            self.heads = np.concatenate([self.heads, np.empty((grow, 64), np.uint8)])
+            self.thumbnails = np.concatenate([self.thumbnails, np.empty((grow, 864), np.uint8)])
+        self.names.append(name)
+        self.heads[num], self.thumbnails[num] = head, thumbnail
         return None
+
+
+def _near(many: np.ndarray, one: np.ndarray) -> np.ndarray:
+    """Which rows of `(N, D) uint8` differ from `(D,)` by 12 at most, in every place."""
+    return (np.maximum(many, one) - np.minimum(many, one) <= 12).all(axis=1)
 
 
 def _overlay(edges: list[np.ndarray], *, least: int = 20, strength: float = 3.0) -> str | None:

@@ -169,7 +169,7 @@ def encode(
             packed, out, autoencoder=zoo.folder(autoencoder), texts=zoo.folder(texts), mirror=mirror, batch_size=batch_size,
             device=zoo.device_of(device), workers=workers, ray=ray, progress=progress,
         )  # fmt: skip
-    print(f"{out}: {store.num_frames} frames in {len(store.shapes)} shards, {len(store.row)} captions")
+    print(f"{out}: {store.num_frames} frames, {len(store.row)} captions")
 
 
 @app.command("eval")
@@ -181,6 +181,10 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    noise: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="shared noise and noise correlation to see real clips through; default: the first model's"),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")] = None,
 ) -> None:
     """Measure models against real clips, side by side: reconstruction, retrieval, motion, coherence."""
@@ -198,13 +202,16 @@ def evaluate(
     for name in model or ["emoji"]:
         pipe = zoo.load(name, device=device)
         pipe.set_progress_bar_config(disable=True)
+        noise = noise or (pipe.call_defaults["shared_noise"], pipe.call_defaults["noise_correlation"])
         with Progress(f"{name}: frames") as progress:
             result = {
                 "model": name,
                 "reconstruction": metrics.reconstruction(pipe.vae, packed, splits=held_out, num=200, progress=progress),
             }
         with Progress(f"{name}: clips") as progress:
-            measures, _ = metrics.evaluate(pipe, packed, num=num, splits=splits, steps=steps, guidance=guidance, progress=progress)
+            measures, _ = metrics.evaluate(
+                pipe, packed, num=num, splits=splits, steps=steps, guidance=guidance, noise=noise, progress=progress
+            )
         results.append(result | measures)
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)

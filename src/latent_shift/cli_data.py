@@ -11,7 +11,13 @@ from latent_shift.terminal import Progress
 
 app = typer.Typer(no_args_is_help=True, help="Look at and prepare folders of captioned videos.")
 
-Folder = Annotated[Path, typer.Argument(help="a folder of media files with metadata.jsonl or .txt captions")]
+Folder = Annotated[
+    str,
+    typer.Argument(
+        help="media files with metadata.jsonl, metadata.csv or .txt captions; WebDataset .tar shards, also by URL and with {000..127}; "
+        "UCF-101; MSR-VTT"
+    ),
+]
 Workers = Annotated[int, typer.Option(help="processes that decode")]
 
 
@@ -50,7 +56,7 @@ def pack(
     for name, reason in problems:
         print(f"left out {name}: {reason}")
     store = Store(out)
-    print(f"{out}: {len(store.records)} records, {store.num_frames} frames, {len(store.shapes)} shards, {len(problems)} left out")
+    print(f"{out}: {len(store.records)} records, {store.num_frames} frames, {len(problems)} left out")
 
 
 @app.command()

@@ -95,6 +95,8 @@ class Train(Section):
     sample_every: int = Field(1000, ge=1)  # steps
     sample_steps: int = Field(20, ge=1)  # of sampling; with the guidance what the trained model does when nothing is asked for
     sample_guidance: float = Field(4.0, ge=1)
+    sample_shared_noise: float | None = Field(None, ge=0, le=1)  # likewise; unset: as in training
+    sample_noise_correlation: float | None = Field(None, ge=0, lt=1)
     checkpoint_minutes: float = Field(5.0, gt=0)
     keep_checkpoints: int = Field(2, ge=1)
     tensorboard: bool = False
@@ -149,6 +151,8 @@ _IGNORED = {  # settings that a stage does not read
         "data.window",
         "train.sample_steps",
         "train.sample_guidance",
+        "train.sample_shared_noise",
+        "train.sample_noise_correlation",
         "model.place",
         "model.forward",
         "model.backward",
@@ -158,6 +162,8 @@ _IGNORED = {  # settings that a stage does not read
         "diffusion.motion_weight",
         "diffusion.shared_noise",
         "diffusion.noise_correlation",
+        "train.sample_shared_noise",
+        "train.sample_noise_correlation",
         "data.crop",
         "data.image_share",
         "data.window",

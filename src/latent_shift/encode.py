@@ -248,13 +248,14 @@ def _on_ray(units: list[Unit], made_of: tuple, workers: int, address: str) -> It
     ray.init(address=address, log_to_driver=False)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        needs = {"num_gpus": 1} if made_of[-1].startswith("cuda") else {"num_cpus": 1}
+        gpu = made_of[-1].startswith("cuda")
         numbers = ray.data.range(len(units), override_num_blocks=len(units))
         made = numbers.map(
-            _RayEncoder,
+            _RayEncoder,  # type: ignore[arg-type]
             fn_constructor_args=(units, made_of),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, workers)),
-            **needs,
+            num_cpus=None if gpu else 1,
+            num_gpus=1 if gpu else None,
         )
         for _ in made.iter_rows():
             yield

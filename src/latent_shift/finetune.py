@@ -60,7 +60,7 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
         raise ValueError(f"data.size and data.fps have no effect: {path} is packed already")
     made_of = {"data": config.data.path, "size": config.data.size, "fps": config.data.fps, "model": config.model.init}
     if not packed:
-        path, videos = run / "pixels", path
+        path, videos = run / "pixels", config.data.path
         if _to_make(path, "store.json", made_of):
             with bar("packing") as each:
                 problems = data.pack(videos, path, size=config.data.size or _size_of(init), fps=config.data.fps, progress=each)

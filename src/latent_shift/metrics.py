@@ -80,14 +80,17 @@ def retrieval_ranks(generated: np.ndarray, real: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def denoising(pipe: LatentShiftPipeline, clips: np.ndarray, prompts: list[str], *, levels: int = 4) -> tuple[np.ndarray, dict[int, float]]:
+def denoising(
+    pipe: LatentShiftPipeline, clips: np.ndarray, prompts: list[str], *, noise: tuple[float, float], levels: int = 4
+) -> tuple[np.ndarray, dict[int, float]]:
     """How well the model sees real clips through noise: what it is trained to make small, and how much of what moves it has found.
 
     Args:
         pipe: a model of epsilon or v.
         clips: `(B, F, H, W, 3) uint8`.
         prompts: their B captions.
-        levels: timesteps, evenly spaced; the noise of a clip and level is that of seed 0, alike from frame to frame as in training.
+        noise: share that frames have in common and correlation from frame to frame (`share_noise`), drawn from seed 0.
+        levels: timesteps, evenly spaced.
 
     Returns:
         The mean squared error of its prediction `(F,)`, the mean over clips and levels; and by timestep the share of the variance
@@ -96,7 +99,6 @@ def denoising(pipe: LatentShiftPipeline, clips: np.ndarray, prompts: list[str], 
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     steps, generator, total = schedule.config.num_train_timesteps, seed(0), torch.zeros(clips.shape[1])
     missed, moving = np.zeros(levels), np.zeros(levels)
-    share, correlation = (float(pipe.call_defaults[name]) for name in ("shared_noise", "noise_correlation"))
     share_text(pipe.unet)
     for clip, prompt in zip(clips, prompts, strict=True):
         vae, unet = pipe.vae, pipe.unet
@@ -105,12 +107,12 @@ def denoising(pipe: LatentShiftPipeline, clips: np.ndarray, prompts: list[str], 
         for level in range(levels):
             timestep = torch.tensor([steps * (2 * level + 1) // (2 * levels)], device=unet.device)
             own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for n in (len(clip), 1))
-            noise = share_noise(own, common, share, correlation)[0].to(latents)
-            noisy = schedule.add_noise(latents, noise, timestep)
+            drawn = share_noise(own, common, *noise)[0].to(latents)
+            noisy = schedule.add_noise(latents, drawn, timestep)
             with frames(unet, len(clip)):
                 predicted = unet(noisy, timestep, embedding.to(latents)).sample
             epsilon = schedule.config.prediction_type == "epsilon"
-            target = noise if epsilon else schedule.get_velocity(latents, noise, timestep)
+            target = drawn if epsilon else schedule.get_velocity(latents, drawn, timestep)
             total += (predicted - target).float().square().mean(dim=(1, 2, 3)).cpu()
             signal = float(schedule.alphas_cumprod[timestep.cpu()])
             a, s = signal**0.5, (1 - signal) ** 0.5
@@ -167,6 +169,7 @@ def evaluate(
     splits: tuple[str, ...] = ("train",),
     steps: int | None = None,
     guidance: float | None = None,
+    noise: tuple[float, float] | None = None,
     batch_size: int = 5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict, np.ndarray]:
@@ -178,6 +181,7 @@ def evaluate(
         num: concepts; one clip each, of seed 0, 1, 2, ... None: 100, or as many as there are.
         splits: which records to take captions from.
         steps, guidance: sampling settings; None takes the model's.
+        noise: see `denoising`; models are compared in the same. None: that with which the model draws.
         batch_size: clips at once.
         progress: called with (clips done, clips in all).
 
@@ -199,7 +203,8 @@ def evaluate(
         progress(len(clips), len(chosen))
     generated = np.stack(clips)
     ranks = retrieval_ranks(np.stack([features(clip) for clip in generated]), np.stack([features(clip) for clip in real]))
-    errors, motion = denoising(pipe, real, [store.records[index].texts[0] for index in chosen])
+    noise = noise or (float(pipe.call_defaults["shared_noise"]), float(pipe.call_defaults["noise_correlation"]))
+    errors, motion = denoising(pipe, real, [store.records[index].texts[0] for index in chosen], noise=noise)
     energies = np.array([[motion_energy(clip) for clip in part] for part in (generated, real)])
     return {
         "clips": len(chosen),
@@ -211,6 +216,7 @@ def evaluate(
         "retrieval_top1": float((ranks == 1).mean()),
         "retrieval_top5": float((ranks <= 5).mean()),
         "retrieval_median_rank": float(np.median(ranks)),
+        "denoising_noise": list(noise),
         "denoising_error": float(errors.mean()),
         "denoising_error_by_frame": errors.round(4).tolist(),
         "motion_explained_by_timestep": {str(timestep): round(r2, 4) for timestep, r2 in motion.items()},
@@ -242,8 +248,9 @@ def table(results: list[dict]) -> str:
     if len(by_frame) == len(results):  # a file of an older version has none
         rows.append(["denoising error of real clips", *(f"{np.mean(errors):.4f}" for errors in by_frame), ""])
         rows.append(["of their first and last frames", *(f"{(errors[0] + errors[-1]) / 2:.4f}" for errors in by_frame), ""])
-    if all("motion_explained_by_timestep" in result for result in results):
-        for timestep in real["motion_explained_by_timestep"]:
+    timesteps = [result.get("motion_explained_by_timestep", {}).keys() for result in results]
+    if all(each == timesteps[0] for each in timesteps):
+        for timestep in timesteps[0]:
             explained = [result["motion_explained_by_timestep"][timestep] for result in results]
             rows.append([f"their motion, seen through the noise of timestep {timestep}", *(f"{r2:.0%}" for r2 in explained), "100%"])
     for name, unit in (("motion_energy", ", grey levels"), ("flicker", ", grey levels"), ("persistence", ""), ("coherence", "")):

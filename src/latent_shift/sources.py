@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import tarfile
@@ -27,6 +28,7 @@ from typing import Any
 
 from latent_shift import video
 
+TARS = (".tar", ".tar.gz", ".tgz")
 Media = Path | bytes | str
 """A file, the contents of one, or the reason why there is none."""
 
@@ -53,16 +55,18 @@ def read(source: str | Path) -> Iterator[tuple[Record, Media]]:
         ValueError: nothing there in any of the layouts above, or a table with a line that is not a record; the message names it.
     """
     path = Path(source)
-    if "://" in str(source) or path.suffix == ".tar" or "{" in path.name:
+    if "://" in str(source) or path.name.endswith(TARS) or "{" in path.name:
         return _shards(expand(str(source)))
     if path.suffix in (".jsonl", ".csv"):
         return _table(path)
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder")
+        raise ValueError(
+            f"{path}: expected a folder, a .jsonl or .csv table or .tar shards" if path.exists() else f"{path}: no such folder"
+        )
     for name in ("metadata.jsonl", "metadata.csv"):
         if (path / name).exists():
             return _table(path / name)
-    if tars := sorted(path.glob("*.tar")):
+    if tars := sorted(file for file in path.iterdir() if file.name.endswith(TARS)):
         return _shards(map(str, tars))
     if actions := sorted(file for file in path.rglob("v_*.avi") if _UCF.fullmatch(file.name)):
         return _ucf101(path, actions)
@@ -84,14 +88,16 @@ def _table(table: Path) -> Iterator[tuple[Record, Media]]:
     if not table.exists():
         raise ValueError(f"{table}: no such file")
     if table.suffix == ".csv":
-        reader = csv.DictReader(text_of(table).splitlines())
+        reader = csv.DictReader(io.StringIO(text_of(table), newline=""), restkey="more columns", restval="")
         rows: Iterable[tuple[int, Any]] = ((reader.line_num, row) for row in reader)
     else:
         rows = enumerate(lines_of(table), 1)
     records = []
     for number, row in rows:
         try:
-            row = json.loads(row) if isinstance(row, str) else {key: value for key, value in row.items() if value}
+            row = json.loads(row) if isinstance(row, str) else {key: value for key, value in row.items() if value or key == "text"}
+            if more := row.get("more columns"):
+                raise KeyError(f"{len(more)} more columns than the head; a comma in a caption needs quotes")
             texts = tuple(text for text in ([row["text"]] if isinstance(row["text"], str) else row["text"]) if str.strip(text))
             name = row["file_name"]
             optional = {key: row[key] for key in ("split", "loop") if key in row}
@@ -162,11 +168,11 @@ def _sample(url: str, key: str, parts: dict[str, bytes]) -> Iterator[tuple[Recor
     texts: Any = parts[".txt"].decode(errors="replace").splitlines() if ".txt" in parts else []
     if not texts and ".json" in parts:
         try:
-            texts = json.loads(parts[".json"]).get("caption") or []
-        except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
+            texts = json.loads(parts[".json"])["caption"]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
             texts = []
-        texts = [texts] if isinstance(texts, str) else texts
-    texts = tuple(text.strip() for text in texts if text.strip())
+        texts = texts if isinstance(texts, list) else [texts]
+    texts = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
     yield Record(f"{url}/{key}{suffix}", texts, concept=texts[0] if texts else key), parts[suffix]
 
 
@@ -185,9 +191,10 @@ def _ucf101(folder: Path, files: list[Path]) -> Iterator[tuple[Record, Media]]:
     for split in ("train", "test"):
         for table in sorted(folder.rglob(f"{split}list01.txt")):
             splits |= {PurePosixPath(line.split()[0]).name: split for line in lines_of(table) if line.strip()}
+    classes = {action.lower(): action for action in sentences}  # a class's folder and its files differ in capitals
     for file in files:
         action = _UCF.fullmatch(file.name)[1]  # type: ignore[index]
-        name = str(file.relative_to(folder))
+        action, name = classes.get(action.lower(), action), str(file.relative_to(folder))
         if action in sentences:
             yield Record(name, (sentences[action],), action, splits.get(file.name, "train" if not splits else "unlisted")), file
         else:

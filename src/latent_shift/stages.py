@@ -173,7 +173,8 @@ class DenoiserStage:
         return tuple(torch.from_numpy(array) for array in (latents, noise, timesteps, text))
 
     def pipeline(self) -> LatentShiftPipeline:
-        folder = self.store.folder
+        folder, options, sampling = self.store.folder, self.config.diffusion, self.config.train
+        share, correlation = sampling.sample_shared_noise, sampling.sample_noise_correlation
         return LatentShiftPipeline(
             vae=AutoencoderKL.from_pretrained(folder / "autoencoder", dtype=torch.float32),
             text_encoder=AutoModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
@@ -183,10 +184,10 @@ class DenoiserStage:
             latent_shift={
                 "num_frames": self.config.data.num_frames,
                 "fps": self.store.info["fps"],
-                "shared_noise": self.config.diffusion.shared_noise,
-                "noise_correlation": self.config.diffusion.noise_correlation,
-                "num_inference_steps": self.config.train.sample_steps,
-                "guidance_scale": self.config.train.sample_guidance,
+                "shared_noise": options.shared_noise if share is None else share,
+                "noise_correlation": options.noise_correlation if correlation is None else correlation,
+                "num_inference_steps": sampling.sample_steps,
+                "guidance_scale": sampling.sample_guidance,
             },
         )
 

@@ -29,10 +29,10 @@ def recipe(tmp_path):
 
 
 def test_overrides_and_the_way_back(recipe, tmp_path):
-    config = load(recipe, ["optim.lr=5e-4", "data.path=/elsewhere/a b", "train.tensorboard=true", 'data.splits=["train", "val"]'])
+    config = load(recipe, ["optim.lr=5e-4", "data.path=/elsewhere/a b", "train.tracker=wandb", 'data.splits=["train", "val"]'])
     assert config.optim.lr == 5e-4
     assert config.data.path == "/elsewhere/a b"
-    assert config.train.tensorboard is True
+    assert config.train.tracker == "wandb"
     assert config.data.splits == ["train", "val"]
     (tmp_path / "again.toml").write_text(dump(config))
     assert load(tmp_path / "again.toml") == config

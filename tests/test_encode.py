@@ -157,6 +157,7 @@ def test_latents_never_lie_over_the_pixels_or_beside_another_autoencoder(shards,
     with pytest.raises(ValueError, match="is read from; expected another folder"):
         encode.encode(shards, shards, autoencoder=autoencoder, texts=texts)
     encode.encode(shards, tmp_path / "latents", autoencoder=autoencoder, texts=texts)
+    (tmp_path / "latents" / "texts.json").unlink()
     monkeypatch.setattr(encode.text, "embed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         encode.encode(shards, tmp_path / "latents", autoencoder=autoencoder, texts=texts)

@@ -76,7 +76,8 @@ def test_a_lora_is_small_goes_on_exactly_and_loads_in_diffusers(checkpoint, medi
     for name, tensor in before.items():
         torch.testing.assert_close(weights[name], tensor)
     newest = sorted((tmp_path / "part" / "checkpoints").iterdir())[-1] / "model.safetensors"
-    save_file(dict(list(load_file(newest).items())[1:]), newest)
+    (name, tensor), *others = load_file(newest).items()
+    save_file({f"{name[:-1]}_": tensor, **dict(others)}, newest, metadata={"format": "pt"})  # as many bytes
     with pytest.raises(ValueError, match=r"expected the .* trained tensors of this run"):
         train.train(settings, tmp_path / "part")
     convolutions = [tensor for name, tensor in weights.items() if "resnets.0.conv1.lora" in name]
@@ -135,7 +136,7 @@ def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents
     assert not (tmp_path / "3").exists()
     with pytest.raises(ValueError, match=r"data\.size and data\.fps have no effect"):
         finetune.prepare(resolved(checkpoint, packed, "data.size=16"), tmp_path / "4")
-    assert json.loads((finetune_path(checkpoint, media, tmp_path / "5") / "store.json").read_text())["shape"] == [16, 16, 3]
+    assert set(Store(finetune_path(checkpoint, media, tmp_path / "5")).shapes.values()) == {(61, 16, 16, 3)}
 
     half = tmp_path / "half"
     StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None).to(torch.float16).save_pretrained(half, variant="fp16")

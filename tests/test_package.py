@@ -18,6 +18,10 @@ EXTRAS = [
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "ray",
+    "wandb",
+    "bitsandbytes",
+    "peft",
 ]
 BLOCK = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # None: as if it were not installed
 

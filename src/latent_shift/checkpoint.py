@@ -4,41 +4,127 @@ run/
   config.toml            every setting, defaults written out; `latent-shift train run` resumes from it
   stats.jsonl            a line every `log_every` steps; `seconds` is the run's time so far, sampling and saving included
   samples/               pictures and clips drawn while it trains
-  checkpoints/step-*/    weights (safetensors); averaged weights and optimizer state (PyTorch's own format)
+  checkpoints/step-*/    weights and averaged weights (safetensors), optimizer state (PyTorch's own format); of a sharded run PyTorch's
+                         distributed format; state.json names every file and its size, and is written last
   model/                 the averaged weights as a diffusers folder, when the run is done; of a LoRA its file
+  .lock                  held by the process that trains here; the system lets go of it whatever ends the process
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
-from safetensors.torch import load_file
-from torch import nn
+from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from latent_shift.store import write
 
+log = logging.getLogger("latent_shift")
+
 
 def save(accelerator: Accelerator, run: Path, step: int, *, keep: int) -> Path:
-    """Write checkpoint `step` aside, rename it into place, and delete all but the newest `keep`."""
+    """Write checkpoint `step` aside, rename it into place, and delete all but the newest `keep`.
+
+    Raises:
+        OSError: it could not be written: the disk is full, say. The checkpoints before it are as they were.
+    """
     target = run / "checkpoints" / f"step-{step:08d}"
     partial = target.with_name(f".{target.name}.partial")
-    if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial), safe_serialization=True)
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / "state.json").write_text(json.dumps({"step": step}))
+        for left in target.parent.glob(".step-*.partial"):  # of a run that was killed while it saved
+            shutil.rmtree(left)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial), safe_serialization=True)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _seal(partial, step)
+    except Exception as error:  # each of the libraries has its own for a file that cannot be written
+        shutil.rmtree(partial, ignore_errors=True)
+        whole = [folder.name for folder in steps(run)]
+        raise OSError(
+            f"{run}: step {step} could not be saved ({error}); "
+            f"{f'{whole[-1]} is whole, and the same command goes on from there' if whole else 'nothing was saved before it'}"
+        ) from error
+    if accelerator.is_main_process:
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
         for old in steps(run)[:-keep]:
             shutil.rmtree(old)
     return target
+
+
+def _seal(folder: Path, step: int) -> None:
+    """Have every file on the disk, and then the one that says so."""
+    sizes = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sizes[str(path.relative_to(folder))] = path.stat().st_size
+    write(folder / "state.json", json.dumps({"step": step, "sizes": sizes}))
+
+
+def _flaw(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything is."""
+    try:
+        sizes = json.loads((folder / "state.json").read_text())["sizes"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"state.json cannot be read ({error})"
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size if (folder / name).exists() else 0
+        if found != size:
+            return f"{name} has {found} bytes of {size}"
+    return None
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Hold the run folder. Raises ValueError if another process does."""
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(run / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{run}: another process trains there; choose another folder with --run") from None
+    with held:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process may hold a part; all of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def average_too(accelerator: Accelerator, ema: EMAModel, names: list[str]) -> None:
+    """Save and load the averaged weights, by the names of the parameters, with the others."""
+
+    def save_average(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
+        tensors = {name: whole(tensor).contiguous() for name, tensor in zip(names, ema.shadow_params, strict=True)}
+        if accelerator.is_main_process:
+            save_file(tensors, Path(folder) / "average.safetensors", metadata={"steps": str(ema.optimization_step)})
+
+    def load_average(modules: list[nn.Module], folder: str) -> None:
+        with safe_open(Path(folder) / "average.safetensors", framework="pt") as file:
+            for name, tensor in zip(names, ema.shadow_params, strict=True):
+                saved = file.get_tensor(name)
+                if isinstance(tensor, DTensor):
+                    saved = distribute_tensor(saved.to(tensor.device), tensor.device_mesh, tensor.placements)
+                tensor.copy_(saved)
+            ema.optimization_step = int(file.metadata()["steps"])
+
+    accelerator.register_save_state_pre_hook(save_average)
+    accelerator.register_load_state_pre_hook(load_average)
 
 
 def leave_out_frozen(accelerator: Accelerator, module: nn.Module) -> None:
@@ -69,12 +155,21 @@ def steps(run: Path) -> list[Path]:
 
 
 def restore(accelerator: Accelerator, run: Path) -> int:
-    """Load the newest checkpoint, if there is one; returns the number of steps done."""
-    found = steps(run)
-    if not found:
-        return 0
-    accelerator.load_state(str(found[-1]))
-    return int(json.loads((found[-1] / "state.json").read_text())["step"])
+    """Load the newest checkpoint that is whole, if there is one; returns the number of steps done.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    flaws = []
+    for folder in reversed(steps(run)):
+        if (flaw := _flaw(folder)) is None:
+            accelerator.load_state(str(folder))
+            return int(json.loads((folder / "state.json").read_text())["step"])
+        log.warning("%s is left out: %s", folder, flaw)
+        flaws.append(f"{folder.name}: {flaw}")
+    if flaws:
+        raise ValueError(f"{run}: no checkpoint is whole ({'; '.join(flaws)}); delete the folder to begin again")
+    return 0
 
 
 def trim_stats(run: Path, step: int) -> float:

@@ -24,6 +24,7 @@ class Data(Section):
     window: Literal["random", "first"] = "random"  # where in a longer clip its frames are taken; stills from anywhere
     image_share: float = Field(0.0, ge=0, le=1)  # share of the video steps that train on single frames instead
     splits: list[str] = ["train"]
+    val_splits: list[str] = []  # where the clips come from on which the loss is validated; none: it is not
 
 
 class Model(Section):
@@ -80,7 +81,8 @@ class Optim(Section):
     lr: float = Field(gt=0)
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory, from the extra "finetune"
     warmup_steps: int = Field(200, ge=0)
-    cooldown_steps: int = Field(0, ge=0)  # the last steps, over which the rate falls linearly to 0
+    cooldown_steps: int = Field(0, ge=0)  # the last steps, over which the rate falls to 0
+    cooldown: Literal["linear", "cosine"] = "linear"  # how
     weight_decay: float = Field(0.01, ge=0)
     beta2: float = Field(0.99, gt=0, lt=1)
     grad_clip: float = Field(1.0, gt=0)
@@ -99,8 +101,11 @@ class Train(Section):
     sample_noise_correlation: float | None = Field(None, ge=0, lt=1)
     checkpoint_minutes: float = Field(5.0, gt=0)
     keep_checkpoints: int = Field(2, ge=1)
-    tensorboard: bool = False
+    validate_every: int = Field(500, ge=1)  # steps
+    val_batches: int = Field(8, ge=1)
+    tracker: Literal["tensorboard", "wandb"] | None = None  # from the extra "track"; stats.jsonl is always written
     gradient_checkpointing: bool = False
+    shard: bool = False  # weights, gradients and optimizer in parts over the processes (FSDP2), for models too large for one
 
 
 class Config(Section):
@@ -124,6 +129,12 @@ class Config(Section):
             default = type(getattr(self, section)).model_fields[key].default
             if getattr(getattr(self, section), key) != default:
                 raise ValueError(f"{name} has no effect in stage {self.stage}: leave it out")
+        if self.lora and self.train.shard:
+            raise ValueError("train.shard is for models too large for one device; a lora's frozen weights are not sharded: leave it out")
+        if self.optim.cooldown != "linear" and not self.optim.cooldown_steps:
+            raise ValueError("optim.cooldown has no effect without optim.cooldown_steps")
+        if not self.data.val_splits and (self.train.validate_every, self.train.val_batches) != (500, 8):
+            raise ValueError("train.validate_every and train.val_batches have no effect without data.val_splits")
         if self.lora and (self.stage == "autoencoder" or self.model.init is None):
             raise ValueError("lora trains additions to a denoiser's weights: expected stage image or video, and model.init")
         if self.optim.warmup_steps + self.optim.cooldown_steps > self.optim.steps:

@@ -25,12 +25,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer
+from diffusers import ModelMixin
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from latent_shift import models, text
 from latent_shift.autoencoder import to_pixels
 from latent_shift.sources import Record
-from latent_shift.store import BalancedSampler, Store, begin, finish, pixels, save
+from latent_shift.store import BalancedSampler, Store, begin, finish, pixels, save, write
 
 
 class LatentStore(Store):
@@ -45,7 +46,8 @@ class LatentStore(Store):
         super().__init__(folder)
         if "texts" not in self.info:
             raise ValueError(f"{folder}: holds pixels, not latents; `latent-shift encode` makes latents of them")
-        self.row = {caption: index for index, caption in enumerate(json.loads((self.folder / "texts.json").read_text()))}
+        captions = json.loads((self.folder / "texts.json").read_text())["captions"]
+        self.row = {caption: index for index, caption in enumerate(captions)}
         self.embeddings = np.load(self.folder / "texts.npy", mmap_mode="r")
 
     def caption(self, rng: np.random.Generator, index: int) -> int:
@@ -100,13 +102,6 @@ class Encoder:
     def __init__(self, autoencoder: str | Path, batch_size: int | None = None, device: str | torch.device = "cpu"):
         self.vae = models.load_autoencoder(autoencoder).to(device).eval()
         self.batch_size = batch_size
-
-    def identity(self) -> str:
-        """Of what it computes: the configuration and every weight."""
-        digest = hashlib.sha256(json.dumps({k: v for k, v in self.vae.config.items() if k[0] != "_"}, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()
 
     @torch.no_grad()
     def __call__(self, unit: Unit) -> None:
@@ -183,15 +178,32 @@ def encode(
 
 
 def _encode_texts(source: Store, out: Path, *, batch_size: int, device: str | torch.device) -> list[int]:
-    """Write every caption's embedding; returns the shape of one."""
+    """Write every caption's embedding, unless they are there; returns the shape of one."""
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     text_encoder = AutoModel.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
     captions = ["", *sorted({caption for record in source.records for caption in record.texts if caption})]
-    batches = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
-    embeddings = torch.cat([text.embed(tokenizer, text_encoder, batch).half().cpu() for batch in batches])
-    (out / "texts.json").write_text(json.dumps(captions, ensure_ascii=False))
-    np.save(out / "texts.npy", embeddings.numpy())
-    return list(embeddings.shape[1:])
+    told = {"of": _identity(text_encoder, tokenizer.get_vocab(), tokenizer.model_max_length), "captions": captions}
+    path = out / "texts.npy"
+    if not (out / "texts.json").exists() or json.loads((out / "texts.json").read_text()) != told:
+        (out / "texts.json").unlink(missing_ok=True)
+        shape = text.embed(tokenizer, text_encoder, [""]).shape[1:]
+        file = np.lib.format.open_memmap(path, "w+", np.float16, (len(captions), *shape))
+        for start in range(0, len(captions), batch_size):
+            embeddings = text.embed(tokenizer, text_encoder, captions[start : start + batch_size])
+            file[start : start + batch_size] = embeddings.half().cpu().numpy()
+        file.flush()
+        write(out / "texts.json", json.dumps(told, ensure_ascii=False))
+    return list(np.load(path, mmap_mode="r").shape[1:])
+
+
+def _identity(module: PreTrainedModel | ModelMixin, *settings: object) -> str:
+    """Of what a network computes: its settings and every weight."""
+    config = dict(module.config) if isinstance(module, ModelMixin) else module.config.to_dict()
+    config = {key: value for key, value in config.items() if key[0] != "_" and not key.endswith("_version")}
+    digest = hashlib.sha256(json.dumps([config, settings], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 _SIDED = re.compile(r"\b((left|right|east|west)(wards?)?|(anti|counter)?clockwise)\b", re.IGNORECASE)
@@ -204,7 +216,7 @@ def _plan(
     by_shard: dict[str, list[Record]] = {}
     for record in source.records:
         by_shard.setdefault(record.shard, []).append(record)
-    identity, channels = encoder.identity(), encoder.vae.config.latent_channels
+    identity, channels = _identity(encoder.vae), encoder.vae.config.latent_channels
     units, records, shapes = list[Unit](), list[Record](), dict[str, tuple[int, ...]]()
     for mirrored in (False, True) if mirror else (False,):
         for shard, clips in by_shard.items():

@@ -5,7 +5,6 @@ B clips, F frames, C channels, h w, L tokens, D text width.
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_sch
 from latent_shift.encode import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.shift import Shift, inflate, share_text
-from latent_shift.store import BalancedSampler, pixels
+from latent_shift.store import BalancedSampler, Store, pixels
 
 
 class Stage(Protocol):
@@ -32,9 +31,10 @@ class Stage(Protocol):
     @property
     def model(self) -> ModelMixin: ...  # what is trained, averaged and exported
 
-    def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]: ...
-    def sample(self, folder: Path, step: int) -> None: ...
-    def export(self, folder: Path) -> None: ...
+    def draw(self, rng: np.random.Generator, *, held_out: bool = False) -> tuple[Tensor, ...]: ...  # what the objective takes
+    def sample(self, rank: int, world: int) -> dict[int, np.ndarray]: ...  # a process's part of what `show` shows
+    def show(self, samples: dict[int, np.ndarray], folder: Path, step: int) -> None: ...
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None: ...
 
 
 class AutoencoderStage:
@@ -44,6 +44,7 @@ class AutoencoderStage:
         self.config = config
         self.store = pixels(config.data.path)
         self.sampler = BalancedSampler(self.store, self.store.select(splits=config.data.splits))
+        self.held_out = _held_out(config, self.store)
         smallest = min(min(shape[1:3]) for shape in self.store.shapes.values())
         if config.data.crop > smallest:
             raise ValueError(f"data.crop={config.data.crop} is larger than the frames of {config.data.path}, {smallest} a side")
@@ -54,10 +55,11 @@ class AutoencoderStage:
             raise ValueError(f"data.crop must be a multiple of {self.factor}, the autoencoder's factor, got {config.data.crop}")
         self.objective = autoencoder.AutoencoderObjective(self.model, kl=config.loss.kl, perceptual=config.loss.perceptual)
 
-    def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]:
-        crop = self.config.data.crop
+    def draw(self, rng: np.random.Generator, *, held_out: bool = False) -> tuple[Tensor, ...]:
+        """Pixels `(B, 3, H, W)`, noise of their latents `(B, C, h, w)`."""
+        crop, sampler = self.config.data.crop, self.held_out[1] if held_out else self.sampler
         crops = np.empty((self.config.data.batch_size, crop, crop, 3), np.uint8)
-        for row, index in enumerate(self.sampler.draw(rng, len(crops))):
+        for row, index in enumerate(sampler.draw(rng, len(crops))):
             frame = self.store.draw_window(rng, index, 1)[0]
             top, left = rng.integers(frame.shape[0] - crop + 1), rng.integers(frame.shape[1] - crop + 1)
             crops[row] = frame[top : top + crop, left : left + crop]
@@ -69,20 +71,24 @@ class AutoencoderStage:
         return torch.from_numpy(np.concatenate([self.store.draw_window(rng, i, 1) for i in self.sampler.draw(rng, num)]))
 
     @torch.no_grad()
-    def sample(self, folder: Path, step: int) -> None:
+    def sample(self, rank: int, world: int) -> dict[int, np.ndarray]:
         """Eight frames above their reconstructions."""
         frames = self._frames(8)
         shown = autoencoder.to_pixels(frames).to(self.model.device)
         decoded = autoencoder.to_frames(self.model.decode(self.model.encode(shown).latent_dist.mean).sample.cpu())
-        sheet = video.montage(torch.cat([frames, decoded]).numpy(), columns=8)
-        video.write(sheet[None], folder / f"{step:08d}.png")
+        return {0: video.montage(torch.cat([frames, decoded]).numpy(), columns=8)}
+
+    def show(self, samples: dict[int, np.ndarray], folder: Path, step: int) -> None:
+        video.write(samples[0][None], folder / f"{step:08d}.png")
 
     @torch.no_grad()
-    def export(self, folder: Path) -> None:
-        frames = autoencoder.to_pixels(self._frames(512)).to(self.model.device)
-        latents = torch.cat([self.model.encode(batch).latent_dist.mean.cpu() for batch in frames.split(16)])
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         plain = AutoencoderKL.from_config(self.model.config)
-        plain.load_state_dict(self.model.state_dict())
+        plain.load_state_dict(weights)
+        plain.to(self.model.device).eval()
+        frames = autoencoder.to_pixels(self._frames(512)).to(self.model.device)
+        latents = torch.cat([plain.encode(batch).latent_dist.mean.cpu() for batch in frames.split(16)])
+        plain.cpu()
         autoencoder.whiten(plain, latents)
         plain.save_pretrained(folder)
 
@@ -100,6 +106,7 @@ class DenoiserStage:
             num_frames: BalancedSampler(self.store, self.store.select(splits=config.data.splits, num_frames=num_frames))
             for num_frames in {1, config.data.num_frames}
         }
+        self.held_out = _held_out(config, self.store)
         init = config.model.init
         sample_size = self.store.info["size"] // self.store.info["factor"]
         self.model = (
@@ -148,12 +155,12 @@ class DenoiserStage:
             if value != current:
                 raise ValueError(f"{name} is {current}, but {self.config.model.init} was trained with {value}: set it to that")
 
-    def draw(self, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    def draw(self, rng: np.random.Generator, *, held_out: bool = False) -> tuple[Tensor, ...]:
         """Latents, noise `(B, F, C, h, w)`, timesteps `(B,)`, text `(B, L, D)`."""
         num_clips, num_frames = self.config.data.batch_size, self.config.data.num_frames
-        if num_frames > 1 and rng.random() < self.config.data.image_share:
+        if num_frames > 1 and not held_out and rng.random() < self.config.data.image_share:
             num_clips, num_frames = num_clips * num_frames, 1
-        indices = self.samplers[num_frames].draw(rng, num_clips)
+        indices = (self.held_out if held_out else self.samplers)[num_frames].draw(rng, num_clips)
         if num_frames > 1 and self.config.data.window == "first":
             windows = [self.store.window(index, 0, num_frames) for index in indices]
         else:
@@ -191,8 +198,8 @@ class DenoiserStage:
             },
         )
 
-    def sample(self, folder: Path, step: int) -> None:
-        """The first captions of eight training records and of four that were held out, a row of frames each."""
+    def sample(self, rank: int, world: int) -> dict[int, np.ndarray]:
+        """Clips of the first captions of eight training records and of four that were held out. Every process draws as many."""
         records = self.store.records
         rng = np.random.default_rng(0)
         seen = self.samplers[self.config.data.num_frames].draw(rng, 8)
@@ -201,27 +208,43 @@ class DenoiserStage:
         prompts = [records[index].texts[0] for index in seen + held]
         pipe = self.pipeline().to(self.model.device)
         pipe.set_progress_bar_config(disable=True)
+        rows = [row % len(prompts) for row in range(rank, -(-len(prompts) // world) * world, world)]
         # One by one: a batch of clips with guidance would need more memory than the training.
-        clips = np.concatenate([pipe(prompt, generator=zoo.seed(0), decode_batch_size=1).frames for prompt in prompts])
-        clips = (clips * 255).round().astype(np.uint8)
+        return {row: zoo.to_uint8(pipe(prompts[row], generator=zoo.seed(0), decode_batch_size=1).frames[0]) for row in rows}
+
+    def show(self, samples: dict[int, np.ndarray], folder: Path, step: int) -> None:
+        """A row of frames for each clip; clips of several frames also moving, side by side."""
+        clips = np.stack([samples[row] for row in sorted(samples)])
         tiles = clips[:, :: max(1, clips.shape[1] // 8)]
         sheet = video.montage(tiles.reshape(-1, *tiles.shape[2:]), columns=tiles.shape[1] if tiles.shape[1] > 1 else 4)
         video.write(sheet[None], folder / f"{step:08d}.png")
         if clips.shape[1] > 1:
             video.write(video.side_by_side(clips, columns=4), folder / f"{step:08d}.webp", fps=self.store.info["fps"])
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """A half-precision pipeline folder; diffusers' StableDiffusionPipeline reads it too. No path of this machine is in it.
         Of a LoRA its file alone."""
         pipe = self.pipeline()
         if self.config.lora:
             finetune.save_lora(self.model, folder, call_defaults=pipe.call_defaults)
             return
-        pipe.unet = copy.deepcopy(self.model)  # the averaged weights; the ones in training stay float32
+        pipe.unet = UNet2DConditionModel.from_config(self.model.config)
+        pipe.unet.load_state_dict(weights)
+        inflate(pipe.unet, self.shift)
         pipe.vae.half(), pipe.text_encoder.half(), pipe.unet.half()
         for part in (pipe.vae, pipe.unet):
             part.register_to_config(_name_or_path="")
         pipe.save_pretrained(folder)
+
+
+def _held_out(config: Config, store: Store) -> dict[int, BalancedSampler]:
+    """What the loss is validated on, by the number of frames."""
+    if not config.data.val_splits:
+        return {}
+    indices = store.select(splits=config.data.val_splits, num_frames=config.data.num_frames)
+    if not indices:
+        raise ValueError(f"{store.folder}: no clip of {config.data.num_frames} frames in data.val_splits {config.data.val_splits}")
+    return {config.data.num_frames: BalancedSampler(store, indices)}
 
 
 # What a scheduler's file tells of the training, and the setting that names it.

@@ -1,29 +1,31 @@
 """One training loop for the three stages: autoencoder, text-to-image, text-to-video.
 
-Every random number of step k comes from a generator seeded with (seed, k, process, batch), so a resumed run goes on exactly
-where it was, and nothing random has to be saved.
+Every random number of step k comes from a generator seeded with (seed, k, batch), the batches of a step being counted over processes
+and accumulation. So a resumed run goes on exactly where it was, nothing random has to be saved, and two processes train as one does
+that accumulates twice as much.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from accelerate.utils import is_tensorboard_available
+from accelerate.utils import gather_object, is_tensorboard_available, is_wandb_available
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -48,71 +50,97 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
         `run/model`, the exported diffusers folder, or that of a LoRA's file; the run folder if SIGTERM stopped it before its last step.
 
     Raises:
-        ValueError: settings or data that do not fit together, or a run folder that holds another model's run.
-        RuntimeError: `train.tensorboard` without TensorBoard.
+        ValueError: settings or data that do not fit together, or a run folder that holds another model's run or another process.
+        RuntimeError: `train.tracker` without its package; out of memory, with what to lower.
+        OSError: a checkpoint could not be written; those before it are whole.
     """
-    run = Path(run)
-    if config.train.tensorboard and not is_tensorboard_available():
-        raise RuntimeError("train.tensorboard needs TensorBoard: pip install 'latent-shift-video[track]'")
+    run, tracker = Path(run), config.train.tracker
+    if tracker and not {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[tracker]():
+        raise RuntimeError(f"train.tracker={tracker} needs its package: pip install 'latent-shift-video[{tracker}]'")
     check_run(config, run)
-    AcceleratorState._reset_state()  # another run of this process may have had another precision
-    accelerator = Accelerator(
-        mixed_precision=config.train.precision,
-        gradient_accumulation_steps=config.optim.accumulate,
-        log_with="tensorboard" if config.train.tensorboard else None,
-        project_dir=run,
-    )
+    with checkpoint.lock(run) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        try:
+            return _train(config, run, report)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise RuntimeError(f"out of memory: {advice(config)} ({error})") from error
+
+
+def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> Path:
+    accelerator = _accelerator(config, run)
     torch.manual_seed(config.train.seed)
     ready = finetune.prepare(config, run, device=accelerator.device)
     stage: Stage = AutoencoderStage(ready) if config.stage == "autoencoder" else DenoiserStage(ready)
     if config.train.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
     stage.objective.train()
-    parameters = [parameter for parameter in stage.objective.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(config, parameters)
-    ema = EMAModel(parameters, decay=config.optim.ema, use_ema_warmup=True, power=0.75, foreach=True)
+    trained = [name for name, parameter in stage.objective.named_parameters() if parameter.requires_grad]
+    optimizer = _optimizer(config, [parameter for parameter in stage.objective.parameters() if parameter.requires_grad])
     objective, optimizer = accelerator.prepare(stage.objective, optimizer)
-    accelerator.register_for_checkpointing(ema)
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]  # sharded ones are others than before
+    ema = EMAModel(parameters, decay=config.optim.ema, use_ema_warmup=True, power=0.75, foreach=True)
+    ema.to(accelerator.device)
+    checkpoint.average_too(accelerator, ema, trained)
     checkpoint.leave_out_frozen(accelerator, stage.objective)
     done = checkpoint.restore(accelerator, run)
     if done > config.optim.steps:
         raise ValueError(
             f"{run} has done {done} steps, optim.steps is {config.optim.steps}: expected {done} or more, or another run folder"
         )
-    # A checkpoint brings the settings it was saved with; the config's are the ones that count.
-    ema.to(accelerator.device)
-    ema.decay, accelerator.step = config.optim.ema, 0
+    # A checkpoint brings the optimizer's settings it was saved with; the config's are the ones that count.
+    accelerator.step = 0
     for group in optimizer.param_groups:
         group["betas"], group["weight_decay"] = (0.9, config.optim.beta2), config.optim.weight_decay
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
         write(run / "config.toml", dump(config))
         seconds = checkpoint.trim_stats(run, done)
         stats = (run / "stats.jsonl").open("a")
-    if config.train.tensorboard:
-        accelerator.init_trackers("tensorboard")
-    size, trained = models.num_parameters(stage.model), sum(parameter.numel() for parameter in parameters)
-    log.info("%s: %d of %d parameters, step %d of %d, on %s", config.stage, trained, size, done, config.optim.steps, accelerator.device)
+    if config.train.tracker:
+        # TensorBoard's is a folder in the run's and takes no tables of settings.
+        told = ("latent-shift", config.model_dump()) if config.train.tracker == "wandb" else ("tensorboard", None)
+        accelerator.init_trackers(*told, init_kwargs={"wandb": {"name": run.name, "dir": str(run)}})
+    log.info(
+        "%s: %d of %d parameters, step %d of %d, %d on %s", config.stage, sum(parameter.numel() for parameter in parameters),
+        models.num_parameters(stage.model), done, config.optim.steps, accelerator.num_processes, accelerator.device,
+    )  # fmt: skip
+    world, rank, accumulate = accelerator.num_processes, accelerator.process_index, config.optim.accumulate
 
     def draw(batch: int) -> tuple[Tensor, ...]:
-        step, part = divmod(batch, config.optim.accumulate)
-        return stage.draw(np.random.default_rng([config.train.seed, step, accelerator.process_index, part]))
+        step, part = divmod(batch, accumulate)
+        return stage.draw(np.random.default_rng([config.train.seed, step, part * world + rank]))
 
-    def averaged(action: Callable[[], None]) -> None:
-        """Run `action` with the averaged weights in the model, on one process."""
+    @contextmanager
+    def averaged() -> Iterator[None]:
+        """The averaged weights are the model's."""
+        ema.store(parameters)
+        ema.copy_to(parameters)
+        stage.model.eval()
+        with torch.no_grad(), accelerator.autocast() if config.stage != "autoencoder" else nullcontext():
+            yield
+        stage.model.train()
+        ema.restore(parameters)
+
+    def validate() -> Tensor:
+        """The error of the averaged weights on the held-out splits: the same clips, noise and timesteps every time."""
+        with averaged():
+            losses = []
+            for batch in range(rank, -(-config.train.val_batches // world) * world, world):
+                tensors = stage.draw(np.random.default_rng([0, batch]), held_out=True)
+                loss, terms = objective(*(tensor.to(accelerator.device) for tensor in tensors))
+                losses.append(terms.get("mse", loss))
+        return torch.stack(losses).mean()
+
+    def sample(count: int) -> None:
+        """Each process draws its part of the samples."""
+        with averaged():
+            drawn = gather_object([stage.sample(rank, world)])
         if accelerator.is_main_process:
-            ema.store(parameters)
-            ema.copy_to(parameters)
-            stage.model.eval()
-            with accelerator.autocast() if config.stage != "autoencoder" else nullcontext():
-                action()
-            stage.model.train()
-            ema.restore(parameters)
-        accelerator.wait_for_everyone()
+            stage.show({row: picture for part in drawn for row, picture in part.items()}, run / "samples", count)
 
     def agreed(*flags: bool) -> list[bool]:
         """What is so on one process is so on all: they save and stop together."""
-        if accelerator.num_processes == 1:
+        if world == 1:
             return list(flags)
         return accelerator.reduce(torch.tensor(flags, dtype=torch.int32, device=accelerator.device)).bool().tolist()
 
@@ -122,15 +150,15 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
     logged, waited, stop = done, 0.0, False
     seen: defaultdict[str, list[Tensor]] = defaultdict(list)  # stays on the device: reading a number would wait for it
     with ThreadPoolExecutor(1) as loader:
-        ahead = loader.submit(draw, done * config.optim.accumulate)
+        ahead = loader.submit(draw, done * accumulate)
         for step in range(done, config.optim.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            for part in range(config.optim.accumulate):
+            for part in range(accumulate):
                 start = time.monotonic()
                 batch = ahead.result()
                 waited += time.monotonic() - start
-                ahead = loader.submit(draw, step * config.optim.accumulate + part + 1)
+                ahead = loader.submit(draw, step * accumulate + part + 1)
                 with accelerator.accumulate(objective), attention_kernel(accelerator.device.type, noise=batch[1]):
                     loss, terms = objective(*(tensor.to(accelerator.device) for tensor in batch))
                     accelerator.backward(loss)
@@ -143,18 +171,21 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
             ema.step(parameters)
 
             count = step + 1
-            if count % config.train.log_every == 0 or count == config.optim.steps:
+            last = count == config.optim.steps
+            if config.data.val_splits and (count % config.train.validate_every == 0 or last):
+                seen["val_loss"] = [validate()]
+            if count % config.train.log_every == 0 or last:
                 elapsed, num = time.monotonic() - began, count - logged
-                rate = num * config.optim.accumulate * config.data.batch_size * accelerator.num_processes / elapsed
-                row = {"step": count, **{name: float(torch.stack(values).mean()) for name, values in seen.items()}}
+                means = torch.stack([torch.stack(values).float().mean() for values in seen.values()])
+                row = {"step": count, **dict(zip(seen, accelerator.reduce(means, "mean").tolist(), strict=True))}
                 row |= {
-                    "seconds": seconds + time.monotonic() - started,
                     "lr": group["lr"],
-                    "clips_per_s": rate,
+                    "clips_per_s": num * accumulate * config.data.batch_size * world / elapsed,
                     "data_wait_s": waited,
                     "eta_s": (config.optim.steps - count) * elapsed / num,
                 }
                 if accelerator.is_main_process:
+                    row["seconds"] = seconds + time.monotonic() - started
                     stats.write(json.dumps(row) + "\n")
                     stats.flush()
                     accelerator.log(row, step=count)
@@ -163,9 +194,9 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
                 began, logged, waited = time.monotonic(), count, 0.0
                 seen.clear()
             if count % config.train.sample_every == 0:
-                averaged(partial(stage.sample, run / "samples", count))
+                sample(count)
             due, stop = agreed(time.monotonic() - saved > 60 * config.train.checkpoint_minutes, stopping.is_set())
-            if due or stop or count == config.optim.steps:
+            if due or stop or last:
                 checkpoint.save(accelerator, run, count, keep=config.train.keep_checkpoints)
                 saved = time.monotonic()
             if stop:
@@ -175,9 +206,32 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
     if stop:
         log.warning("stopped by SIGTERM at step %d of %d; the same command goes on from there", count, config.optim.steps)
     else:
-        averaged(partial(stage.export, run / "model"))
+        with averaged():
+            weights = {name: checkpoint.whole(tensor) for name, tensor in stage.model.state_dict().items()}
+            if accelerator.is_main_process:
+                stage.export(run / "model", weights)
+        accelerator.wait_for_everyone()
     accelerator.end_training()
     return run if stop else run / "model"
+
+
+def _accelerator(config: Config, run: Path) -> Accelerator:
+    AcceleratorState._reset_state()  # another run of this process may have had another precision
+    sharded = None
+    if config.train.shard:
+        # Blocks of the U-Net and of the autoencoder, and what holds them, which samples are drawn with.
+        units = ["BasicTransformerBlock", "ResnetBlock2D", "UNet2DConditionModel", "AutoencoderKL"]
+        sharded = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=units, reshard_after_forward=True
+        )
+    return Accelerator(
+        mixed_precision=config.train.precision,
+        gradient_accumulation_steps=config.optim.accumulate,
+        log_with=config.train.tracker,
+        project_dir=run,
+        fsdp_plugin=sharded,
+        cpu=config.train.shard and not torch.cuda.is_available(),
+    )
 
 
 def check_run(config: Config, run: str | Path) -> None:
@@ -187,6 +241,24 @@ def check_run(config: Config, run: str | Path) -> None:
         changed = [name for name, value in before.identity().items() if config.identity()[name] != value]
         if changed:
             raise ValueError(f"{run} holds a run with another {', '.join(changed)}; choose another folder with --run")
+
+
+def advice(config: Config) -> str:
+    """The settings that would take less memory, first those that change nothing in what is learnt."""
+    options, size = [], config.data.batch_size
+    if not config.train.gradient_checkpointing:
+        options.append("train.gradient_checkpointing=true")
+    if size > 1:
+        options.append(f"data.batch_size={size // 2} optim.accumulate={config.optim.accumulate * 2}")
+    if config.train.precision == "no":
+        options.append("train.precision=bf16")
+    if config.optim.optimizer == "adamw":
+        options.append("optim.optimizer=adamw8bit")
+    if config.stage != "autoencoder" and config.model.init and not config.lora:
+        options.append("lora.rank=32")
+    if config.data.num_frames > 2:
+        options.append(f"data.num_frames={config.data.num_frames // 2}")
+    return "try, in this order, " + ", ".join(options or ["a smaller model"])
 
 
 def _optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -201,8 +273,10 @@ def _optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Op
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up to `optim.lr`, constant, and a linear fall to 0 over the last `cooldown_steps`."""
+    """Linear warm-up to `optim.lr`, constant, and a fall to 0 over the last `cooldown_steps`, along a line or half a cosine."""
     optim = config.optim
     up = (step + 1) / max(1, optim.warmup_steps)
-    down = (optim.steps - step) / max(1, optim.cooldown_steps)
-    return optim.lr * min(1.0, up, down)
+    down = min(1.0, (optim.steps - step) / max(1, optim.cooldown_steps))
+    if optim.cooldown == "cosine":
+        down = (1 - np.cos(np.pi * down)) / 2
+    return float(optim.lr * min(1.0, up, down))

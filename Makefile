@@ -22,7 +22,7 @@ or take the CUDA build all the same:                                     make CU
 endef
 export NO_CPU_TORCH
 
-.PHONY: demo test check format emoji sheet modes table ablation bench clean
+.PHONY: demo test faults check format emoji sheet modes table ablation bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ check: $(VENV)/.dev
 
 test: check
 	$(BIN)/python -m pytest -q
+
+# What can happen to a training run, done to one many times, and what was lost by it: a table.
+faults: $(VENV)/.dev
+	cd tests && $(abspath $(BIN))/python faults.py 50
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """A small real world for the tests: three animated squares with captions, a CLIP text encoder and models of size "tiny"."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,8 @@ from latent_shift.config import Config
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
 
 
-@pytest.fixture(scope="session")
-def media(tmp_path_factory):
+def make_media(folder: Path) -> Path:
     """A folder of three clips of 20 frames (the red one loops) and a still, 32x32, with metadata.jsonl."""
-    folder = tmp_path_factory.mktemp("media")
     rows = []
     for name, colour in COLOURS.items():
         frames = np.full((20, 32, 32, 3), 255, np.uint8)
@@ -31,16 +30,20 @@ def media(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def media(tmp_path_factory):
+    return make_media(tmp_path_factory.mktemp("media"))
+
+
+@pytest.fixture(scope="session")
 def packed(media, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     assert data.pack(media, folder, size=32, fps=8) == []
     return folder
 
 
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory):
+def make_texts(folder: Path) -> Path:
     """tokenizer/ and text_encoder/ as a Stable Diffusion folder holds them: CLIP, 32 wide."""
-    folder = tmp_path_factory.mktemp("texts")
+    folder.mkdir(exist_ok=True)
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
@@ -54,6 +57,11 @@ def texts(tmp_path_factory):
     )  # fmt: skip
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    return make_texts(tmp_path_factory.mktemp("texts"))
 
 
 def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:

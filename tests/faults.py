@@ -1,0 +1,256 @@
+"""Everything that can happen to a training run, done to one; and what was lost by it. `python tests/faults.py 50` prints the table.
+
+Each fault is done to a real run in a process of its own: the video stage of the smallest model on moving squares, 20 steps, a checkpoint
+after each. Then the same command is given again until the run is done, and the weights, averaged weights, optimizer state and logged
+losses of its last checkpoint are compared, bit for bit, with those of a run that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import make_media, make_texts, tiny_config
+
+from latent_shift import checkpoint, data, encode, models, train
+from latent_shift.config import Config
+
+STEPS = 20
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["latent_shift.train", "transformers.models.clip.modeling_clip", "pytest"])  # a run begins at once
+
+
+def prepare(folder: Path) -> Config:
+    """The data of the runs, and their settings."""
+    make_media(folder / "media")
+    data.pack(folder / "media", folder / "pixels", size=32, fps=8, shard_mb=0.05)
+    torch.manual_seed(0)
+    models.autoencoder("tiny").save_pretrained(folder / "autoencoder")
+    make_texts(folder / "texts")
+    encode.encode(folder / "pixels", folder / "latents", autoencoder=folder / "autoencoder", texts=folder / "texts")
+    settings = {"checkpoint_minutes": 1e-9, "sample_steps": 1, "sample_every": 10}
+    return tiny_config("video", folder / "latents", steps=STEPS, train=settings)
+
+
+def begin(config: Config, run: Path, file_bytes: int | None = None) -> BaseProcess:
+    process = context.Process(target=_train, args=(config, run, file_bytes))
+    process.start()
+    return process
+
+
+def _train(config: Config, run: Path, file_bytes: int | None) -> None:
+    """`latent-shift train`, with what it prints in `run.log`; no file may have more than `file_bytes`."""
+    os.setpgrp()
+    run.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if file_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    try:
+        train.train(config, run)
+    except (ValueError, OSError, RuntimeError) as error:  # as the command does
+        print(error, flush=True)
+        sys.exit(2)
+
+
+def finish(config: Config, run: Path) -> None:
+    process = begin(config, run)
+    process.join()
+    assert process.exitcode == 0, run.with_suffix(".log").read_text()[-2000:]
+
+
+def until(run: Path, step: int, process: BaseProcess) -> None:
+    """Wait until the run has a checkpoint of `step`."""
+    while process.is_alive() and not any(int(path.name[5:]) >= step for path in checkpoint.steps(run)):
+        time.sleep(0.002)
+
+
+def lost(run: Path, whole: Path) -> list[str]:
+    """What of a finished run, or of a finished store, is not as in one that nothing happened to."""
+    if (run / "shards").exists():
+        names = {
+            str(path.relative_to(folder)) for folder in (run, whole) for path in folder.rglob("*") if path.suffix in (".npy", ".jsonl")
+        }
+        return [name for name in sorted(names) if not (run / name).exists() or (run / name).read_bytes() != (whole / name).read_bytes()]
+    ours, theirs = checkpoint.steps(run)[-1], checkpoint.steps(whole)[-1]
+    files = ["model.safetensors", "average.safetensors"]
+    different = [name for name in files if (ours / name).read_bytes() != (theirs / name).read_bytes()]
+    a, b = (torch.load(folder / "optimizer.bin", weights_only=False)["state"] for folder in (ours, theirs))
+    if any(not torch.equal(a[number][name], b[number][name]) for number in b for name in b[number]):
+        different.append("optimizer")
+    rows = [[json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()] for folder in (run, whole)]
+    if [(row["step"], row["loss"]) for row in rows[0]] != [(row["step"], row["loss"]) for row in rows[1]]:
+        different.append("losses")
+    if not (run / "model" / "model_index.json").exists():
+        different.append("model")
+    return different
+
+
+def killed_in_the_middle(config: Config, run: Path, kills: int) -> str:
+    process = begin(config, run)
+    until(run, 10, process)
+    process.kill()
+    process.join()
+    start, before = time.monotonic(), len(checkpoint.steps(run))
+    process = begin(config, run)
+    until(run, int(checkpoint.steps(run)[-1].name[5:]) + 1, process)
+    seconds = time.monotonic() - start
+    process.join()
+    assert before and process.exitcode == 0
+    return f"SIGKILL after 10 of {STEPS} steps; {seconds:.1f} s until the next step was done"
+
+
+def killed_at_random_moments(config: Config, run: Path, kills: int) -> str:
+    rng, done = np.random.default_rng(0), 0
+    while True:
+        process = begin(config, run)
+        process.join(float(rng.uniform(0.05, 2.0)) if done < kills else None)
+        if process.exitcode == 0 and done >= kills:
+            return f"SIGKILL at {done} random moments"
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            done += 1
+        elif done < kills:  # it was done before it could be killed: begin again
+            shutil.rmtree(run)
+
+
+def killed_while_it_saves(config: Config, run: Path, kills: int) -> str:
+    for done in range(kills):
+        process = begin(config, run)
+        while process.is_alive() and not list((run / "checkpoints").glob(f".step-000000{done + 2:02}.partial/*")):
+            time.sleep(0.0002)
+        process.kill()
+        process.join()
+    finish(config, run)
+    return f"SIGKILL {kills} times while a checkpoint was being written"
+
+
+def asked_to_stop(config: Config, run: Path, kills: int) -> str:
+    process = begin(config, run)
+    until(run, 5, process)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 0 and not (run / "model").exists()
+    finish(config, run)
+    return "SIGTERM: it saves and ends with 0"
+
+
+def full_disk(config: Config, run: Path, kills: int) -> str:
+    process = begin(config, run)
+    until(run, 5, process)
+    process.kill()
+    process.join()
+    size = (checkpoint.steps(run)[-1] / "model.safetensors").stat().st_size
+    for limit in (size // 2, size + 1000):  # the weights do not fit, or the optimizer's state, which is twice as large
+        process = begin(config, run, limit)
+        process.join()
+        log = run.with_suffix(".log").read_text()
+        assert process.exitcode == 2 and "could not be saved" in log and "is whole, and the same command goes on" in log, log
+    assert not list((run / "checkpoints").glob(".step*"))
+    finish(config, run)
+    return "no room for a checkpoint: it says so, keeps the last and leaves no debris"
+
+
+def cut_checkpoint(config: Config, run: Path, kills: int) -> str:
+    finish(config, run)
+    shutil.rmtree(run / "model")
+    for name in ("optimizer.bin", "average.safetensors"):
+        newest = checkpoint.steps(run)[-1]
+        with (newest / name).open("r+b") as file:
+            file.truncate((newest / name).stat().st_size - 1)
+        finish(config, run)
+        assert f"step-000000{STEPS} is left out: {name} has" in run.with_suffix(".log").read_text()
+    return "the newest checkpoint cut short: it is named and left out, the one before counts"
+
+
+def cut_statistics(config: Config, run: Path, kills: int) -> str:
+    process = begin(config, run)
+    until(run, 8, process)
+    process.kill()
+    process.join()
+    with (run / "stats.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    finish(config, run)
+    return "a line of stats.jsonl cut short"
+
+
+def two_in_one_folder(config: Config, run: Path, kills: int) -> str:
+    first = begin(config, run)
+    until(run, 2, first)
+    os.kill(first.pid, signal.SIGSTOP)  # so that it is not done before the second has begun
+    second = begin(config, run)
+    second.join()
+    os.kill(first.pid, signal.SIGCONT)
+    assert second.exitcode == 2 and "another process trains there" in run.with_suffix(".log").read_text()
+    first.join()
+    return "a second process in the same folder: refused, the first goes on"
+
+
+def other_settings(config: Config, run: Path, kills: int) -> str:
+    process = begin(config, run)
+    until(run, 2, process)
+    process.kill()
+    process.join()
+    changed = config.model_copy(update={"model": config.model.model_copy(update={"edge": "wrap"})})
+    process = begin(changed, run)
+    process.join()
+    assert process.exitcode == 2 and "holds a run with another model.edge" in run.with_suffix(".log").read_text()
+    finish(config, run)
+    return "resumed with another shift: refused"
+
+
+def encoding_killed(config: Config, out: Path, kills: int) -> str:
+    done, shards = 0, out / "shards"
+    while True:
+        process = context.Process(target=_encode, args=(Path(config.data.path).parent, out))
+        process.start()
+        before = len(list(shards.glob("*.npy")))
+        while process.is_alive() and len(list(shards.glob("*.npy"))) <= before:
+            time.sleep(0.0005)
+        if done < min(kills, 3):  # there are four shards
+            process.kill()
+            done += 1
+        process.join()
+        if process.exitcode == 0:
+            return f"encoding: SIGKILL {done} times, each when a shard was made"
+
+
+def _encode(folder: Path, out: Path) -> None:
+    encode.encode(folder / "pixels", out, autoencoder=folder / "autoencoder", texts=folder / "texts")
+
+
+FAULTS: list[Callable[[Config, Path, int], str]] = [
+    killed_in_the_middle, killed_at_random_moments, killed_while_it_saves, asked_to_stop, full_disk, cut_checkpoint, cut_statistics,
+    two_in_one_folder, other_settings, encoding_killed,
+]  # fmt: skip
+
+
+def main(kills: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config, runs = prepare(Path(folder)), Path(folder)
+        finish(config, runs / "whole")
+        print("| what was done to the run | what was lost |\n|---|---|", flush=True)
+        for fault in FAULTS:
+            done = fault(config, runs / fault.__name__, kills)
+            whole = runs / ("latents" if fault is encoding_killed else "whole")
+            print(f"| {done} | {', '.join(lost(runs / fault.__name__, whole)) or 'nothing'} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 50)

@@ -4,8 +4,8 @@ run/
   config.toml            every setting, defaults written out; `latent-shift train run` resumes from it
   stats.jsonl            a line every `log_every` steps; `seconds` is the run's time so far, sampling and saving included
   samples/               pictures and clips drawn while it trains
-  checkpoints/step-*/    weights and averaged weights (safetensors), optimizer state (PyTorch's own format); of a sharded run PyTorch's
-                         distributed format; state.json names every file and its size, and is written last
+  checkpoints/step-*/    weights and averaged weights (safetensors), optimizer state (PyTorch's own format); of a sharded run both in
+                         `sharded/`, a file a process; state.json names every file and its size, and is written last
   model/                 the averaged weights as a diffusers folder, when the run is done; of a LoRA its file
   .lock                  held by the process that trains here; the system lets go of it whatever ends the process
 """
@@ -25,9 +25,9 @@ from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import nn
 
+from latent_shift import sharding
 from latent_shift.store import write
 
 log = logging.getLogger("latent_shift")
@@ -101,26 +101,18 @@ def lock(run: Path) -> Iterator[None]:
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each process may hold a part; all of them must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def average_too(accelerator: Accelerator, ema: EMAModel, names: list[str]) -> None:
     """Save and load the averaged weights, by the names of the parameters, with the others."""
 
     def save_average(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
-        tensors = {name: whole(tensor).contiguous() for name, tensor in zip(names, ema.shadow_params, strict=True)}
+        tensors = {name: sharding.whole(tensor).contiguous() for name, tensor in zip(names, ema.shadow_params, strict=True)}
         if accelerator.is_main_process:
             save_file(tensors, Path(folder) / "average.safetensors", metadata={"steps": str(ema.optimization_step)})
 
     def load_average(modules: list[nn.Module], folder: str) -> None:
         with safe_open(Path(folder) / "average.safetensors", framework="pt") as file:
             for name, tensor in zip(names, ema.shadow_params, strict=True):
-                saved = file.get_tensor(name)
-                if isinstance(tensor, DTensor):
-                    saved = distribute_tensor(saved.to(tensor.device), tensor.device_mesh, tensor.placements)
-                tensor.copy_(saved)
+                sharding.copy(file.get_tensor(name), tensor)
             ema.optimization_step = int(file.metadata()["steps"])
 
     accelerator.register_save_state_pre_hook(save_average)

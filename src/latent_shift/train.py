@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, is_tensorboard_available, is_wandb_available
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from latent_shift import checkpoint, finetune, models
+from latent_shift import checkpoint, finetune, models, sharding, zoo
 from latent_shift.config import Config, dump, load
 from latent_shift.diffusion import attention_kernel
 from latent_shift.stages import AutoencoderStage, DenoiserStage, Stage
@@ -75,13 +75,19 @@ def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> 
     if config.train.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
     stage.objective.train()
-    trained = [name for name, parameter in stage.objective.named_parameters() if parameter.requires_grad]
-    optimizer = _optimizer(config, [parameter for parameter in stage.objective.parameters() if parameter.requires_grad])
-    objective, optimizer = accelerator.prepare(stage.objective, optimizer)
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]  # sharded ones are others than before
-    ema = EMAModel(parameters, decay=config.optim.ema, use_ema_warmup=True, power=0.75, foreach=True)
+    objective = stage.objective
+    if config.train.shard:
+        sharding.shard(objective, stage.model, accelerator)
+    trained = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    parameters = list(trained.values())
+    optimizer = _optimizer(config, parameters)
+    if config.train.shard:
+        sharding.register(accelerator, objective, optimizer)
+    else:
+        objective, optimizer = accelerator.prepare(objective, optimizer)
+    ema = EMAModel(parameters, decay=config.optim.ema, use_ema_warmup=True, power=0.75, foreach=not config.train.shard)
     ema.to(accelerator.device)
-    checkpoint.average_too(accelerator, ema, trained)
+    checkpoint.average_too(accelerator, ema, list(trained))
     checkpoint.leave_out_frozen(accelerator, stage.objective)
     done = checkpoint.restore(accelerator, run)
     if done > config.optim.steps:
@@ -110,6 +116,10 @@ def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> 
         step, part = divmod(batch, accumulate)
         return stage.draw(np.random.default_rng([config.train.seed, step, part * world + rank]))
 
+    def forward(tensors: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        with accelerator.autocast():
+            return objective(*(tensor.to(accelerator.device) for tensor in tensors))
+
     @contextmanager
     def averaged() -> Iterator[None]:
         """The averaged weights are the model's."""
@@ -127,7 +137,7 @@ def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> 
             losses = []
             for batch in range(rank, -(-config.train.val_batches // world) * world, world):
                 tensors = stage.draw(np.random.default_rng([0, batch]), held_out=True)
-                loss, terms = objective(*(tensor.to(accelerator.device) for tensor in tensors))
+                loss, terms = forward(tensors)
                 losses.append(terms.get("mse", loss))
         return torch.stack(losses).mean()
 
@@ -160,12 +170,12 @@ def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> 
                 waited += time.monotonic() - start
                 ahead = loader.submit(draw, step * accumulate + part + 1)
                 with accelerator.accumulate(objective), attention_kernel(accelerator.device.type, noise=batch[1]):
-                    loss, terms = objective(*(tensor.to(accelerator.device) for tensor in batch))
+                    loss, terms = forward(batch)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        terms["grad_norm"] = accelerator.clip_grad_norm_(parameters, config.optim.grad_clip)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                        terms["grad_norm"] = sharding.whole(accelerator.clip_grad_norm_(parameters, config.optim.grad_clip))
+                        optimizer.step()
+                        optimizer.zero_grad()
                 for name, value in {"loss": loss.detach(), **terms}.items():
                     seen[name].append(value)
             ema.step(parameters)
@@ -207,7 +217,7 @@ def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> 
         log.warning("stopped by SIGTERM at step %d of %d; the same command goes on from there", count, config.optim.steps)
     else:
         with averaged():
-            weights = {name: checkpoint.whole(tensor) for name, tensor in stage.model.state_dict().items()}
+            weights = {name: sharding.whole(tensor) for name, tensor in stage.model.state_dict().items()}
             if accelerator.is_main_process:
                 stage.export(run / "model", weights)
         accelerator.wait_for_everyone()
@@ -217,21 +227,17 @@ def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> 
 
 def _accelerator(config: Config, run: Path) -> Accelerator:
     AcceleratorState._reset_state()  # another run of this process may have had another precision
-    sharded = None
-    if config.train.shard:
-        # Blocks of the U-Net and of the autoencoder, and what holds them, which samples are drawn with.
-        units = ["BasicTransformerBlock", "ResnetBlock2D", "UNet2DConditionModel", "AutoencoderKL"]
-        sharded = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=units, reshard_after_forward=True
-        )
-    return Accelerator(
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(
         mixed_precision=config.train.precision,
         gradient_accumulation_steps=config.optim.accumulate,
         log_with=config.train.tracker,
         project_dir=run,
-        fsdp_plugin=sharded,
-        cpu=config.train.shard and not torch.cuda.is_available(),
+        cpu=world > 1 and zoo.device_of().type == "cpu",  # else processes on a CPU would not know of each other
     )
+    if accelerator.num_processes != world:
+        raise RuntimeError(f"WORLD_SIZE is {world}, but {accelerator.num_processes} processes found each other: start them with torchrun")
+    return accelerator
 
 
 def check_run(config: Config, run: str | Path) -> None:

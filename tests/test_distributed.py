@@ -1,0 +1,58 @@
+"""Several processes train one model: the same losses as one process that accumulates, sharded or not."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file
+
+from latent_shift import checkpoint
+from latent_shift.config import dump
+
+
+def launch(config, run, *, processes):
+    """`latent-shift train`, in one process or under torchrun."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    recipe = run.with_suffix(".toml")
+    recipe.write_text(dump(config))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--"] if processes > 1 else []
+    command = [sys.executable, *(torchrun or ["-m"]), "latent_shift", "train", str(recipe), "--run", str(run)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(latents, tmp_path_factory):
+    """One process, two batches a step."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    return launch(settings(latents, accumulate=2), run, processes=1), run
+
+
+def settings(latents, *, accumulate, steps=4, **train):
+    data = {"val_splits": ["train"], "image_share": 0.3}
+    train = {"sample_every": 4, "validate_every": 2, "val_batches": 2, "sample_steps": 1, **train}
+    return tiny_config("video", latents, steps=steps, data=data, optim={"accumulate": accumulate}, train=train)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_train_as_one_that_accumulates(shard, alone, latents, tmp_path):
+    expected, whole = alone
+    launch(settings(latents, accumulate=1, steps=2, shard=shard), tmp_path / "run", processes=2)
+    rows = launch(settings(latents, accumulate=1, shard=shard), tmp_path / "run", processes=2)  # goes on
+    for row, other in zip(rows, expected, strict=True):
+        for name in ("loss", "mse", "grad_norm", *(["val_loss"] if "val_loss" in other else [])):
+            assert row[name] == pytest.approx(other[name], rel=1e-4), name
+    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {"00000004.png", "00000004.webp"}
+    parts = list((checkpoint.steps(tmp_path / "run")[-1]).rglob("*.distcp"))  # each process its own, of weights and optimizer
+    assert len(parts) == (2 if shard else 0)
+    a, b = (load_file(checkpoint.steps(run)[-1] / "average.safetensors") for run in (tmp_path / "run", whole))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+    a, b = (load_file(run / "model" / "unet" / "diffusion_pytorch_model.safetensors") for run in (tmp_path / "run", whole))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)

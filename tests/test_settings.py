@@ -1,0 +1,147 @@
+"""Every setting of a recipe counts: a run with another value of it does not leave the same behind."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file
+
+from latent_shift import checkpoint, config, train
+
+# key: (stage, another value, settings that both runs have beside it)
+OTHERS: dict[str, tuple] = {
+    "stage": ("image", None, {}),
+    "data.path": ("image", None, {}),
+    "data.size": ("image", 64, {}),
+    "data.fps": ("image", 4.0, {}),
+    "data.batch_size": ("image", 3, {}),
+    "data.crop": ("autoencoder", 16, {}),
+    "data.num_frames": ("video", 3, {}),
+    "data.window": ("video", "first", {}),
+    "data.image_share": ("video", 1.0, {}),
+    "data.splits": ("image", ["val_concept"], {}),
+    "data.val_splits": ("image", ["val_concept"], {}),
+    "model.size": ("autoencoder", "emoji", {}),
+    "model.init": ("video", None, {}),
+    "model.place": ("video", "end", {}),
+    "model.forward": ("video", 0.0, {}),
+    "model.backward": ("video", 0.0, {}),
+    "model.edge": ("video", "wrap", {}),
+    "lora.rank": ("image", 3, {"lora.rank": 2, "model.init": ...}),
+    "lora.modules": ("image", ["to_q"], {"lora.rank": 2, "model.init": ...}),
+    "loss.kl": ("autoencoder", 1.0, {}),
+    "loss.perceptual": ("autoencoder", 1.0, {}),
+    "diffusion.prediction": ("image", "v_prediction", {}),
+    "diffusion.schedule": ("image", "linear", {}),
+    "diffusion.num_timesteps": ("image", 100, {}),
+    "diffusion.zero_terminal_snr": ("image", True, {"diffusion.prediction": "v_prediction"}),
+    "diffusion.timestep_shift": ("image", 3.0, {}),
+    "diffusion.min_snr": ("image", 1e-3, {}),
+    "diffusion.motion_weight": ("video", 3.0, {}),
+    "diffusion.shared_noise": ("video", 0.5, {}),
+    "diffusion.noise_correlation": ("video", 0.5, {}),
+    "diffusion.caption_dropout": ("image", 1.0, {}),
+    "optim.steps": ("image", 3, {}),
+    "optim.lr": ("image", 1e-4, {}),
+    "optim.optimizer": ("image", "adamw8bit", {}),
+    "optim.warmup_steps": ("image", 2, {}),
+    "optim.cooldown_steps": ("image", 2, {"optim.warmup_steps": 0}),
+    "optim.cooldown": ("image", "cosine", {"optim.steps": 3, "optim.warmup_steps": 0, "optim.cooldown_steps": 3}),
+    "optim.weight_decay": ("image", 0.5, {}),
+    "optim.beta2": ("image", 0.5, {}),
+    "optim.grad_clip": ("image", 1e-3, {}),
+    "optim.ema": ("image", 0.0, {}),
+    "optim.accumulate": ("image", 2, {}),
+    "train.seed": ("image", 1, {}),
+    "train.precision": ("image", "bf16", {}),
+    "train.log_every": ("image", 2, {}),
+    "train.sample_every": ("image", 1, {}),
+    "train.sample_steps": ("image", 2, {}),
+    "train.sample_guidance": ("image", 2.0, {}),
+    "train.sample_shared_noise": ("video", 0.5, {}),
+    "train.sample_noise_correlation": ("video", 0.5, {}),
+    "train.checkpoint_minutes": ("image", 1e-9, {}),
+    "train.keep_checkpoints": ("image", 1, {"train.checkpoint_minutes": 1e-9}),
+    "train.validate_every": ("image", 1, {"data.val_splits": ["val_concept"]}),
+    "train.val_batches": ("image", 1, {"data.val_splits": ["val_concept"]}),
+    "train.tracker": ("image", "tensorboard", {}),
+    "train.gradient_checkpointing": ("image", True, {}),
+    "train.shard": ("image", True, {}),
+}
+
+
+def keys() -> set[str]:
+    found = set()
+    for name, field in config.Config.model_fields.items():
+        section = config.Lora if name == "lora" else field.annotation
+        found |= {f"{name}.{key}" for key in section.model_fields} if hasattr(section, "model_fields") else {name}
+    return found
+
+
+def test_every_setting_is_here():
+    assert set(OTHERS) == keys()
+
+
+def outcome(settings: config.Config, run) -> dict[str, object] | str:
+    """What a run leaves behind, or why there is none; times apart."""
+    recomputed = []
+    once = torch.utils.checkpoint.checkpoint
+    torch.utils.checkpoint.checkpoint = lambda *args, **options: recomputed.append(1) or once(*args, **options)
+    try:
+        model = train.train(settings, run)
+    except ValueError as error:
+        return str(error)
+    finally:
+        torch.utils.checkpoint.checkpoint = once
+    rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    newest = checkpoint.steps(run)[-1]
+    hidden = ("seconds", "clips_per_s", "data_wait_s", "eta_s")
+    return {
+        "rows": [{name: value for name, value in row.items() if name not in hidden} for row in rows],
+        "weights": {name: digest(tensor) for name, tensor in load_file(newest / "model.safetensors").items()},
+        "average": {name: digest(tensor) for name, tensor in load_file(newest / "average.safetensors").items()},
+        "optimizer": sorted(str(state.keys()) for state in torch.load(newest / "optimizer.bin", weights_only=False)["state"].values()),
+        "files": sorted(
+            str(path.relative_to(run)) for path in run.rglob("*") if "tfevents" not in path.name and path.name != "config.toml"
+        ),
+        "told": (model / "model_index.json").read_text() if (model / "model_index.json").exists() else "",
+        "recomputed": len(recomputed),
+    }
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_the_setting_counts(key, media, packed, latents, image_model, autoencoder, tmp_path):
+    stage, value, beside = OTHERS[key]
+    path = packed if stage == "autoencoder" else latents
+    if key in ("data.size", "data.fps"):  # of a folder that is packed and encoded first
+        path, beside = media, {"model.init": ...}
+    value = {"stage": "video", "data.path": str(packed), "model.init": str(image_model)}.get(key, value)
+
+    def run(name: str, changes: dict[str, object]) -> object:
+        tables = tiny_config(stage, path, steps=2).model_dump(exclude_none=True)
+        for where, what in changes.items():
+            table, _, field = where.rpartition(".")
+            what = str(image_model) if what is ... else what
+            (tables.setdefault(table, {}) if table else tables)[field] = what
+            if where == "model.init":
+                tables["model"].pop("size", None)
+            if where == "stage":
+                tables["data"]["num_frames"] = 4
+        return outcome(config.Config.model_validate(tables), tmp_path / name)
+
+    plain = run("plain", beside)
+    assert not isinstance(plain, str), plain
+    assert run("other", {**beside, key: value}) != plain
+
+
+def test_the_same_settings_leave_the_same(latents, tmp_path):
+    """Else the test above could not fail."""
+    for stage in ("image", "video"):
+        settings = tiny_config(stage, latents, steps=2)
+        assert outcome(settings, tmp_path / f"{stage}1") == outcome(settings, tmp_path / f"{stage}2")

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_config
 from safetensors.torch import load_file
 
-from latent_shift import checkpoint, config, train
+from latent_shift import checkpoint, config, encode, train
 
 # key: (stage, another value, settings that both runs have beside it)
 OTHERS: dict[str, tuple] = {
@@ -19,6 +19,7 @@ OTHERS: dict[str, tuple] = {
     "data.batch_size": ("image", 3, {}),
     "data.crop": ("autoencoder", 16, {}),
     "data.num_frames": ("video", 3, {}),
+    "data.strides": ("video", [2], {}),
     "data.window": ("video", "first", {}),
     "data.image_share": ("video", 1.0, {}),
     "data.splits": ("image", ["val_concept"], {}),
@@ -116,9 +117,11 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize("key", OTHERS)
-def test_the_setting_counts(key, media, packed, latents, image_model, autoencoder, tmp_path):
+def test_the_setting_counts(key, media, packed, latents, image_model, autoencoder, texts, tmp_path):
     stage, value, beside = OTHERS[key]
     path = packed if stage == "autoencoder" else latents
+    if key == "data.strides":
+        path = encode.encode(packed, tmp_path / "latents", autoencoder=autoencoder, texts=texts, strides=[1, 2]).folder
     if key in ("data.size", "data.fps"):  # of a folder that is packed and encoded first
         path, beside = media, {"model.init": ...}
     value = {"stage": "video", "data.path": str(packed), "model.init": str(image_model)}.get(key, value)

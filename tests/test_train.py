@@ -215,6 +215,30 @@ def test_a_batch_is_what_the_config_says(latents):
     assert (emptied[3] == null).all()
 
 
+def test_slower_clips_say_so_in_words(packed, autoencoder, texts, tmp_path):
+    """Every second frame under a caption with its rate, which takes no parameter of the network."""
+    store = encode.encode(packed, tmp_path, autoencoder=autoencoder, texts=texts, strides=[1, 2])
+    assert {"a red square", "a red square, 4 fps", ""} <= set(store.row)
+    options = {"strides": [1, 2], "window": "first", "image_share": 0.3, "batch_size": 1}
+    stage = stages.DenoiserStage(tiny_config("video", tmp_path, data=options, diffusion={"caption_dropout": 0.0}))
+    told = {
+        stride: {store.embeddings[row].tobytes() for text, row in store.row.items() if text and text.endswith("4 fps") == (stride == 2)}
+        for stride in (1, 2)
+    }
+    stage.store._open = lambda key: np.load(tmp_path / "shards" / f"{key}.npy") * np.array([1, 0], np.float16)[:, None, None, None]
+    seen = set()
+    for seed in range(30):
+        latents, _, _, text = (tensor.numpy() for tensor in stage.draw(np.random.default_rng(seed)))
+        stride = next(stride for stride in (1, 2) if text[0].astype(np.float16).tobytes() in told[stride])
+        seen.add((latents.shape[1], stride))
+        if latents.shape[1] > 1:
+            clips = [stage.store.window(index, 0, 4, stride=stride)[:, 0].astype(np.float32) for index in range(3)]
+            assert any(np.array_equal(latents[0], clip) for clip in clips)
+    assert seen == {(1, 1), (4, 1), (4, 2)}
+    with pytest.raises(ValueError, match=r"has no captions for data\.strides \[3\]: encode it with --stride"):
+        stages.DenoiserStage(tiny_config("video", tmp_path, data={"strides": [1, 3]}))
+
+
 def test_a_model_is_sampled_with_the_noise_it_learnt_to_take_away(latents):
     settings = {"shared_noise": 0.5, "noise_correlation": 0.6}
     stage = stages.DenoiserStage(tiny_config("video", latents, diffusion=settings, data={"batch_size": 64}))

@@ -153,6 +153,9 @@ def encode(
     out: Annotated[Path, typer.Argument(help="where the latents go")],
     autoencoder: Annotated[str, typer.Option(help="a model's name, or an AutoencoderKL or pipeline folder")],
     texts: Annotated[str, typer.Option(help="a model's name, or a folder with tokenizer/ and text_encoder/")],
+    stride: Annotated[
+        list[int] | None, typer.Option(help="also captions for clips of every second frame (2), ...; may be repeated")
+    ] = None,
     mirror: Annotated[bool, typer.Option("--mirror", help="also the mirror image of clips whose captions name no side")] = False,
     batch_size: Annotated[int | None, typer.Option(help="frames at once; default: as their size allows")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
@@ -166,7 +169,7 @@ def encode(
 
     with Progress("encoding") as progress:
         store = encoding.encode(
-            packed, out, autoencoder=zoo.folder(autoencoder), texts=zoo.folder(texts), mirror=mirror, batch_size=batch_size,
+            packed, out, autoencoder=zoo.folder(autoencoder), texts=zoo.folder(texts), mirror=mirror, strides=[1, *(stride or [])], batch_size=batch_size,
             device=zoo.device_of(device), workers=workers, ray=ray, progress=progress,
         )  # fmt: skip
     print(f"{out}: {store.num_frames} frames, {len(store.row)} captions")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +21,7 @@ class Data(Section):
     batch_size: int = Field(16, ge=1)  # crops, images or clips a step and process
     crop: int = Field(64, ge=8)  # autoencoder: side of the random crops in pixels
     num_frames: int = Field(1, ge=1)  # frames a clip; 1 trains the image model
+    strides: list[Annotated[int, Field(ge=1)]] = [1]  # clips of every frame, every second, ...: one of these, drawn for each batch
     window: Literal["random", "first"] = "random"  # where in a longer clip its frames are taken; stills from anywhere
     image_share: float = Field(0.0, ge=0, le=1)  # share of the video steps that train on single frames instead
     splits: list[str] = ["train"]
@@ -160,6 +161,7 @@ _IGNORED = {  # settings that a stage does not read
         *_DIFFUSION,
         "data.image_share",
         "data.window",
+        "data.strides",
         "train.sample_steps",
         "train.sample_guidance",
         "train.sample_shared_noise",
@@ -178,6 +180,7 @@ _IGNORED = {  # settings that a stage does not read
         "data.crop",
         "data.image_share",
         "data.window",
+        "data.strides",
         "loss.kl",
         "loss.perceptual",
     ],

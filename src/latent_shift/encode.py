@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -50,11 +50,12 @@ class LatentStore(Store):
         self.row = {caption: index for index, caption in enumerate(captions)}
         self.embeddings = np.load(self.folder / "texts.npy", mmap_mode="r")
 
-    def caption(self, rng: np.random.Generator, index: int) -> int:
-        """Row of a caption of record `index`: its first wording half of the time, else one of the others."""
+    def caption(self, rng: np.random.Generator, index: int, *, stride: int = 1) -> int:
+        """Row of a caption of record `index`: its first wording half of the time, else one of the others; with the frame rate, where
+        not every frame is taken."""
         texts = self.records[index].texts
         first = len(texts) == 1 or rng.random() < 0.5
-        return self.row[texts[0 if first else 1 + int(rng.integers(len(texts) - 1))]]
+        return self.row[at_rate(texts[0 if first else 1 + int(rng.integers(len(texts) - 1))], self.info["fps"], stride)]
 
     def likeness(self, *, splits: Iterable[str] = ("train",), num: int = 1000) -> dict[str, float]:
         """How alike the frames of a clip are: correlation of the latents 1, 2, 4 and 8 frames apart, and the noise that matches.
@@ -83,6 +84,11 @@ class LatentStore(Store):
             "diffusion.shared_noise": min(max(0.0, 1 - apart[2] / (1 - drifts)), 0.99),
             "diffusion.noise_correlation": drifts**0.5,
         }
+
+
+def at_rate(caption: str, fps: float, stride: int) -> str:
+    """A caption of every `stride`-th frame: the rate is told in words (as CogVideo does, Hong et al. 2022), which takes no parameter."""
+    return caption if stride == 1 else f"{caption}, {fps / stride:g} fps"
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ def encode(
     autoencoder: str | Path,
     texts: str | Path,
     mirror: bool = False,
+    strides: Sequence[int] = (1,),
     batch_size: int | None = None,
     device: str | torch.device = "cpu",
     workers: int = 1,
@@ -142,6 +149,7 @@ def encode(
         autoencoder: a diffusers `AutoencoderKL` folder, or a pipeline's.
         texts: a folder with `tokenizer/` and `text_encoder/` (any Stable Diffusion folder has them).
         mirror: also encode the mirror image of every clip whose captions name no side.
+        strides: captions are embedded for clips of every frame, every second, ... (`at_rate`), for training with `data.strides`.
         batch_size: frames, or captions, at once. None: as many pixels as 32 frames of 128x128.
         device: of the autoencoder and the text encoder.
         workers: processes. On a CPU each has one thread, so that any number of them makes the same latents.
@@ -165,7 +173,7 @@ def encode(
     encoder.vae.save_pretrained(out / "autoencoder")
     for name in ("tokenizer", "text_encoder"):
         shutil.copytree(texts / name, out / name, dirs_exist_ok=True)
-    shape = _encode_texts(source, out, batch_size=batch_size or 32, device=device)
+    shape = _encode_texts(source, out, strides, batch_size=batch_size or 32, device=device)
 
     units, records, shapes = _plan(source, out, encoder, mirror=mirror, factor=factor)
     missing = [unit for unit in units if not unit.out.exists()]
@@ -173,15 +181,16 @@ def encode(
         if progress:
             progress(len(units) - len(missing) + done, len(units))
     info = {"fps": source.info["fps"], "size": source.info["size"], "factor": factor, "channels": encoder.vae.config.latent_channels}
-    finish(out, records, shapes, dtype="float16", texts=shape, **info)
+    finish(out, records, shapes, dtype="float16", texts=shape, strides=sorted(set(strides)), **info)
     return LatentStore(out)
 
 
-def _encode_texts(source: Store, out: Path, *, batch_size: int, device: str | torch.device) -> list[int]:
+def _encode_texts(source: Store, out: Path, strides: Sequence[int], *, batch_size: int, device: str | torch.device) -> list[int]:
     """Write every caption's embedding, unless they are there; returns the shape of one."""
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     text_encoder = AutoModel.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
-    captions = ["", *sorted({caption for record in source.records for caption in record.texts if caption})]
+    plain = {caption for record in source.records for caption in record.texts if caption}
+    captions = ["", *sorted({at_rate(caption, source.info["fps"], stride) for caption in plain for stride in {1, *strides}})]
     told = {"of": _identity(text_encoder, tokenizer.get_vocab(), tokenizer.model_max_length), "captions": captions}
     path = out / "texts.npy"
     if not (out / "texts.json").exists() or json.loads((out / "texts.json").read_text()) != told:

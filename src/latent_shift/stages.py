@@ -102,9 +102,13 @@ class DenoiserStage:
     def __init__(self, config: Config):
         self.config = config
         self.store = LatentStore(config.data.path)
+        if missing := set(config.data.strides) - set(self.store.info["strides"]):
+            raise ValueError(f"{config.data.path} has no captions for data.strides {sorted(missing)}: encode it with --stride")
         self.samplers = {
-            num_frames: BalancedSampler(self.store, self.store.select(splits=config.data.splits, num_frames=num_frames))
-            for num_frames in {1, config.data.num_frames}
+            (num_frames, stride): BalancedSampler(
+                self.store, self.store.select(splits=config.data.splits, num_frames=num_frames, stride=stride)
+            )
+            for num_frames, stride in {(1, 1), *((config.data.num_frames, stride) for stride in config.data.strides)}
         }
         self.held_out = _held_out(config, self.store)
         init = config.model.init
@@ -160,11 +164,13 @@ class DenoiserStage:
         num_clips, num_frames = self.config.data.batch_size, self.config.data.num_frames
         if num_frames > 1 and not held_out and rng.random() < self.config.data.image_share:
             num_clips, num_frames = num_clips * num_frames, 1
-        indices = (self.held_out if held_out else self.samplers)[num_frames].draw(rng, num_clips)
+        stride = 1 if num_frames == 1 or held_out else int(rng.choice(self.config.data.strides))
+        sampler = self.held_out[num_frames] if held_out else self.samplers[num_frames, stride]
+        indices = sampler.draw(rng, num_clips)
         if num_frames > 1 and self.config.data.window == "first":
-            windows = [self.store.window(index, 0, num_frames) for index in indices]
+            windows = [self.store.window(index, 0, num_frames, stride=stride) for index in indices]
         else:
-            windows = [self.store.draw_window(rng, index, num_frames) for index in indices]
+            windows = [self.store.draw_window(rng, index, num_frames, stride=stride) for index in indices]
         moments = np.stack(windows).astype(np.float32)
         mean, std = moments[:, :, 0], moments[:, :, 1]
         latents = mean + std * rng.standard_normal(mean.shape, np.float32)
@@ -174,7 +180,7 @@ class DenoiserStage:
             common = rng.standard_normal(mean[:, :1].shape, np.float32)
             noise = share_noise(noise, common, options.shared_noise, options.noise_correlation)
         timesteps = draw_timesteps(rng, num_clips, options.num_timesteps, shift=options.timestep_shift)
-        captions = [self.store.caption(rng, index) for index in indices]
+        captions = [self.store.caption(rng, index, stride=stride) for index in indices]
         emptied = rng.random(num_clips) < options.caption_dropout
         text = self.store.embeddings[np.where(emptied, 0, captions)].astype(np.float32)
         return tuple(torch.from_numpy(array) for array in (latents, noise, timesteps, text))
@@ -202,7 +208,7 @@ class DenoiserStage:
         """Clips of the first captions of eight training records and of four that were held out. Every process draws as many."""
         records = self.store.records
         rng = np.random.default_rng(0)
-        seen = self.samplers[self.config.data.num_frames].draw(rng, 8)
+        seen = self.samplers[self.config.data.num_frames, self.config.data.strides[0]].draw(rng, 8)
         held = [index for index, record in enumerate(records) if record.split != "train"]
         held = [held[index] for index in rng.choice(len(held), size=min(4, len(held)), replace=False)]
         prompts = [records[index].texts[0] for index in seen + held]

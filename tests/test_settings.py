@@ -26,6 +26,7 @@ OTHERS: dict[str, tuple] = {
     "data.val_splits": ("image", ["val_concept"], {}),
     "model.size": ("autoencoder", "emoji", {}),
     "model.init": ("video", None, {}),
+    "model.temporal": ("video", "attention", {}),
     "model.place": ("video", "end", {}),
     "model.forward": ("video", 0.0, {}),
     "model.backward": ("video", 0.0, {}),

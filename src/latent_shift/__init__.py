@@ -21,6 +21,7 @@ _HOME = {
     "frames": "shift",
     "shift_of": "shift",
     "LatentShiftPipeline": "pipeline",
+    "LatentVDMUNet": "latent_vdm",
     "load": "zoo",
     "seed": "zoo",
     "save_video": "zoo",
@@ -34,6 +35,7 @@ except PackageNotFoundError:  # imported from a source tree that was not install
     __version__ = "0.0.0"
 
 if TYPE_CHECKING:
+    from latent_shift.latent_vdm import LatentVDMUNet as LatentVDMUNet
     from latent_shift.pipeline import LatentShiftPipeline as LatentShiftPipeline
     from latent_shift.shift import Shift as Shift
     from latent_shift.shift import deflate as deflate

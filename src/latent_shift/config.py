@@ -31,6 +31,7 @@ class Data(Section):
 class Model(Section):
     size: str | None = None  # a name of models.py: start from random weights
     init: str | None = None  # a folder with weights: start from those
+    temporal: Literal["shift", "attention", "none"] = "shift"  # what sees time: the paper's shift, its baseline Latent-VDM, nothing
     place: Literal["conv1", "conv2", "end"] = "conv1"  # where in the residual branch the channels shift
     forward: float = Field(1 / 3, ge=0, le=1)  # share of the channels that come from the frame before
     backward: float = Field(1 / 3, ge=0, le=1)  # share that comes from the frame after
@@ -40,6 +41,9 @@ class Model(Section):
     def _one_start(self) -> Model:
         if (self.size is None) == (self.init is None):
             raise ValueError("give either size (a named size, random weights) or init (a folder with weights)")
+        for name in ("place", "forward", "backward", "edge"):
+            if self.temporal != "shift" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect on temporal={self.temporal}: leave it out")
         return self
 
 
@@ -132,6 +136,8 @@ class Config(Section):
                 raise ValueError(f"{name} has no effect in stage {self.stage}: leave it out")
         if self.lora and self.train.shard:
             raise ValueError("train.shard is for models too large for one device; a lora's frozen weights are not sharded: leave it out")
+        if self.lora and self.model.temporal == "attention":
+            raise ValueError("a lora adds to weights that are there; those of model.temporal=attention are new: train all, without lora")
         if self.optim.cooldown != "linear" and not self.optim.cooldown_steps:
             raise ValueError("optim.cooldown has no effect without optim.cooldown_steps")
         if not self.data.val_splits and (self.train.validate_every, self.train.val_batches) != (500, 8):
@@ -166,6 +172,7 @@ _IGNORED = {  # settings that a stage does not read
         "train.sample_guidance",
         "train.sample_shared_noise",
         "train.sample_noise_correlation",
+        "model.temporal",
         "model.place",
         "model.forward",
         "model.backward",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.free_init_utils import FreeInitMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
@@ -182,8 +183,9 @@ class ClipGeneration(Conditioning, FreeInitMixin):
             self.scheduler.set_begin_index(0)
         step_options = self.prepare_extra_step_kwargs(generator, eta)
 
-        halo = reach(self.unet) if halo is None else halo
-        if chunk is not None and num_frames > chunk + 2 * halo:
+        if chunk is not None and halo is None:
+            halo = reach(self.unet)
+        if chunk is not None and halo is not None and num_frames > chunk + 2 * halo:
             predict = in_chunks(self._predictor(texts, pictures, edge="hold" if loop else None), chunk, halo, loop=loop)
         else:
             predict = self._predictor(texts, pictures, edge="wrap" if loop else None)
@@ -355,6 +357,8 @@ class ClipGeneration(Conditioning, FreeInitMixin):
         """What model_index.json says: the shift, and of a call's defaults those that the model came with or that were changed. An image
         model has none, and that tells it from one that was trained on clips."""
         told = {key: value for key, value in self.call_defaults.items() if key in self._told or value != _CALL_DEFAULTS[key]}
+        if isinstance(self.unet, UNet2DConditionModel):  # or the baseline's, which plain diffusers then opens as what it is made of
+            self.register_to_config(unet=("diffusers", UNet2DConditionModel.__name__))
         self.register_to_config(latent_shift={**asdict(shift_of(self.unet) or Shift()), **told})
 
     def _noise_settings(self, shared_noise: float | None, noise_correlation: float | None) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from latent_shift import finetune, models, zoo
 from latent_shift.config import Config
 from latent_shift.diffusion import DenoisingObjective, attention_kernel, noise_schedule
-from latent_shift.shift import Shift, inflate, share_text
+from latent_shift.shift import share_text
 
 
 @dataclass
@@ -56,7 +56,8 @@ def of_run(config: Config, device: str = "cuda") -> Estimate:
     store = json.loads((Path(config.data.path) / "store.json").read_text())
     with torch.device("meta"):
         if config.model.init:
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(zoo.folder(config.model.init), subfolder="unet"))
+            start = models.unet_of(zoo.folder(config.model.init))
+            unet = start.from_config(start.load_config(zoo.folder(config.model.init), subfolder="unet"))
         else:
             unet = models.unet(str(config.model.size))
     return estimate(
@@ -78,8 +79,8 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
         text_length: tokens of a caption.
         device: "cpu" or "cuda": attention keeps more on a CPU, where train.py takes the kernel that is faster backwards.
     """
-    inflate(unet, Shift(config.model.forward, config.model.backward, config.model.place, config.model.edge))
     with torch.device("meta"):
+        unet = models.in_time(unet, config.model)
         if config.lora:
             finetune.add_lora(unet, config.lora, dtype=finetune.DTYPES[config.train.precision])
     share_text(unet)

@@ -6,10 +6,15 @@ name have the same configuration.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from latent_shift.config import Model
+from latent_shift.latent_vdm import LatentVDMUNet
+from latent_shift.shift import Shift, inflate
 
 AUTOENCODERS: dict[str, dict] = {
     # 8x down, 4 channels, no attention: works on any size. Parameters: tiny 0.06 M, emoji 3.1 M.
@@ -60,6 +65,20 @@ def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:
         attention_head_dim=tuple(max(1, width // 32) for width in config["block_out_channels"]),
         **config,
     )
+
+
+def in_time(unet: UNet2DConditionModel, settings: Model) -> UNet2DConditionModel:
+    """An image U-Net made to see time as a recipe's table `model` says: inflated in place, or the baseline's with its weights."""
+    if settings.temporal == "attention":
+        return unet if isinstance(unet, LatentVDMUNet) else LatentVDMUNet.of(unet)
+    shift = Shift(settings.forward, settings.backward, settings.place, settings.edge)
+    return inflate(unet, shift if settings.temporal == "shift" else Shift(0, 0))  # type: ignore[return-value]
+
+
+def unet_of(folder: str | Path) -> type[UNet2DConditionModel]:
+    """The class of the U-Net in a pipeline's folder."""
+    config = json.loads((Path(folder) / "unet" / "config.json").read_text())
+    return LatentVDMUNet if config.get("_class_name") == LatentVDMUNet.__name__ else UNet2DConditionModel
 
 
 def num_parameters(model) -> int:

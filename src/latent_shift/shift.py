@@ -211,6 +211,8 @@ def inflate(network: nn.Module, shift: Shift = Shift()) -> nn.Module:
     Raises:
         ValueError: no block to shift, or a block in which this place cannot be shifted.
     """
+    if getattr(network, "unbounded_in_time", False):
+        raise ValueError(f"{type(network).__name__} sees time by layers of its own; expected a U-Net without, such as UNet2DConditionModel")
     blocks = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
     if not blocks:
         raise ValueError(f"{type(network).__name__} has no ResnetBlock2D to shift; expected a U-Net such as UNet2DConditionModel")
@@ -268,6 +270,8 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
     clip: _Clip | None = getattr(network, "_latent_shift_clip", None)
     if clip is None:
         raise ValueError(f"{type(network).__name__} is not inflated; call inflate(network, Shift()) first")
+    if edge is not None and getattr(network, "unbounded_in_time", False):
+        raise ValueError(f"{type(network).__name__} has no edges to set: it has no loops")
     if num_frames != -1 and num_frames < 1:
         raise ValueError(f"num_frames must be 1 or more, or -1 for the whole batch, got {num_frames}")
     if getattr(network, "is_gradient_checkpointing", False):
@@ -292,7 +296,7 @@ def streaming(network: nn.Module, memory: dict[nn.Module, Tensor]) -> Iterator[n
         ValueError: `network` is not inflated, not causal, or loops.
     """
     clip: _Clip | None = getattr(network, "_latent_shift_clip", None)
-    if clip is None or clip.shift.backward > 0 or clip.shift.edge == "wrap":
+    if clip is None or clip.shift.backward > 0 or clip.shift.edge == "wrap" or getattr(network, "unbounded_in_time", False):
         settings = "not inflated" if clip is None else f"inflated with {clip.shift}"
         raise ValueError(
             f'frames can come one by one only where none needs the next: expected Shift(backward=0, edge="zero" or "hold"), '
@@ -306,7 +310,13 @@ def streaming(network: nn.Module, memory: dict[nn.Module, Tensor]) -> Iterator[n
 
 
 def reach(network: nn.Module) -> int:
-    """How many frames away, on either side, a frame of an inflated network still has an effect: one for each shifted layer."""
+    """How many frames away, on either side, a frame of an inflated network still has an effect: one for each shifted layer.
+
+    Raises:
+        ValueError: a network whose attention sees all frames of a clip (`LatentVDMUNet`).
+    """
+    if getattr(network, "unbounded_in_time", False):
+        raise ValueError(f"{type(network).__name__} sees all frames of a clip at once: it has no chunks")
     return sum(isinstance(layer, (ShiftGroupNorm, ShiftConv2d)) for layer in network.modules())
 
 

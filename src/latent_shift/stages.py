@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, ModelMixin
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -21,7 +21,7 @@ from latent_shift.config import Config
 from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule, share_noise
 from latent_shift.encode import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
-from latent_shift.shift import Shift, inflate, share_text
+from latent_shift.shift import Shift, share_text, shift_of
 from latent_shift.store import BalancedSampler, Store, pixels
 
 
@@ -113,14 +113,13 @@ class DenoiserStage:
         self.held_out = _held_out(config, self.store)
         init = config.model.init
         sample_size = self.store.info["size"] // self.store.info["factor"]
-        self.model = (
-            UNet2DConditionModel.from_pretrained(zoo.folder(init), subfolder="unet", dtype=torch.float32)
+        unet = (
+            models.unet_of(zoo.folder(init)).from_pretrained(zoo.folder(init), subfolder="unet", dtype=torch.float32)
             if init
             else models.unet(str(config.model.size), sample_size=sample_size)
         )
-        self.shift = Shift(config.model.forward, config.model.backward, config.model.place, config.model.edge)
+        self.model = models.in_time(unet, config.model)
         self.model.register_to_config(sample_size=sample_size)  # what it is trained at it will draw
-        inflate(self.model, self.shift)
         if config.lora:
             finetune.add_lora(self.model, config.lora, dtype=finetune.DTYPES[config.train.precision])
         share_text(self.model)
@@ -153,8 +152,9 @@ class DenoiserStage:
         if (start / "model_index.json").exists():
             trained = _read(start / "model_index.json").get("latent_shift", {})
             if trained.get("num_frames", 1) > 1:  # an image model has moved none
-                before += [(f"model.{field}", trained[field]) for field in asdict(self.shift) if field in trained]
-                now += [getattr(self.shift, field) for field in asdict(self.shift) if field in trained]
+                shift = asdict(shift_of(self.model) or Shift())
+                before += [(f"model.{field}", trained[field]) for field in shift if field in trained]
+                now += [shift[field] for field in shift if field in trained]
         for (name, value), current in zip(before, now, strict=True):
             if value != current:
                 raise ValueError(f"{name} is {current}, but {self.config.model.init} was trained with {value}: set it to that")
@@ -234,9 +234,8 @@ class DenoiserStage:
         if self.config.lora:
             finetune.save_lora(self.model, folder, call_defaults=pipe.call_defaults)
             return
-        pipe.unet = UNet2DConditionModel.from_config(self.model.config)
+        pipe.unet = models.in_time(type(self.model).from_config(self.model.config), self.config.model)
         pipe.unet.load_state_dict(weights)
-        inflate(pipe.unet, self.shift)
         pipe.vae.half(), pipe.text_encoder.half(), pipe.unet.half()
         for part in (pipe.vae, pipe.unet):
             part.register_to_config(_name_or_path="")

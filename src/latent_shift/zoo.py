@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from latent_shift import families, video
+from latent_shift import families, models, video
 from latent_shift.generation import ClipGeneration
+from latent_shift.latent_vdm import LatentVDMUNet
 from latent_shift.pipeline import LatentShiftPipeline, LatentShiftXLPipeline
 from latent_shift.shift import Shift, inflate
 
@@ -74,7 +75,10 @@ def load(
         index = _index(path)
         variant = variant or only_variant(path / "unet")
     pipeline = LatentShiftXLPipeline if "text_encoder_2" in index else LatentShiftPipeline
-    pipe = pipeline.from_pretrained(path, dtype=dtype, variant=variant)
+    given = {}
+    if Path(path).is_dir() and models.unet_of(path) is LatentVDMUNet:  # diffusers knows it as what it is made of
+        given["unet"] = LatentVDMUNet.from_pretrained(Path(path) / "unet", dtype=dtype, variant=variant)
+    pipe = pipeline.from_pretrained(path, dtype=dtype, variant=variant, **given)
     if prediction:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
     return pipe.to(device)

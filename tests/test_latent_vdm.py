@@ -1,0 +1,123 @@
+"""The baseline under the same contract: it begins as the image network, images stay images, clips never mix, and it sees time."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from diffusers import UNet2DConditionModel
+
+import latent_shift as ls
+from latent_shift import models, train, zoo
+from latent_shift.latent_vdm import LatentVDMUNet, TemporalAttention
+from latent_shift.shift import reach, share_text, streaming
+
+
+@pytest.fixture
+def image():
+    torch.manual_seed(0)
+    return models.unet("tiny", sample_size=8).eval()
+
+
+@pytest.fixture
+def network(image):
+    return LatentVDMUNet.of(image).eval()
+
+
+def awake(network):
+    """As after some training: nothing is zero any more."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "over_time" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return network
+
+
+def call(network, x, num_frames):
+    text = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(2)).expand(len(x), -1, -1)
+    with torch.no_grad(), ls.frames(network, num_frames):
+        return network(x, torch.tensor(300), text).sample
+
+
+def test_it_begins_as_the_image_network(image, network):
+    x = torch.randn(8, 4, 8, 8)
+    ls.inflate(image, ls.Shift(0, 0))
+    assert torch.equal(call(network, x, 4), call(image, x, 4))
+    added = {name for name, _ in network.named_parameters()} - {name for name, _ in image.named_parameters()}
+    assert added and all(".over_time." in name for name in added)
+    blocks = sum(type(module).__name__ in ("_ThenConv", "_ThenAttention") for module in network.modules())
+    assert blocks == len({name.split(".over_time.")[0] for name in added})
+
+
+def test_frames_see_each_other_and_clips_do_not_mix(network):
+    awake(network)
+    x = torch.randn(8, 4, 8, 8)
+    y = call(network, x, 4)
+    changed = x.clone()
+    changed[1] += 1
+    apart = (call(network, changed, 4) - y).abs().amax(dim=(1, 2, 3))
+    assert (apart[:4] > 1e-5).all() and (apart[4:] == 0).all()
+    alone = torch.cat([call(network, frame[None], 1) for frame in x])
+    torch.testing.assert_close(call(network, x, 1), alone)  # images of a batch are masked from each other
+    assert not torch.allclose(alone, y, atol=1e-3)
+
+
+def test_attention_is_the_formula_and_knows_distances_alone():
+    torch.manual_seed(0)
+    layer = awake(torch.nn.ModuleDict({"over_time": TemporalAttention(8, 2, furthest=3)}))["over_time"]
+    x = torch.randn(6, 8, 1, 1)
+    frames = layer.norm(x[:, :, 0, 0])
+    q, k, v = layer.to_qkv(frames).split(8, dim=-1)
+    heads = []
+    for head, part in enumerate((slice(0, 4), slice(4, 8))):
+        scores = q[:, part] @ k[:, part].T / 2
+        for i in range(6):
+            for j in range(6):
+                scores[i, j] = scores[i, j] + layer.bias[head, max(-3, min(3, i - j)) + 3]
+        heads.append(scores.softmax(dim=-1) @ v[:, part])
+    expected = x[:, :, 0, 0] + layer.to_out(torch.cat(heads, dim=-1))
+    torch.testing.assert_close(layer(x, 6)[:, :, 0, 0], expected)
+
+
+def test_what_a_shift_alone_can_do_is_refused(network):
+    with pytest.raises(ValueError, match="sees time by layers of its own"):
+        ls.inflate(network, ls.Shift())
+    with pytest.raises(ValueError, match="it has no chunks"):
+        reach(network)
+    with pytest.raises(ValueError, match="it has no loops"), ls.frames(network, 4, edge="wrap"):
+        pass
+    with pytest.raises(ValueError, match="frames can come one by one only where none needs the next"), streaming(network, {}):
+        pass
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_trains_is_saved_and_draws(checkpointing, latents, image_model, tmp_path):
+    options = {"gradient_checkpointing": checkpointing, "sample_every": 2, "sample_steps": 1}
+    rows = []
+    config = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, optim={"lr": 1e-2}, train=options)
+    pipe = zoo.load(train.train(config, tmp_path / "run", report=rows.append))
+    assert isinstance(pipe.unet, LatentVDMUNet)
+    assert any(parameter.any() for name, parameter in pipe.unet.named_parameters() if "over_time.to_out.weight" in name)
+    clip = pipe("a red square", num_inference_steps=2, generator=ls.seed(0)).frames
+    again = zoo.load(tmp_path / "run" / "model")("a red square", num_inference_steps=2, generator=ls.seed(0)).frames
+    assert clip.shape == (1, 4, 32, 32, 3) and np.array_equal(clip, again)
+    with pytest.raises(ValueError, match="it has no loops"):
+        pipe("a red square", loop=True)
+    going_on = tiny_config("video", latents, steps=1, model={"init": str(tmp_path / "run" / "model"), "temporal": "attention"})
+    train.train(going_on, tmp_path / "on")
+    if checkpointing:
+        plain = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, optim={"lr": 1e-2})
+        others = []
+        train.train(plain, tmp_path / "plain", report=others.append)
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=1e-5)
+
+
+def test_text_can_be_shared(network):
+    awake(network)
+    x = torch.randn(8, 4, 8, 8)
+    y = call(network, x, 4)
+    assert share_text(network)
+    text = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(2)).expand(2, -1, -1)
+    with torch.no_grad(), ls.frames(network, 4):
+        torch.testing.assert_close(network(x, torch.tensor(300), text).sample, y)
+    assert isinstance(network, UNet2DConditionModel)

@@ -7,7 +7,7 @@ import torch
 from test_cli import run
 from test_finetune import RECIPE
 
-from latent_shift import benchmark, memory
+from latent_shift import benchmark, memory, models
 from latent_shift.config import load
 
 
@@ -40,7 +40,7 @@ def test_long_clips_are_measured_in_processes_of_their_own(video_model):
 def test_the_peak_is_that_of_the_process_alone():
     """Not that of the one that started it, which has had this."""
     ballast = b"1" * 1_500_000_000
-    assert benchmark._alone(benchmark._gib_peak) < 1
+    assert benchmark._alone(memory.peak) < 1
     del ballast
 
 
@@ -76,3 +76,15 @@ def test_the_command_prints_one_of_them(monkeypatch, tmp_path):
     assert result == json.loads((tmp_path / "peers.json").read_text())
     assert len([name for name in result if name.startswith(("float32", "bfloat16"))]) == 4
     assert result["guided step"]["num_frames"] == 3
+
+
+def test_runs_are_told_side_by_side(image_model, video_model, tmp_path):
+    told = run("bench", "runs", image_model.parent, video_model.parent, "-o", tmp_path / "runs.json")
+    assert len(told.strip().splitlines()) == 4
+    image, clips = json.loads((tmp_path / "runs.json").read_text())
+    rows = [json.loads(line) for line in (video_model.parent / "stats.jsonl").read_text().splitlines()]
+    assert image["parameters"] == clips["parameters"] == models.num_parameters(models.unet("tiny"))
+    assert clips["steps"] == 4 and clips["val_loss"] is None
+    assert clips["loss"] == pytest.approx((rows[2]["loss"] + rows[3]["loss"]) / 2)
+    assert clips["gib_peak"] == max(row["gib_peak"] for row in rows) > 0.1
+    assert 0 < clips["data_wait_share"] < 1

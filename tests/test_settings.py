@@ -99,7 +99,7 @@ def outcome(settings: config.Config, run) -> dict[str, object] | str:
         torch.utils.checkpoint.checkpoint = once
     rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     newest = checkpoint.steps(run)[-1]
-    hidden = ("seconds", "clips_per_s", "data_wait_s", "eta_s")
+    hidden = ("seconds", "clips_per_s", "data_wait_s", "eta_s", "gib_peak")
     return {
         "rows": [{name: value for name, value in row.items() if name not in hidden} for row in rows],
         "weights": {name: digest(tensor) for name, tensor in load_file(newest / "model.safetensors").items()},

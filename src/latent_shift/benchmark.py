@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import math
 import multiprocessing
 import platform
 import subprocess
@@ -20,6 +22,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
+from safetensors import safe_open
 
 from latent_shift import families, memory, models, zoo
 from latent_shift.config import Config
@@ -229,12 +232,12 @@ def _full_size(num_frames: int) -> dict[str, Any]:
     unet = inflate(UNet2DConditionModel(**families.FAMILIES["sd1"].unet).eval())
     share_text(unet)
     x, text = torch.randn(num_frames, 4, 32, 32), torch.randn(1, 77, 768)
-    before = _gib_peak()
+    before = memory.peak()
     with torch.no_grad(), frames(unet, num_frames):
         start = time.perf_counter()
         unet(x, 500, text)
         seconds = time.perf_counter() - start
-    return {"parameters": models.num_parameters(unet), "seconds": seconds, "gib_before": before, "gib_peak": _gib_peak()}
+    return {"parameters": models.num_parameters(unet), "seconds": seconds, "gib_before": before, "gib_peak": memory.peak()}
 
 
 def _long_clip(model: str, mode: str, num_frames: int) -> dict[str, Any]:
@@ -250,14 +253,34 @@ def _long_clip(model: str, mode: str, num_frames: int) -> dict[str, Any]:
             pass
     else:
         pipe("fire", output_type="latent", **options)
-    return {"mode": mode, "frames": num_frames, "seconds": time.perf_counter() - start, "gib_peak": _gib_peak()}
+    return {"mode": mode, "frames": num_frames, "seconds": time.perf_counter() - start, "gib_peak": memory.peak()}
+
+
+def runs(folders: list[Path]) -> list[dict[str, Any]]:
+    """What training runs learnt, and what they took: of each the last losses, the median rate, the peak of memory, the parameters."""
+    rows = []
+    for folder in folders:
+        stats = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+        weights = sorted((folder / "model").rglob("unet/*.safetensors")) or sorted((folder / "model").glob("*.safetensors"))
+        with safe_open(weights[0], "pt") as file:
+            parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (it is no dict)
+        late = stats[len(stats) // 2 :]
+        rows.append(
+            {
+                "run": str(folder),
+                "steps": stats[-1]["step"],
+                "parameters": parameters,
+                "loss": float(np.mean([row["loss"] for row in late])),
+                "val_loss": next((row["val_loss"] for row in reversed(stats) if "val_loss" in row), None),
+                "clips_per_s": float(np.median([row["clips_per_s"] for row in stats])),
+                "data_wait_share": sum(row["data_wait_s"] for row in stats) / stats[-1]["seconds"],
+                "gib_peak": max(row["gib_peak"] for row in stats),
+            }
+        )
+    return rows
 
 
 def _alone(call: Callable[..., Any], *args: Any) -> Any:
     """What `call` returns in a fresh process, whose peak of memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=quiet) as pool:
         return pool.submit(call, *args).result()
-
-
-def _gib_peak() -> float:  # not ru_maxrss, which begins with that of the process that started this one
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20

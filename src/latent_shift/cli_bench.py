@@ -94,3 +94,18 @@ def _show(result: dict, output: Path | None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text + "\n")
     print(text)
+
+
+@app.command()
+def runs(folders: Annotated[list[Path], typer.Argument(help="run folders")], output: Output = None) -> None:
+    """What training runs learnt and took, side by side: losses, clips a second, memory, parameters."""
+    from latent_shift import benchmark
+
+    rows = benchmark.runs(folders)
+    names = list(rows[0])
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for row in rows:
+        print("| " + " | ".join(f"{value:.4g}" if isinstance(value, float) else f"{value}" for value in row.values()) + " |")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(rows, indent=1) + "\n")

@@ -7,6 +7,7 @@ what autograd keeps, what checkpointing computes anew, casts of mixed precision,
 from __future__ import annotations
 
 import json
+import sys
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -105,6 +106,17 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
         averaged=trained * 4,
         step=live.peak,
     )
+
+
+def peak(device: str | torch.device = "cpu") -> float:
+    """GiB: the most that tensors of this process have taken on a GPU, or on a CPU the process as a whole."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if (status := Path("/proc/self/status")).exists():  # not ru_maxrss, which begins with that of the process that started this one
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def _fake(module: nn.Module) -> None:

@@ -29,7 +29,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from latent_shift import checkpoint, finetune, models, sharding, zoo
+from latent_shift import checkpoint, finetune, memory, models, sharding, zoo
 from latent_shift.config import Config, dump, load
 from latent_shift.diffusion import attention_kernel
 from latent_shift.stages import AutoencoderStage, DenoiserStage, Stage
@@ -192,6 +192,7 @@ def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> 
                     "lr": group["lr"],
                     "clips_per_s": num * accumulate * config.data.batch_size * world / elapsed,
                     "data_wait_s": waited,
+                    "gib_peak": memory.peak(accelerator.device),
                     "eta_s": (config.optim.steps - count) * elapsed / num,
                 }
                 if accelerator.is_main_process:

@@ -134,7 +134,7 @@ def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents
     assert not (tmp_path / "2" / "pixels").exists()
     assert finetune.prepare(resolved(checkpoint, latents), tmp_path / "3").data.path == str(latents)
     assert not (tmp_path / "3").exists()
-    with pytest.raises(ValueError, match=r"data\.size and data\.fps have no effect"):
+    with pytest.raises(ValueError, match=r"data\.size, data\.fps, data\.aspects, data\.mirror have no effect"):
         finetune.prepare(resolved(checkpoint, packed, "data.size=16"), tmp_path / "4")
     assert set(Store(finetune_path(checkpoint, media, tmp_path / "5")).shapes.values()) == {(61, 16, 16, 3)}
 

@@ -16,6 +16,8 @@ OTHERS: dict[str, tuple] = {
     "data.path": ("image", None, {}),
     "data.size": ("image", 64, {}),
     "data.fps": ("image", 4.0, {}),
+    "data.aspects": ("image", 24, {}),
+    "data.mirror": ("image", True, {}),
     "data.batch_size": ("image", 3, {}),
     "data.crop": ("autoencoder", 16, {}),
     "data.num_frames": ("video", 3, {}),
@@ -123,7 +125,7 @@ def test_the_setting_counts(key, media, packed, latents, image_model, autoencode
     path = packed if stage == "autoencoder" else latents
     if key == "data.strides":
         path = encode.encode(packed, tmp_path / "latents", autoencoder=autoencoder, texts=texts, strides=[1, 2]).folder
-    if key in ("data.size", "data.fps"):  # of a folder that is packed and encoded first
+    if key.removeprefix("data.") in config.PACKING:  # of a folder that is packed and encoded first
         path, beside = media, {"model.init": ...}
     value = {"stage": "video", "data.path": str(packed), "model.init": str(image_model)}.get(key, value)
 

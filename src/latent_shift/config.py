@@ -18,6 +18,8 @@ class Data(Section):
     path: str  # a store (pixels for the autoencoder, latents for the other stages), or what finetune.py makes one of
     size: int | None = Field(None, ge=8)  # side in pixels at which a folder of videos is packed; unset: the model's
     fps: float = Field(8, gt=0)  # frames a second at which it is packed
+    aspects: int | None = Field(None, ge=8)  # it is packed in the nearest of the sizes with this factor; unset: in squares
+    mirror: bool = False  # clips whose captions name no side also count mirrored
     batch_size: int = Field(16, ge=1)  # crops, images or clips a step and process
     crop: int = Field(64, ge=8)  # autoencoder: side of the random crops in pixels
     num_frames: int = Field(1, ge=1)  # frames a clip; 1 trains the image model
@@ -153,7 +155,7 @@ class Config(Section):
         diffusion = ("prediction", "schedule", "num_timesteps", "zero_terminal_snr")
         return {
             "stage": self.stage,
-            **{f"data.{name}": getattr(self.data, name) for name in ("path", "size", "fps")},
+            **{f"data.{name}": getattr(self.data, name) for name in ("path", *PACKING)},
             "lora": self.lora,
             "optim.optimizer": self.optim.optimizer,
             **{f"model.{name}": value for name, value in self.model.model_dump().items()},
@@ -161,6 +163,8 @@ class Config(Section):
         }
 
 
+PACKING = ("size", "fps", "aspects", "mirror")
+"""Settings of `data` that say how a folder of videos is packed and encoded: of no effect on what is."""
 _DIFFUSION = [f"diffusion.{name}" for name in Diffusion.model_fields]
 _IGNORED = {  # settings that a stage does not read
     "autoencoder": [

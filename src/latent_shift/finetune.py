@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latent_shift import data, encode, zoo
-from latent_shift.config import Config, Lora
+from latent_shift.config import PACKING, Config, Lora
 from latent_shift.pipeline import LatentShiftXLPipeline
 from latent_shift.shift import Shift, ShiftConv2d, shift_of
 
@@ -54,16 +54,18 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
     init, path, stage = config.model.init, Path(config.data.path), config.stage
     if init is not None and stage != "autoencoder":
         init = str(_as_folder(init, run / "base"))
-    defaults = {name: type(config.data).model_fields[name].default for name in ("size", "fps")}
+    defaults = {name: type(config.data).model_fields[name].default for name in PACKING}
     packed = (path / "store.json").exists()
     if packed and any(getattr(config.data, name) != value for name, value in defaults.items()):
-        raise ValueError(f"data.size and data.fps have no effect: {path} is packed already")
-    made_of = {"data": config.data.path, "size": config.data.size, "fps": config.data.fps, "model": config.model.init}
+        raise ValueError(f"{', '.join(f'data.{name}' for name in PACKING)} have no effect: {path} is packed already")
+    made_of = {"data": config.data.path, "model": config.model.init, **{name: getattr(config.data, name) for name in PACKING}}
+    workers = os.cpu_count() or 1
     if not packed:
         path, videos = run / "pixels", config.data.path
         if _to_make(path, "store.json", made_of):
             with bar("packing") as each:
-                problems = data.pack(videos, path, size=config.data.size or _size_of(init), fps=config.data.fps, progress=each)
+                size, settings = config.data.size or _size_of(init), config.data
+                problems = data.pack(videos, path, size=size, fps=settings.fps, aspects=settings.aspects, workers=workers, progress=each)
             for name, reason in problems:
                 log.warning("%s: left out, %s", name, reason)
     if stage != "autoencoder" and "texts" not in json.loads((path / "store.json").read_text()):
@@ -72,7 +74,10 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
         path, pixels = run / "latents", path
         if _to_make(path, "store.json", made_of):
             with bar("encoding") as each:
-                encode.encode(pixels, path, autoencoder=init, texts=init, device=device, progress=each)
+                encode.encode(
+                    pixels, path, autoencoder=init, texts=init, mirror=config.data.mirror, strides=config.data.strides, device=device,
+                    workers=workers if torch.device(device).type == "cpu" else 1, progress=each,
+                )  # fmt: skip
     changed = {"path": str(path), **defaults}
     return config.model_copy(
         update={"data": config.data.model_copy(update=changed), "model": config.model.model_copy(update={"init": init})}

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_cli import run
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_shift import config, finetune, memory, models, stages, train, zoo
@@ -221,3 +222,14 @@ def test_a_fake_step_takes_what_a_real_one_takes(checkpoint, media, tmp_path):
             loss, _ = stage.objective(*batch)
             loss.backward()
     assert memory.of_run(ready, "cpu").step == pytest.approx(live.peak, rel=0.1)
+
+
+def test_multiplications_are_counted_as_a_real_step_does_them(checkpoint, media, tmp_path):
+    settings = finetune.prepare(resolved(checkpoint, media, "data.batch_size=2", "train.gradient_checkpointing=false"), tmp_path)
+    stage = stages.DenoiserStage(settings)
+    stage.objective.train()
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        stage.objective(*stage.draw(np.random.default_rng(0)))[0].backward()
+    accumulated = settings.optim.accumulate
+    assert memory.of_run(settings, "cpu").flops == pytest.approx(accumulated * counted.get_total_flops(), rel=0.01)
+    assert memory.matrix_rate("cpu", torch.float32, seconds=0.01) > 1e9

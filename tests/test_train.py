@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 
 from latent_shift import checkpoint, data, encode, stages, train, video, zoo
 from latent_shift.autoencoder import AutoencoderObjective, to_pixels, whiten
-from latent_shift.config import load
+from latent_shift.config import dump, load
 from latent_shift.encode import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.store import Store
@@ -268,6 +270,28 @@ def test_a_model_draws_the_size_it_was_trained_at(media, packed, image_model, au
     config = tiny_config("image", tmp_path / "latents", steps=1, model={"init": str(image_model)})
     pipe = zoo.load(train.train(config, tmp_path / "run"))
     assert pipe("red", num_inference_steps=1).frames.shape == (1, 1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError("8 GiB")])
+def test_out_of_memory_says_what_to_lower(error, latents, image_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages.DenoisingObjective, "forward", lambda *_: (_ for _ in ()).throw(error))
+    config = tiny_config("video", latents, model={"init": str(image_model)}, data={"batch_size": 4}, optim={"accumulate": 3})
+    options = "train.gradient_checkpointing=true, data.batch_size=2 optim.accumulate=6, train.precision=bf16, optim.optimizer=adamw8bit, lora.rank=32, data.num_frames=2"
+    with pytest.raises(RuntimeError, match=f"out of memory: try, in this order, {options}"):
+        train.train(config, tmp_path)
+    monkeypatch.setattr(stages.DenoisingObjective, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        train.train(config, tmp_path)
+    lowered = config_of(config, "train.gradient_checkpointing=true", "data.batch_size=1", "optim.optimizer=adamw8bit", "data.num_frames=2")
+    assert train.advice(lowered).endswith("try, in this order, train.precision=bf16, lora.rank=32")
+
+
+def config_of(config, *overrides):
+    """Also a check that what is advised can be given as it is written."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.toml"
+        path.write_text(dump(config))
+        return load(path, list(overrides))
 
 
 def test_a_start_that_does_not_fit_is_refused(latents, image_model, video_model):

@@ -126,7 +126,12 @@ def train(
     training.check_run(resolved, run)
     ready = finetune.prepare(resolved, run, device=zoo.device_of(), progress=Progress)
     if resolved.stage != "autoencoder" and int(os.environ.get("RANK", "0")) == 0:
-        print(memory.of_run(ready, zoo.device_of().type))
+        device, precision = zoo.device_of(), finetune.DTYPES[resolved.train.precision]
+        needs = memory.of_run(ready, device.type)
+        seconds = needs.flops / memory.matrix_rate(device, precision)
+        print(
+            f"{needs}\ntime: at least {seconds:.2g} s a step, {resolved.optim.steps * seconds / 3600:.2g} h in all ({needs.flops / 1e12:.2g} TFLOP)"
+        )
     bar = progress.Progress(
         progress.TextColumn(resolved.stage),
         progress.BarColumn(),

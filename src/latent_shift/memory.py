@@ -1,13 +1,14 @@
-"""What a training run will need of memory, before any of it is taken.
+"""What a training run will need of memory and of time, before any of it is taken.
 
 A step is run on fake tensors, which have shapes and no storage, while every storage that comes to life is counted until it dies:
-what autograd keeps, what checkpointing computes anew, casts of mixed precision, gradients.
+what autograd keeps, what checkpointing computes anew, casts of mixed precision, gradients. Its multiplications are counted, too.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from latent_shift import finetune, models, zoo
 from latent_shift.config import Config
@@ -30,12 +32,14 @@ from latent_shift.shift import share_text
 @dataclass
 class Estimate:
     """Bytes, on one device, at the peak of a training step: `weights` of the U-Net, `optimizer` states, `averaged` weights, and the
-    `step` itself, activations and gradients. Not counted: the context and workspaces of CUDA, and what sampling takes."""
+    `step` itself, activations and gradients. Not counted: the context and workspaces of CUDA, and what sampling takes. `flops` of
+    matrices, convolutions and attention in a step."""
 
     weights: int
     optimizer: int
     averaged: int
     step: int
+    flops: int
 
     @property
     def total(self) -> int:
@@ -94,8 +98,9 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
             unet.enable_gradient_checkpointing()
         clean = torch.empty(clips, config.data.num_frames, *latents)
         text = torch.empty(clips, text_length, unet.config.cross_attention_dim)
+        parts = min(config.optim.accumulate, 2)
         with live, attention_kernel(device, noise=clean):
-            for _ in range(min(config.optim.accumulate, 2)):  # of the later batches the earlier ones' gradients are there
+            for _ in range(parts):  # of the later batches the earlier ones' gradients are there
                 with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
                     loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)
                 loss.backward()
@@ -105,7 +110,22 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
         optimizer=trained * (2 if config.optim.optimizer == "adamw8bit" else 8),
         averaged=trained * 4,
         step=live.peak,
+        flops=live.flops // parts * config.optim.accumulate,
     )
+
+
+def matrix_rate(device: str | torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
+    """FLOP/s that products of large matrices reach here, the most that a step can."""
+    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    a @ b
+    synchronize()
+    num, start = 0, time.perf_counter()
+    while num < 3 or time.perf_counter() - start < seconds:
+        a @ b
+        synchronize()
+        num += 1
+    return num * 2 * 2048**3 / (time.perf_counter() - start)
 
 
 def peak(device: str | torch.device = "cpu") -> float:
@@ -127,16 +147,18 @@ def _fake(module: nn.Module) -> None:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that live, and remembers the most."""
+    """Counts the bytes of the storages that live, remembers the most, and counts multiplications and additions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self.seen: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = func(*args, **(kwargs or {}))
+        if (counted := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += counted(*args, **(kwargs or {}), out_val=made)
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor) and id(storage := leaf.untyped_storage()) not in given and id(storage) not in self.seen:
                 self.now += storage.nbytes()

@@ -61,8 +61,8 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
     with checkpoint.lock(run) if os.environ.get("RANK", "0") == "0" else nullcontext():
         try:
             return _train(config, run, report)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
                 raise
             raise RuntimeError(f"out of memory: {advice(config)} ({error})") from error
 

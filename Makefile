@@ -109,6 +109,8 @@ bench: $(VENV)/.core
 	$(BIN)/latent-shift bench -m emoji --rounds 20 -o docs/results/bench-emoji.json
 	$(BIN)/latent-shift bench peers -o docs/results/peers.json
 	$(BIN)/latent-shift bench memory -o docs/results/memory.json
+	$(BIN)/latent-shift bench training -o docs/results/training.json
+	$(BIN)/latent-shift bench encode -o docs/results/encode.json
 
 clean:
 	rm -rf $(VENV) out

@@ -88,3 +88,12 @@ def test_runs_are_told_side_by_side(image_model, video_model, tmp_path):
     assert clips["loss"] == pytest.approx((rows[2]["loss"] + rows[3]["loss"]) / 2)
     assert clips["gib_peak"] == max(row["gib_peak"] for row in rows) > 0.1
     assert 0 < clips["data_wait_share"] < 1
+
+
+def test_training_and_encoding_are_timed(video_model):
+    images, clips = benchmark.training_step(str(video_model), clips=2, num_frames=4, rounds=1).items()
+    assert (images[0], clips[0]) == ("8 images", "2 clips of 4 frames")
+    assert images[1]["ratio"] == 1 and clips[1]["seconds"] > 0
+    alone, two = benchmark.encoding(str(video_model), shards=4, frames_a_shard=4, size=32)
+    assert (alone["workers"], two["workers"], alone["efficiency"]) == (1, 2, 1)
+    assert two["frames_per_s"] > 0 and two["seconds"] > two["seconds_before_the_first"]

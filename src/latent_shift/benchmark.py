@@ -26,7 +26,11 @@ from safetensors import safe_open
 
 from latent_shift import families, memory, models, zoo
 from latent_shift.config import Config
+from latent_shift.diffusion import DenoisingObjective, attention_kernel, noise_schedule
+from latent_shift.encode import encode
 from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of
+from latent_shift.sources import Record
+from latent_shift.store import StoreWriter
 from latent_shift.terminal import quiet
 
 _WIDTHS: dict[str, Any] = dict(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128)
@@ -277,6 +281,58 @@ def runs(folders: list[Path]) -> list[dict[str, Any]]:
                 "gib_peak": max(row["gib_peak"] for row in stats),
             }
         )
+    return rows
+
+
+def training_step(
+    model: str = "emoji", *, clips: int = 4, num_frames: int = 16, rounds: int = 10, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """A step of the video stage against one of the image stage on as many single frames: forward, backward, in bf16, in turn."""
+    pipe = zoo.load(model, device=device, dtype=torch.float32)
+    side, width = pipe.unet.config.sample_size, pipe.unet.config.cross_attention_dim
+    share_text(pipe.unet)
+    objective = DenoisingObjective(pipe.unet, noise_schedule()).train()
+    draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
+
+    def step(num_clips: int, length: int) -> Callable[[], None]:
+        latents, noise = (draw(num_clips, length, pipe.unet.config.in_channels, side, side) for _ in range(2))
+        steps, texts = torch.full((num_clips,), 500, device=device), draw(num_clips, pipe.tokenizer.model_max_length, width)
+
+        def run() -> None:
+            with torch.autocast(device, torch.bfloat16), attention_kernel(device, noise=noise):
+                objective(latents, noise, steps, texts)[0].backward()
+            objective.zero_grad()
+
+        return run
+
+    calls: dict[str, Callable[[], object]] = {
+        f"{clips * num_frames} images": step(clips * num_frames, 1),
+        f"{clips} clips of {num_frames} frames": step(clips, num_frames),
+    }
+    return paired(calls, rounds=rounds)
+
+
+def encoding(
+    model: str = "emoji", *, workers: tuple[int, ...] = (1, 2), shards: int = 40, frames_a_shard: int = 128, size: int = 128
+) -> list[dict[str, Any]]:
+    """How fast frames are encoded by some numbers of processes, while all are at work: from the first shard of each to the last."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        writer, rng = StoreWriter(Path(folder) / "pixels", shard_mb=frames_a_shard * size * size * 3 / 1e6), np.random.default_rng(0)
+        for number in range(shards):
+            writer.add(Record(f"{number}.mp4", ("noise",), "noise"), rng.integers(0, 256, (frames_a_shard, size, size, 3), np.uint8))
+        writer.close(dtype="uint8", fps=8, size=size, source="noise")
+        for num in workers:
+            done: list[float] = []
+            start = time.perf_counter()
+            encode(
+                Path(folder) / "pixels", Path(folder) / f"{num}", autoencoder=zoo.folder(model), texts=zoo.folder(model), workers=num,
+                progress=lambda *_: done.append(time.perf_counter()),  # noqa: B023
+            )  # fmt: skip
+            rate = (shards - num) * frames_a_shard / (done[-1] - done[num - 1])
+            rows.append({"workers": num, "frames_per_s": rate, "seconds_before_the_first": done[0] - start, "seconds": done[-1] - start})
+    for row in rows:
+        row["efficiency"] = row["frames_per_s"] / rows[0]["frames_per_s"] * rows[0]["workers"] / row["workers"]
     return rows
 
 

@@ -97,6 +97,33 @@ def _show(result: dict, output: Path | None) -> None:
 
 
 @app.command()
+def training(
+    model: Annotated[str, typer.Option("--model", "-m")] = "emoji", rounds: Rounds = 10, device: Device = "cpu", output: Output = None
+) -> None:
+    """Time a training step on clips against one on as many images."""
+    quiet()
+    from latent_shift import benchmark
+
+    _show(benchmark.machine(device) | {"model": model, "step": benchmark.training_step(model, rounds=rounds, device=device)}, output)
+
+
+@app.command("encode")
+def encoding(
+    workers: Annotated[list[int] | None, typer.Option(help="processes; may be repeated; default 1 and 2")] = None,
+    shards: Annotated[int, typer.Option(help="of 128 frames")] = 40,
+    size: Annotated[int, typer.Option(help="side of the frames in pixels")] = 128,
+    model: Annotated[str, typer.Option("--model", "-m", help="whose autoencoder")] = "emoji",
+    output: Output = None,
+) -> None:
+    """Time the encoding of frames by one process and by several."""
+    quiet()
+    from latent_shift import benchmark
+
+    rows = benchmark.encoding(model, workers=tuple(workers or [1, 2]), shards=shards, size=size)
+    _show(benchmark.machine() | {"model": model, "size": size, "encoding": rows}, output)
+
+
+@app.command()
 def runs(folders: Annotated[list[Path], typer.Argument(help="run folders")], output: Output = None) -> None:
     """What training runs learnt and took, side by side: losses, clips a second, memory, parameters."""
     from latent_shift import benchmark

@@ -7,7 +7,7 @@ import torch
 from test_cli import run
 from test_finetune import RECIPE
 
-from latent_shift import benchmark, memory, models
+from latent_shift import benchmark, memory, models, scale
 from latent_shift.config import load
 
 
@@ -40,7 +40,7 @@ def test_long_clips_are_measured_in_processes_of_their_own(video_model):
 def test_the_peak_is_that_of_the_process_alone():
     """Not that of the one that started it, which has had this."""
     ballast = b"1" * 1_500_000_000
-    assert benchmark._alone(memory.peak) < 1
+    assert benchmark.alone(memory.peak) < 1
     del ballast
 
 
@@ -94,6 +94,12 @@ def test_training_and_encoding_are_timed(video_model):
     images, clips = benchmark.training_step(str(video_model), clips=2, num_frames=4, rounds=1).items()
     assert (images[0], clips[0]) == ("8 images", "2 clips of 4 frames")
     assert images[1]["ratio"] == 1 and clips[1]["seconds"] > 0
-    alone, two = benchmark.encoding(str(video_model), shards=4, frames_a_shard=4, size=32)
+    alone, two = scale.encoding(str(video_model), shards=4, frames_a_shard=4, size=32)
     assert (alone["workers"], two["workers"], alone["efficiency"]) == (1, 2, 1)
     assert two["frames_per_s"] > 0 and two["seconds"] > two["seconds_before_the_first"]
+
+
+def test_an_index_is_timed():
+    found = scale.index(300, num_frames=2, clips_a_shard=100)
+    assert (found["clips"], found["shards"]) == (300, 3)
+    assert all(value >= 0 for value in found.values())

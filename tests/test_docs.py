@@ -49,7 +49,7 @@ def quick(words: list[str]) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize(("name", "least"), [("README.md", 10), ("docs/modes.md", 12), ("docs/checkpoints.md", 3)])
+@pytest.mark.parametrize(("name", "least"), [("README.md", 10), ("docs/modes.md", 12), ("docs/checkpoints.md", 3), ("docs/training.md", 7)])
 def test_every_command(name, least, media, image_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", "recipes")
@@ -118,7 +118,10 @@ def test_the_method_example(video_model):
     assert ls.shift_of(names["unet"]) is None
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/modes.md", "docs/checkpoints.md", "src/latent_shift/weights/emoji/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "docs/modes.md", "docs/checkpoints.md", "docs/training.md", "docs/scale.md", "src/latent_shift/weights/emoji/README.md"],
+)
 def test_links_lead_somewhere(name):
     page = ROOT / name
     targets = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())

@@ -27,10 +27,7 @@ from safetensors import safe_open
 from latent_shift import families, memory, models, zoo
 from latent_shift.config import Config
 from latent_shift.diffusion import DenoisingObjective, attention_kernel, noise_schedule
-from latent_shift.encode import encode
 from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of
-from latent_shift.sources import Record
-from latent_shift.store import StoreWriter
 from latent_shift.terminal import quiet
 
 _WIDTHS: dict[str, Any] = dict(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128)
@@ -222,14 +219,14 @@ def training_memory() -> dict[str, dict[str, float]]:
 
 def full_size(*, num_frames: int = 16) -> dict[str, Any]:
     """One step at the size of Stable Diffusion 1.5 with random weights, 32x32 latents, on the CPU, in a process of its own."""
-    return _alone(_full_size, num_frames)
+    return alone(_full_size, num_frames)
 
 
 def long_clips(model: str = "emoji", *, num_frames: tuple[int, ...] = (16, 64, 256, 1024)) -> list[dict[str, Any]]:
     """Peak memory of two steps of clips of many lengths on the CPU: whole (up to 256 frames), in chunks of 16 with a halo of 4, and as
     a stream whose frames are decoded. Each in a process of its own."""
     runs = [(mode, number) for mode in ("whole", "chunks", "stream") for number in num_frames if mode != "whole" or number <= 256]
-    return [_alone(_long_clip, model, mode, number) for mode, number in runs]
+    return [alone(_long_clip, model, mode, number) for mode, number in runs]
 
 
 def _full_size(num_frames: int) -> dict[str, Any]:
@@ -312,31 +309,7 @@ def training_step(
     return paired(calls, rounds=rounds)
 
 
-def encoding(
-    model: str = "emoji", *, workers: tuple[int, ...] = (1, 2), shards: int = 40, frames_a_shard: int = 128, size: int = 128
-) -> list[dict[str, Any]]:
-    """How fast frames are encoded by some numbers of processes, while all are at work: from the first shard of each to the last."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        writer, rng = StoreWriter(Path(folder) / "pixels", shard_mb=frames_a_shard * size * size * 3 / 1e6), np.random.default_rng(0)
-        for number in range(shards):
-            writer.add(Record(f"{number}.mp4", ("noise",), "noise"), rng.integers(0, 256, (frames_a_shard, size, size, 3), np.uint8))
-        writer.close(dtype="uint8", fps=8, size=size, source="noise")
-        for num in workers:
-            done: list[float] = []
-            start = time.perf_counter()
-            encode(
-                Path(folder) / "pixels", Path(folder) / f"{num}", autoencoder=zoo.folder(model), texts=zoo.folder(model), workers=num,
-                progress=lambda *_: done.append(time.perf_counter()),  # noqa: B023
-            )  # fmt: skip
-            rate = (shards - num) * frames_a_shard / (done[-1] - done[num - 1])
-            rows.append({"workers": num, "frames_per_s": rate, "seconds_before_the_first": done[0] - start, "seconds": done[-1] - start})
-    for row in rows:
-        row["efficiency"] = row["frames_per_s"] / rows[0]["frames_per_s"] * rows[0]["workers"] / row["workers"]
-    return rows
-
-
-def _alone(call: Callable[..., Any], *args: Any) -> Any:
+def alone(call: Callable[..., Any], *args: Any) -> Any:
     """What `call` returns in a fresh process, whose peak of memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=quiet) as pool:
         return pool.submit(call, *args).result()

@@ -118,9 +118,20 @@ def encoding(
     """Time the encoding of frames by one process and by several."""
     quiet()
     from latent_shift import benchmark
+    from latent_shift import scale as scaling
 
-    rows = benchmark.encoding(model, workers=tuple(workers or [1, 2]), shards=shards, size=size)
+    rows = scaling.encoding(model, workers=tuple(workers or [1, 2]), shards=shards, size=size)
     _show(benchmark.machine() | {"model": model, "size": size, "encoding": rows}, output)
+
+
+@app.command()
+def index(clips: Annotated[int, typer.Option(help="records")] = 100_000, output: Output = None) -> None:
+    """Time what an index of many clips costs, and drawing from it."""
+    quiet()
+    from latent_shift import benchmark
+    from latent_shift import scale as scaling
+
+    _show(benchmark.machine() | {"index": scaling.index(clips)}, output)
 
 
 @app.command()

@@ -44,7 +44,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # What can happen to a training run, done to one many times, and what was lost by it: a table.
 faults: $(VENV)/.dev

@@ -38,6 +38,7 @@ def settings(latents, *, accumulate, steps=4, **train):
     return tiny_config("video", latents, steps=steps, data=data, optim={"accumulate": accumulate}, train=train)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_train_as_one_that_accumulates(shard, alone, latents, tmp_path):
     expected, whole = alone

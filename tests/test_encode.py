@@ -131,6 +131,7 @@ def test_what_stops_it_loses_no_shard_and_doubles_none(shards, once, autoencoder
     assert everything(out) == everything(once)
 
 
+@pytest.mark.timeout(300)
 def test_a_cluster_that_loses_a_machine_makes_the_same(shards, once, autoencoder, texts, tmp_path):
     """Two nodes of Ray, of which one is killed when the first shard is there."""
     pytest.importorskip("ray")

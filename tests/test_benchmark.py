@@ -56,7 +56,7 @@ def test_checkpointing_and_loras_take_less_memory():
 
 def test_what_is_estimated_is_the_recipe(monkeypatch):
     asked = []
-    monkeypatch.setattr(benchmark.memory, "estimate", lambda config, unet, **shape: asked.append(config) or memory.Estimate(0, 0, 0, 0))
+    monkeypatch.setattr(benchmark.memory, "estimate", lambda config, unet, **shape: asked.append(config) or memory.Estimate(0, 0, 0, 0, 0))
     benchmark.training_memory()
     recipe = load(RECIPE)
     for config in asked:

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +212,7 @@ def training_memory() -> dict[str, dict[str, float]]:
             unet = UNet2DConditionModel(**families.FAMILIES["sd1"].unet)
         need = memory.estimate(config, unet, latents=(4, 64, 64), text_length=77)
         name = ("LoRA of rank 32" if lora else "every weight") + (", checkpointing" if checkpointing else "")
-        results[name] = {part: size / 2**30 for part, size in {**asdict(need), "total": need.total}.items()}
+        results[name] = {part: getattr(need, part) / 2**30 for part in ("weights", "optimizer", "averaged", "step", "total")}
     return results
 
 

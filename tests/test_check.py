@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from test_data import counting_clip
 
-from latent_shift import video
+from latent_shift import data, video
 from latent_shift.check import check
+from latent_shift.store import Store
 
 
 def clouds(num_frames: int, seed: int, size: int = 64) -> np.ndarray:
@@ -78,6 +79,9 @@ def test_cuts_are_told_from_fast_motion(tmp_path):
     cut = np.concatenate([clouds(10, 2), clouds(10, 3)])
     fast = np.stack([clouds(1, seed)[0] for seed in range(10, 30)])
     assert problems(tmp_path, cut=cut, fast=fast) == {"cut.mp4": "a cut to another scene at 1.2 s"}
+    data.pack(tmp_path, tmp_path / "store", size=64, fps=8, split_cuts=True)
+    parts = [(record.file_name, record.num_frames) for record in Store(tmp_path / "store").records]
+    assert parts == [("cut.mp4#0", 10), ("cut.mp4#1", 10), ("fast.mp4", 20)]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])

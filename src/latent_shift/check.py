@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latent_shift import video
 from latent_shift.data import decoded
 from latent_shift.sources import Record, read
 
@@ -40,7 +41,7 @@ def check(source: str | Path, *, min_frames: int = 16, fps: float = 8, workers: 
             continue
         counts["clips" if len(frames) > 1 else "stills"] += 1
         grey = frames.mean(axis=-1, dtype=np.float32)
-        problems += [(record.file_name, reason) for reason in _of_clip(record, grey, min_frames, fps)]
+        problems += [(record.file_name, reason) for reason in _of_clip(record, frames, min_frames, fps)]
         if first := seen.before(thumbnail(frames), record.file_name):
             problems.append((record.file_name, f"shows what {first} shows"))
         num = counts["clips"] + counts["stills"]  # of all of them 500 are kept, any as likely as any other
@@ -51,24 +52,17 @@ def check(source: str | Path, *, min_frames: int = 16, fps: float = 8, workers: 
     return {**counts, "concepts": len(concepts)}, problems
 
 
-def _of_clip(record: Record, grey: np.ndarray, min_frames: int, fps: float) -> list[str]:
-    if len(grey) == 1:
+def _of_clip(record: Record, frames: np.ndarray, min_frames: int, fps: float) -> list[str]:
+    if len(frames) == 1:
         return []
-    changes = np.abs(np.diff(grey, axis=0)).mean(axis=(1, 2))
     reasons = []
-    if len(grey) < min_frames and not record.loop:
-        reasons.append(f"{len(grey)} frames at {fps:g} fps, {min_frames} wanted")
-    if changes.mean() < 0.05:
+    if len(frames) < min_frames and not record.loop:
+        reasons.append(f"{len(frames)} frames at {fps:g} fps, {min_frames} wanted")
+    if video.changes(frames).mean() < 0.05:
         reasons.append("static: no frame differs from the one before")
-    if cuts := cuts_of(changes):
+    if cuts := video.cuts(frames):
         reasons.append(f"a cut to another scene at {', '.join(f'{frame / fps:.1f} s' for frame in cuts)}")
     return reasons
-
-
-def cuts_of(changes: np.ndarray) -> list[int]:
-    """The frames that begin another scene: the change to them is above 27 grey levels a pixel (PySceneDetect's threshold) and four times
-    what is usual in the clip, so that what moves fast all the time is no cut."""
-    return [int(frame) + 1 for frame in np.flatnonzero((changes > 27) & (changes > 4 * np.median(changes)))]
 
 
 def thumbnail(frames: np.ndarray) -> np.ndarray:

@@ -44,6 +44,7 @@ def pack(
     aspects: Annotated[
         int | None, typer.Option(help="keep shapes: sizes with this factor instead of squares (64 for Stable Diffusion)")
     ] = None,
+    split_cuts: Annotated[bool, typer.Option("--split-cuts", help="make one clip of each scene")] = False,
     shard_mb: Annotated[float, typer.Option(help="megabytes of a shard")] = 64,
     workers: Workers = 2,
 ) -> None:
@@ -52,7 +53,9 @@ def pack(
     from latent_shift.store import Store
 
     with Progress("packing") as progress:
-        problems = data.pack(folder, out, size=size, fps=fps, aspects=aspects, shard_mb=shard_mb, workers=workers, progress=progress)
+        problems = data.pack(
+            folder, out, size=size, fps=fps, aspects=aspects, split_cuts=split_cuts, shard_mb=shard_mb, workers=workers, progress=progress
+        )
     for name, reason in problems:
         print(f"left out {name}: {reason}")
     store = Store(out)

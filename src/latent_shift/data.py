@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def pack(
     size: int,
     fps: float,
     aspects: int | None = None,
+    split_cuts: bool = False,
     shard_mb: float = 64,
     workers: int = 1,
     progress: Callable[[int, int | None], None] | None = None,
@@ -35,6 +37,7 @@ def pack(
         fps: frames a second kept of every clip.
         aspects: instead of squares the nearest of the sizes that have this factor and no more than `size * size` pixels (64 for
             Stable Diffusion's networks; the sizes of `sizes_of`).
+        split_cuts: a clip with cuts becomes one of each scene, under the same caption.
         shard_mb: megabytes of a shard.
         workers: processes that decode.
         progress: called with (records done, records in all, None where only the end will tell).
@@ -53,7 +56,10 @@ def pack(
         if isinstance(frames, str):
             problems.append((record.file_name, frames))
         else:
-            writer.add(record, frames)
+            scenes = np.split(frames, video.cuts(frames)) if split_cuts and len(frames) > 1 else [frames]
+            for number, scene in enumerate(scenes):
+                part = replace(record, file_name=f"{record.file_name}#{number}", loop=False) if len(scenes) > 1 else record
+                writer.add(part, scene)
         if progress:
             progress(done, total)
     if done == len(problems):

@@ -128,6 +128,19 @@ def check_output(path: str | Path, *, fps: float = 8) -> Path:
     return path
 
 
+def changes(frames: np.ndarray) -> np.ndarray:
+    """`(F - 1,)` mean grey levels by which each frame differs from the one before."""
+    grey = frames.mean(axis=-1, dtype=np.float32)
+    return np.abs(np.diff(grey, axis=0)).mean(axis=(1, 2))
+
+
+def cuts(frames: np.ndarray) -> list[int]:
+    """The frames that begin another scene: the change to them is above 27 grey levels a pixel (PySceneDetect's threshold) and four times
+    what is usual in the clip, so that what moves fast all the time is no cut."""
+    change = changes(frames)
+    return [int(frame) + 1 for frame in np.flatnonzero((change > 27) & (change > 4 * np.median(change)))]
+
+
 def montage(tiles: np.ndarray, *, columns: int, gap: int = 2) -> np.ndarray:
     """Lay `(N, H, W, 3) uint8` tiles out in rows of `columns` on white; returns one `(H', W', 3) uint8` picture."""
     num, height, width, _ = tiles.shape

@@ -88,6 +88,8 @@ def test_runs_are_told_side_by_side(image_model, video_model, tmp_path):
     assert clips["loss"] == pytest.approx((rows[2]["loss"] + rows[3]["loss"]) / 2)
     assert clips["gib_peak"] == max(row["gib_peak"] for row in rows) > 0.1
     assert 0 < clips["data_wait_share"] < 1
+    with pytest.raises(ValueError, match="not the folder of a run that is done"):
+        benchmark.runs([tmp_path])
 
 
 def test_training_and_encoding_are_timed(video_model):

@@ -257,9 +257,12 @@ def _long_clip(model: str, mode: str, num_frames: int) -> dict[str, Any]:
 
 
 def runs(folders: list[Path]) -> list[dict[str, Any]]:
-    """What training runs learnt, and what they took: of each the last losses, the median rate, the peak of memory, the parameters."""
+    """What training runs learnt, and what they took: of each the mean loss of its second half, the last validation loss, the median
+    rate, the peak of memory, the parameters. Raises ValueError for a folder without a model."""
     rows = []
     for folder in folders:
+        if not (folder / "model").exists():
+            raise ValueError(f"{folder}: not the folder of a run that is done")
         stats = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
         weights = sorted((folder / "model").rglob("unet/*.safetensors")) or sorted((folder / "model").glob("*.safetensors"))
         with safe_open(weights[0], "pt") as file:

@@ -137,13 +137,18 @@ def index(clips: Annotated[int, typer.Option(help="records")] = 100_000, output:
 @app.command()
 def runs(folders: Annotated[list[Path], typer.Argument(help="run folders")], output: Output = None) -> None:
     """What training runs learnt and took, side by side: losses, clips a second, memory, parameters."""
+    quiet()
     from latent_shift import benchmark
 
     rows = benchmark.runs(folders)
     names = list(rows[0])
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
-        print("| " + " | ".join(f"{value:.4g}" if isinstance(value, float) else f"{value}" for value in row.values()) + " |")
+        print(
+            "| "
+            + " | ".join(f"{value:.4g}" if isinstance(value, float) else "" if value is None else f"{value}" for value in row.values())
+            + " |"
+        )
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(rows, indent=1) + "\n")

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -129,6 +130,19 @@ def test_what_stops_it_loses_no_shard_and_doubles_none(shards, once, autoencoder
         kept = times
     assert kills > 1 and process.returncode == 0
     assert everything(out) == everything(once)
+
+
+def test_workers_end_with_who_started_them(shards, autoencoder, texts, tmp_path):
+    code = "import sys, latent_shift.encode as e\ne.encode(sys.argv[1], sys.argv[2], autoencoder=sys.argv[3], texts=sys.argv[4], workers=2)"
+    slow = tmp_path / "slow"  # as a script: workers import it anew, and it must do nothing then
+    slow.mkdir()
+    (slow / "run.py").write_text(f"if __name__ == '__main__':\n    exec({code!r})\n")
+    process = psutil.Popen([sys.executable, slow / "run.py", *map(str, (shards, tmp_path / "out", autoencoder, texts))])
+    while process.poll() is None and len(workers := [each for each in process.children() if "spawn_main" in " ".join(each.cmdline())]) < 2:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
 
 
 @pytest.mark.timeout(300)

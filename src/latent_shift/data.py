@@ -13,7 +13,7 @@ import numpy as np
 
 from latent_shift import video
 from latent_shift.sources import Media, Record, read
-from latent_shift.store import BalancedSampler, Store, StoreWriter
+from latent_shift.store import BalancedSampler, Store, StoreWriter, end_with_parent
 
 
 def pack(
@@ -114,7 +114,7 @@ def decoded(
     if workers <= 1:
         yield from ((record, _decode(*task)) for record, task in tasks)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
         underway: deque[tuple[Record, Future]] = deque()
         for record, task in tasks:
             underway.append((record, pool.submit(_decode, *task)))

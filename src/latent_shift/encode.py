@@ -31,7 +31,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from latent_shift import models, text
 from latent_shift.autoencoder import to_pixels
 from latent_shift.sources import Record
-from latent_shift.store import BalancedSampler, Store, begin, finish, pixels, save, write
+from latent_shift.store import BalancedSampler, Store, begin, end_with_parent, finish, pixels, save, write
 
 
 class LatentStore(Store):
@@ -309,6 +309,7 @@ _encoder: Encoder  # of a worker
 
 def _start(*made_of) -> None:
     global _encoder
+    end_with_parent()
     torch.set_num_threads(1)
     _encoder = Encoder(*made_of)
 

@@ -1,11 +1,11 @@
 """Latents are made once, whole and the same, whoever makes them and whatever stops them."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -16,13 +16,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from latent_shift import data, encode
 from latent_shift.autoencoder import to_pixels
 from latent_shift.diffusion import share_noise
-from latent_shift.encode import LatentStore
+from latent_shift.latents import LatentStore
 from latent_shift.store import Store
 
 
 def everything(folder):
     """Every byte of a store of latents that training reads."""
-    names = ["store.json", "index.jsonl", "texts.json", "texts.npy"]
+    names = ["store.json", "index.jsonl", "index.npy", "texts.json", "texts.npy", "captions.npy"]
     return {path.name: path.read_bytes() for path in [*(folder / "shards").iterdir(), *(folder / name for name in names)]}
 
 
@@ -54,14 +54,16 @@ def test_latents_are_whole(packed, latents, autoencoder):
     torch.testing.assert_close(latent[:, 0], posterior.mean, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(latent[:, 1], posterior.std, rtol=1e-2, atol=1e-3)
     # The cached embeddings are what diffusers' own pipeline computes from the words.
-    assert store.row[""] == 0
-    assert sorted(store.row) == sorted({text for record in pixels.records for text in record.texts} | {""})
+    captions = {text for record in pixels.records for text in record.texts} | {""}
+    assert store.num_captions == len(captions) == len({text.tobytes() for text in store.embed(list(captions))})
+    with pytest.raises(KeyError, match="a caption nobody gave"):
+        store.embed(["", "a caption nobody gave"])
 
 
 def test_cached_embeddings_are_the_pipelines(latents, video_model):
     store = LatentStore(latents)
     pipe = StableDiffusionPipeline.from_pretrained(video_model, dtype=torch.float32)
-    ours = torch.from_numpy(store.embeddings[[store.row["a red square"], 0]].astype(np.float32))
+    ours = torch.from_numpy(store.embed(["a red square", ""]))
     theirs = torch.cat(pipe.encode_prompt("a red square", "cpu", 1, True))
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=5e-3)
 
@@ -75,13 +77,16 @@ def test_mirror_images_but_of_what_names_a_side(media, shards, once, autoencoder
     mirrored = torch.from_numpy(store.window(len(pixels.records), 3, 2)[:, 0].astype(np.float32))
     torch.testing.assert_close(mirrored, mean, rtol=1e-2, atol=1e-3)
 
-    for name, caption in (("a", "moves to the LEFT"), ("b", "a hand\nrightwards"), ("c", "a bright leftover")):
+    for name, caption in (
+        ("a", "moves to the LEFT"), ("b", "a hand\nrightwards"), ("c", "a bright leftover of the feast"), ("d", "the leftmost car"),
+        ("e", "a northeastern wind"), ("f", "turns anti-clockwise"), ("g", "eastbound"), ("h", "right-handed"),
+    ):  # fmt: skip
         (tmp_path / f"{name}.webp").write_bytes((media / "red.webp").read_bytes())
         (tmp_path / f"{name}.txt").write_text(caption)
     data.pack(tmp_path, tmp_path / "pixels", size=32, fps=8)
     store = encode.encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts, mirror=True)
-    assert [record.file_name for record in store.records] == ["a.webp", "b.webp", "c.webp", "c.webp"]
-    assert not np.array_equal(store.window(2, 0, 1), store.window(3, 0, 1))
+    assert [record.file_name for record in store.records] == [*(f"{name}.webp" for name in "abcdefgh"), "c.webp"]
+    assert not np.array_equal(store.window(2, 0, 1), store.window(8, 0, 1))
 
 
 def test_other_settings_make_other_shards(shards, once, autoencoder, texts, tmp_path):
@@ -180,10 +185,33 @@ def test_latents_never_lie_over_the_pixels_or_beside_another_autoencoder(shards,
         LatentStore(tmp_path / "latents")
 
 
+def test_captions_that_are_embedded_are_not_embedded_again(shards, once, autoencoder, texts, tmp_path, monkeypatch):
+    asked, embed = [], encode.text.embed
+
+    def counted(tokenizer, text_encoder, captions):
+        asked.extend(captions)
+        if len(asked) > 4:
+            raise KeyboardInterrupt
+        return embed(tokenizer, text_encoder, captions)
+
+    monkeypatch.setattr(encode, "CAPTIONS_NOTED", 1)
+    monkeypatch.setattr(encode.text, "embed", counted)
+    with pytest.raises(KeyboardInterrupt):
+        encode.encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, batch_size=1)
+    first = asked[1:4]  # before them the null prompt, to see the shape of an embedding
+    asked.clear()
+    monkeypatch.setattr(encode.text, "embed", lambda *args: asked.extend(args[2]) or embed(*args))
+    store = encode.encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, batch_size=1)
+    captions = json.loads((tmp_path / "texts.json").read_text(encoding="utf-8"))["captions"]
+    assert captions == [*first, *asked[1:]] and store.num_captions == len(captions)
+    assert np.array_equal(store.embed(captions), LatentStore(once).embed(captions))
+    assert not (tmp_path / "texts.partial.json").exists()
+
+
 def test_the_noise_that_matches_clips_is_found(latents, monkeypatch):
     """In clips that are noise themselves, of a known share and correlation."""
     store = LatentStore(latents)
-    store.records = [replace(record, loop=False) for record in store.records]
+    store.index["loop"] = False
     rng = np.random.default_rng(0)
     frames = np.zeros((store.num_frames, 2, 4, 64, 64))
     for record in store.records:

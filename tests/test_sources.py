@@ -2,9 +2,11 @@
 
 import csv
 import gzip
+import http.server
 import io
 import json
 import tarfile
+import threading
 
 import fsspec
 import numpy as np
@@ -152,6 +154,36 @@ def test_shards_by_address_and_range(shards):
     told = CliRunner().invoke(app, ["data", "check", f"file://{shards}/web-{{000..001}}.tar"])
     assert told.output.splitlines()[-1] == "3 clips, 0 stills, 6 concepts, 5 with problems"
     assert sources.expand("a{1..2}-{08..10}.tar") == [f"a{i}-{j}.tar" for i in (1, 2) for j in ("08", "09", "10")]
+
+
+def test_shards_from_a_server_that_may_break_off(shards):
+    cut = {"/web-001.tar"}
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = (shards / self.path[1:]).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if self.path in cut else content)
+
+        def log_message(self, *_) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/web-{{000..001}}.tar"
+        broken = list(sources.read(address))
+        cut.clear()
+        whole = list(sources.read(address))
+    finally:
+        server.shutdown()
+        server.server_close()
+    here = list(sources.read(shards / "web-{000..001}.tar"))
+    assert [(record.texts, media) for record, media in whole] == [(record.texts, media) for record, media in here]
+    assert isinstance(broken[-1][1], str) and broken[-1][1].startswith("the shard cannot be read on: ")
+    assert [media for _, media in broken[:-1]] == [media for _, media in whole[: len(broken) - 1]]
 
 
 def test_a_broken_shard_is_told_and_the_others_count(shards):

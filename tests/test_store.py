@@ -4,9 +4,12 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import tiny_config
 
-from latent_shift import data, video
+from latent_shift import data, encode, finetune, video
+from latent_shift.latents import LatentStore
 from latent_shift.sources import Record
+from latent_shift.stages import DenoiserStage
 from latent_shift.store import BalancedSampler, Store, StoreWriter
 
 
@@ -46,7 +49,7 @@ def test_windows_of_a_loop_go_round_and_others_stay_inside(packed):
     starts = {store.draw_window(rng, green, 4)[0].tobytes() for _ in range(200)}
     assert len(starts) == 17  # 20 - 4 + 1 places
     assert len({store.draw_window(rng, red, 4)[0].tobytes() for _ in range(300)}) == 20
-    assert store.select(num_frames=30) == [red]
+    assert store.select(num_frames=30).tolist() == [red]
     assert len(store.select(splits=("val_concept",))) == 1
 
 
@@ -57,8 +60,8 @@ def test_a_stride_takes_every_other_frame(sizes):
     rng = np.random.default_rng(0)
     firsts = {int(sizes.draw_window(rng, 0, 4, stride=6)[0, 0, 0, 0]) for _ in range(100)}
     assert firsts == {0, 1}  # 19 frames of 20 are spanned
-    assert sizes.select(num_frames=4, stride=6) == [0, 1, 2]
-    assert sizes.select(num_frames=4, stride=7) == [2]  # a loop alone
+    assert sizes.select(num_frames=4, stride=6).tolist() == [0, 1, 2]
+    assert sizes.select(num_frames=4, stride=7).tolist() == [2]  # a loop alone
 
 
 def test_clips_of_one_size_are_drawn_together_and_concepts_equally_often(sizes):
@@ -92,6 +95,45 @@ def test_shapes_are_kept_in_sizes_of_one_area(tmp_path):
     assert (row[:38] < 5).all() and (row[42:] > 195).all()  # the middle is in the middle: nothing is stretched or moved
 
 
+def test_several_stores_are_read_as_one(media, packed, sizes, autoencoder, texts, tmp_path):
+    for name in ("b", "a"):
+        data.pack(media, tmp_path / "parts" / name, size=32, fps=8, shard_mb=0.05 if name == "b" else 64)
+        encode.encode(tmp_path / "parts" / name, tmp_path / "latents" / name, autoencoder=autoencoder, texts=texts)
+    # A third one, with a caption and a split that the others have not.
+    writer = StoreWriter(tmp_path / "parts" / "c")
+    writer.add(Record("c.mp4", ("a grey square",), "grey", split="test"), np.full((9, 32, 32, 3), 99, np.uint8))
+    writer.close(dtype="uint8", fps=8, size=32, source="c")
+    encode.encode(tmp_path / "parts" / "c", tmp_path / "latents" / "c", autoencoder=autoencoder, texts=texts)
+
+    one, both = Store(packed), Store(tmp_path / "parts" / "[ab]")
+    assert [record.file_name for record in both.records] == 2 * [record.file_name for record in one.records]
+    assert both.records[-1] == both.records[len(both.records) - 1] and len(both.records[1:3]) == 2
+    for index in range(len(both.records)):
+        num = both.records[index].num_frames
+        assert np.array_equal(both.window(index, 0, num), one.window(index % len(one.records), 0, num))
+    every = LatentStore(tmp_path / "latents" / "*")
+    assert every.splits == one.splits | {"test"} and every.num_frames == 2 * 61 + 9
+    assert every.select(splits=["test"]).tolist() == [len(both.records)]
+    config = tiny_config("video", tmp_path / "latents" / "*", data={"splits": ["train", "test"]})
+    clips, _, _, _ = DenoiserStage(finetune.prepare(config, tmp_path / "run")).draw(np.random.default_rng(0))
+    assert clips.shape == (config.data.batch_size, 4, 4, 4, 4)
+    for part in every.folders:  # each caption is that of its own store
+        store = LatentStore(part)
+        captions = ["", *(text for record in store.records for text in record.texts)]
+        assert np.array_equal(every.embed(captions), store.embed(captions))
+    draws = np.bincount(BalancedSampler(every, every.select(splits=every.splits)).draw(np.random.default_rng(0), 4000), minlength=7)
+    assert draws[-1] == pytest.approx(4000 / len({record.concept for record in every.records}), rel=0.1)  # concepts, not stores
+
+    encode.encode(tmp_path / "parts" / "*", tmp_path / "whole", autoencoder=autoencoder, texts=texts)
+    assert len(LatentStore(tmp_path / "whole").records) == len(every.records)
+    (tmp_path / "parts" / "c" / "store.json").unlink()
+    with pytest.raises(ValueError, match="c: not a packed data set"):
+        Store(tmp_path / "parts" / "*")
+    data.pack(media, tmp_path / "parts" / "c", size=32, fps=4)
+    with pytest.raises(ValueError, match=r"c: fps is 4, but 8 in .*a: expected stores made alike"):
+        Store(tmp_path / "parts" / "*")
+
+
 def test_damaged_stores_are_refused(packed, tmp_path):
     with pytest.raises(ValueError, match="not a packed data set"):
         Store(tmp_path)
@@ -99,10 +141,14 @@ def test_damaged_stores_are_refused(packed, tmp_path):
     shard = next((tmp_path / "store" / "shards").iterdir())
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1000])
-    with pytest.raises(ValueError, match="expected 187392 bytes for 61 frames, got 186520"):
+    with pytest.raises(ValueError, match=r"expected 61 frames \(32, 32, 3\), got 186520 bytes"):
         Store(tmp_path / "store")
     shard.unlink()
-    with pytest.raises(ValueError, match="got 0; make the data set again"):
+    with pytest.raises(ValueError, match="got 0 bytes; make the data set again"):
+        Store(tmp_path / "store")
+    with (tmp_path / "store" / "index.jsonl").open("a") as file:
+        file.write("{}")
+    with pytest.raises(ValueError, match=r"index\.jsonl: expected \d+ bytes, got \d+; make the data set again"):
         Store(tmp_path / "store")
     (tmp_path / "store" / "store.json").write_text("{}")
     with pytest.raises(ValueError, match="packed by an older version"):

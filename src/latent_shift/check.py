@@ -54,7 +54,8 @@ def check(source: str | Path, *, min_frames: int = 16, fps: float = 8, workers: 
 
 def _of_clip(record: Record, frames: np.ndarray, min_frames: int, fps: float) -> list[str]:
     if len(frames) == 1:
-        return []
+        moving = Path(record.file_name).suffix.lower() in video.VIDEO_SUFFIXES
+        return [f"1 frame at {fps:g} fps: counts as a still"] if moving else []
     reasons = []
     if len(frames) < min_frames and not record.loop:
         reasons.append(f"{len(frames)} frames at {fps:g} fps, {min_frames} wanted")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from latent_shift.terminal import Progress
+from latent_shift.terminal import Progress, quiet
 
 app = typer.Typer(no_args_is_help=True, help="Look at and prepare folders of captioned videos.")
 
@@ -65,7 +65,7 @@ def pack(
 @app.command()
 def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) -> None:
     """Measure how alike the frames of the clips are, and say which noise matches."""
-    from latent_shift.encode import LatentStore
+    from latent_shift.latents import LatentStore
 
     for name, value in LatentStore(latents).likeness().items():
         print(f"{name:28} {value:.3f}")
@@ -73,16 +73,27 @@ def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")
 
 @app.command()
 def preview(
-    packed: Annotated[Path, typer.Argument(help="a packed data set")],
+    store: Annotated[Path, typer.Argument(help="a packed data set, or an encoded one")],
     out: Annotated[Path, typer.Argument(help="a .png")],
     rows: int = 8,
     columns: int = 8,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="as training with this data.num_frames draws them; default: all")] = None,
+    stride: Annotated[int, typer.Option(min=1, help="every second frame (2), ...")] = 1,
+    split: Annotated[list[str] | None, typer.Option(help="may be repeated; default train")] = None,
     seed: int = 0,
 ) -> None:
     """Draw clips and stills as training sees them, a row each under its caption; the captions are printed too."""
-    from latent_shift import data, video
-    from latent_shift.store import pixels
+    quiet()
+    from latent_shift import data, latents, video
 
-    sheet, captions = data.preview(pixels(packed), rows=rows, columns=columns, seed=seed)
+    sheet, captions = data.preview(
+        latents.open_store(store),
+        rows=rows,
+        columns=columns,
+        num_frames=num_frames,
+        stride=stride,
+        splits=tuple(split or ["train"]),
+        seed=seed,
+    )
     print("\n".join(captions))
     print(video.write(sheet[None], out))

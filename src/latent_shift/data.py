@@ -85,13 +85,32 @@ def sizes_of(size: int, factor: int | None) -> list[tuple[int, int]]:
     return found
 
 
-def preview(store: Store, *, rows: int = 8, columns: int = 8, seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """What training sees: `rows` random clips and stills, a row of up to `columns` successive frames each, under their captions;
-    returns the `(H, W, 3) uint8` sheet and the captions."""
+def preview(
+    store: Store, *, rows: int = 8, columns: int = 8, num_frames: int | None = None, stride: int = 1, splits: tuple[str, ...] = ("train",),
+    seed: int = 0,
+) -> tuple[np.ndarray, list[str]]:  # fmt: skip
+    """What training sees: random records of a store of pixels, or of latents as they decode.
+
+    Args:
+        store: the records.
+        rows: of the sheet, a record each.
+        columns: frames shown of each, evenly spread.
+        num_frames, stride, splits: settings of `data` whose draws are shown; without num_frames stills and clips of all lengths.
+        seed: of the draws.
+
+    Returns:
+        The `(H, W, 3) uint8` sheet, and the captions that stand in it.
+
+    Raises:
+        ValueError: no record can be drawn.
+    """
     rng = np.random.default_rng(seed)
-    indices = BalancedSampler(store, store.select()).draw(rng, rows)
-    strips = [store.draw_window(rng, index, min(columns, store.records[index].num_frames)) for index in indices]
-    captions = [store.records[index].texts[0] for index in indices]
+    indices = BalancedSampler(store, store.select(splits=splits, num_frames=num_frames or 1, stride=stride)).draw(rng, rows)
+    strips, captions = [], []
+    for index in indices:
+        length = num_frames or min(columns, (store.records[index].num_frames - 1) // stride + 1)
+        strips.append(store.draw_pixels(rng, index, length, stride=stride))
+        captions.append(store.caption(rng, index, stride=stride if length > 1 else 1))
     return video.labelled_rows(strips, captions, columns=columns), captions
 
 

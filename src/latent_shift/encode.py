@@ -1,9 +1,4 @@
-"""Pixels and captions to latents and embeddings, once: what the image and video stages read at every step.
-
-    latents/
-      store.json, index.jsonl, shards/KEY.npy   a store (store.py) whose frames are (2, C, h, w): posterior mean and std
-      texts.json, texts.npy                     every caption once, row 0 the null prompt, as (L, D) float16
-      autoencoder/, text_encoder/, tokenizer/   what made them, so that a trained U-Net can be exported whole
+"""Pixels and captions to latents and embeddings (latents.py), once.
 
 A shard of latents is made of one shard of pixels, and its KEY of the key of that, of the autoencoder's weights and of the settings.
 So any number of processes on any number of machines can make the shards in any order, whatever stops them: a shard that is there is
@@ -17,7 +12,7 @@ import json
 import multiprocessing
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,65 +25,13 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from latent_shift import models, text
 from latent_shift.autoencoder import to_pixels
+from latent_shift.latents import LatentStore
 from latent_shift.sources import Record
-from latent_shift.store import BalancedSampler, Store, begin, end_with_parent, finish, pixels, save, write
+from latent_shift.store import Store, at_rate, begin, digest, end_with_parent, finish, pixels, save, whole, write
+from latent_shift.terminal import start_quietly
 
-
-class LatentStore(Store):
-    """A store of latents, with the embeddings of its captions.
-
-    Attributes:
-        embeddings: `(captions, L, D) float16`; row 0 is the null prompt.
-        row: caption -> row of `embeddings`.
-    """
-
-    def __init__(self, folder: str | Path):
-        super().__init__(folder)
-        if "texts" not in self.info:
-            raise ValueError(f"{folder}: holds pixels, not latents; `latent-shift encode` makes latents of them")
-        captions = json.loads((self.folder / "texts.json").read_text())["captions"]
-        self.row = {caption: index for index, caption in enumerate(captions)}
-        self.embeddings = np.load(self.folder / "texts.npy", mmap_mode="r")
-
-    def caption(self, rng: np.random.Generator, index: int, *, stride: int = 1) -> int:
-        """Row of a caption of record `index`: its first wording half of the time, else one of the others; with the frame rate, where
-        not every frame is taken."""
-        texts = self.records[index].texts
-        first = len(texts) == 1 or rng.random() < 0.5
-        return self.row[at_rate(texts[0 if first else 1 + int(rng.integers(len(texts) - 1))], self.info["fps"], stride)]
-
-    def likeness(self, *, splits: Iterable[str] = ("train",), num: int = 1000) -> dict[str, float]:
-        """How alike the frames of a clip are: correlation of the latents 1, 2, 4 and 8 frames apart, and the noise that matches.
-
-        Noise with the covariance of the clips hides what stays and what moves at the same timesteps. It is found from the differences
-        2 and 4 frames apart: with a share s and a correlation r, frames k apart differ by (1 - s)(1 - r^k) of the variance.
-
-        Args:
-            splits: where the clips come from.
-            num: clips of 9 frames to draw, every concept as likely as any other.
-
-        Raises:
-            ValueError: no clip of 9 frames.
-        """
-        long = self.select(splits=splits, num_frames=9)
-        if not long:
-            raise ValueError(f"{self.folder}: expected clips of 9 frames or more in {', '.join(splits)}")
-        rng = np.random.default_rng(0)
-        chosen = BalancedSampler(self, long).draw(rng, num)
-        clips = np.stack([self.draw_window(rng, index, 9)[:, 0] for index in chosen]).astype(np.float32)
-        variance = clips.var(axis=(0, 1, 3, 4)).mean()
-        apart = {k: float(np.square(clips[:, k:] - clips[:, :-k]).mean() / (2 * variance)) for k in (1, 2, 4, 8)}
-        drifts = min(max(apart[4] / max(apart[2], 1e-12) - 1, 0.0), 0.99)  # r^2
-        return {
-            **{f"correlation {k} apart": 1 - difference for k, difference in apart.items()},
-            "diffusion.shared_noise": min(max(0.0, 1 - apart[2] / (1 - drifts)), 0.99),
-            "diffusion.noise_correlation": drifts**0.5,
-        }
-
-
-def at_rate(caption: str, fps: float, stride: int) -> str:
-    """A caption of every `stride`-th frame: the rate is told in words (as CogVideo does, Hong et al. 2022), which takes no parameter."""
-    return caption if stride == 1 else f"{caption}, {fps / stride:g} fps"
+CAPTIONS_NOTED = 100
+"""After so many batches of captions it is noted how far their embedding has come."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +87,7 @@ def encode(
     """Encode a packed data set. What stops it costs the shards that were being made: the same call goes on.
 
     Args:
-        packed: a store of pixels (`data.pack`).
+        packed: a store of pixels (`data.pack`), or a pattern of several.
         out: where the store of latents goes.
         autoencoder: a diffusers `AutoencoderKL` folder, or a pipeline's.
         texts: a folder with `tokenizer/` and `text_encoder/` (any Stable Diffusion folder has them).
@@ -164,7 +107,7 @@ def encode(
         ValueError: not a store of pixels, or `out` is one of the folders read.
         RuntimeError: a worker died.
     """
-    source, out, texts = pixels(packed), Path(out), Path(texts)
+    source, out, texts = pixels(packed), Path(out).absolute(), Path(texts)  # machines of a cluster have other working folders
     if out.resolve() in {Path(folder).resolve() for folder in (packed, autoencoder, texts)}:
         raise ValueError(f"{out}: is read from; expected another folder for the latents")
     begin(out)
@@ -173,36 +116,54 @@ def encode(
     encoder.vae.save_pretrained(out / "autoencoder")
     for name in ("tokenizer", "text_encoder"):
         shutil.copytree(texts / name, out / name, dirs_exist_ok=True)
-    shape = _encode_texts(source, out, strides, batch_size=batch_size or 32, device=device)
+    shape, text_encoder = _encode_texts(source, out, strides, batch_size=batch_size or 32, device=device)
 
-    units, records, shapes = _plan(source, out, encoder, mirror=mirror, factor=factor)
+    identity = _identity(encoder.vae)
+    units, records, shapes = _plan(source, out, identity, mirror=mirror, factor=factor, channels=encoder.vae.config.latent_channels)
+    for unit in units:
+        if unit.out.exists() and not whole(unit.out, shapes[unit.out.stem], "float16"):
+            unit.out.unlink()
     missing = [unit for unit in units if not unit.out.exists()]
     for done, _ in enumerate(_run(missing, encoder, (str(out / "autoencoder"), batch_size, str(device)), workers, ray), 1):
         if progress:
             progress(len(units) - len(missing) + done, len(units))
-    info = {"fps": source.info["fps"], "size": source.info["size"], "factor": factor, "channels": encoder.vae.config.latent_channels}
-    finish(out, records, shapes, dtype="float16", texts=shape, strides=sorted(set(strides)), **info)
+    finish(
+        out, records, shapes, dtype="float16", fps=source.info["fps"], size=source.info["size"], factor=factor,
+        channels=encoder.vae.config.latent_channels, texts=shape, strides=sorted(set(strides)), autoencoder=identity,
+        text_encoder=text_encoder,
+    )  # fmt: skip
     return LatentStore(out)
 
 
-def _encode_texts(source: Store, out: Path, strides: Sequence[int], *, batch_size: int, device: str | torch.device) -> list[int]:
-    """Write every caption's embedding, unless they are there; returns the shape of one."""
+def _encode_texts(
+    source: Store, out: Path, strides: Sequence[int], *, batch_size: int, device: str | torch.device
+) -> tuple[list[int], str]:
+    """Write every caption's embedding, unless they are there; returns the shape of one and what the encoder is."""
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     text_encoder = AutoModel.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
     plain = {caption for record in source.records for caption in record.texts if caption}
-    captions = ["", *sorted({at_rate(caption, source.info["fps"], stride) for caption in plain for stride in {1, *strides}})]
-    told = {"of": _identity(text_encoder, tokenizer.get_vocab(), tokenizer.model_max_length), "captions": captions}
+    captions = sorted({"", *(at_rate(caption, source.info["fps"], stride) for caption in plain for stride in {1, *strides})}, key=digest)
+    identity = _identity(text_encoder, tokenizer.get_vocab(), tokenizer.model_max_length)
+    told = {"of": identity, "captions": captions}
     path = out / "texts.npy"
-    if not (out / "texts.json").exists() or json.loads((out / "texts.json").read_text()) != told:
+    if not (out / "texts.json").exists() or json.loads((out / "texts.json").read_text(encoding="utf-8")) != told:
         (out / "texts.json").unlink(missing_ok=True)
-        shape = text.embed(tokenizer, text_encoder, [""]).shape[1:]
-        file = np.lib.format.open_memmap(path, "w+", np.float16, (len(captions), *shape))
-        for start in range(0, len(captions), batch_size):
+        shape, underway = text.embed(tokenizer, text_encoder, [""]).shape[1:], out / "texts.partial.json"
+        task = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        before = json.loads(underway.read_text()) if underway.exists() else {}
+        done = before["done"] if before.get("task") == task else 0  # captions of an earlier call that was stopped
+        file = np.lib.format.open_memmap(path, "r+" if done else "w+", np.float16, (len(captions), *shape))
+        for number, start in enumerate(range(done, len(captions), batch_size), 1):
             embeddings = text.embed(tokenizer, text_encoder, captions[start : start + batch_size])
             file[start : start + batch_size] = embeddings.half().cpu().numpy()
+            if number % CAPTIONS_NOTED == 0:
+                file.flush()
+                write(underway, json.dumps({"task": task, "done": start + batch_size}))
         file.flush()
+        underway.unlink(missing_ok=True)
+        np.save(out / "captions.npy", np.array([digest(caption) for caption in captions], np.uint64))
         write(out / "texts.json", json.dumps(told, ensure_ascii=False))
-    return list(np.load(path, mmap_mode="r").shape[1:])
+    return list(np.load(path, mmap_mode="r").shape[1:]), identity
 
 
 def _identity(module: PreTrainedModel | ModelMixin, *settings: object) -> str:
@@ -215,17 +176,18 @@ def _identity(module: PreTrainedModel | ModelMixin, *settings: object) -> str:
     return digest.hexdigest()
 
 
-_SIDED = re.compile(r"\b((left|right|east|west)(wards?)?|(anti|counter)?clockwise)\b", re.IGNORECASE)
+_SIDED = re.compile(
+    r"\b((left|right)(s|most|hand\w*|wards?)?|(north|south)?(east|west)(ern|bound|wards?)?|(anti|counter)?-?clockwise)\b", re.IGNORECASE
+)
 
 
 def _plan(
-    source: Store, out: Path, encoder: Encoder, *, mirror: bool, factor: int
+    source: Store, out: Path, identity: str, *, mirror: bool, factor: int, channels: int
 ) -> tuple[list[Unit], list[Record], dict[str, tuple[int, ...]]]:
     """The shards to make, and what the index and store.json will say of them."""
     by_shard: dict[str, list[Record]] = {}
     for record in source.records:
         by_shard.setdefault(record.shard, []).append(record)
-    identity, channels = _identity(encoder.vae), encoder.vae.config.latent_channels
     units, records, shapes = list[Unit](), list[Record](), dict[str, tuple[int, ...]]()
     for mirrored in (False, True) if mirror else (False,):
         for shard, clips in by_shard.items():
@@ -234,7 +196,7 @@ def _plan(
                 continue
             pieces = tuple((clip.start, clip.num_frames) for clip in taken)
             key = hashlib.sha256(repr((shard, pieces, mirrored, identity)).encode()).hexdigest()[:24]
-            units.append(Unit(source.folder / "shards" / f"{shard}.npy", pieces, mirrored, out / "shards" / f"{key}.npy"))
+            units.append(Unit(source.paths[shard].absolute(), pieces, mirrored, out / "shards" / f"{key}.npy"))
             height, width = source.shapes[shard][1:3]
             starts = np.cumsum([0, *(num for _, num in pieces)])
             shapes[key] = (int(starts[-1]), 2, channels, height // factor, width // factor)
@@ -253,7 +215,9 @@ def _run(units: list[Unit], encoder: Encoder, made_of: tuple, workers: int, ray:
                 yield
     else:
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(units)), mp_context=spawn, initializer=_start, initargs=made_of) as pool:
+        with ProcessPoolExecutor(
+            min(workers, len(units)), mp_context=spawn, initializer=start_quietly, initargs=(__name__, "_start", *made_of)
+        ) as pool:
             try:
                 for task in as_completed([pool.submit(_encode_unit, unit) for unit in units]):
                     task.result()
@@ -274,7 +238,9 @@ def _on_ray(units: list[Unit], made_of: tuple, workers: int, address: str) -> It
         made = numbers.map(
             _RayEncoder,  # type: ignore[arg-type]
             fn_constructor_args=(units, made_of),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, workers)),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, initial_size=max(1, workers), max_size=max(1, workers), max_tasks_in_flight_per_actor=2
+            ),
             num_cpus=None if gpu else 1,
             num_gpus=1 if gpu else None,
         )

@@ -1,7 +1,10 @@
-"""What many clips cost: encoding by several processes, and an index of many records. The numbers of docs/scale.md."""
+"""What many clips cost, encoding them by several processes and their index, and what it costs to go on with a run. The numbers of
+docs/scale.md and docs/training.md."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,9 +20,11 @@ from latent_shift.store import BalancedSampler, Store, StoreWriter
 
 
 def encoding(
-    model: str = "emoji", *, workers: tuple[int, ...] = (1, 2), shards: int = 40, frames_a_shard: int = 128, size: int = 128
-) -> list[dict[str, Any]]:
-    """How fast frames are encoded by some numbers of processes, while all are at work: from the first shard of each to the last."""
+    model: str = "emoji", *, workers: tuple[int, ...] = (1, 2), shards: int = 40, frames_a_shard: int = 128, size: int = 128,
+    ray: str | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """How fast frames are encoded by some numbers of processes, or of workers of the Ray cluster at the address `ray`, while all are
+    at work: over the second half of the shards."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         writer, rng = StoreWriter(Path(folder) / "pixels", shard_mb=frames_a_shard * size * size * 3 / 1e6), np.random.default_rng(0)
@@ -30,43 +35,83 @@ def encoding(
             done: list[float] = []
             start = time.perf_counter()
             encode(
-                Path(folder) / "pixels", Path(folder) / f"{num}", autoencoder=zoo.folder(model), texts=zoo.folder(model), workers=num,
+                Path(folder) / "pixels", Path(folder) / f"{num}", autoencoder=zoo.folder(model), texts=zoo.folder(model), workers=num, ray=ray,
                 progress=lambda *_: done.append(time.perf_counter()),  # noqa: B023
             )  # fmt: skip
-            rate = (shards - num) * frames_a_shard / (done[-1] - done[num - 1])
+            half = shards // 2
+            rate = (shards - half) * frames_a_shard / (done[-1] - done[half - 1])
             rows.append({"workers": num, "frames_per_s": rate, "seconds_before_the_first": done[0] - start, "seconds": done[-1] - start})
     for row in rows:
         row["efficiency"] = row["frames_per_s"] / rows[0]["frames_per_s"] * rows[0]["workers"] / row["workers"]
     return rows
 
 
-def index(num_clips: int = 100_000, *, num_frames: int = 16, clips_a_shard: int = 400) -> dict[str, float]:
-    """What a store of many clips costs before a frame of it is read, and to draw from. Its frames are the smallest there are, so that
-    the index is what is measured; in a process of its own."""
-    return alone(_index, num_clips, num_frames, clips_a_shard)
+def resuming(size: str = "emoji", *, model: str = "emoji", num_frames: int = 8, batch_size: int = 8) -> dict[str, float]:
+    """What it costs that a run was ended and the command given again: seconds to the end of its next step, a step's own time aside.
+
+    The U-Net has the named size and random weights, the autoencoder and the texts are those of `model`.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder, frames = Path(name), np.zeros((2 * num_frames, 128, 128, 3), np.uint8)
+        writer = StoreWriter(folder / "pixels")
+        writer.add(Record("a.mp4", ("nothing",), "nothing"), frames)
+        writer.close(dtype="uint8", fps=8, size=128, source="nothing")
+        encode(folder / "pixels", folder / "latents", autoencoder=zoo.folder(model), texts=zoo.folder(model))
+        recipe = folder / "recipe.toml"
+        recipe.write_text(f"""stage = "video"
+            data = {{path = "{folder / "latents"}", num_frames = {num_frames}, batch_size = {batch_size}}}
+            model = {{size = "{size}"}}
+            optim = {{steps = 3, lr = 1e-4, warmup_steps = 0}}
+            train = {{log_every = 1}}""")
+
+        def steps(*overrides: str) -> list[float]:
+            """Seconds from the start of the command to the end of each step."""
+            command, start = ["train", str(recipe), "--run", str(folder / "run"), *overrides], time.perf_counter()
+            with subprocess.Popen([sys.executable, "-m", "latent_shift", *command], stdout=subprocess.PIPE, text=True) as process:
+                seconds = [time.perf_counter() - start for line in process.stdout or () if line.startswith("step")]
+            if process.returncode:
+                raise RuntimeError(f"{command} ended with {process.returncode}")
+            return seconds
+
+        begun, resumed = steps(), steps("optim.steps=6")
+        step = float(np.median(np.diff(resumed)))
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import latent_shift.train"], check=True)
+        imports = time.perf_counter() - start
+    return {"seconds": resumed[0] - step, "of_these_imports": imports, "seconds_a_step": step, "seconds_of_a_first_start": begun[0] - step}
 
 
-def _index(num_clips: int, num_frames: int, clips_a_shard: int) -> dict[str, float]:
+def index(num_clips: int = 100_000, *, num_frames: int = 16, clips_a_shard: int = 400, clips_a_part: int = 100_000) -> dict[str, float]:
+    """What stores of many clips cost before a frame of them is read, and to draw from. Their frames are the smallest there are, so
+    that the index is what is measured; in a process of its own."""
     clip = np.zeros((num_frames, 2, 4, 1, 1), np.float16)
     with tempfile.TemporaryDirectory() as folder:
-        writer = StoreWriter(Path(folder), shard_mb=clips_a_shard * clip.nbytes / 1e6)
-        for number in range(num_clips):
-            clip[:2, 0, 0, 0, 0] = number % 2000, number // 2000  # what is the same would be kept once
-            caption = f"a caption of the usual length of about sixty letters, {number}"
-            writer.add(Record(f"{number // 1000:05}/{number:09}.mp4", (caption,), caption), clip.copy())
-        start = time.perf_counter()
-        writer.close(dtype="float16", fps=8, size=8)
-        written, before = time.perf_counter() - start, memory.peak()
-        start = time.perf_counter()
-        store = Store(folder)
-        opened, start = time.perf_counter() - start, time.perf_counter()
-        sampler = BalancedSampler(store, store.select(num_frames=num_frames))
-        prepared, start = time.perf_counter() - start, time.perf_counter()
-        for step in range(100):
-            rng = np.random.default_rng(step)
-            np.stack([store.draw_window(rng, number, num_frames) for number in sampler.draw(rng, 64)])
-        drawn = (time.perf_counter() - start) / 100
+        written = 0.0
+        for part in range(-(-num_clips // clips_a_part)):
+            writer = StoreWriter(Path(folder) / f"{part:03}", shard_mb=clips_a_shard * clip.nbytes / 1e6)
+            for number in range(part * clips_a_part, min(num_clips, (part + 1) * clips_a_part)):
+                # What is the same would be kept once; float16 counts to 2048.
+                clip[0, 0, :3, 0, 0] = number % 2000, number // 2000 % 2000, number // 2000**2
+                caption = f"a caption of the usual length of about sixty letters, {number}"
+                writer.add(Record(f"{number // 1000:05}/{number:09}.mp4", (caption,), caption), clip.copy())
+            start = time.perf_counter()
+            writer.close(dtype="float16", fps=8, size=8)
+            written += time.perf_counter() - start
+        return {"clips": num_clips, "seconds_to_write_the_index": written, **alone(_draw, f"{folder}/*", num_frames)}
+
+
+def _draw(folder: str, num_frames: int) -> dict[str, float]:
+    before, start = memory.peak(), time.perf_counter()
+    store = Store(folder)
+    opened, start = time.perf_counter() - start, time.perf_counter()
+    sampler = BalancedSampler(store, store.select(num_frames=num_frames))
+    prepared, start = time.perf_counter() - start, time.perf_counter()
+    for step in range(100):
+        rng = np.random.default_rng(step)
+        for number in sampler.draw(rng, 64):
+            store.draw_window(rng, number, num_frames), store.records[number].texts
+    drawn = (time.perf_counter() - start) / 100
     return {
-        "clips": num_clips, "shards": len(store.shapes), "seconds_to_write_the_index": written, "seconds_to_open": opened,
-        "seconds_to_prepare_the_sampler": prepared, "gib": memory.peak() - before, "seconds_a_batch_of_64": drawn,
+        "parts": len(store.folders), "shards": len(store.shapes), "seconds_to_open": opened, "seconds_to_prepare_the_sampler": prepared,
+        "gib": memory.peak() - before, "seconds_a_batch_of_64": drawn,
     }  # fmt: skip

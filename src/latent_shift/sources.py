@@ -4,8 +4,8 @@
                             concept, split, loop
     folder/                 media files, each beside a .txt caption (a line a wording)
     list.jsonl, list.csv    the same table anywhere; file names are relative to it
-    shards/*.tar            WebDataset: KEY.mp4 beside KEY.txt, or KEY.json with a "caption"; also one .tar, or a URL of any file
-                            system that fsspec knows, with {000..127} for a range
+    shards/*.tar            WebDataset: KEY.mp4 beside KEY.txt, or KEY.json with a "caption"; also one .tar, or a URL: https, or of any
+                            file system that fsspec knows, with {000..127} for a range
     UCF101/                 v_<Class>_g01_c01.avi anywhere below; with ucfTrainTestlist/ beside them the official splits
     MSRVTT/                 the annotation .json with "videos" and "sentences", and video0.mp4 ... anywhere below
 
@@ -22,9 +22,11 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.request import urlopen
 
 from latent_shift import video
 
@@ -130,13 +132,15 @@ def _shards(urls: Iterable[str]) -> Iterator[tuple[Record, Media]]:
         try:
             with _open(url) as file, tarfile.open(fileobj=file, mode="r|*") as shard:
                 yield from _samples(url, shard)
-        except (OSError, EOFError, tarfile.TarError, ImportError) as error:
+        except (OSError, EOFError, HTTPException, tarfile.TarError, ImportError) as error:
             yield Record(url, (url,), url), f"the shard cannot be read on: {error or type(error).__name__}"
 
 
 def _open(url: str):
     if "://" not in url:
         return open(url, "rb")
+    if url.startswith(("http://", "https://")):
+        return urlopen(url, timeout=60)
     import fsspec
 
     return fsspec.open(url, "rb").open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 
@@ -41,3 +42,9 @@ def quiet() -> None:
     logging.basicConfig(level=logging.WARNING)
     # But not what it says when a prompt is longer than the text encoder reads.
     diffusers.utils.logging.get_logger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").setLevel(logging.WARNING)
+
+
+def start_quietly(module: str, function: str, *args: object) -> None:
+    """Begin a process of a pool with a call of a function given by name, so that what it imports is quiet there, too."""
+    quiet()
+    getattr(importlib.import_module(module), function)(*args)

@@ -68,6 +68,8 @@ def read(
                 frames += [_fit(image, size)] * repeats
             elif not frames:
                 frames.append(_fit(image, size))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
     except BROKEN as error:
         raise ValueError(f"{path}: cannot be decoded after {num_decoded} frames: {error}") from error
     if not frames:

@@ -40,7 +40,7 @@ def prepare(folder: Path) -> Config:
     models.autoencoder("tiny").save_pretrained(folder / "autoencoder")
     make_texts(folder / "texts")
     encode.encode(folder / "pixels", folder / "latents", autoencoder=folder / "autoencoder", texts=folder / "texts")
-    settings = {"checkpoint_minutes": 1e-9, "sample_steps": 1, "sample_every": 10}
+    settings = {"checkpoint_minutes": 1e-9, "sample_steps": 1, "sample_every": 10, "log_every": 3}
     return tiny_config("video", folder / "latents", steps=STEPS, train=settings)
 
 

@@ -55,6 +55,12 @@ def test_overrides_and_the_way_back(recipe, tmp_path):
         (["loss.kl=0.1"], "loss.kl has no effect in stage image: leave it out"),
         (["data.image_share=0.5"], "data.image_share has no effect in stage image"),
         (["stage=autoencoder", "diffusion.min_snr=5.0"], "diffusion.min_snr has no effect in stage autoencoder"),
+        (["stage=autoencoder", "data.mirror=true"], "data.mirror has no effect in stage autoencoder"),
+        (["stage=autoencoder", "train.shard=true"], "neither autoencoders nor adamw8bit can be sharded"),
+        (["optim.optimizer=adamw8bit", "train.shard=true"], "neither autoencoders nor adamw8bit can be sharded"),
+        (["train.seed=-1"], "train.seed: Input should be greater than or equal to 0"),
+        (["data.splits=[]"], "data.splits: List should have at least 1 item"),
+        (["optim.lr=inf"], "optim.lr: Input should be a finite number"),
         (["optim.lr"], "expected table.key=value, got 'optim.lr'"),
         (["stage.name=1"], "stage is a value, not a table"),
     ],
@@ -62,6 +68,11 @@ def test_overrides_and_the_way_back(recipe, tmp_path):
 def test_mistakes_are_named(recipe, overrides, message):
     with pytest.raises(ValueError, match=message):
         load(recipe, overrides)
+
+
+def test_mistakes_in_a_lora_are_named(recipe):
+    with pytest.raises(ValueError, match=r"unknown key lora\.rnk; did you mean lora\.rank\?"):
+        load(recipe, ["lora.rnk=3"])
 
 
 def test_unreadable_recipes_are_named(tmp_path):

@@ -135,8 +135,12 @@ def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents
     assert not (tmp_path / "2" / "pixels").exists()
     assert finetune.prepare(resolved(checkpoint, latents), tmp_path / "3").data.path == str(latents)
     assert not (tmp_path / "3").exists()
-    with pytest.raises(ValueError, match=r"data\.size, data\.fps, data\.aspects, data\.mirror have no effect"):
+    with pytest.raises(ValueError, match=r"data\.size, data\.fps, data\.aspects have no effect: .* is packed already"):
         finetune.prepare(resolved(checkpoint, packed, "data.size=16"), tmp_path / "4")
+    with pytest.raises(ValueError, match=r"data\.mirror have no effect: .* is encoded already"):
+        finetune.prepare(resolved(checkpoint, latents, "data.mirror=true"), tmp_path / "4")
+    mirrored = finetune.prepare(resolved(checkpoint, packed, "data.mirror=true"), tmp_path / "4")
+    assert len(Store(mirrored.data.path).records) == 2 * len(Store(packed).records)
     assert set(Store(finetune_path(checkpoint, media, tmp_path / "5")).shapes.values()) == {(61, 16, 16, 3)}
 
     half = tmp_path / "half"
@@ -146,6 +150,10 @@ def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents
     assert isinstance(stages.DenoiserStage(of_variant).model, UNet2DConditionModel)  # an image model, whatever edge it is given
     with pytest.raises(ValueError, match=r"was made of .* delete it or choose another folder"):
         finetune.prepare(resolved(checkpoint, media, "data.size=16"), tmp_path)
+    shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents" / "shards").iterdir()}
+    finetune.prepare(resolved(checkpoint, media, "data.strides=[1, 2]"), tmp_path)  # the captions alone are made anew
+    assert Store(tmp_path / "latents").info["strides"] == [1, 2]
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents" / "shards").iterdir()} == shards
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert finetune.prepare(resolved(checkpoint, media), tmp_path) == made
     with pytest.raises(ValueError, match="is still to be made, which one process does"):

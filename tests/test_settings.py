@@ -127,7 +127,9 @@ def test_the_setting_counts(key, media, packed, latents, image_model, autoencode
         path = encode.encode(packed, tmp_path / "latents", autoencoder=autoencoder, texts=texts, strides=[1, 2]).folder
     if key.removeprefix("data.") in config.PACKING:  # of a folder that is packed and encoded first
         path, beside = media, {"model.init": ...}
-    value = {"stage": "video", "data.path": str(packed), "model.init": str(image_model)}.get(key, value)
+    if key == "data.path":
+        value = str(encode.encode(packed, tmp_path / "mirrored", autoencoder=autoencoder, texts=texts, mirror=True).folder)
+    value = {"stage": "video", "model.init": str(image_model)}.get(key, value)
 
     def run(name: str, changes: dict[str, object]) -> object:
         tables = tiny_config(stage, path, steps=2).model_dump(exclude_none=True)
@@ -143,7 +145,10 @@ def test_the_setting_counts(key, media, packed, latents, image_model, autoencode
 
     plain = run("plain", beside)
     assert not isinstance(plain, str), plain
-    assert run("other", {**beside, key: value}) != plain
+    other = run("other", {**beside, key: value})
+    assert other != plain
+    # What sharding does is seen where there are several processes: test_distributed.py.
+    assert isinstance(other, str) == (key == "train.shard"), other
 
 
 def test_the_same_settings_leave_the_same(latents, tmp_path):

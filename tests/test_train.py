@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from latent_shift import checkpoint, data, encode, stages, train, video, zoo
 from latent_shift.autoencoder import AutoencoderObjective, to_pixels, whiten
 from latent_shift.config import dump, load
-from latent_shift.encode import LatentStore
+from latent_shift.latents import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.store import Store
 
@@ -51,9 +51,15 @@ def test_it_learns(packed, tmp_path):
 @pytest.mark.parametrize("stage", ["autoencoder", "image", "video"])
 def test_resume_is_exact(stage, packed, latents, tmp_path):
     """Six steps in one go, and three + three from the checkpoint: the same weights, averages and optimizer, bit for bit."""
-    config = tiny_config(stage, packed if stage == "autoencoder" else latents, steps=6, train={"seed": 3})
+    options = {"seed": 3, "log_every": 2}  # stopped between two lines of statistics
+    config = tiny_config(stage, packed if stage == "autoencoder" else latents, steps=6, train=options)
     train.train(config, tmp_path / "whole")
-    train.train(tiny_config(stage, config.data.path, steps=3, train={"seed": 3}), tmp_path / "parts")
+    train.train(config, tmp_path / "parts", report=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 2 else None)
+    assert checkpoint.steps(tmp_path / "parts")[-1].name == "step-00000002"
+    with pytest.MonkeyPatch.context() as patch:  # at an odd step, too
+        patch.setattr(train, "learning_rate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or train_rate(*_))
+        train.train(config, tmp_path / "parts")
+    assert checkpoint.steps(tmp_path / "parts")[-1].name == "step-00000003"
     train.train(config, tmp_path / "parts")
     whole, parts = (checkpoint.steps(tmp_path / run)[-1] for run in ("whole", "parts"))
     assert whole.name == parts.name == "step-00000006"
@@ -66,6 +72,42 @@ def test_resume_is_exact(stage, packed, latents, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "parts" / "stats.jsonl").read_text().splitlines()]
     expected = [json.loads(line) for line in (tmp_path / "whole" / "stats.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+
+
+train_rate = train.learning_rate
+
+
+def test_a_checkpoint_that_was_left_out_does_not_push_out_whole_ones(latents, tmp_path):
+    every = {"checkpoint_minutes": 1e-9, "keep_checkpoints": 1}
+    train.train(tiny_config("image", latents, steps=2, train={**every, "keep_checkpoints": 2}), tmp_path)
+    newest = checkpoint.steps(tmp_path)[-1]
+    (newest / "average.safetensors").write_bytes(b"cut short")
+    newest.rename(newest.with_name("step-00000009"))  # as if much had been done since the one before
+    train.train(tiny_config("image", latents, steps=3, train=every), tmp_path)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000003"]
+
+
+def test_what_can_be_known_is_told_before_data_is_read(media, image_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.finetune, "prepare", lambda *_, **__: pytest.fail("data was read"))
+    config = tiny_config("video", media, model={"init": str(image_model)})
+
+    def refused(message: str, **sections) -> None:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            train.train(tiny_config("video", media, **{"model": {"init": str(image_model)}, **sections}), tmp_path)
+
+    refused("unknown model size 'nope'; expected one of", model={"size": "nope"})
+    refused(r"train\.shard needs several processes", train={"shard": True})
+    refused("diffusion.prediction is v_prediction, but .* was trained with epsilon", diffusion={"prediction": "v_prediction"})
+    found = train.find_spec
+    for package, sections in (
+        ("bitsandbytes", {"optim": {"optimizer": "adamw8bit", "steps": 2, "lr": 1e-3, "warmup_steps": 1}}),
+        ("peft", {"lora": {"rank": 2}}),
+        ("wandb", {"train": {"tracker": "wandb"}}),
+    ):
+        monkeypatch.setattr(train, "find_spec", lambda name, package=package: None if name == package else found(name))
+        refused("pip install", **sections)
+    assert config.with_settings({"optim.steps": 5}).optim.steps == 5
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_models_run_is_refused(packed, latents, tmp_path):
@@ -126,6 +168,20 @@ def test_precision_and_checkpointing_count(latents, tmp_path, monkeypatch):
     assert losses["bf16"] != losses["plain"]
     assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.02)
     assert losses["recomputed"] == pytest.approx(losses["plain"], rel=1e-6)
+
+
+def test_half_precision_is_for_gpus(latents, tmp_path):
+    config = tiny_config("video", latents, train={"precision": "fp16"})
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"train\.precision=fp16 needs a GPU; on a CPU take bf16"):
+            train.train(config, tmp_path)
+        return
+    losses: dict[str, list[float]] = {"fp16": [], "no": []}
+    for precision, seen in losses.items():
+        config = tiny_config("video", latents, steps=8, train={"precision": precision})
+        train.train(config, tmp_path / precision, report=lambda row, seen=seen: seen.append(row["loss"]))
+    assert losses["fp16"] != losses["no"]
+    assert losses["fp16"] == pytest.approx(losses["no"], rel=0.02)
 
 
 def test_a_killed_runs_last_lines_are_not_written_twice(tmp_path):
@@ -213,25 +269,25 @@ def test_a_batch_is_what_the_config_says(latents):
     again = stage.draw(np.random.default_rng(19))
     assert all(torch.equal(a, b) for a, b in zip(again, (x, noise, timesteps, text), strict=True))
     emptied = stages.DenoiserStage(tiny_config("video", latents, diffusion={"caption_dropout": 1.0})).draw(np.random.default_rng(0))
-    null = torch.from_numpy(LatentStore(latents).embeddings[0].astype(np.float32))
+    null = torch.from_numpy(LatentStore(latents).embed([""])[0])
     assert (emptied[3] == null).all()
 
 
 def test_slower_clips_say_so_in_words(packed, autoencoder, texts, tmp_path):
     """Every second frame under a caption with its rate, which takes no parameter of the network."""
     store = encode.encode(packed, tmp_path, autoencoder=autoencoder, texts=texts, strides=[1, 2])
-    assert {"a red square", "a red square, 4 fps", ""} <= set(store.row)
+    captions = {text for record in store.records for text in record.texts}
     options = {"strides": [1, 2], "window": "first", "image_share": 0.3, "batch_size": 1}
     stage = stages.DenoiserStage(tiny_config("video", tmp_path, data=options, diffusion={"caption_dropout": 0.0}))
     told = {
-        stride: {store.embeddings[row].tobytes() for text, row in store.row.items() if text and text.endswith("4 fps") == (stride == 2)}
-        for stride in (1, 2)
+        stride: {text.tobytes() for text in store.embed([caption + said for caption in captions])}
+        for stride, said in ((1, ""), (2, ", 4 fps"))
     }
     stage.store._open = lambda key: np.load(tmp_path / "shards" / f"{key}.npy") * np.array([1, 0], np.float16)[:, None, None, None]
     seen = set()
     for seed in range(30):
         latents, _, _, text = (tensor.numpy() for tensor in stage.draw(np.random.default_rng(seed)))
-        stride = next(stride for stride in (1, 2) if text[0].astype(np.float16).tobytes() in told[stride])
+        stride = next(stride for stride in (1, 2) if text[0].tobytes() in told[stride])
         seen.add((latents.shape[1], stride))
         if latents.shape[1] > 1:
             clips = [stage.store.window(index, 0, 4, stride=stride)[:, 0].astype(np.float32) for index in range(3)]
@@ -276,14 +332,17 @@ def test_a_model_draws_the_size_it_was_trained_at(media, packed, image_model, au
 def test_out_of_memory_says_what_to_lower(error, latents, image_model, tmp_path, monkeypatch):
     monkeypatch.setattr(stages.DenoisingObjective, "forward", lambda *_: (_ for _ in ()).throw(error))
     config = tiny_config("video", latents, model={"init": str(image_model)}, data={"batch_size": 4}, optim={"accumulate": 3})
-    options = "train.gradient_checkpointing=true, data.batch_size=2 optim.accumulate=6, train.precision=bf16, optim.optimizer=adamw8bit, lora.rank=32, data.num_frames=2"
+    other = " in another run folder"
+    options = f"train.gradient_checkpointing=true, data.batch_size=2 optim.accumulate=6, train.precision=bf16, optim.optimizer=adamw8bit{other}, lora.rank=32{other}, data.num_frames=2"
     with pytest.raises(RuntimeError, match=f"out of memory: try, in this order, {options}"):
         train.train(config, tmp_path)
     monkeypatch.setattr(stages.DenoisingObjective, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match=r"^something else$"):
         train.train(config, tmp_path)
     lowered = config_of(config, "train.gradient_checkpointing=true", "data.batch_size=1", "optim.optimizer=adamw8bit", "data.num_frames=2")
-    assert train.advice(lowered).endswith("try, in this order, train.precision=bf16, lora.rank=32")
+    assert train.advice(lowered).endswith(f"try, in this order, train.precision=bf16, lora.rank=32{other}")
+    attention = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, data={"num_frames": 3})
+    assert "lora" not in train.advice(attention) and "num_frames" not in train.advice(attention)  # which would be refused
 
 
 def config_of(config, *overrides):

@@ -24,7 +24,7 @@ from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionMode
 from safetensors import safe_open
 
 from latent_shift import families, memory, models, zoo
-from latent_shift.config import Config
+from latent_shift.config import Config, Model
 from latent_shift.diffusion import DenoisingObjective, attention_kernel, noise_schedule
 from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of
 from latent_shift.terminal import quiet
@@ -286,16 +286,20 @@ def runs(folders: list[Path]) -> list[dict[str, Any]]:
 def training_step(
     model: str = "emoji", *, clips: int = 4, num_frames: int = 16, rounds: int = 10, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """A step of the video stage against one of the image stage on as many single frames: forward, backward, in bf16, in turn."""
+    """A step of the video stage, with the shift, with nothing and with Latent-VDM's attention along time, against one of the image
+    stage on as many single frames: forward, backward, in bf16, in turn."""
     pipe = zoo.load(model, device=device, dtype=torch.float32)
     side, width = pipe.unet.config.sample_size, pipe.unet.config.cross_attention_dim
-    share_text(pipe.unet)
-    objective = DenoisingObjective(pipe.unet, noise_schedule()).train()
+    plain = deflate(copy.deepcopy(pipe.unet))
+    settings = [Model.model_validate({"init": model, "temporal": name}) for name in ("shift", "none", "attention")]
+    networks = {each.temporal: models.in_time(copy.deepcopy(plain), each).to(device) for each in settings}
     draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
 
-    def step(num_clips: int, length: int) -> Callable[[], None]:
-        latents, noise = (draw(num_clips, length, pipe.unet.config.in_channels, side, side) for _ in range(2))
+    def step(unet: UNet2DConditionModel, num_clips: int, length: int) -> Callable[[], None]:
+        latents, noise = (draw(num_clips, length, unet.config.in_channels, side, side) for _ in range(2))
         steps, texts = torch.full((num_clips,), 500, device=device), draw(num_clips, pipe.tokenizer.model_max_length, width)
+        share_text(unet)
+        objective = DenoisingObjective(unet, noise_schedule()).train()
 
         def run() -> None:
             with torch.autocast(device, torch.bfloat16), attention_kernel(device, noise=noise):
@@ -304,10 +308,8 @@ def training_step(
 
         return run
 
-    calls: dict[str, Callable[[], object]] = {
-        f"{clips * num_frames} images": step(clips * num_frames, 1),
-        f"{clips} clips of {num_frames} frames": step(clips, num_frames),
-    }
+    calls: dict[str, Callable[[], object]] = {f"{clips * num_frames} images": step(networks["none"], clips * num_frames, 1)}
+    calls |= {f"{clips} clips of {num_frames} frames, {name}": step(unet, clips, num_frames) for name, unet in networks.items()}
     return paired(calls, rounds=rounds)
 
 

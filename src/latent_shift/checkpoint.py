@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
 from safetensors import safe_open
@@ -33,8 +35,9 @@ from latent_shift.store import write
 log = logging.getLogger("latent_shift")
 
 
-def save(accelerator: Accelerator, run: Path, step: int, *, keep: int) -> Path:
-    """Write checkpoint `step` aside, rename it into place, and delete all but the newest `keep`.
+def save(accelerator: Accelerator, run: Path, step: int, *, keep: int, seen: dict[str, list[float]]) -> Path:
+    """Write checkpoint `step` aside, rename it into place, and delete all but the newest `keep`; later ones, which were not whole when
+    the run went on from an earlier one, too. `seen` are the losses that have no line in stats.jsonl yet.
 
     Raises:
         OSError: it could not be written: the disk is full, say. The checkpoints before it are as they were.
@@ -49,10 +52,12 @@ def save(accelerator: Accelerator, run: Path, step: int, *, keep: int) -> Path:
         accelerator.save_state(str(partial), safe_serialization=True)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            _seal(partial, step)
+            _seal(partial, step, seen)
     except Exception as error:  # each of the libraries has its own for a file that cannot be written
         shutil.rmtree(partial, ignore_errors=True)
-        whole = [folder.name for folder in steps(run)]
+        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+            raise  # out of memory
+        whole = [folder.name for folder in steps(run) if _flaw(folder) is None]
         raise OSError(
             f"{run}: step {step} could not be saved ({error}); "
             f"{f'{whole[-1]} is whole, and the same command goes on from there' if whole else 'nothing was saved before it'}"
@@ -61,25 +66,27 @@ def save(accelerator: Accelerator, run: Path, step: int, *, keep: int) -> Path:
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
-        for old in steps(run)[:-keep]:
-            shutil.rmtree(old)
+        kept = [folder for folder in steps(run) if folder <= target][-keep:]
+        for folder in steps(run):
+            if folder not in kept:
+                shutil.rmtree(folder)
     return target
 
 
-def _seal(folder: Path, step: int) -> None:
+def _seal(folder: Path, step: int, seen: dict[str, list[float]]) -> None:
     """Have every file on the disk, and then the one that says so."""
     sizes = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # Windows wants to write to what it flushes
             os.fsync(file.fileno())
         sizes[str(path.relative_to(folder))] = path.stat().st_size
-    write(folder / "state.json", json.dumps({"step": step, "sizes": sizes}))
+    write(folder / "state.json", json.dumps({"step": step, "sizes": sizes, "seen": seen}))
 
 
 def _flaw(folder: Path) -> str | None:
     """What is wrong with a checkpoint, if anything is."""
     try:
-        sizes = json.loads((folder / "state.json").read_text())["sizes"]
+        sizes = json.loads((folder / "state.json").read_text(encoding="utf-8"))["sizes"]
     except (OSError, ValueError, KeyError) as error:
         return f"state.json cannot be read ({error})"
     for name, size in sizes.items():
@@ -105,7 +112,7 @@ def average_too(accelerator: Accelerator, ema: EMAModel, names: list[str]) -> No
     """Save and load the averaged weights, by the names of the parameters, with the others."""
 
     def save_average(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
-        tensors = {name: sharding.whole(tensor).contiguous() for name, tensor in zip(names, ema.shadow_params, strict=True)}
+        tensors = sharding.gathered(zip(names, ema.shadow_params, strict=True), accelerator.is_main_process)
         if accelerator.is_main_process:
             save_file(tensors, Path(folder) / "average.safetensors", metadata={"steps": str(ema.optimization_step)})
 
@@ -146,8 +153,9 @@ def steps(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def restore(accelerator: Accelerator, run: Path) -> int:
-    """Load the newest checkpoint that is whole, if there is one; returns the number of steps done.
+def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[float]]]:
+    """Load the newest checkpoint that is whole, if there is one; returns the number of steps done and the losses seen since the last
+    line of stats.jsonl.
 
     Raises:
         ValueError: there are checkpoints, and none is whole.
@@ -155,20 +163,23 @@ def restore(accelerator: Accelerator, run: Path) -> int:
     flaws = []
     for folder in reversed(steps(run)):
         if (flaw := _flaw(folder)) is None:
+            if accelerator.scaler is not None and not (folder / "scaler.pt").exists():  # of a run that went on in fp16
+                torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
             accelerator.load_state(str(folder))
-            return int(json.loads((folder / "state.json").read_text())["step"])
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return int(state["step"]), state["seen"]
         log.warning("%s is left out: %s", folder, flaw)
         flaws.append(f"{folder.name}: {flaw}")
     if flaws:
         raise ValueError(f"{run}: no checkpoint is whole ({'; '.join(flaws)}); delete the folder to begin again")
-    return 0
+    return 0, {}
 
 
 def trim_stats(run: Path, step: int) -> float:
     """Drop the lines of stats.jsonl after `step`, which are about to be written again, and one that a crash cut short; returns the
     seconds up to there."""
     path = run / "stats.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = [row for row in (json.loads(line) for line in lines if line.endswith("}\n")) if row["step"] <= step]
     if lines:
         write(path, "".join(json.dumps(row) + "\n" for row in rows))

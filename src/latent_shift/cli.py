@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -123,15 +122,16 @@ def train(
     from latent_shift import finetune, memory, zoo
     from latent_shift import train as training
 
-    training.check_run(resolved, run)
-    ready = finetune.prepare(resolved, run, device=zoo.device_of(), progress=Progress)
-    if resolved.stage != "autoencoder" and int(os.environ.get("RANK", "0")) == 0:
-        device, precision = zoo.device_of(), finetune.DTYPES[resolved.train.precision]
+    def estimate(ready: config.Config) -> None:
+        if ready.stage == "autoencoder":
+            return
+        device, precision = zoo.device_of(), finetune.DTYPES[ready.train.precision]
         needs = memory.of_run(ready, device.type)
         seconds = needs.flops / memory.matrix_rate(device, precision)
         print(
-            f"{needs}\ntime: at least {seconds:.2g} s a step, {resolved.optim.steps * seconds / 3600:.2g} h in all ({needs.flops / 1e12:.2g} TFLOP)"
+            f"{needs}\ntime: at least {seconds:.2g} s a step, {ready.optim.steps * seconds / 3600:.2g} h in all ({needs.flops / 1e12:.2g} TFLOP)"
         )
+
     bar = progress.Progress(
         progress.TextColumn(resolved.stage),
         progress.BarColumn(),
@@ -149,7 +149,7 @@ def train(
             if bar.disable:
                 print(f"step {row['step']}  {status}", flush=True)
 
-        print(training.train(resolved, run, report=report))
+        print(training.train(resolved, run, report=report, prepared=estimate, progress=Progress))
 
 
 @app.command()
@@ -177,7 +177,7 @@ def encode(
             packed, out, autoencoder=zoo.folder(autoencoder), texts=zoo.folder(texts), mirror=mirror, strides=[1, *(stride or [])], batch_size=batch_size,
             device=zoo.device_of(device), workers=workers, ray=ray, progress=progress,
         )  # fmt: skip
-    print(f"{out}: {store.num_frames} frames, {len(store.row)} captions")
+    print(f"{out}: {store.num_frames} frames, {store.num_captions} captions")
 
 
 @app.command("eval")
@@ -206,7 +206,7 @@ def evaluate(
     for name in model or ["emoji"]:  # what is wrong is told before the work, not after
         metrics.clips_to_match(zoo.load(name, device=device), packed, num=num, splits=splits)
     metrics.ClipFeatures()
-    held_out = tuple({record.split for record in packed.records} - {"train"}) or splits
+    held_out = tuple(sorted(packed.splits - {"train"})) or splits
     for name in model or ["emoji"]:
         pipe = zoo.load(name, device=device)
         pipe.set_progress_bar_config(disable=True)

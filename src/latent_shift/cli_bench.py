@@ -100,11 +100,13 @@ def _show(result: dict, output: Path | None) -> None:
 def training(
     model: Annotated[str, typer.Option("--model", "-m")] = "emoji", rounds: Rounds = 10, device: Device = "cpu", output: Output = None
 ) -> None:
-    """Time a training step on clips against one on as many images."""
+    """Time a training step on clips against one on as many images, and going on with a run that was ended."""
     quiet()
     from latent_shift import benchmark
+    from latent_shift import scale as scaling
 
-    _show(benchmark.machine(device) | {"model": model, "step": benchmark.training_step(model, rounds=rounds, device=device)}, output)
+    steps, resume = benchmark.training_step(model, rounds=rounds, device=device), scaling.resuming()
+    _show(benchmark.machine(device) | {"model": model, "step": steps, "resume": resume}, output)
 
 
 @app.command("encode")
@@ -113,6 +115,7 @@ def encoding(
     shards: Annotated[int, typer.Option(help="of 128 frames")] = 40,
     size: Annotated[int, typer.Option(help="side of the frames in pixels")] = 128,
     model: Annotated[str, typer.Option("--model", "-m", help="whose autoencoder")] = "emoji",
+    ray: Annotated[str | None, typer.Option(help="address of a Ray cluster whose workers are timed: local, auto, host:port")] = None,
     output: Output = None,
 ) -> None:
     """Time the encoding of frames by one process and by several."""
@@ -120,7 +123,7 @@ def encoding(
     from latent_shift import benchmark
     from latent_shift import scale as scaling
 
-    rows = scaling.encoding(model, workers=tuple(workers or [1, 2]), shards=shards, size=size)
+    rows = scaling.encoding(model, workers=tuple(workers or [1, 2]), shards=shards, size=size, ray=ray)
     _show(benchmark.machine() | {"model": model, "size": size, "encoding": rows}, output)
 
 

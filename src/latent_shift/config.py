@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Data(Section):
-    path: str  # a store (pixels for the autoencoder, latents for the other stages), or what finetune.py makes one of
+    path: str  # a store (pixels for the autoencoder, latents for the other stages), a pattern of several, or what finetune.py makes one of
     size: int | None = Field(None, ge=8)  # side in pixels at which a folder of videos is packed; unset: the model's
     fps: float = Field(8, gt=0)  # frames a second at which it is packed
     aspects: int | None = Field(None, ge=8)  # it is packed in the nearest of the sizes with this factor; unset: in squares
@@ -23,10 +24,12 @@ class Data(Section):
     batch_size: int = Field(16, ge=1)  # crops, images or clips a step and process
     crop: int = Field(64, ge=8)  # autoencoder: side of the random crops in pixels
     num_frames: int = Field(1, ge=1)  # frames a clip; 1 trains the image model
-    strides: list[Annotated[int, Field(ge=1)]] = [1]  # clips of every frame, every second, ...: one of these, drawn for each batch
+    strides: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [
+        1
+    ]  # clips of every frame, every second, ...: one of these, drawn for each batch; the first for samples
     window: Literal["random", "first"] = "random"  # where in a longer clip its frames are taken; stills from anywhere
     image_share: float = Field(0.0, ge=0, le=1)  # share of the video steps that train on single frames instead
-    splits: list[str] = ["train"]
+    splits: Annotated[list[str], Field(min_length=1)] = ["train"]
     val_splits: list[str] = []  # where the clips come from on which the loss is validated; none: it is not
 
 
@@ -98,7 +101,7 @@ class Optim(Section):
 
 
 class Train(Section):
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     log_every: int = Field(50, ge=1)  # steps
     sample_every: int = Field(1000, ge=1)  # steps
@@ -138,6 +141,8 @@ class Config(Section):
                 raise ValueError(f"{name} has no effect in stage {self.stage}: leave it out")
         if self.lora and self.train.shard:
             raise ValueError("train.shard is for models too large for one device; a lora's frozen weights are not sharded: leave it out")
+        if self.train.shard and (self.stage == "autoencoder" or self.optim.optimizer != "adamw"):
+            raise ValueError("train.shard is for denoisers with optim.optimizer=adamw: neither autoencoders nor adamw8bit can be sharded")
         if self.lora and self.model.temporal == "attention":
             raise ValueError("a lora adds to weights that are there; those of model.temporal=attention are new: train all, without lora")
         if self.optim.cooldown != "linear" and not self.optim.cooldown_steps:
@@ -150,6 +155,17 @@ class Config(Section):
             raise ValueError("optim.warmup_steps and optim.cooldown_steps together are more than optim.steps")
         return self
 
+    def with_settings(self, settings: dict[str, object]) -> Config | None:
+        """With other values of some `table.key`, unless they contradict the others."""
+        tables = self.model_dump(exclude_none=True)
+        for name, value in settings.items():
+            table, key = name.split(".")
+            tables.setdefault(table, {})[key] = value
+        try:
+            return Config.model_validate(tables)
+        except ValidationError:
+            return None
+
     def identity(self) -> dict[str, object]:
         """What the weights and the optimizer's state of a run mean; a run that goes on keeps it, everything else may change."""
         diffusion = ("prediction", "schedule", "num_timesteps", "zero_terminal_snr")
@@ -157,6 +173,7 @@ class Config(Section):
             "stage": self.stage,
             **{f"data.{name}": getattr(self.data, name) for name in ("path", *PACKING)},
             "lora": self.lora,
+            "train.shard": self.train.shard,
             "optim.optimizer": self.optim.optimizer,
             **{f"model.{name}": value for name, value in self.model.model_dump().items()},
             **{f"diffusion.{name}": getattr(self.diffusion, name) for name in diffusion},
@@ -169,6 +186,7 @@ _DIFFUSION = [f"diffusion.{name}" for name in Diffusion.model_fields]
 _IGNORED = {  # settings that a stage does not read
     "autoencoder": [
         *_DIFFUSION,
+        "data.mirror",
         "data.image_share",
         "data.window",
         "data.strides",
@@ -211,7 +229,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        settings = tomlkit.parse(path.read_text()).unwrap()
+        settings = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
     except (OSError, tomlkit.exceptions.ParseError) as error:
         raise ValueError(f"{path}: {error}") from error
     for override in overrides or []:
@@ -245,7 +263,8 @@ def _explain(problem) -> str:
     if problem["type"] == "extra_forbidden":
         section: type[BaseModel] = Config
         for table in tables:
-            section = section.model_fields[table].annotation  # type: ignore[assignment]
+            kinds = typing.get_args(section.model_fields[table].annotation) or (section.model_fields[table].annotation,)
+            section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
         nearest = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0)
         return f"unknown key {'.'.join([*tables, name])}; did you mean {'.'.join([*tables, *nearest])}?"
     where = ".".join([*tables, name])

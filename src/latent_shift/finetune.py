@@ -27,8 +27,10 @@ from torch import nn
 
 from latent_shift import data, encode, zoo
 from latent_shift.config import PACKING, Config, Lora
+from latent_shift.latents import LatentStore
 from latent_shift.pipeline import LatentShiftXLPipeline
 from latent_shift.shift import Shift, ShiftConv2d, shift_of
+from latent_shift.store import Store, stores
 
 log = logging.getLogger("latent_shift")
 
@@ -40,7 +42,7 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
     """The settings with a store for `data.path` and a plain diffusers folder for `model.init`.
 
     Args:
-        config: `data.path` may be a folder of videos and captions, or a store of pixels where latents are wanted; `model.init` all
+        config: `data.path` may be a folder of videos and captions, or a store (or pattern of stores) of pixels where latents are wanted; `model.init` all
             that `zoo.load` takes.
         run: the run folder; what it holds already is not made again.
         device: where frames are encoded.
@@ -55,9 +57,12 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
     if init is not None and stage != "autoencoder":
         init = str(_as_folder(init, run / "base"))
     defaults = {name: type(config.data).model_fields[name].default for name in PACKING}
-    packed = (path / "store.json").exists()
-    if packed and any(getattr(config.data, name) != value for name, value in defaults.items()):
-        raise ValueError(f"{', '.join(f'data.{name}' for name in PACKING)} have no effect: {path} is packed already")
+    packed = stores(path)
+    done = () if not packed else PACKING if "texts" in Store(path).info else tuple(name for name in PACKING if name != "mirror")
+    if any(getattr(config.data, name) != defaults[name] for name in done):
+        raise ValueError(
+            f"{', '.join(f'data.{name}' for name in done)} have no effect: {path} is {'encoded' if 'mirror' in done else 'packed'} already"
+        )
     made_of = {"data": config.data.path, "model": config.model.init, **{name: getattr(config.data, name) for name in PACKING}}
     workers = os.cpu_count() or 1
     if not packed:
@@ -68,14 +73,15 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
                 problems = data.pack(videos, path, size=size, fps=settings.fps, aspects=settings.aspects, workers=workers, progress=each)
             for name, reason in problems:
                 log.warning("%s: left out, %s", name, reason)
-    if stage != "autoencoder" and "texts" not in json.loads((path / "store.json").read_text()):
+    if stage != "autoencoder" and "texts" not in Store(path).info:
         if init is None:
             raise ValueError(f"{config.data.path} holds no latents, and there is no model.init to encode it with: `latent-shift encode` it")
         path, pixels = run / "latents", path
-        if _to_make(path, "store.json", made_of):
+        strides = set(config.data.strides)
+        if _to_make(path, "store.json", made_of) or not strides <= set(LatentStore(path).info["strides"]):  # else the captions alone
             with bar("encoding") as each:
                 encode.encode(
-                    pixels, path, autoencoder=init, texts=init, mirror=config.data.mirror, strides=config.data.strides, device=device,
+                    pixels, path, autoencoder=init, texts=init, mirror=config.data.mirror, strides=sorted(strides), device=device,
                     workers=workers if torch.device(device).type == "cpu" else 1, progress=each,
                 )  # fmt: skip
     changed = {"path": str(path), **defaults}
@@ -88,14 +94,14 @@ def _to_make(folder: Path, last: str, made_of: dict) -> bool:
     """Whether `folder` is still to be made, whose file `last` is written when it is whole; writes beside it what it is made of."""
     note = folder.with_name(f"{folder.name}.json")
     if (folder / last).exists():
-        before = json.loads(note.read_text()) if note.exists() else {}
+        before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
         if before != made_of:
             raise ValueError(f"{folder} was made of {before}, not of {made_of}: delete it or choose another folder with --run")
         return False
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"{folder} is still to be made, which one process does: start the same run once without the others")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(made_of))
+    note.write_text(json.dumps(made_of), encoding="utf-8")
     return True
 
 

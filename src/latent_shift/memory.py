@@ -6,7 +6,7 @@ what autograd keeps, what checkpointing computes anew, casts of mixed precision,
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 import time
 import weakref
@@ -27,6 +27,7 @@ from latent_shift import finetune, models, zoo
 from latent_shift.config import Config
 from latent_shift.diffusion import DenoisingObjective, attention_kernel, noise_schedule
 from latent_shift.shift import share_text
+from latent_shift.store import Store
 
 
 @dataclass
@@ -58,7 +59,7 @@ def of_run(config: Config, device: str = "cuda") -> Estimate:
     """
     if config.stage == "autoencoder":
         raise ValueError("expected a run of the stages image or video")
-    store = json.loads((Path(config.data.path) / "store.json").read_text())
+    store = Store(config.data.path)
     with torch.device("meta"):
         if config.model.init:
             start = models.unet_of(zoo.folder(config.model.init))
@@ -68,8 +69,8 @@ def of_run(config: Config, device: str = "cuda") -> Estimate:
     return estimate(
         config,
         unet,
-        latents=max(store["shards"].values(), key=lambda shape: shape[-1] * shape[-2])[2:],
-        text_length=store["texts"][0],
+        latents=max(store.shapes.values(), key=lambda shape: shape[-1] * shape[-2])[2:],
+        text_length=store.info["texts"][0],
         device=device,
     )
 
@@ -105,10 +106,11 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
                     loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)
                 loss.backward()
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    parts_of = int(os.environ.get("WORLD_SIZE", "1")) if config.train.shard else 1
     return Estimate(
-        weights=sum(parameter.nbytes for parameter in unet.parameters()),
-        optimizer=trained * (2 if config.optim.optimizer == "adamw8bit" else 8),
-        averaged=trained * 4,
+        weights=sum(parameter.nbytes for parameter in unet.parameters()) // parts_of,
+        optimizer=trained * (2 if config.optim.optimizer == "adamw8bit" else 8) // parts_of,
+        averaged=trained * 4 // parts_of,
         step=live.peak,
         flops=live.flops // parts * config.optim.accumulate,
     )

@@ -152,7 +152,7 @@ def clips_to_match(pipe: LatentShiftPipeline, store: Store, *, num: int | None =
             f"the model makes {made[0]} pixels at {made[1]:g} fps, {store.folder} holds {store.info['size']} at {store.info['fps']:g}"
         )
     square = (made[0], made[0], 3)
-    candidates = [index for index in store.select(splits=splits, num_frames=num_frames) if store.shape(index) == square]
+    candidates = [index for index in store.select(splits=splits, num_frames=num_frames).tolist() if store.shape(index) == square]
     plainest: dict[str, int] = {}  # the record with the shortest caption of each concept: no skin tone, no variant
     for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
         plainest.setdefault(store.records[index].concept, index)

@@ -45,6 +45,11 @@ def autoencoder(size: str) -> AutoencoderKL:
     )
 
 
+def check_size(size: str, *, autoencoder: bool) -> None:
+    """Raise ValueError for a size that has no name here."""
+    _named(AUTOENCODERS if autoencoder else UNETS, size)
+
+
 def load_autoencoder(folder: str | Path) -> AutoencoderKL:
     """The `AutoencoderKL` of a folder that holds one or a pipeline, in float32."""
     inside = Path(folder) / "vae"
@@ -71,8 +76,12 @@ def in_time(unet: UNet2DConditionModel, settings: Model) -> UNet2DConditionModel
     """An image U-Net made to see time as a recipe's table `model` says: inflated in place, or the baseline's with its weights."""
     if settings.temporal == "attention":
         return unet if isinstance(unet, LatentVDMUNet) else LatentVDMUNet.of(unet)
-    shift = Shift(settings.forward, settings.backward, settings.place, settings.edge)
-    return inflate(unet, shift if settings.temporal == "shift" else Shift(0, 0))  # type: ignore[return-value]
+    return inflate(unet, shift_in_time(settings))  # type: ignore[return-value]
+
+
+def shift_in_time(settings: Model) -> Shift:
+    """What moves as a recipe's table `model` says."""
+    return Shift(settings.forward, settings.backward, settings.place, settings.edge) if settings.temporal == "shift" else Shift(0, 0)
 
 
 def unet_of(folder: str | Path) -> type[UNet2DConditionModel]:

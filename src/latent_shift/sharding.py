@@ -6,6 +6,7 @@ block whole. What is learnt is what unsharded processes learn.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ def shard(objective: nn.Module, network: nn.Module, accelerator: Accelerator) ->
         raise ValueError("train.shard needs several processes: start the run with torchrun")
     if accelerator.mixed_precision == "fp16":
         raise ValueError("train.shard with train.precision=fp16: expected bf16 or no")
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    objective.to(accelerator.device)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))  # to whose devices each part goes by itself
     for module in network.modules():
         if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
             fully_shard(module, mesh=mesh)
@@ -60,6 +60,16 @@ def register(accelerator: Accelerator, objective: nn.Module, optimizer: Optimize
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process may hold a part; all of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, one gathered after the other, of those processes that keep them; all of them must ask."""
+    found = {}
+    for name, tensor in tensors:
+        tensor = whole(tensor.detach())
+        if keep:
+            found[name] = tensor.cpu().contiguous()
+    return found
 
 
 def copy(source: Tensor, target: Tensor) -> None:

@@ -6,6 +6,7 @@ B clips, F frames, C channels, h w, L tokens, D text width.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -19,10 +20,12 @@ from transformers import AutoModel, AutoTokenizer
 from latent_shift import autoencoder, finetune, models, video, zoo
 from latent_shift.config import Config
 from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule, share_noise
-from latent_shift.encode import LatentStore
+from latent_shift.latents import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
-from latent_shift.shift import Shift, share_text, shift_of
-from latent_shift.store import BalancedSampler, Store, pixels
+from latent_shift.shift import share_text
+from latent_shift.store import BalancedSampler, Store, at_rate, pixels
+
+log = logging.getLogger("latent_shift")
 
 
 class Stage(Protocol):
@@ -111,6 +114,10 @@ class DenoiserStage:
             for num_frames, stride in {(1, 1), *((config.data.num_frames, stride) for stride in config.data.strides)}
         }
         self.held_out = _held_out(config, self.store)
+        self.stride = config.data.strides[0] if config.data.num_frames > 1 else 1  # of what is validated, sampled and exported
+        for (num_frames, stride), sampler in self.samplers.items():
+            if (short := len(self.store.select(splits=config.data.splits)) - sampler.num) and num_frames > 1:
+                log.info("%d clips and stills are too short for %d frames, every %d.: %d are drawn", short, num_frames, stride, sampler.num)
         init = config.model.init
         sample_size = self.store.info["size"] // self.store.info["factor"]
         unet = (
@@ -124,47 +131,27 @@ class DenoiserStage:
             finetune.add_lora(self.model, config.lora, dtype=finetune.DTYPES[config.train.precision])
         share_text(self.model)
         options = config.diffusion
-        self.schedule = noise_schedule(
-            prediction=options.prediction,
-            schedule=options.schedule,
-            num_timesteps=options.num_timesteps,
-            zero_terminal_snr=options.zero_terminal_snr,
-        )
-        self._check_start()
+        self.schedule = _schedule(config)
+        self._check_fit()
+        if init:
+            check_start(config)
         self.objective = DenoisingObjective(self.model, self.schedule, min_snr=options.min_snr, motion_weight=options.motion_weight)
 
-    def _check_start(self) -> None:
-        """The U-Net fits the latents and texts, and learns what it has learnt before, moving the channels it moved before."""
+    def _check_fit(self) -> None:
         channels, width = self.store.info["channels"], self.store.info["texts"][1]
         expected = (self.model.config.in_channels, self.model.config.cross_attention_dim)
         if (channels, width) != expected:
             raise ValueError(
                 f"{self.store.folder} has latents of {channels} channels and texts {width} wide, the U-Net takes {expected[0]} and {expected[1]}"
             )
-        if not self.config.model.init:
-            return
-        start = zoo.folder(self.config.model.init)
-        before, now = [], []
-        if (start / "scheduler" / "scheduler_config.json").exists():
-            learnt = DDPMScheduler(**{k: v for k, v in _read(start / "scheduler" / "scheduler_config.json").items() if k in _LEARNT}).config
-            before += [(_LEARNT[key], learnt[key]) for key in _LEARNT]
-            now += [self.schedule.config[key] for key in _LEARNT]
-        if (start / "model_index.json").exists():
-            trained = _read(start / "model_index.json").get("latent_shift", {})
-            if trained.get("num_frames", 1) > 1:  # an image model has moved none
-                shift = asdict(shift_of(self.model) or Shift())
-                before += [(f"model.{field}", trained[field]) for field in shift if field in trained]
-                now += [shift[field] for field in shift if field in trained]
-        for (name, value), current in zip(before, now, strict=True):
-            if value != current:
-                raise ValueError(f"{name} is {current}, but {self.config.model.init} was trained with {value}: set it to that")
 
     def draw(self, rng: np.random.Generator, *, held_out: bool = False) -> tuple[Tensor, ...]:
         """Latents, noise `(B, F, C, h, w)`, timesteps `(B,)`, text `(B, L, D)`."""
         num_clips, num_frames = self.config.data.batch_size, self.config.data.num_frames
         if num_frames > 1 and not held_out and rng.random() < self.config.data.image_share:
             num_clips, num_frames = num_clips * num_frames, 1
-        stride = 1 if num_frames == 1 or held_out else int(rng.choice(self.config.data.strides))
+        strides = self.config.data.strides
+        stride = 1 if num_frames == 1 else strides[0] if held_out else int(rng.choice(strides))
         sampler = self.held_out[num_frames] if held_out else self.samplers[num_frames, stride]
         indices = sampler.draw(rng, num_clips)
         if num_frames > 1 and self.config.data.window == "first":
@@ -182,7 +169,7 @@ class DenoiserStage:
         timesteps = draw_timesteps(rng, num_clips, options.num_timesteps, shift=options.timestep_shift)
         captions = [self.store.caption(rng, index, stride=stride) for index in indices]
         emptied = rng.random(num_clips) < options.caption_dropout
-        text = self.store.embeddings[np.where(emptied, 0, captions)].astype(np.float32)
+        text = self.store.embed(["" if empty else caption for empty, caption in zip(emptied, captions, strict=True)])
         return tuple(torch.from_numpy(array) for array in (latents, noise, timesteps, text))
 
     def pipeline(self) -> LatentShiftPipeline:
@@ -196,7 +183,7 @@ class DenoiserStage:
             scheduler=DPMSolverMultistepScheduler.from_config(self.schedule.config),
             latent_shift={
                 "num_frames": self.config.data.num_frames,
-                "fps": self.store.info["fps"],
+                "fps": self.store.info["fps"] / self.stride,
                 "shared_noise": options.shared_noise if share is None else share,
                 "noise_correlation": options.noise_correlation if correlation is None else correlation,
                 "num_inference_steps": sampling.sample_steps,
@@ -206,12 +193,11 @@ class DenoiserStage:
 
     def sample(self, rank: int, world: int) -> dict[int, np.ndarray]:
         """Clips of the first captions of eight training records and of four that were held out. Every process draws as many."""
-        records = self.store.records
-        rng = np.random.default_rng(0)
+        records, rng = self.store.records, np.random.default_rng(0)
         seen = self.samplers[self.config.data.num_frames, self.config.data.strides[0]].draw(rng, 8)
-        held = [index for index, record in enumerate(records) if record.split != "train"]
-        held = [held[index] for index in rng.choice(len(held), size=min(4, len(held)), replace=False)]
-        prompts = [records[index].texts[0] for index in seen + held]
+        held = self.store.select(splits=self.store.splits - {"train"})
+        held = rng.choice(held, size=min(4, len(held)), replace=False)
+        prompts = [at_rate(records[index].texts[0], self.store.info["fps"], self.stride) for index in (*seen, *held)]
         pipe = self.pipeline().to(self.model.device)
         pipe.set_progress_bar_config(disable=True)
         rows = [row % len(prompts) for row in range(rank, -(-len(prompts) // world) * world, world)]
@@ -225,7 +211,7 @@ class DenoiserStage:
         sheet = video.montage(tiles.reshape(-1, *tiles.shape[2:]), columns=tiles.shape[1] if tiles.shape[1] > 1 else 4)
         video.write(sheet[None], folder / f"{step:08d}.png")
         if clips.shape[1] > 1:
-            video.write(video.side_by_side(clips, columns=4), folder / f"{step:08d}.webp", fps=self.store.info["fps"])
+            video.write(video.side_by_side(clips, columns=4), folder / f"{step:08d}.webp", fps=self.store.info["fps"] / self.stride)
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """A half-precision pipeline folder; diffusers' StableDiffusionPipeline reads it too. No path of this machine is in it.
@@ -242,12 +228,44 @@ class DenoiserStage:
         pipe.save_pretrained(folder)
 
 
+def check_start(config: Config) -> None:
+    """A denoiser that `model.init` names learns what it has learnt before, moving the channels it moved before.
+
+    Raises:
+        ValueError: it was trained with other settings than these.
+    """
+    start, schedule, shift = zoo.folder(str(config.model.init)), _schedule(config), models.shift_in_time(config.model)
+    before, now = [], []
+    if (start / "scheduler" / "scheduler_config.json").exists():
+        learnt = DDPMScheduler(**{k: v for k, v in _read(start / "scheduler" / "scheduler_config.json").items() if k in _LEARNT}).config
+        before += [(_LEARNT[key], learnt[key]) for key in _LEARNT]
+        now += [schedule.config[key] for key in _LEARNT]
+    if (start / "model_index.json").exists():
+        trained = _read(start / "model_index.json").get("latent_shift", {})
+        if trained.get("num_frames", 1) > 1:  # an image model has moved none
+            before += [(f"model.{field}", trained[field]) for field in asdict(shift) if field in trained]
+            now += [asdict(shift)[field] for field in asdict(shift) if field in trained]
+    for (name, value), current in zip(before, now, strict=True):
+        if value != current:
+            raise ValueError(f"{name} is {current}, but {config.model.init} was trained with {value}: set it to that")
+
+
+def _schedule(config: Config) -> DDPMScheduler:
+    options = config.diffusion
+    return noise_schedule(
+        prediction=options.prediction,
+        schedule=options.schedule,
+        num_timesteps=options.num_timesteps,
+        zero_terminal_snr=options.zero_terminal_snr,
+    )
+
+
 def _held_out(config: Config, store: Store) -> dict[int, BalancedSampler]:
     """What the loss is validated on, by the number of frames."""
     if not config.data.val_splits:
         return {}
-    indices = store.select(splits=config.data.val_splits, num_frames=config.data.num_frames)
-    if not indices:
+    indices = store.select(splits=config.data.val_splits, num_frames=config.data.num_frames, stride=config.data.strides[0])
+    if not len(indices):
         raise ValueError(f"{store.folder}: no clip of {config.data.num_frames} frames in data.val_splits {config.data.val_splits}")
     return {config.data.num_frames: BalancedSampler(store, indices)}
 

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, is_tensorboard_available, is_wandb_available
+from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -32,19 +33,24 @@ from torch import Tensor, nn
 from latent_shift import checkpoint, finetune, memory, models, sharding, zoo
 from latent_shift.config import Config, dump, load
 from latent_shift.diffusion import attention_kernel
-from latent_shift.stages import AutoencoderStage, DenoiserStage, Stage
+from latent_shift.stages import AutoencoderStage, DenoiserStage, Stage, check_start
 from latent_shift.store import write
 
 log = logging.getLogger("latent_shift")
 
 
-def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | None = None) -> Path:
+def train(
+    config: Config, run: str | Path, *, report: Callable[[dict], None] | None = None,
+    prepared: Callable[[Config], None] | None = None, progress: finetune.Progress | None = None,
+) -> Path:  # fmt: skip
     """Train one stage in the folder `run`, going on from its newest checkpoint if it has one.
 
     Args:
         config: what to train. A run that goes on must keep what its weights mean (`Config.identity`); the rest may change.
         run: the run folder (see checkpoint.py). One that has all its steps is exported again.
         report: called with the statistics of every `log_every` steps.
+        prepared: called before the first step with the settings as `finetune.prepare` gives them back.
+        progress: opens a progress bar of a name, for packing and encoding.
 
     Returns:
         `run/model`, the exported diffusers folder, or that of a LoRA's file; the run folder if SIGTERM stopped it before its last step.
@@ -54,23 +60,49 @@ def train(config: Config, run: str | Path, *, report: Callable[[dict], None] | N
         RuntimeError: `train.tracker` without its package; out of memory, with what to lower.
         OSError: a checkpoint could not be written; those before it are whole.
     """
-    run, tracker = Path(run), config.train.tracker
-    if tracker and not {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[tracker]():
-        raise RuntimeError(f"train.tracker={tracker} needs its package: pip install 'latent-shift-video[{tracker}]'")
+    run = Path(run)
+    check(config)
     check_run(config, run)
     with checkpoint.lock(run) if os.environ.get("RANK", "0") == "0" else nullcontext():
         try:
-            return _train(config, run, report)
+            ready = finetune.prepare(config, run, device=zoo.device_of(), progress=progress)
+            if prepared and os.environ.get("RANK", "0") == "0":
+                prepared(ready)
+            return _train(config, ready, run, report)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
                 raise
             raise RuntimeError(f"out of memory: {advice(config)} ({error})") from error
 
 
-def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> Path:
+def check(config: Config) -> None:
+    """Raise for what can be told to be wrong before data is read.
+
+    Raises:
+        ValueError: a named size that is none, packages that are missing, settings that this machine cannot do, or a start that learnt
+            something else.
+        RuntimeError: `train.tracker` without its package.
+    """
+    tracker, world = config.train.tracker, int(os.environ.get("WORLD_SIZE", "1"))
+    if tracker and not find_spec(tracker):
+        raise RuntimeError(f"train.tracker={tracker} needs its package: pip install 'latent-shift-video[{tracker}]'")
+    if config.optim.optimizer == "adamw8bit" and not find_spec("bitsandbytes"):
+        raise ValueError("optim.optimizer=adamw8bit needs the extra: pip install 'latent-shift-video[finetune]'")
+    if config.lora and not find_spec("peft"):
+        raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'")
+    if config.train.shard and world == 1:
+        raise ValueError("train.shard needs several processes: start the run with torchrun")
+    if config.train.precision == "fp16" and zoo.device_of().type == "cpu":  # which has no gradient scaler
+        raise ValueError("train.precision=fp16 needs a GPU; on a CPU take bf16")
+    if config.model.size:
+        models.check_size(config.model.size, autoencoder=config.stage == "autoencoder")
+    if config.model.init and config.stage != "autoencoder" and (config.model.init in zoo.MODELS or Path(config.model.init).is_dir()):
+        check_start(config)
+
+
+def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], None] | None) -> Path:
     accelerator = _accelerator(config, run)
     torch.manual_seed(config.train.seed)
-    ready = finetune.prepare(config, run, device=accelerator.device)
     stage: Stage = AutoencoderStage(ready) if config.stage == "autoencoder" else DenoiserStage(ready)
     if config.train.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
@@ -89,7 +121,7 @@ def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> 
     ema.to(accelerator.device)
     checkpoint.average_too(accelerator, ema, list(trained))
     checkpoint.leave_out_frozen(accelerator, stage.objective)
-    done = checkpoint.restore(accelerator, run)
+    done, pending = checkpoint.restore(accelerator, run)
     if done > config.optim.steps:
         raise ValueError(
             f"{run} has done {done} steps, optim.steps is {config.optim.steps}: expected {done} or more, or another run folder"
@@ -136,7 +168,7 @@ def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> 
         with averaged():
             losses = []
             for batch in range(rank, -(-config.train.val_batches // world) * world, world):
-                tensors = stage.draw(np.random.default_rng([0, batch]), held_out=True)
+                tensors = stage.draw(np.random.default_rng([0, batch, 0, 1]), held_out=True)  # of no step: those have three words
                 loss, terms = forward(tensors)
                 losses.append(terms.get("mse", loss))
         return torch.stack(losses).mean()
@@ -148,18 +180,16 @@ def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> 
         if accelerator.is_main_process:
             stage.show({row: picture for part in drawn for row, picture in part.items()}, run / "samples", count)
 
-    def agreed(*flags: bool) -> list[bool]:
-        """What is so on one process is so on all: they save and stop together."""
-        if world == 1:
-            return list(flags)
-        return accelerator.reduce(torch.tensor(flags, dtype=torch.int32, device=accelerator.device)).bool().tolist()
+    def agreed(*values: float) -> list[float]:
+        """Sums over the processes: they save and stop together. To know them the host waits for the device."""
+        return list(values) if world == 1 else accelerator.reduce(torch.tensor(values, device=device)).tolist()
 
-    stopping = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda *_: stopping.set()) if threading.current_thread() is threading.main_thread() else None
+    stopping, device, ask = threading.Event(), accelerator.device, done + 1
     started = saved = began = time.monotonic()
-    logged, waited, stop = done, 0.0, False
+    logged, waited, stop = done, 0.0, 0.0
     seen: defaultdict[str, list[Tensor]] = defaultdict(list)  # stays on the device: reading a number would wait for it
-    with ThreadPoolExecutor(1) as loader:
+    seen |= {name: [torch.tensor(value, device=device) for value in values] for name, values in pending.items()}
+    with handler(stopping), ThreadPoolExecutor(1) as loader:
         ahead = loader.submit(draw, done * accumulate)
         for step in range(done, config.optim.steps):
             for group in optimizer.param_groups:
@@ -206,24 +236,43 @@ def _train(config: Config, run: Path, report: Callable[[dict], None] | None) -> 
                 seen.clear()
             if count % config.train.sample_every == 0:
                 sample(count)
-            due, stop = agreed(time.monotonic() - saved > 60 * config.train.checkpoint_minutes, stopping.is_set())
+            due = 0.0
+            if count >= ask or last:
+                since = time.monotonic() - saved
+                due, stop, pace = agreed(
+                    since > 60 * config.train.checkpoint_minutes, stopping.is_set(), (time.monotonic() - started) / (count - done)
+                )
+                ask = count + (1 if world == 1 else max(1, min(50, int(2 * world / pace))))  # every two seconds
             if due or stop or last:
-                checkpoint.save(accelerator, run, count, keep=config.train.keep_checkpoints)
+                values = {name: torch.stack(each).float() for name, each in seen.items()}
+                pending = {name: accelerator.reduce(each, "mean").tolist() for name, each in values.items()}
+                checkpoint.save(accelerator, run, count, keep=config.train.keep_checkpoints, seen=pending)
                 saved = time.monotonic()
             if stop:
                 break
-    if previous is not None:
-        signal.signal(signal.SIGTERM, previous)
     if stop:
         log.warning("stopped by SIGTERM at step %d of %d; the same command goes on from there", count, config.optim.steps)
     else:
         with averaged():
-            weights = {name: sharding.whole(tensor) for name, tensor in stage.model.state_dict().items()}
+            weights = sharding.gathered(stage.model.state_dict().items(), accelerator.is_main_process)
             if accelerator.is_main_process:
                 stage.export(run / "model", weights)
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return run if stop else run / "model"
+
+
+@contextmanager
+def handler(stopping: threading.Event) -> Iterator[None]:
+    """SIGTERM sets the event; outside of the main thread it does what it did."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _accelerator(config: Config, run: Path) -> Accelerator:
@@ -251,31 +300,35 @@ def check_run(config: Config, run: str | Path) -> None:
 
 
 def advice(config: Config) -> str:
-    """The settings that would take less memory, first those that change nothing in what is learnt."""
-    options, size = [], config.data.batch_size
-    if not config.train.gradient_checkpointing:
-        options.append("train.gradient_checkpointing=true")
-    if size > 1:
-        options.append(f"data.batch_size={size // 2} optim.accumulate={config.optim.accumulate * 2}")
-    if config.train.precision == "no":
-        options.append("train.precision=bf16")
-    if config.optim.optimizer == "adamw":
-        options.append("optim.optimizer=adamw8bit")
-    if config.stage != "autoencoder" and config.model.init and not config.lora:
-        options.append("lora.rank=32")
-    if config.data.num_frames > 2:
-        options.append(f"data.num_frames={config.data.num_frames // 2}")
-    return "try, in this order, " + ", ".join(options or ["a smaller model"])
+    """The settings that would take less memory and fit the others, first those that change nothing in what is learnt."""
+    size, frames = config.data.batch_size, config.data.num_frames
+    options: list[dict[str, object]] = [
+        {"train.gradient_checkpointing": True},
+        {"data.batch_size": size // 2, "optim.accumulate": config.optim.accumulate * 2},
+        {"train.precision": "bf16"},
+        {"optim.optimizer": "adamw8bit"},
+        {"lora.rank": 32},
+        {"data.num_frames": frames // 2},
+    ]
+    wanted = [
+        not config.train.gradient_checkpointing, size > 1, config.train.precision == "no", config.optim.optimizer == "adamw",
+        not config.lora, frames > 1,
+    ]  # fmt: skip
+    told = []
+    for option, useful in zip(options, wanted, strict=True):
+        changed = config.with_settings(option) if useful else None
+        if changed:
+            shown = " ".join(f"{key}={'true' if value is True else value}" for key, value in option.items())
+            told.append(shown + (" in another run folder" if changed.identity() != config.identity() else ""))
+    return "try, in this order, " + ", ".join(told or ["a smaller model"])
 
 
 def _optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     options: dict[str, Any] = dict(lr=config.optim.lr, betas=(0.9, config.optim.beta2), weight_decay=config.optim.weight_decay)
     if config.optim.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options, fused=True)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError("optim.optimizer=adamw8bit needs the extra: pip install 'latent-shift-video[finetune]'") from error
+    from bitsandbytes.optim import AdamW8bit
+
     return AdamW8bit(parameters, **options)
 
 

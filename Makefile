@@ -111,7 +111,7 @@ bench: $(VENV)/.core
 	$(BIN)/latent-shift bench memory -o docs/results/memory.json
 	$(BIN)/latent-shift bench training -o docs/results/training.json
 	$(BIN)/latent-shift bench encode -o docs/results/encode.json
-	$(BIN)/latent-shift bench index -o docs/results/index.json
+	$(BIN)/latent-shift bench index --clips 10000000 -o docs/results/index.json
 
 clean:
 	rm -rf $(VENV) out

@@ -26,6 +26,7 @@ from conftest import make_media, make_texts, tiny_config
 
 from latent_shift import checkpoint, data, encode, models, train
 from latent_shift.config import Config
+from latent_shift.terminal import quiet
 
 STEPS = 20
 context = multiprocessing.get_context("forkserver")
@@ -242,6 +243,7 @@ FAULTS: list[Callable[[Config, Path, int], str]] = [
 
 
 def main(kills: int) -> None:
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         config, runs = prepare(Path(folder)), Path(folder)
         finish(config, runs / "whole")

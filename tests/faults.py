@@ -121,25 +121,39 @@ def killed_at_random_moments(config: Config, run: Path, kills: int) -> str:
     while True:
         process = begin(config, run)
         process.join(float(rng.uniform(0.05, 2.0)) if done < kills else None)
-        if process.exitcode == 0 and done >= kills:
-            return f"SIGKILL at {done} random moments"
         if process.exitcode is None:
             process.kill()
             process.join()
             done += 1
-        elif done < kills:  # it was done before it could be killed: begin again
-            shutil.rmtree(run)
+            continue
+        assert process.exitcode == 0, run.with_suffix(".log").read_text()[-2000:]
+        if done >= kills:
+            return f"SIGKILL at {done} random moments"
+        again(run)
 
 
 def killed_while_it_saves(config: Config, run: Path, kills: int) -> str:
-    for done in range(kills):
+    done = 0
+    while done < kills:
+        step = int(checkpoint.steps(run)[-1].name[5:]) + 1 if checkpoint.steps(run) else 1
         process = begin(config, run)
-        while process.is_alive() and not list((run / "checkpoints").glob(f".step-000000{done + 2:02}.partial/*")):
+        while process.is_alive() and not list((run / "checkpoints").glob(f".step-{step + 1:08}.partial/*")):
             time.sleep(0.0002)
-        process.kill()
+        if process.is_alive():
+            process.kill()
+            done += 1
         process.join()
+        if process.exitcode != -signal.SIGKILL:  # it was done before a save was seen
+            assert process.exitcode == 0, run.with_suffix(".log").read_text()[-2000:]
+            again(run)
     finish(config, run)
-    return f"SIGKILL {kills} times while a checkpoint was being written"
+    return f"SIGKILL {done} times while a checkpoint was being written"
+
+
+def again(run: Path) -> None:
+    """A run that was killed and is done all the same: it must be as the one that nothing happened to. Another one begins."""
+    assert not (different := lost(run, run.parent / "whole")), different
+    shutil.rmtree(run)
 
 
 def asked_to_stop(config: Config, run: Path, kills: int) -> str:

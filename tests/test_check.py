@@ -46,6 +46,18 @@ def test_short_static_broken_and_missing(media, tmp_path):
     assert set(reasons) == {"short.mp4", "frozen.mp4", "broken.mp4", "gone.mp4"}
 
 
+def test_a_mark_at_the_side_is_seen_where_clips_keep_their_shape(tmp_path):
+    wide = {}
+    for k in range(24):
+        frames = np.concatenate([clouds(16, 2 * k), clouds(16, 2 * k + 1)], axis=2)
+        frames[:, 10:40:6, -12:] = 255
+        wide[f"clip{k}"] = frames
+    assert not any("fixed overlay" in reason for reason in problems(tmp_path, **wide).values())
+    found = dict(check(tmp_path, aspects=32)[1])
+    assert "fixed overlay" in found[str(tmp_path)]
+    assert "% from the left" in found[str(tmp_path)]
+
+
 def test_copies_in_another_size_and_encoding(tmp_path):
     one, other = clouds(16, 0), clouds(16, 1)
     large = np.stack([np.asarray(Image.fromarray(frame).resize((160, 160), Image.Resampling.BICUBIC)) for frame in one])

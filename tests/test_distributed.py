@@ -26,24 +26,26 @@ def launch(config, run, *, processes):
 
 
 @pytest.fixture(scope="module")
-def alone(latents, tmp_path_factory):
+def alone(packed, image_model, tmp_path_factory):
     """One process, two batches a step."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    return launch(settings(latents, accumulate=2), run, processes=1), run
+    return launch(settings(packed, image_model, accumulate=2), run, processes=1), run
 
 
-def settings(latents, *, accumulate, steps=4, **train):
+def settings(packed, image_model, *, accumulate, steps=4, **train):
+    """Of pixels, which the first process encodes while the other waits."""
     data = {"val_splits": ["train"], "image_share": 0.3}
     train = {"sample_every": 4, "validate_every": 2, "val_batches": 2, "sample_steps": 1, **train}
-    return tiny_config("video", latents, steps=steps, data=data, optim={"accumulate": accumulate}, train=train)
+    model = {"init": str(image_model)}
+    return tiny_config("video", packed, steps=steps, data=data, model=model, optim={"accumulate": accumulate}, train=train)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_train_as_one_that_accumulates(shard, alone, latents, tmp_path):
+def test_two_processes_train_as_one_that_accumulates(shard, alone, packed, image_model, tmp_path):
     expected, whole = alone
-    launch(settings(latents, accumulate=1, steps=2, shard=shard), tmp_path / "run", processes=2)
-    rows = launch(settings(latents, accumulate=1, shard=shard), tmp_path / "run", processes=2)  # goes on
+    launch(settings(packed, image_model, accumulate=1, steps=2, shard=shard), tmp_path / "run", processes=2)
+    rows = launch(settings(packed, image_model, accumulate=1, shard=shard), tmp_path / "run", processes=2)  # goes on
     for row, other in zip(rows, expected, strict=True):
         for name in ("loss", "mse", "grad_norm", *(["val_loss"] if "val_loss" in other else [])):
             assert row[name] == pytest.approx(other[name], rel=1e-4), name

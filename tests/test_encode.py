@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,22 @@ def test_latents_never_lie_over_the_pixels_or_beside_another_autoencoder(shards,
         encode.encode(shards, tmp_path / "latents", autoencoder=autoencoder, texts=texts)
     with pytest.raises(ValueError, match="not a packed data set"):
         LatentStore(tmp_path / "latents")
+
+
+def test_no_part_of_a_pattern_is_written_over(shards, autoencoder, texts, tmp_path):
+    for name in "ab":
+        shutil.copytree(shards, tmp_path / name)
+    with pytest.raises(ValueError, match="is read from; expected another folder"):
+        encode.encode(tmp_path / "*", tmp_path / "b", autoencoder=autoencoder, texts=texts)
+    assert Store(tmp_path / "b").info["dtype"] == "uint8"
+    with pytest.raises(ValueError, match="strides must be 1 or more"):
+        encode.encode(tmp_path / "a", tmp_path / "out", autoencoder=autoencoder, texts=texts, strides=[1, 0])
+
+
+def test_workers_share_the_gpus():
+    assert [encode.device_of_worker("cuda", number, 2) for number in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert encode.device_of_worker("cuda:1", 0, 2) == "cuda:1"
+    assert encode.device_of_worker("cpu", 3, 0) == "cpu"
 
 
 def test_captions_that_are_embedded_are_not_embedded_again(shards, once, autoencoder, texts, tmp_path, monkeypatch):

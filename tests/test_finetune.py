@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latent_shift import config, finetune, memory, models, stages, train, zoo
+from latent_shift import config, data, finetune, memory, models, stages, train, zoo
 from latent_shift.shift import Shift, shift_of
 from latent_shift.store import Store
 
@@ -154,15 +155,45 @@ def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents
     finetune.prepare(resolved(checkpoint, media, "data.strides=[1, 2]"), tmp_path)  # the captions alone are made anew
     assert Store(tmp_path / "latents").info["strides"] == [1, 2]
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents" / "shards").iterdir()} == shards
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")  # what the first process has made is there for the others
     assert finetune.prepare(resolved(checkpoint, media), tmp_path) == made
-    with pytest.raises(ValueError, match="is still to be made, which one process does"):
-        finetune.prepare(resolved(checkpoint, media), tmp_path / "7")
+    ready, told = tmp_path / "ready", threading.Event()
+    waiting = threading.Thread(target=lambda: (finetune._to_make(ready, "store.json", {"data": 1}, told.is_set), told.set()))
+    waiting.start()
+    ready.mkdir()
+    (tmp_path / "ready.json").write_text('{"data": 1}')
+    (ready / "store.json").write_text("{}")
+    waiting.join(0.6)
+    assert waiting.is_alive()  # a store without what is wanted of it is not enough
+    told.set()
+    waiting.join(5)
+    assert not waiting.is_alive()
 
 
 def finetune_path(checkpoint, media, run_folder):
     finetune.prepare(resolved(checkpoint, media, "data.size=16"), run_folder)
     return run_folder / "pixels"
+
+
+def test_mistakes_are_told_before_anything_is_packed(checkpoint, video_model, media, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "pack", lambda *_, **__: pytest.fail("the data was packed"))
+    for options, message in (
+        (["data.splits=['trian']"], "has no split trian; expected train, val_concept"),
+        (["data.val_splits=['test']"], "has no split test"),
+        (["diffusion.prediction=v_prediction"], r"diffusion\.prediction is v_prediction, but .* was trained with epsilon"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.train(resolved(checkpoint, media, *options), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"model\.temporal is none, but .* was trained with shift: set it to that"):
+        train.train(resolved(video_model, media, "model.temporal=none", "model.edge=zero"), tmp_path / "run")
+    for options, message in (
+        (["lora.rank=2", "model.place=end"], "conv2 shifts and takes no LoRA"),
+        (["lora.rank=2", "lora.modules=[]"], "at least 1 item"),
+        (["train.shard=true", "train.precision=fp16", "optim.optimizer=adamw"], "expected bf16 or no"),
+        (["model.forward=0.6", "model.backward=0.6"], "1 at most together"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolved(checkpoint, media, *options)
 
 
 def test_mistakes_are_told(checkpoint, media, tmp_path):

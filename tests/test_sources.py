@@ -70,6 +70,25 @@ def test_lines_of_tables_are_checked(tmp_path):
         sources.read(tmp_path / "none.csv")
 
 
+def test_empty_cells_are_left_out_and_logs_are_no_annotations(tmp_path):
+    """pandas writes null where a table has no value."""
+    row = {"file_name": "a.mp4", "text": "x", "concept": None, "split": None, "loop": None}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    ((record, _),) = sources.read(tmp_path)
+    assert record == sources.Record("a.mp4", ("x",), "x")
+    for name, value in (("file_name", 5), ("split", 3), ("loop", 2)):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({**row, name: value}))
+        with pytest.raises(ValueError, match=r"metadata\.jsonl:1: expected file_name and text"):
+            sources.read(tmp_path)
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "log.json")
+    (tmp_path / "log.json").write_text('{"info": 1}\n{"info": 2}\n')
+    video.write(np.zeros((2, 8, 8, 3), np.uint8), tmp_path / "b.mp4")
+    (tmp_path / "b.txt").write_text("y")
+    assert [record.file_name for record, _ in sources.read(tmp_path)] == ["b.mp4"]
+    assert sources.splits_of(tmp_path) == {"train"}
+    assert sources.splits_of("x-{0..3}.tar") is None
+
+
 def test_captions_in_a_csv_are_whole(tmp_path):
     table = tmp_path / "list.csv"
     table.write_text('file_name,text\na.mp4,"one, two\nthree"\nb.mp4,\nc.mp4,line\u2028separator\n')

@@ -134,6 +134,26 @@ def test_several_stores_are_read_as_one(media, packed, sizes, autoencoder, texts
         Store(tmp_path / "parts" / "*")
 
 
+def test_what_is_not_the_stores_is_left_alone(packed, tmp_path):
+    """Neither the user's own files in its way nor a store that is good are lost to a call that fails."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "00000.tar").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"holds shards/00000\.tar, which is no part of a data set"):
+        StoreWriter(tmp_path)
+    assert (tmp_path / "shards" / "00000.tar").exists()
+    good = tmp_path / "good"
+    shutil.copytree(packed, good)
+    before = sorted((path.name, path.stat().st_size) for path in good.rglob("*"))
+    with pytest.raises(ValueError, match="none of 2 files can be used"):
+        data.pack(str(tmp_path / "nothere-{0..1}.tar"), good, size=32, fps=8)
+    assert sorted((path.name, path.stat().st_size) for path in good.rglob("*")) == before
+    (good / "notes.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.md"):
+        data.pack(tmp_path, good, size=32, fps=8)
+    with pytest.raises(ValueError, match="fps must be above 0"):
+        data.pack(tmp_path, tmp_path / "new", size=32, fps=0)
+
+
 def test_damaged_stores_are_refused(packed, tmp_path):
     with pytest.raises(ValueError, match="not a packed data set"):
         Store(tmp_path)

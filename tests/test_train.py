@@ -13,7 +13,7 @@ from conftest import tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
-from latent_shift import checkpoint, data, encode, stages, train, video, zoo
+from latent_shift import checkpoint, data, encode, finetune, stages, train, video, zoo
 from latent_shift.autoencoder import AutoencoderObjective, to_pixels, whiten
 from latent_shift.config import dump, load
 from latent_shift.latents import LatentStore
@@ -77,6 +77,55 @@ def test_resume_is_exact(stage, packed, latents, tmp_path):
 train_rate = train.learning_rate
 
 
+def test_every_validation_is_logged(latents, tmp_path):
+    config = tiny_config(
+        "video", latents, steps=10, data={"val_splits": ["train"]}, train={"validate_every": 3, "val_batches": 1, "log_every": 5}
+    )
+    train.train(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 5, 6, 9, 10]
+    assert ["val_loss" in row for row in rows] == [True, False, True, True, True]
+
+
+def test_a_flawed_checkpoint_does_not_push_out_a_whole_one(latents, tmp_path):
+    config = tiny_config("video", latents, steps=3, train={"checkpoint_minutes": 1e-9, "keep_checkpoints": 2})
+    train.train(config, tmp_path)
+    newest = checkpoint.steps(tmp_path)[-1]
+    (newest / "optimizer.bin").write_bytes(b"x")
+    train.train(tiny_config("video", latents, steps=4, train={"checkpoint_minutes": 1e9, "keep_checkpoints": 2}), tmp_path)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000004"]
+    (checkpoint.steps(tmp_path)[-1] / "state.json").unlink()
+    train.train(config, tmp_path)  # there still is one to go on from
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+def test_a_run_that_was_stopped_while_its_data_was_made_goes_on(latents, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "prepare", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train.train(tiny_config("video", latents, steps=1), tmp_path / "run")
+    assert load(tmp_path / "run" / "config.toml") == tiny_config("video", latents, steps=1)
+    train.train(tiny_config("video", latents, steps=1, model={"size": "tiny", "edge": "hold"}), tmp_path / "run")  # nothing was learnt yet
+
+
+def test_short_clips_and_unknown_splits_are_told(latents, caplog):
+    stages.DenoiserStage(tiny_config("video", latents, data={"num_frames": 21}))
+    assert "2 of 3 clips are too short for 21 frames, every 1., and left out" in caplog.text
+    with pytest.raises(ValueError, match=r"has no split vall; expected train, val_concept"):
+        stages.DenoiserStage(tiny_config("video", latents, data={"splits": ["train", "vall"]}))
+
+
+def test_the_precision_is_that_of_the_device(latents, tmp_path, monkeypatch, caplog):
+    for units, expected in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(zoo, "has_bf16_units", lambda units=units: units)
+        ready = finetune.prepare(tiny_config("video", latents, train={"precision": "auto"}), tmp_path)
+        assert ready.train.precision == expected
+    train.check(tiny_config("video", latents, train={"precision": "bf16"}))
+    assert "no units for bf16" in caplog.text
+    assert zoo.precision_of("auto", torch.device("cuda")) == "bf16"  # of a machine that is elsewhere
+    assert zoo.precision_of("fp16", torch.device("cpu")) == "fp16"
+
+
 def test_a_checkpoint_that_was_left_out_does_not_push_out_whole_ones(latents, tmp_path):
     every = {"checkpoint_minutes": 1e-9, "keep_checkpoints": 1}
     train.train(tiny_config("image", latents, steps=2, train={**every, "keep_checkpoints": 2}), tmp_path)
@@ -97,7 +146,6 @@ def test_what_can_be_known_is_told_before_data_is_read(media, image_model, tmp_p
 
     refused("unknown model size 'nope'; expected one of", model={"size": "nope"})
     refused(r"train\.shard needs several processes", train={"shard": True})
-    refused("diffusion.prediction is v_prediction, but .* was trained with epsilon", diffusion={"prediction": "v_prediction"})
     found = train.find_spec
     for package, sections in (
         ("bitsandbytes", {"optim": {"optimizer": "adamw8bit", "steps": 2, "lr": 1e-3, "warmup_steps": 1}}),
@@ -353,15 +401,18 @@ def config_of(config, *overrides):
         return load(path, list(overrides))
 
 
-def test_a_start_that_does_not_fit_is_refused(latents, image_model, video_model):
+def test_a_start_that_does_not_fit_is_refused(latents, image_model, video_model, tmp_path):
+    def begun(**sections):
+        return stages.DenoiserStage(finetune.prepare(tiny_config("video", latents, **sections), tmp_path))
+
     moving = {"init": str(video_model), "edge": "wrap"}
     with pytest.raises(ValueError, match=r"model\.edge is wrap, but .* was trained with zero: set it to that"):
-        stages.DenoiserStage(tiny_config("video", latents, model=moving))
-    stages.DenoiserStage(tiny_config("video", latents, model={"init": str(image_model), "edge": "wrap"}))
+        begun(model=moving)
+    begun(model={"init": str(image_model), "edge": "wrap"})
     model = {"init": str(image_model)}
     with pytest.raises(ValueError, match=r"diffusion\.num_timesteps is 100, but .* was trained with 1000"):
-        stages.DenoiserStage(tiny_config("video", latents, model=model, diffusion={"num_timesteps": 100}))
+        begun(model=model, diffusion={"num_timesteps": 100})
     with pytest.raises(ValueError, match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that"):
-        stages.DenoiserStage(tiny_config("video", latents, model=model, diffusion={"prediction": "v_prediction"}))
+        begun(model=model, diffusion={"prediction": "v_prediction"})
     with pytest.raises(ValueError, match="texts 32 wide, the U-Net takes 4 and 384"):
-        stages.DenoiserStage(tiny_config("video", latents, model={"size": "emoji"}))
+        begun(model={"size": "emoji"})

@@ -23,7 +23,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
 from safetensors import safe_open
 
-from latent_shift import families, memory, models, zoo
+from latent_shift import families, finetune, memory, models, zoo
 from latent_shift.config import Config, Model
 from latent_shift.diffusion import DenoisingObjective, attention_kernel, noise_schedule
 from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of
@@ -287,13 +287,14 @@ def training_step(
     model: str = "emoji", *, clips: int = 4, num_frames: int = 16, rounds: int = 10, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
     """A step of the video stage, with the shift, with nothing and with Latent-VDM's attention along time, against one of the image
-    stage on as many single frames: forward, backward, in bf16, in turn."""
+    stage on as many single frames: forward, backward, in the precision that training takes here, in turn."""
     pipe = zoo.load(model, device=device, dtype=torch.float32)
     side, width = pipe.unet.config.sample_size, pipe.unet.config.cross_attention_dim
     plain = deflate(copy.deepcopy(pipe.unet))
     settings = [Model.model_validate({"init": model, "temporal": name}) for name in ("shift", "none", "attention")]
     networks = {each.temporal: models.in_time(copy.deepcopy(plain), each).to(device) for each in settings}
     draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
+    dtype = finetune.DTYPES[zoo.precision_of("auto", torch.device(device))]
 
     def step(unet: UNet2DConditionModel, num_clips: int, length: int) -> Callable[[], None]:
         latents, noise = (draw(num_clips, length, unet.config.in_channels, side, side) for _ in range(2))
@@ -302,7 +303,7 @@ def training_step(
         objective = DenoisingObjective(unet, noise_schedule()).train()
 
         def run() -> None:
-            with torch.autocast(device, torch.bfloat16), attention_kernel(device, noise=noise):
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32), attention_kernel(device, noise=noise):
                 objective(latents, noise, steps, texts)[0].backward()
             objective.zero_grad()
 

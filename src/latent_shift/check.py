@@ -6,22 +6,26 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from latent_shift import video
-from latent_shift.data import decoded
+from latent_shift.data import decoded, sizes_of
 from latent_shift.sources import Record, read
 
 SIDE = 128
 """Clips are looked at in this many pixels a side."""
 
 
-def check(source: str | Path, *, min_frames: int = 16, fps: float = 8, workers: int = 1) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def check(
+    source: str | Path, *, min_frames: int = 16, fps: float = 8, aspects: int | None = None, workers: int = 1
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Read every clip as training would.
 
     Args:
         source: captioned clips in one of the layouts of sources.py.
         min_frames: frames that a clip must have at `fps`, unless it loops.
         fps: frames a second.
+        aspects: clips keep their shapes, as they do in `data.pack` with it; None: their central squares are looked at.
         workers: processes that decode.
 
     Returns:
@@ -31,10 +35,13 @@ def check(source: str | Path, *, min_frames: int = 16, fps: float = 8, workers: 
     Raises:
         ValueError: no clips in any layout.
     """
+    if not fps > 0:
+        raise ValueError(f"fps must be above 0, got {fps}")
+    sizes = sizes_of(SIDE if aspects is None else max(SIDE, 2 * aspects), aspects)
     counts: Counter[str] = Counter(clips=0, stills=0)
     problems: list[tuple[str, str]] = []
     concepts, seen, edges, rng = set(), _Seen(), list[np.ndarray](), np.random.default_rng(0)
-    for record, frames in decoded(read(source), [(SIDE, SIDE)], fps, workers):
+    for record, frames in decoded(read(source), sizes, fps, workers):
         concepts.add(record.concept)
         if isinstance(frames, str):
             problems.append((record.file_name, frames))
@@ -46,7 +53,8 @@ def check(source: str | Path, *, min_frames: int = 16, fps: float = 8, workers: 
             problems.append((record.file_name, f"shows what {first} shows"))
         num = counts["clips"] + counts["stills"]  # of all of them 500 are kept, any as likely as any other
         if (place := num - 1 if num <= 500 else int(rng.integers(num))) < 500:
-            edges[place : place + 1] = [np.stack(np.gradient(grey[len(grey) // 2])).clip(-127, 127).round().astype(np.int8)]
+            middle = np.asarray(Image.fromarray(grey[len(grey) // 2]).resize((SIDE, SIDE)))
+            edges[place : place + 1] = [np.stack(np.gradient(middle)).clip(-127, 127).round().astype(np.int8)]
     if overlay := _overlay(edges):
         problems.append((str(source), overlay))
     return {**counts, "concepts": len(concepts)}, problems

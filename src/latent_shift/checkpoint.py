@@ -66,7 +66,7 @@ def save(accelerator: Accelerator, run: Path, step: int, *, keep: int, seen: dic
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
-        kept = [folder for folder in steps(run) if folder <= target][-keep:]
+        kept = [folder for folder in steps(run) if folder <= target and _flaw(folder) is None][-keep:]
         for folder in steps(run):
             if folder not in kept:
                 shutil.rmtree(folder)

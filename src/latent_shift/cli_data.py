@@ -23,12 +23,18 @@ Workers = Annotated[int, typer.Option(help="processes that decode")]
 
 @app.command()
 def check(
-    folder: Folder, frames: Annotated[int, typer.Option(help="frames a clip must have")] = 16, fps: float = 8, workers: Workers = 2
+    folder: Folder,
+    frames: Annotated[int, typer.Option(min=1, help="frames a clip must have")] = 16,
+    fps: float = 8,
+    aspects: Annotated[
+        int | None, typer.Option(help="look at whole frames, packed with this factor, instead of their central squares")
+    ] = None,
+    workers: Workers = 2,
 ) -> None:
     """Read every file as training would and name each that is no good, with the reason."""
     from latent_shift.check import check as look
 
-    counts, problems = look(folder, min_frames=frames, fps=fps, workers=workers)
+    counts, problems = look(folder, min_frames=frames, fps=fps, aspects=aspects, workers=workers)
     for name, reason in problems:
         print(f"{name}: {reason}")
     print(", ".join(f"{number} {what}" for what, number in counts.items()) + f", {len(problems)} with problems")

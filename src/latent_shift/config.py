@@ -49,6 +49,10 @@ class Model(Section):
         for name in ("place", "forward", "backward", "edge"):
             if self.temporal != "shift" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect on temporal={self.temporal}: leave it out")
+        if self.forward + self.backward > 1:
+            raise ValueError(
+                f"forward and backward are shares of the same channels, got {self.forward} and {self.backward}: 1 at most together"
+            )
         return self
 
 
@@ -57,7 +61,7 @@ class Lora(Section):
 
     rank: int = Field(ge=1)
     # Attention, and the convolutions that mix each frame's channels with those its neighbours lent it.
-    modules: list[str] = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
+    modules: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 
 
 class Diffusion(Section):
@@ -102,7 +106,7 @@ class Optim(Section):
 
 class Train(Section):
     seed: int = Field(0, ge=0)
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # bf16 where the device has units for it, else float32 ("no")
     log_every: int = Field(50, ge=1)  # steps
     sample_every: int = Field(1000, ge=1)  # steps
     sample_steps: int = Field(20, ge=1)  # of sampling; with the guidance what the trained model does when nothing is asked for
@@ -143,6 +147,10 @@ class Config(Section):
             raise ValueError("train.shard is for models too large for one device; a lora's frozen weights are not sharded: leave it out")
         if self.train.shard and (self.stage == "autoencoder" or self.optim.optimizer != "adamw"):
             raise ValueError("train.shard is for denoisers with optim.optimizer=adamw: neither autoencoders nor adamw8bit can be sharded")
+        if self.train.shard and self.train.precision == "fp16":
+            raise ValueError("train.shard with train.precision=fp16: expected bf16 or no")
+        if self.lora and self.model.place == "end" and self.model.temporal == "shift" and "conv2" in self.lora.modules:
+            raise ValueError("with model.place=end conv2 shifts and takes no LoRA: leave it out of lora.modules")
         if self.lora and self.model.temporal == "attention":
             raise ValueError("a lora adds to weights that are there; those of model.temporal=attention are new: train all, without lora")
         if self.optim.cooldown != "linear" and not self.optim.cooldown_steps:

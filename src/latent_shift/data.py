@@ -46,11 +46,13 @@ def pack(
         The files that could not be used, as (file name, reason). They are left out, never replaced.
 
     Raises:
-        ValueError: no clips in any layout, or none that can be used.
+        ValueError: no clips in any layout, or none that can be used; or `out` holds files that are not a store's.
     """
+    if not fps > 0:
+        raise ValueError(f"fps must be above 0, got {fps}")
+    writer = StoreWriter(out, shard_mb=shard_mb)
     clips, done = read(source), 0
     total = length_hint(clips) or None
-    writer = StoreWriter(out, shard_mb=shard_mb)
     problems = []
     for done, (record, frames) in enumerate(decoded(clips, sizes_of(size, aspects), fps, workers), 1):
         if isinstance(frames, str):

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from latent_shift.config import Diffusion
 from latent_shift.shift import frames
 
 
@@ -33,6 +34,14 @@ def noise_schedule(
         timestep_spacing="trailing" if zero_terminal_snr else "leading",
         steps_offset=1,
     )
+
+
+def schedule_of(options: Diffusion) -> DDPMScheduler:
+    """That of a recipe's table `diffusion`."""
+    return noise_schedule(
+        prediction=options.prediction, schedule=options.schedule, num_timesteps=options.num_timesteps,
+        zero_terminal_snr=options.zero_terminal_snr,
+    )  # fmt: skip
 
 
 def draw_timesteps(rng: np.random.Generator, num: int, num_timesteps: int, *, shift: float = 1.0) -> np.ndarray:

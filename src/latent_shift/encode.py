@@ -108,8 +108,10 @@ def encode(
         RuntimeError: a worker died.
     """
     source, out, texts = pixels(packed), Path(out).absolute(), Path(texts)  # machines of a cluster have other working folders
-    if out.resolve() in {Path(folder).resolve() for folder in (packed, autoencoder, texts)}:
+    if out.resolve() in {Path(folder).resolve() for folder in (*source.folders, autoencoder, texts)}:
         raise ValueError(f"{out}: is read from; expected another folder for the latents")
+    if any(stride < 1 for stride in strides):
+        raise ValueError(f"strides must be 1 or more, got {list(strides)}")
     begin(out)
     encoder = Encoder(autoencoder, batch_size, device)
     factor = 2 ** (len(encoder.vae.config.block_out_channels) - 1)
@@ -215,8 +217,9 @@ def _run(units: list[Unit], encoder: Encoder, made_of: tuple, workers: int, ray:
                 yield
     else:
         spawn = multiprocessing.get_context("spawn")
+        begun = spawn.Value("i", 0)
         with ProcessPoolExecutor(
-            min(workers, len(units)), mp_context=spawn, initializer=start_quietly, initargs=(__name__, "_start", *made_of)
+            min(workers, len(units)), mp_context=spawn, initializer=start_quietly, initargs=(__name__, "_start", begun, *made_of)
         ) as pool:
             try:
                 for task in as_completed([pool.submit(_encode_unit, unit) for unit in units]):
@@ -273,11 +276,18 @@ def one_thread() -> Iterator[None]:
 _encoder: Encoder  # of a worker
 
 
-def _start(*made_of) -> None:
+def _start(begun, autoencoder: str, batch_size: int | None, device: str) -> None:
     global _encoder
     end_with_parent()
     torch.set_num_threads(1)
-    _encoder = Encoder(*made_of)
+    with begun.get_lock():
+        number, begun.value = begun.value, begun.value + 1
+    _encoder = Encoder(autoencoder, batch_size, device_of_worker(device, number, torch.cuda.device_count()))
+
+
+def device_of_worker(device: str, number: int, num_gpus: int) -> str:
+    """Workers on "cuda" take its devices in turn."""
+    return f"cuda:{number % num_gpus}" if device == "cuda" and num_gpus else device
 
 
 def _encode_unit(unit: Unit) -> None:

@@ -14,22 +14,25 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import save_file
 from torch import nn
 
-from latent_shift import data, encode, zoo
+from latent_shift import data, encode, models, zoo
 from latent_shift.config import PACKING, Config, Lora
-from latent_shift.latents import LatentStore
+from latent_shift.diffusion import schedule_of
+from latent_shift.latent_vdm import LatentVDMUNet
 from latent_shift.pipeline import LatentShiftXLPipeline
 from latent_shift.shift import Shift, ShiftConv2d, shift_of
+from latent_shift.sources import splits_of
 from latent_shift.store import Store, stores
 
 log = logging.getLogger("latent_shift")
@@ -39,7 +42,7 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int | None], No
 
 
 def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", progress: Progress | None = None) -> Config:
-    """The settings with a store for `data.path` and a plain diffusers folder for `model.init`.
+    """The settings with a store for `data.path`, a plain diffusers folder for `model.init`, and the precision of this device.
 
     Args:
         config: `data.path` may be a folder of videos and captions, or a store (or pattern of stores) of pixels where latents are wanted; `model.init` all
@@ -50,12 +53,13 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
 
     Raises:
         ValueError: no such data or model, a family that is not trained here, a `data.size` that has no effect, a run folder that
-            holds what was made of something else, or several processes that would all make the same.
+            holds what was made of something else, a split that the data has not, or a model that learnt something else before.
     """
     bar = progress or (lambda name: nullcontext())
     init, path, stage = config.model.init, Path(config.data.path), config.stage
     if init is not None and stage != "autoencoder":
         init = str(_as_folder(init, run / "base"))
+        check_start(config, Path(init))
     defaults = {name: type(config.data).model_fields[name].default for name in PACKING}
     packed = stores(path)
     done = () if not packed else PACKING if "texts" in Store(path).info else tuple(name for name in PACKING if name != "mirror")
@@ -67,6 +71,9 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
     workers = os.cpu_count() or 1
     if not packed:
         path, videos = run / "pixels", config.data.path
+        splits = splits_of(videos)
+        if splits is not None and (unknown := {*config.data.splits, *config.data.val_splits} - splits):
+            raise ValueError(f"{videos}: has no split {', '.join(sorted(unknown))}; expected {', '.join(sorted(splits))}")
         if _to_make(path, "store.json", made_of):
             with bar("packing") as each:
                 size, settings = config.data.size or _size_of(init), config.data
@@ -78,28 +85,81 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
             raise ValueError(f"{config.data.path} holds no latents, and there is no model.init to encode it with: `latent-shift encode` it")
         path, pixels = run / "latents", path
         strides = set(config.data.strides)
-        if _to_make(path, "store.json", made_of) or not strides <= set(LatentStore(path).info["strides"]):  # else the captions alone
+
+        def has_captions() -> bool:
+            try:
+                return strides <= set(_read(path / "store.json")["strides"])
+            except (OSError, ValueError):  # another process is at it
+                return False
+
+        if _to_make(path, "store.json", made_of, has_captions):  # what is there is not made again: of a new stride the captions alone
             with bar("encoding") as each:
                 encode.encode(
                     pixels, path, autoencoder=init, texts=init, mirror=config.data.mirror, strides=sorted(strides), device=device,
-                    workers=workers if torch.device(device).type == "cpu" else 1, progress=each,
+                    workers=workers if torch.device(device).type == "cpu" else torch.cuda.device_count(), progress=each,
                 )  # fmt: skip
     changed = {"path": str(path), **defaults}
+    precision = zoo.precision_of(config.train.precision, torch.device(device))
     return config.model_copy(
-        update={"data": config.data.model_copy(update=changed), "model": config.model.model_copy(update={"init": init})}
+        update={
+            "data": config.data.model_copy(update=changed),
+            "model": config.model.model_copy(update={"init": init}),
+            "train": config.train.model_copy(update={"precision": precision}),
+        }
     )
 
 
-def _to_make(folder: Path, last: str, made_of: dict) -> bool:
-    """Whether `folder` is still to be made, whose file `last` is written when it is whole; writes beside it what it is made of."""
-    note = folder.with_name(f"{folder.name}.json")
+def check_start(config: Config, start: Path) -> None:
+    """The denoiser in the folder `start` learns what it has learnt before, moving the channels it moved before.
+
+    Raises:
+        ValueError: it was trained with other settings than these.
+    """
+    init, shift, now, before = config.model.init, models.shift_in_time(config.model), dict[str, object](), dict[str, object]()
+    if (start / "scheduler" / "scheduler_config.json").exists():
+        learnt = DDPMScheduler(**{k: v for k, v in _read(start / "scheduler" / "scheduler_config.json").items() if k in _LEARNT}).config
+        before |= {name: learnt[key] for key, name in _LEARNT.items()}
+        now |= {name: schedule_of(config.diffusion).config[key] for key, name in _LEARNT.items()}
+    trained = _read(start / "model_index.json").get("latent_shift", {}) if (start / "model_index.json").exists() else {}
+    if trained.get("num_frames", 1) > 1:  # an image model has moved none
+        moved = trained.get("forward") or trained.get("backward")
+        before["model.temporal"] = "attention" if models.unet_of(start) is LatentVDMUNet else "shift" if moved else "none"
+        now["model.temporal"] = config.model.temporal
+        before |= {f"model.{field}": trained[field] for field in asdict(shift) if field in trained}
+        now |= {f"model.{field}": asdict(shift)[field] for field in asdict(shift) if field in trained}
+    for name, value in before.items():
+        if now[name] != value:
+            raise ValueError(f"{name} is {now[name]}, but {init} was trained with {value}: set it to that")
+
+
+_LEARNT = {
+    "prediction_type": "diffusion.prediction",
+    "beta_schedule": "diffusion.schedule",
+    "rescale_betas_zero_snr": "diffusion.zero_terminal_snr",
+    "num_train_timesteps": "diffusion.num_timesteps",
+    "beta_start": "beta_start of diffusion.schedule",
+    "beta_end": "beta_end of diffusion.schedule",
+}
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def _to_make(folder: Path, last: str, made_of: dict, enough: Callable[[], bool] = lambda: True) -> bool:
+    """Whether this process is to make `folder`, whose file `last` is written when it is whole; writes beside it what it is made of. Of
+    several processes the first makes it, and the others wait here until it is there (torchrun ends them if the first fails)."""
+    note, told = folder.with_name(f"{folder.name}.json"), False
+    while not ((folder / last).exists() and enough()) and int(os.environ.get("RANK", "0")) > 0:
+        if not told:
+            log.info("waiting until the first process has made %s", folder)
+        told = True
+        time.sleep(0.2)
     if (folder / last).exists():
         before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
         if before != made_of:
             raise ValueError(f"{folder} was made of {before}, not of {made_of}: delete it or choose another folder with --run")
-        return False
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"{folder} is still to be made, which one process does: start the same run once without the others")
+        return not enough()
     folder.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(made_of), encoding="utf-8")
     return True

@@ -85,12 +85,13 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
         text_length: tokens of a caption.
         device: "cpu" or "cuda": attention keeps more on a CPU, where train.py takes the kernel that is faster backwards.
     """
+    precision = finetune.DTYPES[zoo.precision_of(config.train.precision, torch.device(device))]
     with torch.device("meta"):
         unet = models.in_time(unet, config.model)
         if config.lora:
-            finetune.add_lora(unet, config.lora, dtype=finetune.DTYPES[config.train.precision])
+            finetune.add_lora(unet, config.lora, dtype=precision)
     share_text(unet)
-    clips, precision = config.data.batch_size, finetune.DTYPES[config.train.precision]
+    clips = config.data.batch_size
     live = _Live()
     with FakeTensorMode():
         _fake(unet)
@@ -118,16 +119,23 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
 
 def matrix_rate(device: str | torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
     """FLOP/s that products of large matrices reach here, the most that a step can."""
-    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    a @ b
-    synchronize()
-    num, start = 0, time.perf_counter()
-    while num < 3 or time.perf_counter() - start < seconds:
+    gpu = torch.device(device).type == "cuda"
+    side, num, took = (2048 if gpu else 128), 1, 0.0
+    while True:
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         a @ b
-        synchronize()
-        num += 1
-    return num * 2 * 2048**3 / (time.perf_counter() - start)
+        start = time.perf_counter()
+        for _ in range(num):
+            a @ b
+        if gpu:
+            torch.cuda.synchronize()
+        took = time.perf_counter() - start
+        if took >= seconds:
+            return num * 2 * side**3 / took
+        if side < 2048 and took < seconds / 16:  # the next size takes eight times as long
+            side *= 2
+        else:
+            num = int(num * 1.2 * seconds / took) + 1
 
 
 def peak(device: str | torch.device = "cpu") -> float:

@@ -77,6 +77,14 @@ def read(source: str | Path) -> Iterator[tuple[Record, Media]]:
     return _captions(path)
 
 
+def splits_of(source: str | Path) -> set[str] | None:
+    """The splits that the clips of `source` have, where they can be told without reading all of them."""
+    path = Path(source)
+    if not (path.is_dir() or path.suffix in (".jsonl", ".csv")) or any(file.name.endswith(TARS) for file in path.glob("*")):
+        return None
+    return {record.split for record, _ in read(source)}
+
+
 def expand(pattern: str) -> list[str]:
     """`a-{08..11}.tar` as a-08.tar, a-09.tar, a-10.tar, a-11.tar; several braces as every combination."""
     if not (found := re.search(r"\{(\d+)\.\.(\d+)\}", pattern)):
@@ -98,6 +106,7 @@ def _table(table: Path) -> Iterator[tuple[Record, Media]]:
     for number, row in rows:
         try:
             row = json.loads(row) if isinstance(row, str) else {key: value for key, value in row.items() if value or key == "text"}
+            row = {key: value for key, value in row.items() if value is not None}
             if more := row.get("more columns"):
                 raise KeyError(f"{len(more)} more columns than the head; a comma in a caption needs quotes")
             texts = tuple(text for text in ([row["text"]] if isinstance(row["text"], str) else row["text"]) if str.strip(text))
@@ -105,6 +114,12 @@ def _table(table: Path) -> Iterator[tuple[Record, Media]]:
             optional = {key: row[key] for key in ("split", "loop") if key in row}
             if isinstance(optional.get("loop"), str):
                 optional["loop"] = optional["loop"].lower() in ("1", "true", "yes")
+            if (
+                not isinstance(name, str)
+                or not isinstance(optional.get("split", ""), str)
+                or not isinstance(optional.get("loop", False), bool)
+            ):
+                raise TypeError("file_name and split are texts, loop is true or false")
             records.append(Record(name, texts, str(row.get("concept", texts[0] if texts else name)), **optional))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             shown = row if isinstance(row, str) else json.dumps(row)
@@ -209,7 +224,10 @@ def _annotations(file: Path) -> dict | None:
     head = file.open("rb").read(4096)
     if b'"info"' not in head and b'"videos"' not in head and b'"sentences"' not in head:
         return None
-    rows = json.loads(text_of(file))
+    try:
+        rows = json.loads(text_of(file))
+    except json.JSONDecodeError:
+        return None  # somebody's log of lines
     return rows if isinstance(rows, dict) and {"videos", "sentences"} <= rows.keys() else None
 
 

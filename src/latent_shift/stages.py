@@ -5,21 +5,19 @@ B clips, F frames, C channels, h w, L tokens, D text width.
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, ModelMixin
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, ModelMixin
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from latent_shift import autoencoder, finetune, models, video, zoo
 from latent_shift.config import Config
-from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule, share_noise
+from latent_shift.diffusion import DenoisingObjective, draw_timesteps, schedule_of, share_noise
 from latent_shift.latents import LatentStore
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.shift import share_text
@@ -46,6 +44,7 @@ class AutoencoderStage:
     def __init__(self, config: Config):
         self.config = config
         self.store = pixels(config.data.path)
+        _check_splits(config, self.store)
         self.sampler = BalancedSampler(self.store, self.store.select(splits=config.data.splits))
         self.held_out = _held_out(config, self.store)
         smallest = min(min(shape[1:3]) for shape in self.store.shapes.values())
@@ -107,6 +106,7 @@ class DenoiserStage:
         self.store = LatentStore(config.data.path)
         if missing := set(config.data.strides) - set(self.store.info["strides"]):
             raise ValueError(f"{config.data.path} has no captions for data.strides {sorted(missing)}: encode it with --stride")
+        _check_splits(config, self.store)
         self.samplers = {
             (num_frames, stride): BalancedSampler(
                 self.store, self.store.select(splits=config.data.splits, num_frames=num_frames, stride=stride)
@@ -115,9 +115,11 @@ class DenoiserStage:
         }
         self.held_out = _held_out(config, self.store)
         self.stride = config.data.strides[0] if config.data.num_frames > 1 else 1  # of what is validated, sampled and exported
-        for (num_frames, stride), sampler in self.samplers.items():
-            if (short := len(self.store.select(splits=config.data.splits)) - sampler.num) and num_frames > 1:
-                log.info("%d clips and stills are too short for %d frames, every %d.: %d are drawn", short, num_frames, stride, sampler.num)
+        moving = self.store.select(splits=config.data.splits, num_frames=2)
+        for num_frames, stride in self.samplers:
+            long = self.store.select(splits=config.data.splits, num_frames=num_frames, stride=stride)
+            if num_frames > 1 and (short := len(np.setdiff1d(moving, long))):
+                log.warning("%d of %d clips are too short for %d frames, every %d., and left out", short, len(moving), num_frames, stride)
         init = config.model.init
         sample_size = self.store.info["size"] // self.store.info["factor"]
         unet = (
@@ -131,10 +133,8 @@ class DenoiserStage:
             finetune.add_lora(self.model, config.lora, dtype=finetune.DTYPES[config.train.precision])
         share_text(self.model)
         options = config.diffusion
-        self.schedule = _schedule(config)
+        self.schedule = schedule_of(options)
         self._check_fit()
-        if init:
-            check_start(config)
         self.objective = DenoisingObjective(self.model, self.schedule, min_snr=options.min_snr, motion_weight=options.motion_weight)
 
     def _check_fit(self) -> None:
@@ -228,36 +228,9 @@ class DenoiserStage:
         pipe.save_pretrained(folder)
 
 
-def check_start(config: Config) -> None:
-    """A denoiser that `model.init` names learns what it has learnt before, moving the channels it moved before.
-
-    Raises:
-        ValueError: it was trained with other settings than these.
-    """
-    start, schedule, shift = zoo.folder(str(config.model.init)), _schedule(config), models.shift_in_time(config.model)
-    before, now = [], []
-    if (start / "scheduler" / "scheduler_config.json").exists():
-        learnt = DDPMScheduler(**{k: v for k, v in _read(start / "scheduler" / "scheduler_config.json").items() if k in _LEARNT}).config
-        before += [(_LEARNT[key], learnt[key]) for key in _LEARNT]
-        now += [schedule.config[key] for key in _LEARNT]
-    if (start / "model_index.json").exists():
-        trained = _read(start / "model_index.json").get("latent_shift", {})
-        if trained.get("num_frames", 1) > 1:  # an image model has moved none
-            before += [(f"model.{field}", trained[field]) for field in asdict(shift) if field in trained]
-            now += [asdict(shift)[field] for field in asdict(shift) if field in trained]
-    for (name, value), current in zip(before, now, strict=True):
-        if value != current:
-            raise ValueError(f"{name} is {current}, but {config.model.init} was trained with {value}: set it to that")
-
-
-def _schedule(config: Config) -> DDPMScheduler:
-    options = config.diffusion
-    return noise_schedule(
-        prediction=options.prediction,
-        schedule=options.schedule,
-        num_timesteps=options.num_timesteps,
-        zero_terminal_snr=options.zero_terminal_snr,
-    )
+def _check_splits(config: Config, store: Store) -> None:
+    if unknown := {*config.data.splits, *config.data.val_splits} - store.splits:
+        raise ValueError(f"{store.folder}: has no split {', '.join(sorted(unknown))}; expected {', '.join(sorted(store.splits))}")
 
 
 def _held_out(config: Config, store: Store) -> dict[int, BalancedSampler]:
@@ -271,15 +244,3 @@ def _held_out(config: Config, store: Store) -> dict[int, BalancedSampler]:
 
 
 # What a scheduler's file tells of the training, and the setting that names it.
-_LEARNT = {
-    "prediction_type": "diffusion.prediction",
-    "beta_schedule": "diffusion.schedule",
-    "rescale_betas_zero_snr": "diffusion.zero_terminal_snr",
-    "num_train_timesteps": "diffusion.num_timesteps",
-    "beta_start": "beta_start of diffusion.schedule",
-    "beta_end": "beta_end of diffusion.schedule",
-}
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text())

@@ -18,6 +18,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,11 @@ COLUMNS = np.dtype(
     [("line", "u8"), ("concept", "u8"), ("split", "u8"), ("shard", "u4"), ("start", "u4"), ("num_frames", "u4"), ("loop", "?")]
 )
 """Where its line begins, digests of its concept and split, the number of its shard among those of store.json, where it lies in it."""
+_PARTS = {  # what a folder of frames or latents may hold
+    "store.json", "index.jsonl", "index.npy", "shards", "autoencoder", "text_encoder", "tokenizer", "texts.npy", "texts.json",
+    "texts.partial.json", "captions.npy",
+}  # fmt: skip
+_SHARD = re.compile(r"[0-9a-f]{24}\.npy|\..*\.partial")
 ITS_OWN = ("shards", "index_bytes", "source", "splits")  # what parts of one data set may differ in
 
 
@@ -189,11 +195,12 @@ def pixels(folder: str | Path) -> Store:
 
 
 class StoreWriter:
-    """Append records; clips of one size share shards of `shard_mb` megabytes. `close` makes the store readable."""
+    """Append records; clips of one size share shards of `shard_mb` megabytes. `close` makes the store readable. A store that is there
+    already stays as it is until the first record."""
 
     def __init__(self, folder: str | Path, *, shard_mb: float = 64):
         self.folder, self.shard_bytes = Path(folder), shard_mb * 1e6
-        begin(self.folder)
+        check_folder(self.folder)
         self.open: defaultdict[tuple[int, ...], list[tuple[Record, np.ndarray]]] = defaultdict(list)
         self.bytes: defaultdict[tuple[int, ...], int] = defaultdict(int)
         self.records: list[Record] = []
@@ -201,6 +208,8 @@ class StoreWriter:
 
     def add(self, record: Record, frames: np.ndarray) -> None:
         shape = frames.shape[1:]
+        if not self.records and not self.open:
+            begin(self.folder)
         self.open[shape].append((record, frames))
         self.bytes[shape] += frames.nbytes
         if self.bytes[shape] >= self.shard_bytes:
@@ -223,8 +232,18 @@ class StoreWriter:
         finish(self.folder, self.records, self.shapes, **info)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError for a folder with files that are not a store's: writing there would mix them up."""
+    shards = folder / "shards"
+    others = [path for path in folder.glob("*") if path.name not in _PARTS and not path.name.startswith(".")]
+    others += [path for path in shards.glob("*") if not _SHARD.fullmatch(path.name)]
+    if others:
+        raise ValueError(f"{folder}: holds {others[0].relative_to(folder)}, which is no part of a data set; expected a folder of its own")
+
+
 def begin(folder: Path) -> None:
     """Make a folder that is no store until `finish`; shards that lie in it stay."""
+    check_folder(folder)
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     (folder / "store.json").unlink(missing_ok=True)
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from latent_shift import checkpoint, finetune, memory, models, sharding, zoo
 from latent_shift.config import Config, dump, load
 from latent_shift.diffusion import attention_kernel
-from latent_shift.stages import AutoencoderStage, DenoiserStage, Stage, check_start
+from latent_shift.stages import AutoencoderStage, DenoiserStage, Stage
 from latent_shift.store import write
 
 log = logging.getLogger("latent_shift")
@@ -65,6 +65,9 @@ def train(
     check_run(config, run)
     with checkpoint.lock(run) if os.environ.get("RANK", "0") == "0" else nullcontext():
         try:
+            if os.environ.get("RANK", "0") == "0":
+                run.mkdir(parents=True, exist_ok=True)
+                write(run / "config.toml", dump(config))  # from here on the folder alone says what to go on with
             ready = finetune.prepare(config, run, device=zoo.device_of(), progress=progress)
             if prepared and os.environ.get("RANK", "0") == "0":
                 prepared(ready)
@@ -79,8 +82,7 @@ def check(config: Config) -> None:
     """Raise for what can be told to be wrong before data is read.
 
     Raises:
-        ValueError: a named size that is none, packages that are missing, settings that this machine cannot do, or a start that learnt
-            something else.
+        ValueError: a named size that is none, packages that are missing, or settings that this machine cannot do.
         RuntimeError: `train.tracker` without its package.
     """
     tracker, world = config.train.tracker, int(os.environ.get("WORLD_SIZE", "1"))
@@ -94,14 +96,14 @@ def check(config: Config) -> None:
         raise ValueError("train.shard needs several processes: start the run with torchrun")
     if config.train.precision == "fp16" and zoo.device_of().type == "cpu":  # which has no gradient scaler
         raise ValueError("train.precision=fp16 needs a GPU; on a CPU take bf16")
+    if config.train.precision == "bf16" and zoo.device_of().type == "cpu" and not zoo.has_bf16_units():
+        log.warning("this CPU has no units for bf16, in which it is many times slower than in float32: train.precision=auto or no")
     if config.model.size:
         models.check_size(config.model.size, autoencoder=config.stage == "autoencoder")
-    if config.model.init and config.stage != "autoencoder" and (config.model.init in zoo.MODELS or Path(config.model.init).is_dir()):
-        check_start(config)
 
 
 def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], None] | None) -> Path:
-    accelerator = _accelerator(config, run)
+    accelerator = _accelerator(ready, run)
     torch.manual_seed(config.train.seed)
     stage: Stage = AutoencoderStage(ready) if config.stage == "autoencoder" else DenoiserStage(ready)
     if config.train.gradient_checkpointing:
@@ -131,7 +133,6 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
     for group in optimizer.param_groups:
         group["betas"], group["weight_decay"] = (0.9, config.optim.beta2), config.optim.weight_decay
     if accelerator.is_main_process:
-        write(run / "config.toml", dump(config))
         seconds = checkpoint.trim_stats(run, done)
         stats = (run / "stats.jsonl").open("a")
     if config.train.tracker:
@@ -212,9 +213,10 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
 
             count = step + 1
             last = count == config.optim.steps
-            if config.data.val_splits and (count % config.train.validate_every == 0 or last):
+            validated = bool(config.data.val_splits) and (count % config.train.validate_every == 0 or last)
+            if validated:
                 seen["val_loss"] = [validate()]
-            if count % config.train.log_every == 0 or last:
+            if count % config.train.log_every == 0 or validated or last:
                 elapsed, num = time.monotonic() - began, count - logged
                 means = torch.stack([torch.stack(values).float().mean() for values in seen.values()])
                 row = {"step": count, **dict(zip(seen, accelerator.reduce(means, "mean").tolist(), strict=True))}
@@ -292,7 +294,7 @@ def _accelerator(config: Config, run: Path) -> Accelerator:
 
 def check_run(config: Config, run: str | Path) -> None:
     """Raise ValueError if the folder `run` holds a run whose weights mean something else."""
-    if (Path(run) / "config.toml").exists():
+    if checkpoint.steps(Path(run)):
         before = load(Path(run) / "config.toml")
         changed = [name for name, value in before.identity().items() if config.identity()[name] != value]
         if changed:

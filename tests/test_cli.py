@@ -94,12 +94,15 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
     # A run folder is its own recipe: the run goes on, with more steps.
     assert run("train", "runs/v", "optim.steps=2").splitlines()[-1] == "runs/v/model"
     assert [json.loads(line)["step"] for line in (tmp_path / "runs/v/stats.jsonl").read_text().splitlines()] == [1, 2]
-    table = run("eval", "pixels", "-m", "runs/v/model", "-m", "runs/v/model", "--num", 2, "--steps", 1, "-o", "eval.json")
+    table = run("eval", "pixels", "-m", "a=runs/v/model", "-m", "b=runs/v/model", "--num", 2, "--steps", 1, "-o", "eval.json")
     first, second = json.loads((tmp_path / "eval.json").read_text())
-    assert first == second
-    assert (first["clips"], first["num_inference_steps"]) == (2, 1)
-    row = f"{first['motion_energy']:.3g} | {second['motion_energy']:.3g} | {first['motion_energy_real']:.3g} |"
-    assert f"| motion energy, grey levels | {row}" in table
+    assert [record["value"] for record in first["records"]] == [record["value"] for record in second["records"]]
+    assert (first["protocol"]["clips"], first["system"]["num_inference_steps"]) == (2, 1)
+    (energy,) = [record["value"] for record in first["records"] if record["measure"] == "motion_energy"]
+    assert f"| motion_energy | {energy:.4g} (" in table and "a: no clipsim: needs a folder of transformers' CLIPModel" in table
+    for option, message in (("i3d=gone.pt", "gone.pt: no such file"), ("i4d=x", "unknown kind i4d")):
+        with pytest.raises(ValueError, match=message):
+            run("eval", "pixels", "-m", "a=runs/v/model", "--num", 2, "--steps", 1, "--weights", option)
     (tmp_path / "prompts.txt").write_text("# two prompts\na red square\nblue\n")
     run("sheet", "prompts.txt", "sheet.png", "sheet.webp", "-m", "runs/v/model", "--steps", 1, "--device", "cpu")
     assert video.read("sheet.png")[0].shape == (1, 2 * (32 + 14), 4 * 32 + 3 * 2, 3)

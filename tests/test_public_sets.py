@@ -50,9 +50,13 @@ def webvid(folder):
     return f"{folder}/{{00000..00001}}.tar"
 
 
-def msrvtt(folder):
-    videos = [{"video_id": f"video{number}", "split": "train", "id": number} for number in range(3)]
-    sentences = [{"caption": f"square {number}", "video_id": f"video{number}", "sen_id": number} for number in range(3)]
+def msrvtt(folder, split="train", wordings=1):
+    videos = [{"video_id": f"video{number}", "split": split, "id": number} for number in range(3)]
+    sentences = [
+        {"caption": f"square {number}" + ", again" * wording, "video_id": f"video{number}", "sen_id": 3 * wording + number}
+        for wording in range(wordings)
+        for number in range(3)
+    ]
     folder.mkdir(exist_ok=True)
     (folder / "train_val_videodatainfo.json").write_text(json.dumps({"info": {}, "videos": videos, "sentences": sentences}))
     for number in range(3):

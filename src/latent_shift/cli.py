@@ -182,49 +182,71 @@ def encode(
 
 @app.command("eval")
 def evaluate(
-    store: Annotated[Path, typer.Argument(help="packed frames of the models' size and frame rate")],
-    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="a name or a diffusers folder; may be repeated")] = None,
-    num: Annotated[int | None, typer.Option(help="concepts, one clip each; default: 100, or as many as there are")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="where captions come from; may be repeated; default train")] = None,
+    data: Annotated[Path, typer.Argument(help="what the protocol compares with: a packed data set, a folder of UCF-101 or MSR-VTT")],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help="[NAME=]MODEL: a name, a folder or file of ours, of AnimateDiff, ModelScope, ...; may be repeated"
+        ),
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="own, emoji, ucf101, msrvtt-mav or msrvtt-lavie")] = "own",
+    num: Annotated[int | None, typer.Option(help="clips, the first of the protocol's; default: all (own: at most 100)")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="of own: frames a clip; default: the first model's")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="of own: where captions come from; may be repeated; default train")] = None,
     steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help="KIND=PATH of a network to measure with: i3d, c3d, inception, videomae or clip; may be repeated"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="clips at once")] = 5,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     noise: Annotated[
         tuple[float, float] | None,
         typer.Option(help="shared noise and noise correlation to see real clips through; default: the first model's"),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of clips and features, with which it goes on; default: evals/ and the protocol")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the records to this .json")] = None,
 ) -> None:
-    """Measure models against real clips, side by side: reconstruction, retrieval, motion, coherence."""
+    """Measure systems against real clips, side by side: each number with its protocol, its weights and its interval."""
     quiet()
     import json
+    import os
 
-    from latent_shift import metrics, zoo
-    from latent_shift.store import pixels
+    from latent_shift import evaluation, protocols, systems, zoo
 
-    packed, splits, results = pixels(store), tuple(split or ["train"]), []
-    for name in model or ["emoji"]:  # what is wrong is told before the work, not after
-        metrics.clips_to_match(zoo.load(name, device=device), packed, num=num, splits=splits)
-    metrics.ClipFeatures()
-    held_out = tuple(sorted(packed.splits - {"train"})) or splits
-    for name in model or ["emoji"]:
-        pipe = zoo.load(name, device=device)
-        pipe.set_progress_bar_config(disable=True)
-        noise = noise or (pipe.call_defaults["shared_noise"], pipe.call_defaults["noise_correlation"])
-        with Progress(f"{name}: frames") as progress:
-            result = {
-                "model": name,
-                "reconstruction": metrics.reconstruction(pipe.vae, packed, splits=held_out, num=200, progress=progress),
-            }
-        with Progress(f"{name}: clips") as progress:
-            measures, _ = metrics.evaluate(
-                pipe, packed, num=num, splits=splits, steps=steps, guidance=guidance, noise=noise, progress=progress
+    given: dict[str, str] = dict(each.partition("=")[::2] for each in weights or [])
+    if unknown := set(given) - {"i3d", "c3d", "inception", "videomae", "clip"}:
+        raise ValueError(f"--weights: unknown kind {', '.join(sorted(unknown))}; expected i3d, c3d, inception, videomae or clip")
+    named = [each.rpartition("=") for each in model or ["emoji"]]
+    if protocol == "own" and num_frames is None:
+        num_frames = systems.open_system(named[0][2], device="cpu").settings.get("num_frames")
+    task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
+    networks = evaluation.Weights(given, device=str(zoo.device_of(device)))
+    for kind in given:  # what is wrong is told before the work, not after
+        networks.open(kind)
+    results = []
+    for name, _, path in named:
+        system = systems.open_system(
+            path, name=name or path, num_frames=task.num_frames, num_inference_steps=steps, guidance_scale=guidance, device=device
+        )
+        noise = noise or (system.settings.get("shared_noise", 0.0), system.settings.get("noise_correlation", 0.0))
+        where = out or Path("evals") / protocol
+        with Progress(f"{system.name}: clips") as progress:
+            results.append(
+                evaluation.evaluate(system, task, where, weights=networks, noise=noise, batch_size=batch_size, progress=progress)
             )
-        results.append(result | measures)
-        if output:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(results, indent=1) + "\n")
-    print(metrics.table(results))
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(evaluation.table(results))
+    for result in results:
+        for measure, reason in result["skipped"].items():
+            print(f"{result['system']['system']}: no {measure}: {reason}")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 @app.command()

@@ -1,0 +1,132 @@
+"""Distances of two sets of features and scores of one, each with the interval in which the bootstrap sees it.
+
+Whose features they are says extractors.py; a distance is called FID, FVD, ... only where they are the ones that have that name.
+
+N, M samples of two sets, D features, K classes. All computation is in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval by bootstrap."""
+
+    value: float
+    low: float
+    high: float
+    resamples: int
+
+
+def frechet(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
+    """Squared Frechet distance of the Gaussians fitted to two sets: |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al.
+    2017, equation 6).
+
+    With S = R'R, R the triangle of a QR decomposition of the centred features, the trace of (S_a S_b)^(1/2) is the sum of the singular
+    values of R_a R_b': no root of a nearly singular matrix is taken.
+
+    Raises:
+        ValueError: other dimensions, what is not finite, or no more samples than dimensions, of which the distance is mostly bias.
+    """
+    _check(a_ND, b_MD)
+    for features in (a_ND, b_MD):
+        num, dims = features.shape
+        if num <= dims:
+            raise ValueError(f"{num} samples of {dims} features: the Frechet distance needs more samples than features")
+    return _frechet(a_ND, b_MD)
+
+
+def _frechet(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
+    means, roots = list[np.ndarray](), list[np.ndarray]()
+    for features in (a_ND.astype(np.float64), b_MD.astype(np.float64)):
+        means.append(features.mean(axis=0))
+        roots.append(np.asarray(np.linalg.qr((features - means[-1]) / np.sqrt(len(features) - 1), mode="r")))
+    spread = sum(np.square(root).sum() for root in roots) - 2 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    return float(np.square(means[0] - means[1]).sum() + spread)
+
+
+def frechet_estimate(a_ND: np.ndarray, b_MD: np.ndarray, *, groups: int = 1, resamples: int = 40) -> Estimate:
+    """`frechet` with its interval, the value and 1.96 deviations of the resampled ones: a resample repeats samples, which makes each of
+    them larger, so only their spread counts.
+
+    Args:
+        groups: successive rows that belong together, the frames of a clip, and are drawn together.
+        resamples: of the bootstrap, from both sets.
+    """
+    value, rng = frechet(a_ND, b_MD), np.random.default_rng(0)
+
+    def drawn(features: np.ndarray) -> np.ndarray:
+        clips = features.reshape(-1, groups, features.shape[1])
+        return clips[rng.integers(len(clips), size=len(clips))].reshape(features.shape)
+
+    spread = 1.96 * float(np.std([_frechet(drawn(a_ND), drawn(b_MD)) for _ in range(resamples)], ddof=1))
+    return Estimate(value, value - spread, value + spread, resamples)
+
+
+def kernel_estimate(a_ND: np.ndarray, b_MD: np.ndarray, *, resamples: int = 1000) -> Estimate:
+    """Squared maximum mean discrepancy under the kernel (x'y / D + 1)^3, without bias at any number of samples (Binkowski et al. 2018,
+    section 4: KID; of video features KVD, Unterthiner et al. 2018). In a resample a sample is never paired with itself.
+
+    Raises:
+        ValueError: other dimensions, what is not finite, or fewer than two samples.
+    """
+    _check(a_ND, b_MD)
+    if min(len(a_ND), len(b_MD)) < 2:
+        raise ValueError("the kernel distance needs two samples or more of each set")
+    a, b, dims = a_ND.astype(np.float64), b_MD.astype(np.float64), a_ND.shape[1]
+    within_a, within_b, between = ((x @ y.T / dims + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    np.fill_diagonal(within_a, 0)
+    np.fill_diagonal(within_b, 0)
+
+    def mmd(u_N: np.ndarray, w_M: np.ndarray) -> float:
+        """With each sample as often as `u` and `w` say."""
+        pairs_a, pairs_b = (each.sum() ** 2 - np.square(each).sum() for each in (u_N, w_M))
+        return u_N @ within_a @ u_N / pairs_a + w_M @ within_b @ w_M / pairs_b - 2 * u_N @ between @ w_M / (u_N.sum() * w_M.sum())
+
+    rng = np.random.default_rng(0)
+    draws = [[rng.multinomial(n, np.full(n, 1 / n)).astype(np.float64) for n in (len(a), len(b))] for _ in range(resamples)]
+    draws = [[u, w] for u, w in draws if np.count_nonzero(u) > 1 and np.count_nonzero(w) > 1]  # of a few samples it may be one alone
+    return _interval(mmd(np.ones(len(a)), np.ones(len(b))), [mmd(*each) for each in draws])
+
+
+def inception_score(probabilities_NK: np.ndarray, *, resamples: int = 100) -> Estimate:
+    """exp of the mean divergence of each sample's classes from the classes of all (Salimans et al. 2016).
+
+    Raises:
+        ValueError: rows that are no probabilities.
+    """
+    p = probabilities_NK.astype(np.float64)
+    if p.ndim != 2 or (p < 0).any() or not np.allclose(p.sum(axis=1), 1, atol=1e-3):
+        raise ValueError("the inception score expects a row of probabilities a sample")
+
+    def score(p: np.ndarray) -> float:
+        share = p.mean(axis=0)
+        return float(np.exp((p * np.log((p + 1e-30) / (share + 1e-30))).sum(axis=1).mean()))
+
+    rng = np.random.default_rng(0)
+    return _interval(score(p), [score(p[rng.integers(len(p), size=len(p))]) for _ in range(resamples)])
+
+
+def mean_estimate(values_N: np.ndarray, *, average: Callable[..., np.ndarray] = np.mean, resamples: int = 1000) -> Estimate:
+    """The mean of a measure of each sample, or another `average` that takes an axis."""
+    values = np.asarray(values_N, np.float64)
+    rng = np.random.default_rng(0)
+    drawn = average(values[rng.integers(len(values), size=(resamples, len(values)))], axis=1)
+    return _interval(float(average(values, axis=0)), drawn)
+
+
+def _interval(value: float, resampled) -> Estimate:
+    low, high = np.percentile(resampled, (2.5, 97.5))
+    return Estimate(float(value), float(low), float(high), len(resampled))
+
+
+def _check(a_ND: np.ndarray, b_MD: np.ndarray) -> None:
+    if a_ND.ndim != 2 or b_MD.ndim != 2 or a_ND.shape[1] != b_MD.shape[1]:
+        raise ValueError(f"expected two sets of the same features, got {a_ND.shape} and {b_MD.shape}")
+    if not (np.isfinite(a_ND).all() and np.isfinite(b_MD).all()):
+        raise ValueError("features that are not finite: expected numbers")

@@ -1,0 +1,328 @@
+"""Evaluating a system: its clips are drawn once and kept, features are taken once and kept, and every number is a record that says what
+it was taken with.
+
+    evals/NAME/
+      protocol.json                 what is drawn, and the real clips beside it
+      real/EXTRACTOR.npy            features of the real clips
+      SYSTEM/system.json            the system's settings
+      SYSTEM/clips/000042.png       clip 42, its frames side by side (lossless)
+      SYSTEM/EXTRACTOR.npy          features of its clips
+      SYSTEM/results.json           the records
+
+What stops it costs the batch at hand: the same call goes on. Of several processes (torchrun) each draws its share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latent_shift import distances, extractors, metrics, probing, video
+from latent_shift.distances import Estimate
+from latent_shift.extractors import Clip, Extractor
+from latent_shift.generation import ClipGeneration
+from latent_shift.protocols import Protocol, same
+from latent_shift.store import write
+from latent_shift.systems import System
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Weights:
+    """Networks to measure with: kind -> path, kinds as in `extractors.WHERE`."""
+
+    paths: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    _open: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def open(self, name: str, **options: bool) -> Any:
+        """The extractor of a name, or None where its weights were not given."""
+        key = name + "".join(options)
+        if key not in self._open:
+            if name == "efficientnet":
+                self._open[key] = extractors.efficientnet(**options) if extractors.has_efficientnet() else None
+            else:
+                path, make = self.paths.get(name), Clip if name == "clip" else getattr(extractors, name)
+                self._open[key] = make(path, device=self.device, **options) if path else None
+        return self._open[key]
+
+
+def evaluate(
+    system: System, protocol: Protocol, out: Path, *, weights: Weights | None = None, noise: tuple[float, float] | None = None,
+    batch_size: int = 5, progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Draw what is missing of a protocol's clips and measure them all.
+
+    Args:
+        system: what draws.
+        protocol: what is drawn.
+        out: the folder of the evaluation; each system has a folder in it.
+        weights: networks to measure with; what needs others is skipped, and told so.
+        noise: shared noise and its correlation through which models of ours are shown real clips; None: that with which they draw.
+        batch_size: clips drawn at once.
+        progress: called with (clips drawn, clips in all).
+
+    Returns:
+        The system, the protocol, `records`, one a measure, and `skipped`, measure -> why.
+
+    Raises:
+        ValueError: the folder was begun with another protocol or other settings, or the clips are not of the protocol's form or rate.
+    """
+    if protocol.matched and system.fps != protocol.fps:
+        raise ValueError(f"{system.name} makes {system.fps:g} frames a second, the real clips have {protocol.fps:g}")
+    weights, folder = weights or Weights(), out / _safe(system.name)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    settings = {"system": system.name, "title": system.title, "parameters": system.parameters, "fps": system.fps, **system.settings}
+    for told, path in ((protocol.told, out / "protocol.json"), (settings, folder / "system.json")):
+        same(told, path)
+        if rank == 0:
+            write(path, json.dumps(told, indent=1))
+    draw(system, protocol, folder, rank=rank, world=world, batch_size=batch_size, progress=progress)
+    if world > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=weights.device == "cpu").wait_for_everyone()
+    if rank:
+        return {}
+    clips = Drawn(folder / "clips", len(protocol.prompts), protocol.num_frames)
+    result = {"system": settings, "protocol": protocol.told, **Measuring(system, protocol, clips, out, folder, weights, noise).all()}
+    write(folder / "results.json", json.dumps(result, indent=1))
+    return result
+
+
+def draw(
+    system: System,
+    protocol: Protocol,
+    folder: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    batch_size: int = 5,
+    progress: Progress | None = None,
+) -> None:
+    """Draw the clips that are not there, of several processes every `world`-th."""
+    numbers = [k for k in range(rank, len(protocol.prompts), world) if not (folder / "clips" / f"{k:06}.png").exists()]
+    for start in range(0, len(numbers), batch_size):
+        batch = numbers[start : start + batch_size]
+        made = system.generate([protocol.prompts[k] for k in batch], batch)
+        if made.shape[1] != protocol.num_frames or (protocol.size and made.shape[2] != made.shape[3]):
+            raise ValueError(
+                f"{system.name} makes clips of {made.shape[1]} frames of {made.shape[3]}x{made.shape[2]}, protocol {protocol.name} is of "
+                f"{protocol.num_frames} frames" + (f" of {protocol.size[1]}x{protocol.size[0]}" if protocol.size else "")
+            )
+        for k, clip in zip(batch, made, strict=True):
+            partial = folder / "clips" / f".{k:06}.png"
+            video.write(clip, partial)
+            os.replace(partial, folder / "clips" / f"{k:06}.png")
+        if progress:
+            progress(len(protocol.prompts) - len(numbers) + start + len(batch), len(protocol.prompts))
+
+
+class Drawn:
+    """The kept clips of a system: `drawn[k]` is `(F, H, W, 3) uint8`."""
+
+    def __init__(self, folder: Path, num: int, num_frames: int):
+        self.folder, self.num, self.num_frames = folder, num, num_frames
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __call__(self, k: int) -> np.ndarray:
+        strip = np.asarray(Image.open(self.folder / f"{k:06}.png"))
+        return np.stack(np.split(strip, self.num_frames, axis=1))
+
+
+class Measuring:
+    """One system's clips beside the real ones. Each measure is a method or a row of a table below, and gives its records."""
+
+    def __init__(
+        self, system: System, protocol: Protocol, clips: Drawn, out: Path, folder: Path, weights: Weights, noise: tuple[float, float] | None
+    ):
+        self.system, self.protocol, self.clips, self.out, self.folder = system, protocol, clips, out, folder
+        self.weights, self.noise = weights, noise
+        self.made_at = list(clips(0).shape[1:3])
+
+    def all(self) -> dict[str, Any]:
+        records, skipped = [], {}
+        for measure in self.protocol.measures:
+            try:
+                records += self.measure(measure)
+            except ValueError as error:  # weights not at hand, too few samples, clips that it does not take
+                skipped[measure] = str(error)
+        return {"records": records, "skipped": skipped}
+
+    def measure(self, name: str) -> list[dict[str, Any]]:
+        if name in metrics.CLIP_MEASURES or name == "motion_error":
+            return self.temporal(name)
+        if name in ("retrieval", "denoising", "reconstruction"):
+            return getattr(self, name)()
+        if name == "clipsim":
+            network = self._weights("clip")
+            values = np.concatenate([network(self.clip(k)[None], [prompt]) for k, prompt in enumerate(self.protocol.prompts)])
+            return [self.record(name, distances.mean_estimate(values), network)]
+        if name == "is":
+            return [self.record(name, distances.inception_score(self.features(self._weights("c3d"))), self._weights("c3d"))]
+        extractor = self._extractor(name)
+        made, real = self.features(extractor), self.features(extractor, real=True)
+        if name.startswith(("kd", "kvd", "kid")):
+            return [self.record(name, distances.kernel_estimate(made, real), extractor, real=True)]
+        groups = self.protocol.num_frames if extractor.of == "frame" else 1
+        return [self.record(name, distances.frechet_estimate(made, real, groups=groups), extractor, real=True)]
+
+    def temporal(self, name: str) -> list[dict[str, Any]]:
+        """A measure that needs no weights, of the drawn clips and of the real ones."""
+        if name == "warping_error" and not find_spec("cv2"):
+            raise ValueError("needs optical flow: pip install 'latent-shift-video[eval]'")
+        measure = metrics.CLIP_MEASURES.get(name, metrics.motion_energy)
+        made, real = (
+            np.array([measure(clip(k)) for k in range(num)]) for clip, num in ((self.clip, len(self.clips)), (self.real, self.num_real))
+        )
+        if name == "motion_error":  # as a factor: exp of the mean |log ratio| to the real clip of the same caption
+            ratios = np.abs(np.log((made + 0.1) / (real + 0.1)))
+            return [self.record(name, distances.mean_estimate(ratios, average=lambda x, axis: np.exp(np.mean(x, axis=axis))), real=True)]
+        return [self.record(name, distances.mean_estimate(made)), self.record(name + "_real", distances.mean_estimate(real), real=True)]
+
+    def retrieval(self) -> list[dict[str, Any]]:
+        """How often the nearest real clip, by the mean features of its frames, is that of the clip's own caption."""
+        extractor = self._weights("efficientnet")
+        made, real = (
+            self.features(extractor, real=each).reshape(len(self.clips), self.protocol.num_frames, -1).mean(axis=1)
+            for each in (False, True)
+        )
+        ranks = metrics.retrieval_ranks(*(each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in (made, real)))
+        return [
+            self.record("retrieval_top1", distances.mean_estimate(ranks == 1), extractor, real=True),
+            self.record("retrieval_top5", distances.mean_estimate(ranks <= 5), extractor, real=True),
+            self.record("retrieval_median_rank", distances.mean_estimate(ranks, average=np.median), extractor, real=True),
+        ]
+
+    def denoising(self) -> list[dict[str, Any]]:
+        """What a model of ours sees of the real clips through its noise (probing.py)."""
+        pipe, protocol = self._ours(), self.protocol
+        told = self.noise or (pipe.call_defaults["shared_noise"], pipe.call_defaults["noise_correlation"])
+        found = [probing.denoising(pipe, self.real(k), prompt, noise=told, number=k) for k, prompt in enumerate(protocol.prompts)]
+        errors = np.array([errors for errors, _ in found])
+        with_noise = lambda name, estimate: self.record(name, estimate, real=True) | {"noise": list(told)}  # noqa: E731
+        records = [
+            with_noise("denoising_error", distances.mean_estimate(errors.mean(axis=1))),
+            with_noise("denoising_error_of_end_frames", distances.mean_estimate(errors[:, [0, -1]].mean(axis=1))),
+        ]
+        for timestep in found[0][1]:
+            sums = np.array([seen[timestep] for _, seen in found])
+            share = distances.mean_estimate(sums, average=lambda x, axis: 1 - x.sum(axis)[..., 0] / np.maximum(x.sum(axis)[..., 1], 1e-12))
+            records.append(with_noise(f"motion_seen_at_{timestep}", share))
+        return records
+
+    def reconstruction(self) -> list[dict[str, Any]]:
+        """PSNR of 200 frames through the autoencoder, held out where there are such."""
+        store = self.protocol.store
+        assert store is not None
+        splits = tuple(sorted(store.splits - {"train"})) or ("train",)
+        values = probing.reconstruction(self._ours().vae, store, splits=splits, num=200)
+        return [self.record("reconstruction_psnr_db", distances.mean_estimate(values), real=True) | {"frames": 200, "splits": list(splits)}]
+
+    def _ours(self) -> ClipGeneration:
+        side = self.protocol.size[0] if self.protocol.size else None
+        pipe = self.system.pipe
+        if not isinstance(pipe, ClipGeneration) or pipe.unet.config.sample_size * pipe.vae_scale_factor != side:
+            raise ValueError("is asked of models of this package at the protocol's size alone")
+        return pipe
+
+    def clip(self, k: int) -> np.ndarray:
+        """Clip k at the protocol's size."""
+        return _sized(self.clips(k), self.protocol.size)
+
+    def real(self, k: int) -> np.ndarray:
+        """Real clip k at the size of the drawn ones."""
+        return _sized(self.protocol.real(k), self.protocol.size or (self.made_at[0], self.made_at[1]))
+
+    @property
+    def num_real(self) -> int:
+        """As many real clips as drawn ones where each is measured by itself."""
+        return min(self.protocol.num_real, len(self.clips))
+
+    def features(self, extractor: Extractor, *, real: bool = False) -> np.ndarray:
+        size = self.protocol.size or self.made_at
+        folder = self.out / "real" if real else self.folder
+        path = folder / f"{extractor.name}-{extractor.sha256[:12]}-{size[0]}x{size[1]}.npy"
+        if not path.exists():
+            clip, num = (self.real, self.protocol.num_real) if real else (self.clip, len(self.clips))
+            parts = [extractor(np.stack([clip(k) for k in range(start, min(start + 8, num))])) for start in range(0, num, 8)]
+            path.parent.mkdir(exist_ok=True)
+            with (partial := path.with_name(f".{path.name}")).open("wb") as file:
+                np.save(file, np.concatenate(parts))
+            os.replace(partial, path)
+        return np.load(path)
+
+    def record(self, measure: str, estimate: Estimate, extractor: Extractor | Clip | None = None, *, real: bool = False) -> dict[str, Any]:
+        return {
+            "measure": measure, **asdict(estimate), "system": self.system.name, "protocol": self.protocol.name,
+            "complete": self.protocol.told["complete"], "clips": len(self.clips), "seeds": self.protocol.told["seeds"],
+            "num_frames": self.protocol.num_frames, "fps": self.system.fps, "made_at": self.made_at,
+            "measured_at": list(self.protocol.size or self.made_at), "extractor": extractor.record() if extractor else None,
+            "reference": self.protocol.reference if real else None,
+        }  # fmt: skip
+
+    def _extractor(self, name: str) -> Extractor:
+        kinds = {"fvd": "i3d", "kvd": "i3d", "fid": "inception", "kid": "inception", "fvd-videomae": "videomae", "kvd-videomae": "videomae"}
+        if name in kinds:
+            return self._weights(kinds[name])
+        return self._weights("efficientnet", **({"motion": True} if name.endswith("-motion") else {}))
+
+    def _weights(self, kind: str, **options: bool) -> Any:
+        network = self.weights.open(kind, **options)
+        if network is None:
+            raise ValueError(extractors.missing(kind))
+        return network
+
+
+def _sized(clip: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    if size is None or clip.shape[1:3] == tuple(size):
+        return clip
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)) for frame in clip])
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "system"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each measure, a column for each system, and what real clips measure.
+
+    Raises:
+        ValueError: results that cannot stand beside each other: of different protocols, clips, sizes or extractors.
+    """
+    fixed = ("protocol", "clips", "num_frames", "prompts_sha256", "reference", "size")
+    for result in results[1:]:
+        for key in fixed:
+            if result["protocol"][key] != results[0]["protocol"][key]:
+                raise ValueError(f"results of different {key} cannot stand in one table: {result['system']['system']}")
+    values = [{record["measure"]: record for record in result["records"]} for result in results]
+    for name in values[0]:
+        taken = {json.dumps(each[name]["extractor"]) for each in values if name in each}
+        if len(taken) > 1:
+            raise ValueError(f"{name} was taken with different weights: {', '.join(sorted(taken))}")
+    names = [name for name in dict.fromkeys(name for each in values for name in each) if not name.endswith("_real")]
+    rows = [["measure", *(result["system"]["system"] for result in results), "real clips"], ["---"] * (len(results) + 2)]
+    for name in names:
+        real = next((each[name + "_real"] for each in values if name + "_real" in each), None)
+        rows.append([name, *(_shown(each.get(name)) for each in values), _shown(real)])
+    told = results[0]["protocol"]
+    part = "" if told["complete"] else ", a part of the protocol"
+    head = f"protocol {told['protocol']}: {told['clips']} clips of {told['num_frames']} frames{part}; in brackets 95 % by bootstrap"
+    return head + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _shown(record: dict[str, Any] | None) -> str:
+    return "" if record is None else f"{record['value']:.4g} ({record['low']:.4g} to {record['high']:.4g})"

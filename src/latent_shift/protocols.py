@@ -1,0 +1,175 @@
+"""Protocols: which words are drawn, how often, and which real clips stand beside them. What was drawn is measured by evaluation.py.
+
+A result names its protocol, for numbers of two protocols cannot be compared: of MSR-VTT there are two in use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from latent_shift import sources, video
+from latent_shift.store import Store, pixels
+
+SOURCES = {
+    "own": "a clip of the plainest caption of each concept of a packed data set, beside the real clip of that caption",
+    "emoji": "the same of the set of recipes/emoji: 100 concepts, 16 frames of 128x128 at 8 fps",
+    "ucf101": "100 clips of one sentence for each of the 101 classes; IS on C3D, FVD against the train videos (TGANv2, Make-A-Video)",
+    "msrvtt-mav": "a clip of each of the 59,794 captions of the test videos (Make-A-Video)",
+    "msrvtt-lavie": "a clip of one caption of each of the 2,990 test videos, CLIPSIM (LaVie)",
+}
+COMPLETE = {"emoji": 100, "ucf101": 10_100, "msrvtt-mav": 59_794, "msrvtt-lavie": 2_990}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is to be drawn and what it is compared with.
+
+    Attributes:
+        name: as in `SOURCES`.
+        prompts: the words of clip k, which is drawn with seed k.
+        num_frames, size: that clips must have; size is (height, width), None: the system's own.
+        fps: of the real clips.
+        reference: what the real clips are: their number and one hash of them.
+        num_real: of real clips.
+        real: clip k `(F, H, W, 3) uint8`; where `matched`, that of the caption of clip k.
+        measures: names of evaluation.py's.
+        store: the packed data set they come from, if they do.
+    """
+
+    name: str
+    prompts: list[str]
+    num_frames: int
+    size: tuple[int, int] | None
+    fps: float
+    reference: dict[str, object]
+    num_real: int
+    real: Callable[[int], np.ndarray]
+    measures: tuple[str, ...]
+    matched: bool = False
+    store: Store | None = None
+
+    @property
+    def told(self) -> dict[str, object]:
+        """What a result says of it."""
+        return {
+            "protocol": self.name, "source": SOURCES[self.name], "clips": len(self.prompts),
+            "complete": len(self.prompts) == COMPLETE.get(self.name, len(self.prompts)), "seeds": f"0..{len(self.prompts) - 1}",
+            "prompts_sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(), "num_frames": self.num_frames,
+            "size": list(self.size) if self.size else None, "fps": self.fps, "reference": self.reference,
+        }  # fmt: skip
+
+
+TEMPORAL = ("motion_energy", "motion_error", "flicker", "persistence", "coherence", "warping_error", "loop_gap")
+
+
+def open_protocol(
+    name: str, data: str | Path, *, num: int | None = None, num_frames: int | None = None, splits: tuple[str, ...] | None = None
+) -> Protocol:
+    """A protocol on data as it lies on people's disks.
+
+    Args:
+        name: of `SOURCES`.
+        data: a packed data set (own, emoji), a folder of UCF-101 or of MSR-VTT.
+        num: clips to draw, the first of the protocol's; a result says that they are not all. None: all (of "own" 100 at most).
+        num_frames: of the clips; only "own" leaves it open (None: 16).
+        splits: of "own": where captions come from. None: train.
+
+    Raises:
+        ValueError: an unknown protocol, other data, more clips than there are, or an option that the protocol fixes.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"unknown protocol {name!r}; expected one of {', '.join(SOURCES)}")
+    if name != "own" and (num_frames or 16) != 16:
+        raise ValueError(f"protocol {name} is of clips of 16 frames, got {num_frames}; expected protocol own, whose results say theirs")
+    if name != "own" and splits:
+        raise ValueError(f"protocol {name} has its splits; expected protocol own to choose others")
+    if name in ("own", "emoji"):
+        return _captions(name, pixels(data), num, num_frames or 16, splits or ("train",))
+    return (_ucf101 if name == "ucf101" else _msrvtt)(name, Path(data), num)
+
+
+def _captions(name: str, store: Store, num: int | None, num_frames: int, splits: tuple[str, ...]) -> Protocol:
+    side = store.info["size"]
+    candidates = [index for index in store.select(splits=splits, num_frames=num_frames).tolist() if store.shape(index) == (side, side, 3)]
+    plainest: dict[str, int] = {}  # the record with the shortest caption of each concept: no skin tone, no variant
+    for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
+        plainest.setdefault(store.records[index].concept, index)
+    wanted = num or (100 if name == "emoji" or len(plainest) > 100 else max(1, len(plainest)))
+    if len(plainest) < wanted:
+        raise ValueError(f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {wanted} asked for")
+    chosen = np.random.default_rng(0).permutation(sorted(plainest.values()))[:wanted].tolist()
+    if name == "emoji" and (side, store.info["fps"]) != (128, 8):
+        raise ValueError(f"protocol emoji is of 128 pixels at 8 fps, {store.folder} holds {side} at {store.info['fps']:g}")
+    whole = hashlib.sha256("\n".join(sorted(store.shapes)).encode()).hexdigest()  # shards are named by their pixels
+    return Protocol(
+        name, [store.records[index].texts[0] for index in chosen], num_frames, (side, side), store.info["fps"],
+        {"data": "packed data set", "splits": list(splits), "clips": wanted, "sha256": whole}, wanted,
+        lambda k: store.window(chosen[k], 0, num_frames),
+        ("fd-efficientnet-lite0", "kd-efficientnet-lite0-motion", "retrieval", *TEMPORAL, "denoising", "reconstruction", "clipsim",
+         "fvd-videomae", "kvd-videomae"),
+        matched=True, store=store,
+    )  # fmt: skip
+
+
+def _ucf101(name: str, folder: Path, num: int | None) -> Protocol:
+    sentences = list(sources.ucf101_sentences().values())
+    prompts = (sentences * 100)[: _asked(num, 10_100)]  # class by class in turn: the first so many are of all classes
+    records, files = _files(folder, "train", "UCF-101")
+    return Protocol(
+        name, prompts, 16, None, 25, _told(folder, records, "UCF-101, train, the first 16 frames"), len(files), lambda k: _clip(files[k]),
+        ("is", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL[:1], *TEMPORAL[2:]),
+    )  # fmt: skip
+
+
+def _msrvtt(name: str, folder: Path, num: int | None) -> Protocol:
+    records, files = _files(folder, "test", "MSR-VTT")
+    rng = np.random.default_rng(0)
+    every = [text for record in records for text in record.texts]
+    texts = every if name == "msrvtt-mav" else [record.texts[int(rng.integers(len(record.texts)))] for record in records]
+    prompts = texts[: _asked(num, len(texts))]
+    return Protocol(
+        name, prompts, 16, None, 8, _told(folder, records, "MSR-VTT, test, the first 16 frames at 8 fps"), len(files),
+        lambda k: _clip(files[k], fps=8), ("clipsim", "fid", "fvd", "fvd-videomae", *TEMPORAL[:1], *TEMPORAL[2:]),
+    )  # fmt: skip
+
+
+def _asked(num: int | None, whole: int) -> int:
+    if num is not None and not 0 < num <= whole:
+        raise ValueError(f"the protocol has {whole} clips, {num} asked for")
+    return num or whole
+
+
+def _files(folder: Path, split: str, kind: str) -> tuple[list[sources.Record], list[Path]]:
+    found = [(record, media) for record, media in sources.read(folder) if record.split == split and isinstance(media, Path)]
+    known = all(("v_" in media.name) == (kind == "UCF-101") for _, media in found)
+    if not found or not known:
+        raise ValueError(f"{folder}: expected {kind} with videos of split {split}")
+    return [record for record, _ in found], [media for _, media in found]
+
+
+def _told(folder: Path, records: list[sources.Record], name: str) -> dict[str, object]:
+    listed = "\n".join(f"{record.file_name} {(folder / record.file_name).stat().st_size}" for record in records)
+    return {"data": name, "clips": len(records), "sha256_of_names_and_sizes": hashlib.sha256(listed.encode()).hexdigest()}
+
+
+def _clip(path: Path, *, fps: float | None = None, num_frames: int = 16) -> np.ndarray:
+    """The first frames of a real video, its largest centred square; raises ValueError for a shorter one."""
+    frames, _ = video.read(path, fps=fps)
+    if len(frames) < num_frames:
+        raise ValueError(f"{path}: {len(frames)} frames, {num_frames} wanted")
+    side = min(frames.shape[1:3])
+    top, left = ((length - side) // 2 for length in frames.shape[1:3])
+    return frames[:num_frames, top : top + side, left : left + side]
+
+
+def same(told: dict[str, object], path: Path) -> None:
+    """Raise ValueError unless the folder of an evaluation that was begun has the same protocol."""
+    if path.exists() and (before := json.loads(path.read_text())) != json.loads(json.dumps(told)):
+        different = [key for key in told if json.loads(json.dumps(told[key])) != before.get(key)]
+        raise ValueError(f"{path.parent} was begun with another {', '.join(different)}: expected the same, or another folder")

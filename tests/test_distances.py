@@ -1,0 +1,108 @@
+"""Distances against closed forms, against independent slow versions, and their intervals against what they promise."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from latent_shift import distances
+
+
+def exactly(rng, num: int, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """Samples that have this mean and covariance to rounding."""
+    x = rng.standard_normal((num, len(mean)))
+    x = x - x.mean(axis=0)
+    white = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+    return white @ np.linalg.cholesky(covariance).T + mean
+
+
+def spread(rng, dims: int) -> np.ndarray:
+    root = rng.standard_normal((dims, dims + 3))
+    return root @ root.T / dims
+
+
+def test_frechet_is_the_closed_form_of_gaussians():
+    rng = np.random.default_rng(0)
+    means, deviations = rng.standard_normal((2, 5)), rng.uniform(0.2, 3, (2, 5))
+    a, b = (exactly(rng, 40, mean, np.diag(deviation**2)) for mean, deviation in zip(means, deviations, strict=True))
+    expected = np.square(means[0] - means[1]).sum() + np.square(deviations[0] - deviations[1]).sum()
+    assert distances.frechet(a, b) == pytest.approx(expected, rel=1e-9)
+    assert distances.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    shared = np.linalg.qr(rng.standard_normal((5, 5)))[0]  # both turned alike: nothing changes
+    assert distances.frechet(a @ shared, b @ shared) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("num", "other", "dims"), [(60, 200, 10), (500, 65, 64)])
+def test_frechet_is_what_a_matrix_root_gives(num, other, dims):
+    rng = np.random.default_rng(1)
+    a = rng.standard_normal((num, dims)) @ spread(rng, dims) + rng.standard_normal(dims)
+    b = rng.standard_normal((other, dims)) @ spread(rng, dims)
+    s_a, s_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(s_a @ s_b)
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(s_a + s_b - 2 * root.real)
+    assert distances.frechet(a.astype(np.float32), b.astype(np.float32)) == pytest.approx(expected, rel=1e-4)
+    assert distances.frechet(a, b) == pytest.approx(expected, rel=1e-7)
+    assert distances.frechet(a, b) == pytest.approx(distances.frechet(b, a))
+
+
+def test_what_says_nothing_is_refused():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="8 samples of 8 features: the Frechet distance needs more"):
+        distances.frechet(rng.standard_normal((8, 8)), rng.standard_normal((20, 8)))
+    with pytest.raises(ValueError, match="two sets of the same features"):
+        distances.kernel_estimate(rng.standard_normal((8, 8)), rng.standard_normal((8, 7)))
+    with pytest.raises(ValueError, match="two samples"):
+        distances.kernel_estimate(rng.standard_normal((1, 8)), rng.standard_normal((8, 8)))
+    with pytest.raises(ValueError, match="not finite"):
+        distances.frechet(np.full((20, 2), np.nan), rng.standard_normal((20, 2)))
+    with pytest.raises(ValueError, match="row of probabilities"):
+        distances.inception_score(rng.standard_normal((4, 3)))
+
+
+def test_the_kernel_distance_is_its_double_sum():
+    rng = np.random.default_rng(2)
+    a, b = rng.standard_normal((7, 4)), rng.standard_normal((5, 4)) + 0.5
+    kernel = lambda x, y: (float(x @ y) / 4 + 1) ** 3  # noqa: E731
+    within = [sum(kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    between = sum(kernel(x, y) for x in a for y in b) / 35
+    found = distances.kernel_estimate(a, b)
+    assert found.value == pytest.approx(sum(within) - 2 * between, rel=1e-10)
+    assert found.low < found.value < found.high
+
+
+def test_the_kernel_distance_has_no_bias_and_the_frechet_distance_has():
+    rng = np.random.default_rng(3)
+    pairs = [rng.standard_normal((2, 12, 4)) for _ in range(300)]
+    kernels = [distances.kernel_estimate(a, b, resamples=2).value for a, b in pairs]
+    assert abs(np.mean(kernels)) < 3 * np.std(kernels) / np.sqrt(300)
+    assert min(distances.frechet(a, b) for a, b in pairs) > 0.1  # of two sets that are the same in distribution
+
+
+def test_inception_score():
+    classes = np.eye(5)[np.arange(20) % 5]
+    assert distances.inception_score(classes).value == pytest.approx(5)
+    assert distances.inception_score(np.full((20, 5), 0.2)).value == pytest.approx(1)
+    p = np.random.default_rng(0).dirichlet(np.ones(5), 30)
+    expected = np.exp(np.mean([scipy.stats.entropy(row, p.mean(axis=0)) for row in p]))
+    assert distances.inception_score(p).value == pytest.approx(expected)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng, held = np.random.default_rng(4), 0
+    for _ in range(200):
+        found = distances.mean_estimate(rng.exponential(size=60), resamples=300)
+        held += found.low <= 1 <= found.high
+    assert 175 <= held <= 198  # 95 % less what a bootstrap of 60 skewed samples falls short
+
+
+def test_frames_of_a_clip_are_drawn_together():
+    rng = np.random.default_rng(5)
+    a, b = (np.repeat(rng.standard_normal((30, 3)), 8, axis=0) + 0.01 * rng.standard_normal((240, 3)) for _ in range(2))
+    alone, together = distances.frechet_estimate(a, b), distances.frechet_estimate(a, b, groups=8)
+    assert alone.value == together.value
+    assert together.high - together.low > 1.5 * (alone.high - alone.low)  # 30 clips, not 240 samples
+
+
+def test_a_median_has_an_interval_too():
+    found = distances.mean_estimate(np.arange(101), average=np.median)
+    assert found.value == 50
+    assert 30 < found.low < 50 < found.high < 70

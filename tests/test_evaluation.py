@@ -1,0 +1,214 @@
+"""Protocols say what is drawn, evaluations keep it and go on, and every number says what it was taken with."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from test_extractors import clip_folder, scripts  # noqa: F401
+from test_public_sets import msrvtt as make_msrvtt
+from test_public_sets import ucf101 as make_ucf101
+
+from latent_shift import distances, evaluation, extractors, metrics, probing, protocols, systems
+from latent_shift.autoencoder import to_pixels
+from latent_shift.diffusion import DenoisingObjective, share_noise
+from latent_shift.evaluation import Weights, evaluate
+from latent_shift.store import Store
+from latent_shift.text import embed
+from latent_shift.zoo import load, seed
+
+
+@pytest.fixture
+def system(video_model):
+    return systems.open_system(str(video_model), name="tiny", num_frames=4, num_inference_steps=1, guidance_scale=1.0, device="cpu")
+
+
+@pytest.fixture
+def protocol(packed):
+    return protocols.open_protocol("own", packed, num_frames=4)
+
+
+def values(result):
+    return {record["measure"]: record["value"] for record in result["records"]}
+
+
+def test_the_numbers_are_those_of_the_kept_clips(system, protocol, packed, tmp_path):
+    result = evaluate(system, protocol, tmp_path)
+    found, drawn = values(result), evaluation.Drawn(tmp_path / "tiny" / "clips", 3, 4)
+    clips = np.stack([drawn(k) for k in range(3)])
+    assert clips.shape == (3, 4, 32, 32, 3)
+    again = np.concatenate([system.generate([prompt], [k]) for k, prompt in enumerate(protocol.prompts)])
+    assert np.abs(clips.astype(int) - again).max() <= 1  # each has its own seed, whatever it was drawn with; a batch may round otherwise
+    real = np.stack([protocol.real(k) for k in range(3)])
+    assert all(any(np.array_equal(clip, Store(packed).window(index, 0, 4)) for index in range(3)) for clip in real)
+    for name, measure in metrics.CLIP_MEASURES.items():
+        assert found[name] == pytest.approx(np.mean([measure(clip) for clip in clips])), name
+        assert found[name + "_real"] == pytest.approx(np.mean([measure(clip) for clip in real])), name
+    energies = [np.array([metrics.motion_energy(clip) for clip in each]) + 0.1 for each in (clips, real)]
+    assert found["motion_error"] == pytest.approx(np.exp(np.abs(np.log(energies[0] / energies[1])).mean()))
+    of_clips = [extractors.efficientnet(motion=True)(each) for each in (clips, real)]
+    assert found["kd-efficientnet-lite0-motion"] == pytest.approx(distances.kernel_estimate(*of_clips).value)
+    assert 0 <= found["retrieval_top1"] <= found["retrieval_top5"] == 1
+    assert 0 < found["reconstruction_psnr_db"] < 60
+    assert {"motion_seen_at_125", "motion_seen_at_875"} <= found.keys()
+
+
+def test_every_record_says_what_it_was_taken_with(system, protocol, tmp_path):
+    result = evaluate(system, protocol, tmp_path)
+    assert json.loads((tmp_path / "tiny" / "results.json").read_text()) == json.loads(json.dumps(result))
+    for record in result["records"]:
+        assert record["low"] <= record["value"] <= record["high"] or record["measure"].startswith("retrieval"), record
+        assert (record["protocol"], record["clips"], record["num_frames"], record["fps"]) == ("own", 3, 4, 8.0)
+        assert (record["made_at"], record["seeds"], record["resamples"] > 1) == ([32, 32], "0..2", True)
+    (distance,) = [record for record in result["records"] if record["measure"].startswith("kd-")]
+    assert distance["extractor"]["sha256"] == extractors.efficientnet().sha256
+    assert distance["reference"]["clips"] == 3 and len(distance["reference"]["sha256"]) == 64
+    assert result["system"]["weights"] == extractors.digest(system.pipe.config._name_or_path)
+    assert result["skipped"]["fd-efficientnet-lite0"].startswith("12 samples of 1280 features")
+    assert "StyleGAN-V" not in result["skipped"]["clipsim"] and "CLIPModel" in result["skipped"]["clipsim"]
+    shown = evaluation.table([result])
+    assert shown.startswith("protocol own: 3 clips of 4 frames; in brackets 95 % by bootstrap")
+    assert f"| motion_energy | {values(result)['motion_energy']:.4g} (" in shown
+
+
+def test_an_evaluation_goes_on_and_shares_its_work(system, protocol, tmp_path, monkeypatch):
+    calls = []
+
+    def stopping(prompts, seeds, draw=system.generate):
+        calls.append(seeds)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(prompts, seeds)
+
+    broken = replace(system, generate=stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(broken, protocol, tmp_path, batch_size=2)
+    first = evaluate(broken, protocol, tmp_path, batch_size=2)
+    assert calls == [[0, 1], [2], [2]]
+    features = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    assert evaluate(broken, protocol, tmp_path) == first
+    assert len(calls) == 3 and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == features
+    for rank in (1, 0):  # of two processes each draws its own
+        evaluation.draw(system, protocol, tmp_path / "shared", rank=rank, world=2)
+        assert len(list((tmp_path / "shared" / "clips").iterdir())) == (1 if rank else 3)
+    a, b = (evaluation.Drawn(tmp_path / name / "clips", 3, 4) for name in ("tiny", "shared"))
+    assert all(np.abs(a(k).astype(int) - b(k)).max() <= 1 for k in range(3))
+
+
+def test_other_settings_protocols_and_clips_are_refused(system, protocol, packed, tmp_path):
+    result = evaluate(system, protocol, tmp_path)
+    with pytest.raises(ValueError, match="was begun with another guidance_scale"):
+        evaluate(replace(system, settings={**system.settings, "guidance_scale": 2.0}), protocol, tmp_path)
+    fewer = protocols.open_protocol("own", packed, num=2, num_frames=4)
+    with pytest.raises(ValueError, match="was begun with another clips, "):
+        evaluate(system, fewer, tmp_path)
+    with pytest.raises(ValueError, match="makes 4 frames a second, the real clips have 8"):
+        evaluate(replace(system, fps=4), protocol, tmp_path)
+    longer = protocols.open_protocol("own", packed, num_frames=6)
+    with pytest.raises(ValueError, match="makes clips of 4 frames of 32x32, protocol own is of 6 frames"):
+        evaluate(system, longer, tmp_path / "longer")
+    with pytest.raises(ValueError, match="results of different clips cannot stand in one table"):
+        evaluation.table([result, evaluate(system, fewer, tmp_path / "fewer")])
+    other = json.loads(json.dumps(result))
+    for record in other["records"]:
+        record["extractor"] = record["extractor"] and {**record["extractor"], "sha256": "another"}
+    with pytest.raises(ValueError, match="was taken with different weights"):
+        evaluation.table([result, other])
+
+
+def test_clips_of_another_size_are_measured_at_the_protocols(system, protocol, tmp_path):
+    def small(prompts, seeds, draw=system.generate):
+        return draw(prompts, seeds)[:, :, ::2, ::2]
+
+    result = evaluate(replace(system, generate=small), protocol, tmp_path)
+    (record,) = [record for record in result["records"] if record["measure"] == "motion_energy"]
+    assert (record["made_at"], record["measured_at"]) == ([16, 16], [32, 32])
+    drawn = evaluation.Drawn(tmp_path / "tiny" / "clips", 3, 4)
+    assert drawn(0).shape == (4, 16, 16, 3)
+
+
+def test_protocols_are_those_of_their_papers(tmp_path, packed):
+    (tmp_path / "ucf").mkdir()
+    ucf = make_ucf101(tmp_path / "ucf")
+    task = protocols.open_protocol("ucf101", ucf)
+    assert len(task.prompts) == 10_100 and len(set(task.prompts)) == 101
+    assert sum(prompt.startswith("A person") for prompt in set(task.prompts)) > 90
+    assert {task.prompts.count(prompt) for prompt in set(task.prompts)} == {100}
+    assert task.told["complete"] is True and task.measures[:3] == ("is", "fvd", "kvd")
+    assert len(set(protocols.open_protocol("ucf101", ucf, num=101).prompts)) == 101
+    assert protocols.open_protocol("ucf101", ucf, num=101).told["complete"] is False
+    assert task.real(0).shape[0] == 16 and task.real(0).shape[1] == task.real(0).shape[2]
+    msrvtt = make_msrvtt(tmp_path / "msrvtt", split="test", wordings=2)
+    every, one = (protocols.open_protocol(name, msrvtt) for name in ("msrvtt-mav", "msrvtt-lavie"))
+    assert len(every.prompts) > len(one.prompts) == one.num_real
+    assert set(one.prompts) < set(every.prompts)
+    assert one.told["complete"] is False  # of 2,990
+    for call, message in (
+        (("ucf101", msrvtt), "expected UCF-101 with videos of split train"),
+        (("nope", packed), "unknown protocol 'nope'; expected one of own, emoji, ucf101"),
+        (("emoji", packed), "100 asked for"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            protocols.open_protocol(*call)
+    with pytest.raises(ValueError, match="is of clips of 16 frames, got 8"):
+        protocols.open_protocol("ucf101", ucf, num_frames=8)
+    with pytest.raises(ValueError, match="the protocol has 10100 clips, 10101 asked for"):
+        protocols.open_protocol("ucf101", ucf, num=10_101)
+    with pytest.raises(ValueError, match="3 concepts of train have clips of 4 frames, 4 asked for"):
+        protocols.open_protocol("own", packed, num=4, num_frames=4)
+
+
+def test_published_measures_of_public_sets(system, scripts, clip_folder, tmp_path):  # noqa: F811
+    """IS, FVD and CLIPSIM by their names, of files of the published signatures."""
+    longer = replace(system, generate=lambda prompts, seeds: np.stack([noise(k) for k in seeds]))
+    weights = Weights({"i3d": str(scripts / "i3d.pt"), "c3d": str(scripts / "c3d.pt"), "clip": str(clip_folder)})
+    (tmp_path / "u").mkdir()
+    result = evaluate(longer, protocols.open_protocol("ucf101", make_ucf101(tmp_path / "u"), num=4), tmp_path / "1", weights=weights)
+    found = values(result)
+    assert found["is"] == pytest.approx(distances.inception_score(weights.open("c3d")(np.stack([noise(k) for k in range(4)]))).value)
+    assert result["skipped"]["fvd"] == "4 samples of 400 features: the Frechet distance needs more samples than features"
+    assert "kvd" in found and "VideoMAE" in result["skipped"]["fvd-videomae"]
+    prompts = protocols.open_protocol("msrvtt-lavie", make_msrvtt(tmp_path / "m", split="test")).prompts
+    result = evaluate(longer, protocols.open_protocol("msrvtt-lavie", tmp_path / "m"), tmp_path / "2", weights=weights)
+    expected = weights.open("clip")(np.stack([noise(k) for k in range(len(prompts))]), prompts).mean()
+    assert values(result)["clipsim"] == pytest.approx(expected, abs=1e-6)
+
+
+def noise(k: int) -> np.ndarray:
+    return np.random.default_rng(k).integers(0, 256, (16, 32, 32, 3), np.uint8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video_model, prediction):
+    pipe = load(video_model)
+    pipe.scheduler.register_to_config(prediction_type=prediction)
+    clip = Store(packed).window(0, 0, 4)
+    errors, seen = probing.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=1)
+    objective = DenoisingObjective(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config))
+    latents = pipe.vae.encode(to_pixels(torch.from_numpy(clip))).latent_dist.mean * pipe.vae.config.scaling_factor
+    own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for generator in [seed(0)] for n in (4, 1))
+    loss, _ = objective(
+        latents[None], share_noise(own, common, 0.3, 0.6), torch.tensor([500]), embed(pipe.tokenizer, pipe.text_encoder, ["red"])
+    )
+    assert errors.shape == (4,)
+    assert errors.mean() == pytest.approx(float(loss), rel=1e-4)
+    missed, moving = seen[500]
+    assert moving == pytest.approx(float((latents - latents.mean(dim=0)).square().sum()), rel=1e-4)
+    assert missed > 0
+    real_call = pipe.unet.forward
+
+    def knowing(noisy, timestep, *args, **kwargs):  # one that knows the clip finds all of its motion
+        made = real_call(noisy, timestep, *args, **kwargs)
+        schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+        a, s = schedule.alphas_cumprod[500] ** 0.5, (1 - schedule.alphas_cumprod[500]) ** 0.5
+        noise = (noisy - a * latents) / s
+        made.sample = noise if prediction == "epsilon" else a * noise - s * latents
+        return made
+
+    pipe.unet.forward = knowing
+    errors, seen = probing.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=1)
+    assert errors.mean() == pytest.approx(0, abs=1e-6)
+    assert seen[500][0] == pytest.approx(0, abs=1e-4 * moving)

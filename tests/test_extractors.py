@@ -1,0 +1,181 @@
+"""Extractors see what their descriptions say: the folders' own classes at tiny size, and TorchScript files of the published signatures."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    VideoMAEImageProcessorPil,
+    VideoMAEModel,
+)
+
+from latent_shift import extractors
+from latent_shift.evaluation import Weights
+
+
+def clips(num: int = 3, num_frames: int = 16, side: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (num, num_frames, side, side, 3), np.uint8)
+
+
+class I3D(nn.Module):
+    """The signature of i3d_torchscript.pt: what it does to pixels, and 400 numbers of them."""
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        assert x.dtype == torch.float32
+        if resize:
+            b, c, f, h, w = x.shape
+            x = F.interpolate(x.transpose(1, 2).reshape(b * f, c, h, w), size=[224, 224], mode="bilinear", align_corners=False)
+            x = x.reshape(b, f, c, 224, 224).transpose(1, 2)
+        if rescale:
+            x = 2 * x / 255 - 1
+        return F.adaptive_avg_pool3d(x, [4, 5, 7]).flatten(1)[:, :400]
+
+
+class Inception(nn.Module):
+    def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        assert x.dtype == torch.uint8
+        y = F.adaptive_avg_pool2d(x.float(), [28, 28]).flatten(1)
+        return y[:, :2048] if return_features else torch.softmax(y[:, :1008] / 50 + (0.0 if no_output_bias else 1.0), 1)
+
+
+class C3D(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(F.adaptive_avg_pool3d(x, [4, 6, 6]).flatten(1)[:, :101] / 50, 1)
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts")
+    for name, network in (("i3d", I3D()), ("inception", Inception()), ("c3d", C3D())):
+        torch.jit.script(network).save(str(folder / f"{name}.pt"))
+    return folder
+
+
+def test_scripted_networks_are_called_as_published(scripts):
+    some = clips()
+    x = torch.from_numpy(some).permute(0, 4, 1, 2, 3).float()
+    i3d = extractors.i3d(scripts / "i3d.pt")
+    assert (i3d.frechet, i3d.kernel, i3d.of) == ("fvd", "kvd", "clip")
+    expected = I3D()(x, rescale=True, resize=True, return_features=True)
+    torch.testing.assert_close(torch.from_numpy(i3d(some, batch_size=2)), expected)
+    frames = torch.from_numpy(some).flatten(0, 1).permute(0, 3, 1, 2)
+    inception = extractors.inception(scripts / "inception.pt")
+    torch.testing.assert_close(torch.from_numpy(inception(some)), Inception()(frames, return_features=True))
+    assert inception(some).shape == (48, 2048)
+    classes = extractors.inception(scripts / "inception.pt", probabilities=True)(some)
+    np.testing.assert_allclose(classes.sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(extractors.c3d(scripts / "c3d.pt")(some), C3D()(x), atol=1e-6)
+    with pytest.raises(ValueError, match="sees clips of 16 frames, these have 8"):
+        i3d(clips(num_frames=8))
+    with pytest.raises(ValueError, match=r"expected clips \(B, F, H, W, 3\) uint8"):
+        i3d(some.astype(np.float32))
+
+
+def test_other_networks_are_refused(scripts, tmp_path):
+    with pytest.raises(ValueError, match="cannot be called as the TorchScript file i3d"):
+        extractors.i3d(scripts / "c3d.pt")
+    with pytest.raises(ValueError, match=r"gives features of shape \(1, 101\), expected 400|cannot be called"):
+        extractors.i3d(scripts / "inception.pt")
+    with pytest.raises(ValueError, match="no such file"):
+        extractors.i3d(tmp_path / "gone.pt")
+    (tmp_path / "text.pt").write_text("x")
+    with pytest.raises(ValueError, match="expected a TorchScript file"):
+        extractors.c3d(tmp_path / "text.pt")
+
+
+def videomae_config() -> VideoMAEConfig:
+    return VideoMAEConfig(
+        image_size=32, patch_size=8, num_frames=4, tubelet_size=2, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=7,
+    )  # fmt: skip
+
+
+def test_videomae_is_what_its_classifier_sees(tmp_path):
+    torch.manual_seed(0)
+    network = VideoMAEForVideoClassification(videomae_config()).eval()
+    network.save_pretrained(tmp_path)
+    VideoMAEImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    found = extractors.videomae(tmp_path)
+    assert (found.num_frames, found.frechet) == (4, "fvd-videomae")
+    some = clips(2, 4)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # as the model card has it
+    if "0.5" in found.preprocessing:
+        mean = std = torch.tensor([0.5, 0.5, 0.5])
+    resized = np.stack([[np.asarray(Image.fromarray(f).resize((32, 32), Image.Resampling.BILINEAR)) for f in clip] for clip in some])
+    pixels = ((torch.from_numpy(resized) / 255 - mean) / std).permute(0, 1, 4, 2, 3)
+    with torch.no_grad():
+        logits = network(pixels).logits
+        torch.testing.assert_close(network.classifier(torch.from_numpy(found(some))), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_videomae_that_was_not_fine_tuned_is_refused(tmp_path):
+    VideoMAEModel(videomae_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="VideoMAEForVideoClassification"):
+        extractors.videomae(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(texts / "tokenizer")
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=20, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_clipsim_is_the_mean_of_clips_own_logits(clip_folder):
+    found, some, prompts = extractors.Clip(clip_folder), clips(2, 3), ["red", "a green square"]
+    network, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPImageProcessorPil.from_pretrained(clip_folder)
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    for clip, prompt, value in zip(some, prompts, found(some, prompts), strict=True):
+        inputs = tokenizer([prompt], return_tensors="pt") | processor([Image.fromarray(f) for f in clip], return_tensors="pt")
+        with torch.no_grad():
+            logits = network(**inputs).logits_per_image[:, 0] / network.logit_scale.exp()
+        assert value == pytest.approx(float(logits.mean()), abs=1e-5)
+
+
+def test_features_of_a_package_and_their_change():
+    some = clips(2, 4, 32)
+    frames, motion = extractors.efficientnet(), extractors.efficientnet(motion=True)
+    each = frames(some).reshape(2, 4, 1280)
+    expected = np.concatenate([each.mean(axis=1), np.abs(np.diff(each, axis=1)).mean(axis=1)], axis=1)
+    np.testing.assert_allclose(motion(some), expected, rtol=1e-3, atol=1e-4)
+    assert (frames.frechet, motion.kernel) == ("fd-efficientnet-lite0", "kd-efficientnet-lite0-motion")
+    frozen = np.repeat(some[:, :1], 4, axis=1)
+    np.testing.assert_allclose(motion(frozen)[:, 1280:], 0, atol=1e-5)
+
+
+def test_a_hash_tells_weights_apart(scripts, clip_folder, tmp_path):
+    assert extractors.digest(scripts / "i3d.pt") != extractors.digest(scripts / "c3d.pt")
+    before = extractors.digest(clip_folder)
+    assert before == extractors.digest(clip_folder)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.json").write_text("1")
+    one = extractors.digest(tmp_path)
+    (tmp_path / "a" / "x.json").write_text("2")
+    assert extractors.digest(tmp_path) != one
+
+
+def test_what_is_not_at_hand_says_where_it_comes_from(scripts):
+    weights = Weights({"i3d": str(scripts / "i3d.pt")})
+    assert weights.open("i3d") is weights.open("i3d")
+    assert weights.open("c3d") is None
+    assert "StyleGAN-V" in extractors.missing("c3d")

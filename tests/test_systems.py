@@ -1,0 +1,150 @@
+"""One interface for all systems: the real pipelines of diffusers at tiny size, saved and opened as people have them."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DDIMScheduler,
+    DDPMPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    MotionAdapter,
+    TextToVideoSDPipeline,
+    UNet2DModel,
+    UNet3DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from latent_shift import models, systems
+from latent_shift.shift import Shift, inflate
+from latent_shift.zoo import load
+
+
+def t5(kind=T5EncoderModel, config=T5Config):
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters], extra_ids=0)
+    network = kind(config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    return {"tokenizer": tokenizer, "text_encoder": network.eval()}
+
+
+def clip_texts(texts):
+    encoder = CLIPTextModel.from_pretrained(texts / "text_encoder")
+    return {"tokenizer": CLIPTokenizer.from_pretrained(texts / "tokenizer"), "text_encoder": encoder}
+
+
+def animatediff(texts):
+    unet = models.unet("tiny", sample_size=4)
+    adapter = MotionAdapter(
+        block_out_channels=unet.config.block_out_channels, motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=2
+    )
+    return AnimateDiffPipeline(
+        vae=models.autoencoder("tiny"), unet=unet, motion_adapter=adapter, scheduler=DDIMScheduler(clip_sample=False), **clip_texts(texts)
+    )
+
+
+def modelscope(texts):
+    unet = UNet3DConditionModel(
+        sample_size=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+    )  # fmt: skip
+    return TextToVideoSDPipeline(vae=models.autoencoder("tiny"), unet=unet, scheduler=DDIMScheduler(clip_sample=False), **clip_texts(texts))
+
+
+def cogvideox(texts):
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=16, num_layers=1,
+        sample_width=4, sample_height=4, sample_frames=9, patch_size=2, max_text_seq_length=226,
+    )  # fmt: skip
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(8, 8, 8, 8),
+        latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4,
+    )  # fmt: skip
+    return CogVideoXPipeline(transformer=transformer, vae=vae, scheduler=CogVideoXDDIMScheduler(), **t5())
+
+
+def wan(texts):
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=16, freq_dim=16,
+        ffn_dim=16, num_layers=1, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=16,
+    )  # fmt: skip
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **t5(UMT5EncoderModel, UMT5Config))
+
+
+def ltx(texts):
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=16,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8), layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )  # fmt: skip
+    return LTXPipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **t5())
+
+
+MAKERS = {
+    "AnimateDiffPipeline": (animatediff, 3), "TextToVideoSDPipeline": (modelscope, 3), "CogVideoXPipeline": (cogvideox, 5),
+    "WanPipeline": (wan, 5), "LTXPipeline": (ltx, 9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", systems.PEERS)
+def test_a_peer_is_opened_by_what_it_is(kind, texts, tmp_path):
+    make, num_frames = MAKERS[kind]
+    size = 32
+    torch.manual_seed(0)
+    pipe = make(texts)
+    pipe.save_pretrained(tmp_path)
+    options = dict(num_frames=num_frames, height=size, width=size, num_inference_steps=2, guidance_scale=3.0)
+    system = systems.open_system(str(tmp_path), name="peer", device="cpu", **options)
+    assert (system.title, system.fps) == systems.PEERS[kind]
+    assert system.settings["pipeline"] == kind
+    assert {key: system.settings[key] for key in options} == options
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    assert system.parameters >= sum(parameter.numel() for parameter in network.parameters()) > 0
+    clips = system.generate(["red", "a square"], [0, 1])
+    assert clips.shape == (2, num_frames, size, size, 3)
+    assert clips.dtype == np.uint8
+    assert not np.array_equal(clips[0], clips[1])
+    np.testing.assert_array_equal(system.generate(["red", "a square"], [0, 1]), clips)
+    assert not np.array_equal(system.generate(["red", "a square"], [2, 1])[0], clips[0])
+
+
+def test_ours_are_told_by_what_sees_time(video_model, tmp_path):
+    system = systems.open_system(str(video_model), num_frames=3, num_inference_steps=1, device="cpu")
+    assert (system.title, system.name, system.fps) == ("Latent-Shift", str(video_model), 8)
+    assert system.generate(["red"], [0]).shape == (1, 3, 32, 32, 3)
+    pipe = load(video_model, device="cpu")
+    inflate(pipe.unet, Shift(0, 0))
+    pipe.save_pretrained(tmp_path / "still")
+    still = systems.open_system(str(tmp_path / "still"), device="cpu")
+    assert still.title == "the image model, frame by frame"
+    assert still.settings["weights"] != system.settings["weights"]
+
+
+def test_what_is_no_system_is_refused(tmp_path):
+    DDPMPipeline(
+        UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2), DDIMScheduler()
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a DDPMPipeline; expected a Stable Diffusion folder or one of AnimateDiffPipeline"):
+        systems.open_system(str(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match="expected one of emoji, or a folder"):
+        systems.open_system(str(tmp_path / "gone"), device="cpu")

@@ -101,7 +101,7 @@ def ltx(texts):
 
 
 MAKERS = {
-    "AnimateDiffPipeline": (animatediff, 3), "TextToVideoSDPipeline": (modelscope, 3), "CogVideoXPipeline": (cogvideox, 5),
+    "AnimateDiffPipeline": (animatediff, 3), "TextToVideoSDPipeline": (modelscope, 3), "CogVideoXPipeline": (cogvideox, 9),
     "WanPipeline": (wan, 5), "LTXPipeline": (ltx, 9),
 }  # fmt: skip
 

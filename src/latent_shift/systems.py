@@ -16,7 +16,6 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from latent_shift import models, zoo
 from latent_shift.extractors import digest
@@ -104,8 +103,7 @@ def _pipeline(model: str) -> str:
     """The name of a model's pipeline; "" for a single file."""
     if Path(model).is_file():
         return ""
-    online = str(model) not in zoo.MODELS and not Path(model).exists() and not HF_HUB_OFFLINE
-    if online:
+    if zoo.on_hub(model):
         return str(DiffusionPipeline.load_config(model)["_class_name"])
     index = zoo.folder(model) / "model_index.json"
     kind = str(json.loads(index.read_text())["_class_name"]) if index.exists() else ""
@@ -119,6 +117,4 @@ def _weights(model: str) -> str:
     """One hash for all weights of a folder or file on this machine; a Hub id stands for itself."""
     if Path(model).is_file():
         return digest(model)
-    if str(model) not in zoo.MODELS and not Path(model).exists():
-        return str(model)
-    return digest(zoo.folder(model))
+    return str(model) if zoo.on_hub(model) else digest(zoo.folder(model))

@@ -82,7 +82,7 @@ def load(
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     if Path(model).is_file():
         return families.open_file(model, dtype=dtype, prediction=prediction).to(device)
-    if str(model) not in MODELS and not Path(model).exists() and _HUB_ID.fullmatch(str(model)) and not HF_HUB_OFFLINE:
+    if on_hub(model):
         index = LatentShiftPipeline.load_config(str(model))
         path: Path | str = str(model)
     else:
@@ -99,7 +99,10 @@ def load(
     return pipe.to(device)
 
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+def on_hub(model: str | Path) -> bool:
+    """Whether a name can only be a Hub's, and the Hub may be asked."""
+    known = str(model) in MODELS or Path(model).exists()
+    return not known and not HF_HUB_OFFLINE and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None
 
 
 def _index(path: Path) -> dict:

@@ -36,7 +36,8 @@ class Data(Section):
 class Model(Section):
     size: str | None = None  # a name of models.py: start from random weights
     init: str | None = None  # a folder with weights: start from those
-    temporal: Literal["shift", "attention", "none"] = "shift"  # what sees time: the paper's shift, its baseline Latent-VDM, nothing
+    # What sees time: the paper's shift, nothing, or its baselines: Latent-VDM (convolution and attention), VDM (attention alone).
+    temporal: Literal["shift", "none", "attention", "vdm"] = "shift"
     place: Literal["conv1", "conv2", "end"] = "conv1"  # where in the residual branch the channels shift
     forward: float = Field(1 / 3, ge=0, le=1)  # share of the channels that come from the frame before
     backward: float = Field(1 / 3, ge=0, le=1)  # share that comes from the frame after
@@ -151,8 +152,10 @@ class Config(Section):
             raise ValueError("train.shard with train.precision=fp16: expected bf16 or no")
         if self.lora and self.model.place == "end" and self.model.temporal == "shift" and "conv2" in self.lora.modules:
             raise ValueError("with model.place=end conv2 shifts and takes no LoRA: leave it out of lora.modules")
-        if self.lora and self.model.temporal == "attention":
-            raise ValueError("a lora adds to weights that are there; those of model.temporal=attention are new: train all, without lora")
+        if self.lora and self.model.temporal in ("attention", "vdm"):
+            raise ValueError(
+                f"a lora adds to weights that are there; those of model.temporal={self.model.temporal} are new: train all, without lora"
+            )
         if self.optim.cooldown != "linear" and not self.optim.cooldown_steps:
             raise ValueError("optim.cooldown has no effect without optim.cooldown_steps")
         if not self.data.val_splits and (self.train.validate_every, self.train.val_batches) != (500, 8):

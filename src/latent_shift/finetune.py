@@ -34,6 +34,7 @@ from latent_shift.pipeline import LatentShiftXLPipeline
 from latent_shift.shift import Shift, ShiftConv2d, shift_of
 from latent_shift.sources import splits_of
 from latent_shift.store import Store, stores
+from latent_shift.vdm import VDMUNet
 
 log = logging.getLogger("latent_shift")
 
@@ -123,7 +124,8 @@ def check_start(config: Config, start: Path) -> None:
     trained = _read(start / "model_index.json").get("latent_shift", {}) if (start / "model_index.json").exists() else {}
     if trained.get("num_frames", 1) > 1:  # an image model has moved none
         moved = trained.get("forward") or trained.get("backward")
-        before["model.temporal"] = "attention" if models.unet_of(start) is LatentVDMUNet else "shift" if moved else "none"
+        attention = {LatentVDMUNet: "attention", VDMUNet: "vdm"}.get(models.unet_of(start))
+        before["model.temporal"] = attention or ("shift" if moved else "none")
         now["model.temporal"] = config.model.temporal
         before |= {f"model.{field}": trained[field] for field in asdict(shift) if field in trained}
         now |= {f"model.{field}": asdict(shift)[field] for field in asdict(shift) if field in trained}

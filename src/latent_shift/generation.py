@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.free_init_utils import FreeInitMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
@@ -359,6 +359,8 @@ class ClipGeneration(Conditioning, FreeInitMixin):
         told = {key: value for key, value in self.call_defaults.items() if key in self._told or value != _CALL_DEFAULTS[key]}
         if isinstance(self.unet, UNet2DConditionModel):  # or the baseline's, which plain diffusers then opens as what it is made of
             self.register_to_config(unet=("diffusers", UNet2DConditionModel.__name__))
+        if isinstance(self.vae, AutoencoderKL):
+            self.register_to_config(vae=("diffusers", AutoencoderKL.__name__))
         self.register_to_config(latent_shift={**asdict(shift_of(self.unet) or Shift()), **told})
 
     def _noise_settings(self, shared_noise: float | None, noise_correlation: float | None) -> tuple[float, float]:

@@ -80,13 +80,15 @@ class LatentVDMUNet(UNet2DConditionModel):
     """A `UNet2DConditionModel` with layers in time. `frames(network, F)` says how many frames make a clip, as for a shifted one;
     what a shift alone can do (loops, exact chunks, streams) is refused."""
 
+    convolves = True  # in time, after each ResNet block
+
     @functools.wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         inflate(self, Shift(0, 0))  # nothing moves: it only tells how many frames there are
         clip = self.__dict__["_latent_shift_clip"]
         for module in list(self.modules()):
-            if isinstance(module, ResnetBlock2D):
+            if isinstance(module, ResnetBlock2D) and self.convolves:
                 module.over_time = TemporalConv(module.out_channels)
                 module.__class__ = _ThenConv
             elif isinstance(module, Transformer2DModel):

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from latent_shift.config import Model
 from latent_shift.latent_vdm import LatentVDMUNet
 from latent_shift.shift import Shift, inflate
+from latent_shift.vdm import PixelSpace, VDMUNet
 
 AUTOENCODERS: dict[str, dict] = {
     # 8x down, 4 channels, no attention: works on any size. Parameters: tiny 0.06 M, emoji 3.1 M.
@@ -27,6 +28,9 @@ UNETS: dict[str, dict] = {
     # Heads are 32 wide: with the class's default of 8 a narrow U-Net spends half its time in attention.
     "tiny": dict(block_out_channels=(16, 32, 32), cross_attention_dim=32, norm_num_groups=8),
     "emoji": dict(block_out_channels=(128, 192, 256), cross_attention_dim=384, norm_num_groups=32),
+    # A quarter of that, for comparisons (recipes/compare); and the same over pixels of 64x64, seen at three more resolutions.
+    "small": dict(block_out_channels=(64, 96, 128), cross_attention_dim=384, norm_num_groups=16),
+    "pixels": dict(block_out_channels=(32, 64, 96, 128), cross_attention_dim=384, norm_num_groups=16, in_channels=3, out_channels=3),
 }
 
 
@@ -53,19 +57,25 @@ def check_size(size: str, *, autoencoder: bool) -> None:
 def load_autoencoder(folder: str | Path) -> AutoencoderKL:
     """The `AutoencoderKL` of a folder that holds one or a pipeline, in float32."""
     inside = Path(folder) / "vae"
-    return AutoencoderKL.from_pretrained(inside if inside.is_dir() else folder, dtype=torch.float32)
+    inside = inside if inside.is_dir() else Path(folder)
+    return autoencoder_of(inside).from_pretrained(inside, dtype=torch.float32)
+
+
+def autoencoder_of(folder: Path) -> type[AutoencoderKL]:
+    """The class of the autoencoder in a folder."""
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    return PixelSpace if config.get("_class_name") == PixelSpace.__name__ else AutoencoderKL
 
 
 def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:
-    """A new `UNet2DConditionModel` of a named size for 4-channel latents; raises ValueError for an unknown name."""
+    """A new `UNet2DConditionModel` of a named size; raises ValueError for an unknown name."""
     config = _named(UNETS, size)
+    plain = len(config["block_out_channels"]) - 2  # the higher resolutions have convolutions alone
     return UNet2DConditionModel(
         sample_size=sample_size,
-        in_channels=4,
-        out_channels=4,
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",) * plain,
         # In this class "attention_head_dim" is the number of heads.
         attention_head_dim=tuple(max(1, width // 32) for width in config["block_out_channels"]),
         **config,
@@ -74,8 +84,8 @@ def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:
 
 def in_time(unet: UNet2DConditionModel, settings: Model) -> UNet2DConditionModel:
     """An image U-Net made to see time as a recipe's table `model` says: inflated in place, or the baseline's with its weights."""
-    if settings.temporal == "attention":
-        return unet if isinstance(unet, LatentVDMUNet) else LatentVDMUNet.of(unet)
+    if network := {"attention": LatentVDMUNet, "vdm": VDMUNet}.get(settings.temporal):
+        return unet if type(unet) is network else network.of(unet)
     return inflate(unet, shift_in_time(settings))  # type: ignore[return-value]
 
 
@@ -87,7 +97,8 @@ def shift_in_time(settings: Model) -> Shift:
 def unet_of(folder: str | Path) -> type[UNet2DConditionModel]:
     """The class of the U-Net in a pipeline's folder."""
     config = json.loads((Path(folder) / "unet" / "config.json").read_text())
-    return LatentVDMUNet if config.get("_class_name") == LatentVDMUNet.__name__ else UNet2DConditionModel
+    known = {each.__name__: each for each in (LatentVDMUNet, VDMUNet)}
+    return known.get(config.get("_class_name"), UNet2DConditionModel)
 
 
 def num_parameters(model) -> int:

@@ -176,7 +176,7 @@ class DenoiserStage:
         folder, options, sampling = self.store.folder, self.config.diffusion, self.config.train
         share, correlation = sampling.sample_shared_noise, sampling.sample_noise_correlation
         return LatentShiftPipeline(
-            vae=AutoencoderKL.from_pretrained(folder / "autoencoder", dtype=torch.float32),
+            vae=models.load_autoencoder(folder / "autoencoder"),
             text_encoder=AutoModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
             unet=self.model,

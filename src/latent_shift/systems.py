@@ -22,6 +22,7 @@ from latent_shift.extractors import digest
 from latent_shift.generation import ClipGeneration
 from latent_shift.latent_vdm import LatentVDMUNet
 from latent_shift.shift import shift_of
+from latent_shift.vdm import PixelSpace, VDMUNet
 
 PEERS: dict[str, tuple[str, float]] = {  # pipeline of diffusers -> what it is, and the frames a second it was trained at
     "AnimateDiffPipeline": ("AnimateDiff (Guo et al. 2024)", 8),
@@ -93,8 +94,10 @@ def open_system(
 
 
 def _title(pipe: ClipGeneration) -> str:
+    if isinstance(pipe.unet, VDMUNet) and isinstance(pipe.vae, PixelSpace):
+        return "Video Diffusion Models (Ho et al. 2022), in pixels"
     if isinstance(pipe.unet, LatentVDMUNet):
-        return "Latent-VDM (the paper's baseline)"
+        return "Latent-VDM, the paper's baseline" + (" without convolution in time" if isinstance(pipe.unet, VDMUNet) else "")
     shift = shift_of(pipe.unet)
     return "the image model, frame by frame" if shift and not shift.forward and not shift.backward else "Latent-Shift"
 

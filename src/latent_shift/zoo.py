@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
+from diffusers import SchedulerMixin, UNet2DConditionModel
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from PIL import Image
 from safetensors import safe_open
@@ -20,17 +20,18 @@ from torch import Tensor
 
 from latent_shift import families, models, video
 from latent_shift.generation import ClipGeneration
-from latent_shift.latent_vdm import LatentVDMUNet
 from latent_shift.pipeline import LatentShiftPipeline, LatentShiftXLPipeline
 from latent_shift.shift import Shift, inflate
+from latent_shift.vdm import PixelSpace
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = {"emoji": "128x128, 16 frames at 8 fps, drawn as 3-D emoji; trained by recipes/emoji, embedded in this package"}
 
 
 def folder(model: str | Path) -> Path:
-    """The folder of a model in `MODELS`; any other name is a folder already. Raises ValueError for what is neither."""
-    path = WEIGHTS / str(model) if str(model) in MODELS else Path(model)
+    """The folder of a model in `MODELS`, or of "pixels", the autoencoder that keeps pixels (vdm.py); any other name is a folder already.
+    Raises ValueError for what is neither."""
+    path = WEIGHTS / str(model) if str(model) in (*MODELS, "pixels") else Path(model)
     if not path.is_dir():
         nearest = difflib.get_close_matches(str(model), MODELS, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -91,8 +92,10 @@ def load(
         variant = variant or only_variant(path / "unet")
     pipeline = LatentShiftXLPipeline if "text_encoder_2" in index else LatentShiftPipeline
     given = {}
-    if Path(path).is_dir() and models.unet_of(path) is LatentVDMUNet:  # diffusers knows it as what it is made of
-        given["unet"] = LatentVDMUNet.from_pretrained(Path(path) / "unet", dtype=dtype, variant=variant)
+    if Path(path).is_dir() and (network := models.unet_of(path)) is not UNet2DConditionModel:  # diffusers knows what it is made of
+        given["unet"] = network.from_pretrained(Path(path) / "unet", dtype=dtype, variant=variant)
+    if Path(path).is_dir() and models.autoencoder_of(Path(path) / "vae") is PixelSpace:
+        given["vae"] = PixelSpace.from_pretrained(Path(path) / "vae", dtype=dtype)
     pipe = pipeline.from_pretrained(path, dtype=dtype, variant=variant, **given)
     if prediction:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from safetensors import safe_open
 from latent_shift import families, finetune, memory, models, zoo
 from latent_shift.config import Config, Model
 from latent_shift.diffusion import DenoisingObjective, attention_kernel, noise_schedule
+from latent_shift.latent_vdm import LatentVDMUNet
 from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of
 from latent_shift.terminal import quiet
 
@@ -129,50 +131,76 @@ def shift_overhead(
     }
 
 
-def against_peers(
-    *, num_frames: int = 16, text_length: int = 77, rounds: int = 5, device: str = "cpu", dtype: torch.dtype = torch.float32,
-    channels_last: bool = False, compiled: bool = False,
-) -> dict:  # fmt: skip
-    """One denoising step of U-Nets of the same widths, 64/128/256/256, two layers a block, 32x32 latents, each called as its pipeline
-    calls it: Latent-Shift's, AnimateDiff's, ModelScope's, and frame by frame the image model that all of them begin with.
+@dataclass
+class Contender:
+    """A U-Net as its pipeline calls it.
 
-    Returns:
-        For each `parameters` and `seconds`, and `ratio`, its time relative to Latent-Shift's.
+    Attributes:
+        network: with random weights.
+        call: (clips, frames, side of the latents) to a function without arguments, one step of sampling.
+        most_frames: that it can see at once; None: any number.
     """
-    torch.manual_seed(0)
-    image = UNet2DConditionModel(**_WIDTHS, attention_head_dim=_HEADS)
-    shifted = inflate(copy.deepcopy(image))
-    share_text(shifted)
-    networks = {
-        "Latent-Shift": shifted,
-        "frame by frame": image,
-        "AnimateDiff (UNetMotionModel)": UNetMotionModel(**_WIDTHS, num_attention_heads=_HEADS),
-        "ModelScope (UNet3DConditionModel)": UNet3DConditionModel(**_WIDTHS, attention_head_dim=32),
-    }
-    x = torch.randn(num_frames, 4, 32, 32, device=device, dtype=dtype)
-    clip = x.transpose(0, 1)[None]
-    text = torch.randn(1, text_length, _WIDTHS["cross_attention_dim"], device=device, dtype=dtype)
-    of_frames = text.repeat(num_frames, 1, 1)
-    inputs = dict(zip(networks, ((x, 500, text), (x, 500, of_frames), (clip, 500, of_frames), (clip, 500, text)), strict=True))
 
-    def step(name: str) -> Callable[[], object]:
-        network = torch.nn.Module.to(networks[name], device, dtype).eval()
+    network: torch.nn.Module
+    call: Callable[[int, int, int], Callable[[], object]]
+    most_frames: int | None = None
+
+
+def contenders(
+    *, text_length: int = 77, device: str = "cpu", dtype: torch.dtype = torch.float32, channels_last: bool = False, compiled: bool = False,
+    only: str | None = None,
+) -> dict[str, Contender]:  # fmt: skip
+    """U-Nets of the same widths, 64/128/256/256, two layers a block: Latent-Shift's, frame by frame the image model that all of them begin
+    with, the paper's baseline Latent-VDM, AnimateDiff's and ModelScope's; or `only` one of them."""
+    make: dict[str, Callable[[], torch.nn.Module]] = {
+        "Latent-Shift": lambda: inflate(UNet2DConditionModel(**_WIDTHS, attention_head_dim=_HEADS)),
+        "frame by frame": lambda: UNet2DConditionModel(**_WIDTHS, attention_head_dim=_HEADS),
+        "Latent-VDM": lambda: LatentVDMUNet(**_WIDTHS, attention_head_dim=_HEADS),
+        "AnimateDiff (UNetMotionModel)": lambda: UNetMotionModel(**_WIDTHS, num_attention_heads=_HEADS),
+        "ModelScope (UNet3DConditionModel)": lambda: UNet3DConditionModel(**_WIDTHS, attention_head_dim=32),
+    }
+    found = {}
+    for name in [only] if only else list(make):
+        torch.manual_seed(0)
+        network = make[name]()
+        torch.nn.Module.to(network, device, dtype).eval()
         for parameter in network.parameters() if channels_last else ():
             if parameter.ndim == 4:  # ModelScope's has convolutions over time beside
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
+        if name in ("Latent-Shift", "Latent-VDM"):
+            share_text(network)  # type: ignore[arg-type]
         run = torch.compile(network) if compiled else network
-        if name != "Latent-Shift":
-            return lambda: run(*inputs[name])
 
-        def as_clip() -> object:
-            with frames(network, num_frames):
-                return run(*inputs[name])
+        def call(clips: int, num_frames: int, side: int, name=name, network=network, run=run) -> Callable[[], object]:
+            x = torch.randn(clips * num_frames, 4, side, side, device=device, dtype=dtype)
+            text = torch.randn(clips, text_length, _WIDTHS["cross_attention_dim"], device=device, dtype=dtype)
+            of_frames = text.repeat_interleave(num_frames, dim=0)
+            if isinstance(network, UNetMotionModel | UNet3DConditionModel):
+                x = x.unflatten(0, (clips, num_frames)).transpose(1, 2)
+                return lambda: run(x, 500, of_frames if isinstance(network, UNetMotionModel) else text)
+            if name == "frame by frame":
+                return lambda: run(x, 500, of_frames)
 
-        return as_clip
+            def as_clips() -> object:
+                with frames(network, num_frames):
+                    return run(x, 500, text)
 
+            return as_clips
+
+        found[name] = Contender(network, call, 32 if isinstance(network, UNetMotionModel) else None)  # its table of positions ends there
+    return found
+
+
+def against_peers(
+    *, num_frames: int = 16, rounds: int = 5, device: str = "cpu", dtype: torch.dtype = torch.float32, channels_last: bool = False,
+    compiled: bool = False, text_length: int = 77,
+) -> dict:  # fmt: skip
+    """One denoising step of all `contenders` on a clip of 32x32 latents, in turn: `parameters`, `seconds`, and `ratio`, the time relative
+    to Latent-Shift's."""
+    found = contenders(text_length=text_length, device=device, dtype=dtype, channels_last=channels_last, compiled=compiled)
     with torch.no_grad():
-        results = paired({name: step(name) for name in networks}, rounds=rounds)
-    return {name: {"parameters": models.num_parameters(networks[name]), **result} for name, result in results.items()}
+        results = paired({name: each.call(1, num_frames, 32) for name, each in found.items()}, rounds=rounds)
+    return {name: {"parameters": models.num_parameters(found[name].network), **result} for name, result in results.items()}
 
 
 def savings(*, num_frames: int = 16, text_length: int = 77, rounds: int = 10, device: str = "cpu") -> dict:

@@ -68,6 +68,39 @@ def peers(frames: Frames = 16, rounds: Rounds = 5, device: Device = "cpu", outpu
 
 
 @app.command()
+def sweep(
+    frames: Annotated[list[int] | None, typer.Option(help="frames a clip; may be repeated; default 1, 2, 4, ... 256")] = None,
+    sides: Annotated[list[int] | None, typer.Option(help="of the latents; may be repeated; default 8, 16, 32, 64")] = None,
+    clips: Annotated[list[int] | None, typer.Option(help="at once; may be repeated; default 1, 2, 4")] = None,
+    rounds: Rounds = 3,
+    device: Device = "cpu",
+    half: Annotated[bool, typer.Option("--half", help="bfloat16 instead of float32")] = False,
+    model: Annotated[str, typer.Option("--model", "-m", help="of the whole clips")] = "emoji",
+    output: Output = None,
+) -> None:
+    """Time a step of ours and of the others against frames, size and batch, beside what the machine can do at most."""
+    quiet()
+    import torch
+
+    from latent_shift import benchmark, zoo
+    from latent_shift import sweep as sweeping
+
+    device, numbers = str(zoo.device_of(device)), frames or list(sweeping.FRAMES)
+    result = benchmark.machine(device) | sweeping.sweep(
+        num_frames=numbers,
+        sides=sides or (8, 16, 32, 64),
+        clips=clips or (1, 2, 4),
+        rounds=rounds,
+        device=device,
+        dtype=torch.bfloat16 if half else torch.float32,
+    )
+    if device == "cpu":
+        result["memory"] = sweeping.memory_of_steps(numbers)
+    result["whole clips"] = sweeping.whole_clips(model, device=device, rounds=rounds)
+    _show(result, output)
+
+
+@app.command()
 def memory(
     model: Annotated[str, typer.Option("--model", "-m", help="of the long clips: a name, a folder or a .safetensors file")] = "emoji",
     output: Output = None,

@@ -1,0 +1,127 @@
+"""One denoising step against frames, size and batch, of all that can be asked: time, multiplications, memory, and how near the machine's
+own limits it comes. What benchmark.py times at one size, over many.
+
+A roofline has two sides: what the machine multiplies, and what it moves. A step that reaches neither spends its time otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from latent_shift import memory, models, zoo
+from latent_shift.benchmark import alone, contenders, paired
+
+CONTENDERS = (
+    "Latent-Shift", "frame by frame", "Latent-VDM", "AnimateDiff (UNetMotionModel)", "ModelScope (UNet3DConditionModel)",
+)  # fmt: skip
+FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def sweep(
+    *, num_frames: Sequence[int] = FRAMES, sides: Sequence[int] = (8, 16, 32, 64), clips: Sequence[int] = (1, 2, 4), side: int = 16,
+    rounds: int = 3, device: str = "cpu", dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:  # fmt: skip
+    """Every contender of benchmark.py along three lines: frames of one clip, the size of the latents, and clips at once.
+
+    Args:
+        num_frames: of one clip, at latents of `side`.
+        sides: of the latents, of one clip of 16 frames.
+        clips: at once, of 16 frames, at `side`.
+        side: of the latents along the other lines.
+        rounds: counted rounds; in each every contender is timed once, in turn.
+        device, dtype: where and in what.
+
+    Returns:
+        `limits`, of the machine, and `points`: of each contender at each place seconds, the ratio to Latent-Shift's, multiplications and
+        additions, the share of the machine's rate reached, and on a GPU the peak of memory (on a CPU see `memory_of_steps`). Where a
+        contender cannot go, the reason.
+    """
+    told = limits(device, dtype)
+    places = (
+        [("frames", (1, n, side)) for n in num_frames] + [("side", (1, 16, n)) for n in sides] + [("clips", (n, 16, side)) for n in clips]
+    )
+    networks, points = contenders(device=device, dtype=dtype), list[dict[str, Any]]()
+    for line, place in places:
+        where = {"line": line, "clips": place[0], "frames": place[1], "side": place[2]}
+        able = {name: each for name, each in networks.items() if each.most_frames is None or place[1] <= each.most_frames}
+        points += [
+            {**where, "name": name, "cannot": f"at most {networks[name].most_frames} frames"} for name in networks if name not in able
+        ]
+        calls = {name: each.call(*place) for name, each in able.items()}
+        with torch.no_grad():
+            flops, peaks = {}, {}
+            for name, call in calls.items():
+                if device.startswith("cuda"):
+                    torch.cuda.reset_peak_memory_stats(device)
+                with FlopCounterMode(display=False) as counter:
+                    call()
+                flops[name] = counter.get_total_flops()
+                peaks[name] = memory.peak(device) if device.startswith("cuda") else None
+            timed = paired(calls, rounds=rounds, warm_up=1)
+        for name, found in timed.items():
+            reached = flops[name] / found["seconds"]
+            points.append(
+                {
+                    **where, "name": name, "parameters": models.num_parameters(networks[name].network), **found, "flops": flops[name],
+                    "share_of_the_matrix_rate": reached / told["flops_per_s"], "frames_per_s": place[0] * place[1] / found["seconds"],
+                    "gib_peak": peaks[name],
+                }
+            )  # fmt: skip
+    return {"limits": told, "dtype": str(dtype).removeprefix("torch."), "points": points}
+
+
+def limits(device: str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: float = 0.3) -> dict[str, float]:
+    """What the machine multiplies, and what it copies: bytes read and written a second, of a gibibyte."""
+    source = torch.ones(2**30 // dtype.itemsize, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    num, start = 0, 0.0
+    while num == 0 or time.perf_counter() - start < seconds:
+        target.copy_(source)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        num += 1
+        if num == 1:  # the first one finds the pages
+            start = time.perf_counter()
+    rate = 2 * (num - 1) * source.nbytes / (time.perf_counter() - start) if num > 1 else 0.0
+    return {"flops_per_s": memory.matrix_rate(device, dtype), "bytes_per_s": rate}
+
+
+def memory_of_steps(num_frames: Sequence[int] = FRAMES, *, side: int = 16) -> list[dict[str, Any]]:
+    """On a CPU: what a step of each contender takes beside what was there before it, GiB, each in a process of its own."""
+    return [alone(_memory_of_step, name, number, side) for name in CONTENDERS for number in num_frames]
+
+
+def _memory_of_step(name: str, num_frames: int, side: int) -> dict[str, Any]:
+    one = contenders(only=name)[name]
+    where = {"name": name, "frames": num_frames, "side": side}
+    if one.most_frames is not None and num_frames > one.most_frames:
+        return {**where, "cannot": f"at most {one.most_frames} frames"}
+    call = one.call(1, num_frames, side)
+    before = memory.peak()
+    with torch.no_grad():
+        call()
+    return {**where, "gib_before": before, "gib_peak": memory.peak()}
+
+
+def whole_clips(
+    model: str = "emoji", *, num_frames: Sequence[int] = (8, 16, 32), device: str = "cpu", rounds: int = 3
+) -> list[dict[str, Any]]:
+    """Words to frames with the model's own steps and guidance, decoding included: seconds a clip, and clips a second of four at once."""
+    pipe = zoo.load(model, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for number in num_frames:
+        one, four = (
+            (lambda prompts=prompts: pipe(prompts, num_frames=number, generator=zoo.seed(0)))  # noqa: B023
+            for prompts in ("fire", ["fire", "rocket", "red heart", "a dolphin"])
+        )
+        timed = paired({"one": one, "four": four}, rounds=rounds, warm_up=1)
+        rows.append(
+            {"model": model, "frames": number, "seconds_a_clip": timed["one"]["seconds"], "clips_per_s": 4 / timed["four"]["seconds"]}
+        )
+    return rows

@@ -1,0 +1,77 @@
+"""The sweep times every contender everywhere it can go, and says where it cannot."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_cli import run
+
+from latent_shift import benchmark, sweep
+
+SMALL = dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=32)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(benchmark, "_WIDTHS", SMALL)
+    monkeypatch.setattr(benchmark, "_HEADS", (1, 1, 1, 1))
+
+
+def test_every_contender_at_every_place(small, monkeypatch):
+    monkeypatch.setattr(sweep, "limits", lambda *_: {"flops_per_s": 1e12, "bytes_per_s": 1e10})
+    result = sweep.sweep(num_frames=(1, 33), sides=(16,), clips=(2,), side=16, rounds=1)
+    points = result["points"]
+    assert {each["name"] for each in points} == set(sweep.CONTENDERS)
+    assert len(points) == 4 * len(sweep.CONTENDERS)
+    (cannot,) = [each for each in points if "cannot" in each]
+    assert (cannot["name"], cannot["frames"], cannot["cannot"]) == ("AnimateDiff (UNetMotionModel)", 33, "at most 32 frames")
+    at = {(each["name"], each["line"], each["frames"]): each for each in points if "cannot" not in each}
+    ours, image = (at[name, "frames", 33] for name in ("Latent-Shift", "frame by frame"))
+    assert ours["parameters"] == image["parameters"]
+    # The shift multiplies nothing; a text once a clip instead of once a frame multiplies less.
+    assert ours["flops"] < image["flops"] < at["Latent-VDM", "frames", 33]["flops"]
+    two = at["frame by frame", "clips", 16]
+    assert two["flops"] == 2 * at["frame by frame", "side", 16]["flops"]
+    assert ours["share_of_the_matrix_rate"] == pytest.approx(ours["flops"] / ours["seconds"] / 1e12)
+    assert ours["frames_per_s"] == pytest.approx(33 / ours["seconds"])
+    assert all(each["ratio"] == 1 for each in points if each["name"] == "Latent-Shift")
+
+
+def test_the_call_is_the_networks_own(small):
+    found = benchmark.contenders(text_length=4)
+    with torch.no_grad():
+        clips = {name: each.call(2, 3, 8)() for name, each in found.items()}
+    for name, made in clips.items():
+        in_time = name.startswith(("AnimateDiff", "ModelScope"))
+        assert tuple(made.sample.shape) == ((2, 4, 3, 8, 8) if in_time else (6, 4, 8, 8)), name
+    assert set(benchmark.contenders(only="Latent-VDM")) == {"Latent-VDM"}
+
+
+def test_the_machines_limits_are_plausible():
+    found = sweep.limits(seconds=0.05)
+    assert found["flops_per_s"] > 1e8
+    assert 1e8 < found["bytes_per_s"] < 5e12
+
+
+def test_memory_is_that_of_one_step_alone():
+    row = benchmark.alone(sweep._memory_of_step, "frame by frame", 2, 8)
+    assert 0.1 < row["gib_before"] <= row["gib_peak"] < 3
+    refused = benchmark.alone(sweep._memory_of_step, "AnimateDiff (UNetMotionModel)", 64, 8)
+    assert refused["cannot"] == "at most 32 frames"
+
+
+def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "memory_of_steps", lambda numbers: [{"frames": number} for number in numbers])
+    monkeypatch.setattr(sweep, "whole_clips", lambda model, **_: [{"model": model}])
+    monkeypatch.setattr(sweep, "contenders", lambda **options: dict([*benchmark.contenders(**options).items()][:2]))
+    run("bench", "sweep", "--frames", 2, "--sides", 16, "--clips", 1, "--rounds", 1, "-m", video_model, "-o", tmp_path / "sweep.json")
+    result = json.loads((tmp_path / "sweep.json").read_text())
+    assert {each["line"] for each in result["points"]} == {"frames", "side", "clips"}
+    assert result["memory"] == [{"frames": 2}] and result["whole clips"] == [{"model": str(video_model)}]
+    assert result["dtype"] == "float32"
+
+
+def test_whole_clips_are_the_models_own(video_model):
+    (row,) = sweep.whole_clips(str(video_model), num_frames=(2,), rounds=1)
+    assert row["frames"] == 2 and np.isfinite([row["seconds_a_clip"], row["clips_per_s"]]).all()

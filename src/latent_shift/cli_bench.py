@@ -188,3 +188,24 @@ def runs(folders: Annotated[list[Path], typer.Argument(help="run folders")], out
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+@app.command()
+def measures(
+    data: Annotated[Path, typer.Argument(help="a packed data set")],
+    num: Annotated[int, typer.Option(min=4, help="clips, one half compared with, one spoilt")] = 80,
+    num_frames: Annotated[int, typer.Option(min=4)] = 16,
+    output: Output = None,
+) -> None:
+    """Spoil real clips more and more, and see which measures tell."""
+    quiet()
+    import numpy as np
+
+    from latent_shift import protocols, verification
+
+    task = protocols.open_protocol("own", data, num=num, num_frames=num_frames)
+    results = verification.verify(np.stack([task.real(k) for k in range(num)]))
+    print(verification.table(results))
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"data": task.reference, "num_frames": num_frames, "measures": results}, indent=1) + "\n")

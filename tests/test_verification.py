@@ -1,0 +1,63 @@
+"""Spoiling does what it says, and measures that should tell do."""
+
+import json
+
+import numpy as np
+import pytest
+from test_check import clouds
+from test_cli import run
+
+from latent_shift import data, verification, video
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return np.stack([clouds(12, seed) for seed in range(12)])
+
+
+def test_each_way_spoils_what_it_says(clips):
+    rng, clip = np.random.default_rng(0), clips[0]
+    assert np.std(verification.noisy(np.full((4, 64, 64, 3), 128, np.uint8), 0.25, rng)) == pytest.approx(16, rel=0.02)
+    assert (
+        np.abs(np.diff(verification.blurred(clip, 1.0, rng).astype(int), axis=2)).mean() < np.abs(np.diff(clip.astype(int), axis=2)).mean()
+    )
+    mixed = verification.shuffled(clip, 1.0, rng)
+    assert not np.array_equal(mixed, clip)
+    assert sorted(frame.tobytes() for frame in mixed) == sorted(frame.tobytes() for frame in clip)
+    half = verification.shuffled(clip, 0.5, rng)
+    assert 6 <= sum(np.array_equal(a, b) for a, b in zip(half, clip, strict=True)) < 12
+    still = verification.frozen(clip, 0.5, rng)
+    assert np.array_equal(still[:6], clip[:6]) and np.array_equal(still[-1], still[6])
+    assert np.array_equal(verification.frozen(clip, 1.0, rng), np.repeat(clip[:1], 12, axis=0))
+
+
+def test_measures_tell_what_they_can_see(clips):
+    found = verification.verify(clips, strengths=(0.25, 1.0))
+    says = {way: {name: verification.trend(values) for name, values in measures.items()} for way, measures in found.items()}
+    assert says["noise"]["kd-efficientnet-lite0"] == says["noise"]["kd-efficientnet-lite0-motion"] == "rises"
+    assert says["blur"]["kd-efficientnet-lite0"] == "rises"
+    assert says["shuffle"]["kd-efficientnet-lite0"] == "stays"  # of single frames
+    assert says["shuffle"]["kd-efficientnet-lite0-motion"] == "rises"
+    assert says["shuffle"]["flicker"] == "rises" and says["shuffle"]["coherence"] == "falls"
+    assert says["freeze"]["motion_energy"] == "falls"
+    assert found["freeze"]["motion_energy"][-1] == 0
+    assert says["noise"]["warping_error"] == "rises"
+
+
+def test_the_trend_is_told():
+    assert [verification.trend(values) for values in ([1, 2, 3], [3, 2, 2], [1, 1.001, 1], [1, 3, 2])] == ["rises", "falls", "stays", ""]
+
+
+def test_the_command_prints_a_table(tmp_path):
+    rows = []
+    for seed in range(4):
+        video.write(clouds(12, seed), tmp_path / "clips" / f"{seed}.webp", fps=8)
+        rows.append({"file_name": f"{seed}.webp", "text": f"cloud {seed}"})
+    (tmp_path / "clips" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data.pack(tmp_path / "clips", tmp_path / "packed", size=32, fps=8)
+    told = run("bench", "measures", tmp_path / "packed", "--num", 4, "--num-frames", 4, "-o", tmp_path / "measures.json")
+    found = json.loads((tmp_path / "measures.json").read_text())
+    assert set(found["measures"]) == set(verification.WAYS)
+    assert found["data"]["clips"] == 4
+    energy = found["measures"]["freeze"]["motion_energy"]
+    assert f"| motion_energy | freeze | {energy[0]:.4g} |" in told

@@ -32,7 +32,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[dev,eval,finetune,tensorboard,wandb,ray,onnx]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[dev,eval,report,finetune,tensorboard,wandb,ray,onnx]'
 	touch $@
 
 demo: $(VENV)/.core

@@ -189,7 +189,7 @@ def evaluate(
             "--model", "-m", help="[NAME=]MODEL: a name, a folder or file of ours, of AnimateDiff, ModelScope, ...; may be repeated"
         ),
     ] = None,
-    protocol: Annotated[str, typer.Option(help="own, emoji, ucf101, msrvtt-mav or msrvtt-lavie")] = "own",
+    protocol: Annotated[str, typer.Option(help="own, emoji, classes, ucf101, msrvtt-mav or msrvtt-lavie")] = "own",
     num: Annotated[int | None, typer.Option(help="clips, the first of the protocol's; default: all (own: at most 100)")] = None,
     num_frames: Annotated[int | None, typer.Option(help="of own: frames a clip; default: the first model's")] = None,
     split: Annotated[list[str] | None, typer.Option(help="of own: where captions come from; may be repeated; default train")] = None,
@@ -221,7 +221,7 @@ def evaluate(
     if unknown := set(given) - {"i3d", "c3d", "inception", "videomae", "clip"}:
         raise ValueError(f"--weights: unknown kind {', '.join(sorted(unknown))}; expected i3d, c3d, inception, videomae or clip")
     named = [each.rpartition("=") for each in model or ["emoji"]]
-    if protocol == "own" and num_frames is None:
+    if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.open_system(named[0][2], device="cpu").settings.get("num_frames")
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
     networks = evaluation.Weights(given, device=str(zoo.device_of(device)))
@@ -247,6 +247,26 @@ def evaluate(
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="the page's folder")],
+    compared: Annotated[Path, typer.Argument(help="the folder of an evaluation (`eval --out`), its systems in columns")],
+    ablation: Annotated[list[Path] | None, typer.Option(help="another evaluation, as a table; may be repeated")] = None,
+    classes: Annotated[Path | None, typer.Option(help="an evaluation with protocol classes, as rows of clips")] = None,
+    sweep: Annotated[Path | None, typer.Option(help="what `bench sweep -o` wrote, as plots")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="words shown")] = 8,
+    first: Annotated[list[str] | None, typer.Option(help="systems from left to right; may be repeated; the others follow by name")] = None,
+    title: str = "Latent-Shift beside others",
+) -> None:
+    """Write evaluations as a page to look at: clips that play side by side, numbers, plots. It opens from a disk."""
+    quiet()
+    from latent_shift import report as reporting
+
+    print(
+        reporting.report(out, compared, ablations=ablation or [], classes=classes, sweep=sweep, rows=rows, order=first or [], title=title)
+    )
 
 
 @app.command()

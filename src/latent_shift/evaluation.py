@@ -2,10 +2,11 @@
 it was taken with.
 
     evals/NAME/
-      protocol.json                 what is drawn, and the real clips beside it
+      protocol.json, prompts.json   what is drawn, and the real clips beside it
       real/EXTRACTOR.npy            features of the real clips
       SYSTEM/system.json            the system's settings
       SYSTEM/clips/000042.png       clip 42, its frames side by side (lossless)
+      SYSTEM/stills/000003.png      of the first eight words one frame, by models of this package
       SYSTEM/EXTRACTOR.npy          features of its clips
       SYSTEM/results.json           the records
 
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latent_shift import distances, extractors, metrics, probing, video
+from latent_shift import distances, extractors, metrics, probing, video, zoo
 from latent_shift.distances import Estimate
 from latent_shift.extractors import Clip, Extractor
 from latent_shift.generation import ClipGeneration
@@ -88,6 +89,9 @@ def evaluate(
         same(told, path)
         if rank == 0:
             write(path, json.dumps(told, indent=1))
+    if rank == 0:
+        write(out / "prompts.json", json.dumps(protocol.prompts, ensure_ascii=False))
+        draw_stills(system, protocol, folder / "stills")
     draw(system, protocol, folder, rank=rank, world=world, batch_size=batch_size, progress=progress)
     if world > 1:
         from accelerate import PartialState
@@ -127,6 +131,17 @@ def draw(
             os.replace(partial, folder / "clips" / f"{k:06}.png")
         if progress:
             progress(len(protocol.prompts) - len(numbers) + start + len(batch), len(protocol.prompts))
+
+
+def draw_stills(system: System, protocol: Protocol, folder: Path, *, num: int = 8) -> None:
+    """One frame for each of the first words: what is left of the image model. Of models of this package alone, with the clip's seed."""
+    if not isinstance(system.pipe, ClipGeneration):
+        return
+    options = {key: value for key, value in system.settings.items() if key in ("num_inference_steps", "guidance_scale", "height", "width")}
+    for k, prompt in enumerate(protocol.prompts[:num]):
+        if not (path := folder / f"{k:06}.png").exists():
+            made = system.pipe(prompt, num_frames=1, generator=zoo.seed(k), return_dict=False, **options)[0][0]
+            video.write(zoo.to_uint8(made), path)
 
 
 class Drawn:
@@ -297,31 +312,38 @@ def _safe(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "system"
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each measure, a column for each system, and what real clips measure.
+def table_of(results: list[dict[str, Any]]) -> tuple[list[str], list[str], list[list[dict[str, Any] | None]]]:
+    """What a table of results holds: systems and "real clips", measures, and for each measure the records.
 
     Raises:
         ValueError: results that cannot stand beside each other: of different protocols, clips, sizes or extractors.
     """
-    fixed = ("protocol", "clips", "num_frames", "prompts_sha256", "reference", "size")
     for result in results[1:]:
-        for key in fixed:
+        for key in ("protocol", "clips", "num_frames", "prompts_sha256", "reference", "size"):
             if result["protocol"][key] != results[0]["protocol"][key]:
                 raise ValueError(f"results of different {key} cannot stand in one table: {result['system']['system']}")
     values = [{record["measure"]: record for record in result["records"]} for result in results]
-    for name in values[0]:
+    names = list(dict.fromkeys(name for each in values for name in each))
+    for name in names:
         taken = {json.dumps(each[name]["extractor"]) for each in values if name in each}
         if len(taken) > 1:
             raise ValueError(f"{name} was taken with different weights: {', '.join(sorted(taken))}")
-    names = [name for name in dict.fromkeys(name for each in values for name in each) if not name.endswith("_real")]
-    rows = [["measure", *(result["system"]["system"] for result in results), "real clips"], ["---"] * (len(results) + 2)]
-    for name in names:
-        real = next((each[name + "_real"] for each in values if name + "_real" in each), None)
-        rows.append([name, *(_shown(each.get(name)) for each in values), _shown(real)])
+    shown = [name for name in names if not name.endswith("_real")]
+    cells = [
+        [*(each.get(name) for each in values), next((each[name + "_real"] for each in values if name + "_real" in each), None)]
+        for name in shown
+    ]
+    return [*(result["system"]["system"] for result in results), "real clips"], shown, cells
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """`table_of` as Markdown, under a line that says what the numbers are of."""
+    head, names, cells = table_of(results)
+    rows = [["measure", *head], ["---"] * (len(head) + 1), *([name, *map(_shown, row)] for name, row in zip(names, cells, strict=True))]
     told = results[0]["protocol"]
     part = "" if told["complete"] else ", a part of the protocol"
-    head = f"protocol {told['protocol']}: {told['clips']} clips of {told['num_frames']} frames{part}; in brackets 95 % by bootstrap"
-    return head + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    line = f"protocol {told['protocol']}: {told['clips']} clips of {told['num_frames']} frames{part}; in brackets 95 % by bootstrap"
+    return line + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _shown(record: dict[str, Any] | None) -> str:

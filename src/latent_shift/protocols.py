@@ -19,6 +19,7 @@ from latent_shift.store import Store, pixels
 SOURCES = {
     "own": "a clip of the plainest caption of each concept of a packed data set, beside the real clip of that caption",
     "emoji": "the same of the set of recipes/emoji: 100 concepts, 16 frames of 128x128 at 8 fps",
+    "classes": "four clips of each of eight concepts of a packed data set",
     "ucf101": "100 clips of one sentence for each of the 101 classes; IS on C3D, FVD against the train videos (TGANv2, Make-A-Video)",
     "msrvtt-mav": "a clip of each of the 59,794 captions of the test videos (Make-A-Video)",
     "msrvtt-lavie": "a clip of one caption of each of the 2,990 test videos, CLIPSIM (LaVie)",
@@ -85,11 +86,11 @@ def open_protocol(
     """
     if name not in SOURCES:
         raise ValueError(f"unknown protocol {name!r}; expected one of {', '.join(SOURCES)}")
-    if name != "own" and (num_frames or 16) != 16:
+    if name not in ("own", "classes") and (num_frames or 16) != 16:
         raise ValueError(f"protocol {name} is of clips of 16 frames, got {num_frames}; expected protocol own, whose results say theirs")
     if name != "own" and splits:
         raise ValueError(f"protocol {name} has its splits; expected protocol own to choose others")
-    if name in ("own", "emoji"):
+    if name in ("own", "emoji", "classes"):
         return _captions(name, pixels(data), num, num_frames or 16, splits or ("train",))
     return (_ucf101 if name == "ucf101" else _msrvtt)(name, Path(data), num)
 
@@ -100,17 +101,22 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
     plainest: dict[str, int] = {}  # the record with the shortest caption of each concept: no skin tone, no variant
     for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
         plainest.setdefault(store.records[index].concept, index)
+    if name == "classes":
+        num = min(num or 8, len(plainest))
     wanted = num or (100 if name == "emoji" or len(plainest) > 100 else max(1, len(plainest)))
     if len(plainest) < wanted:
         raise ValueError(f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {wanted} asked for")
     chosen = np.random.default_rng(0).permutation(sorted(plainest.values()))[:wanted].tolist()
+    if name == "classes":
+        chosen = chosen * 4
     if name == "emoji" and (side, store.info["fps"]) != (128, 8):
         raise ValueError(f"protocol emoji is of 128 pixels at 8 fps, {store.folder} holds {side} at {store.info['fps']:g}")
     whole = hashlib.sha256("\n".join(sorted(store.shapes)).encode()).hexdigest()  # shards are named by their pixels
     return Protocol(
         name, [store.records[index].texts[0] for index in chosen], num_frames, (side, side), store.info["fps"],
-        {"data": "packed data set", "splits": list(splits), "clips": wanted, "sha256": whole}, wanted,
+        {"data": "packed data set", "splits": list(splits), "clips": len(chosen), "sha256": whole}, len(chosen),
         lambda k: store.window(chosen[k], 0, num_frames),
+        TEMPORAL if name == "classes" else
         ("fd-efficientnet-lite0", "kd-efficientnet-lite0-motion", "retrieval", *TEMPORAL, "denoising", "reconstruction", "clipsim",
          "fvd-videomae", "kvd-videomae"),
         matched=True, store=store,

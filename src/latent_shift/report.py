@@ -1,0 +1,212 @@
+"""Evaluations as a page to look at: the same words in rows, systems in columns, clips that play together, numbers with their intervals,
+and plots. A folder of files with no address outside of it: it opens from a disk.
+
+    page/
+      index.html        text, tables, plots (SVG) and what makes the clips play together
+      clips/*.mp4, .png clips, and the frame that stands there before one plays
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latent_shift import video
+from latent_shift.evaluation import Drawn, table_of
+
+LABELS = {  # measure -> what a reader is told
+    "retrieval_top1": "right caption first", "retrieval_top5": "right caption in the first five", "motion_energy": "motion energy, grey levels",
+    "flicker": "flicker, grey levels", "persistence": "persistence of motion", "coherence": "coherence of frames",
+    "warping_error": "warping error, grey levels", "loop_gap": "loop gap, steps", "motion_error": "motion error, factor",
+    "reconstruction_psnr_db": "reconstruction PSNR, dB", "denoising_error": "denoising error of real clips",
+}  # fmt: skip
+
+
+@dataclass
+class Shown:
+    """One system of an evaluation: its results and where its clips lie."""
+
+    result: dict[str, Any]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.result["system"]["system"])
+
+
+def evaluations(folder: Path) -> list[Shown]:
+    """The systems of an evaluation's folder, in the order of their names; raises ValueError where there is none."""
+    found = [Shown(json.loads(path.read_text()), path.parent) for path in sorted(folder.glob("*/results.json"))]
+    if not found:
+        raise ValueError(f"{folder}: no */results.json; expected the folder of `latent-shift eval --out`")
+    return found
+
+
+def report(
+    out: Path, compared: Path, *, ablations: Sequence[Path] = (), classes: Path | None = None, sweep: Path | None = None, rows: int = 8,
+    order: Sequence[str] = (), title: str = "Latent-Shift beside others",
+) -> Path:  # fmt: skip
+    """Write the page.
+
+    Args:
+        out: its folder.
+        compared: the folder of an evaluation, whose systems stand in columns.
+        ablations: folders of evaluations, each a table.
+        classes: the folder of an evaluation with protocol classes, whose first system's clips stand in rows by their words.
+        sweep: what `latent-shift bench sweep -o` wrote.
+        rows: words shown.
+        order: names of systems, first to last; the others follow.
+        title: of the page.
+
+    Returns:
+        The page's file.
+
+    Raises:
+        ValueError: a folder without results, or an evaluation that has fewer clips than rows.
+    """
+    systems = sorted(evaluations(compared), key=lambda each: order.index(each.name) if each.name in order else len(order))
+    protocol = systems[0].result["protocol"]
+    prompts = _prompts(compared)
+    if rows > len(prompts):
+        raise ValueError(f"{compared} has {len(prompts)} clips a system, {rows} rows asked for")
+    (out / "clips").mkdir(parents=True, exist_ok=True)
+    columns = [
+        {"name": each.name, "title": each.result["system"]["title"], "parameters": each.result["system"]["parameters"] / 1e6}
+        for each in systems
+    ]
+    grid = [
+        {"words": prompts[k], "cells": [_clip(each, k, protocol["num_frames"], out, f"{prompts[k]}, by {each.name}") for each in systems]}
+        for k in range(rows)
+    ]
+    stills = [
+        {"words": prompts[k], "cells": [_still(each, k, out, f"{prompts[k]}, one frame by {each.name}") for each in systems]}
+        for k in range(rows)
+    ]
+    page = _template().render(
+        title=title, protocol=protocol, columns=columns, grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
+        results=_table([each.result for each in systems]), skipped=_skipped(systems),
+        ablations=[(folder.name, _table([each.result for each in evaluations(folder)])) for folder in ablations],
+        classes=_classes(classes, out) if classes else [], plots=plots(json.loads(sweep.read_text())) if sweep else [],
+        machine=json.loads(sweep.read_text()) if sweep else None,
+    )  # fmt: skip
+    (out / "index.html").write_text(page, encoding="utf-8")
+    return out / "index.html"
+
+
+def _prompts(folder: Path) -> list[str]:
+    return json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+
+
+def _clip(system: Shown, k: int, num_frames: int, out: Path, label: str) -> dict[str, Any]:
+    clip = Drawn(system.folder / "clips", k + 1, num_frames)(k)
+    name = f"clips/{system.folder.parent.name}-{system.folder.name}-{k:03}"
+    video.write(_enlarged(clip), out / f"{name}.mp4", fps=system.result["system"]["fps"])
+    Image.fromarray(_enlarged(clip[:1])[0]).save(out / f"{name}.png")
+    return {"source": f"{name}.mp4", "poster": f"{name}.png", "label": label}
+
+
+def _still(system: Shown, k: int, out: Path, label: str) -> dict[str, Any] | None:
+    path = system.folder / "stills" / f"{k:06}.png"
+    if not path.exists():
+        return None
+    name = f"clips/{system.folder.parent.name}-{system.folder.name}-{k:03}-still.png"
+    Image.fromarray(_enlarged(np.asarray(Image.open(path))[None])[0]).save(out / name)
+    return {"source": name, "label": label}
+
+
+def _enlarged(clip: np.ndarray, side: int = 128) -> np.ndarray:
+    """Small clips as whole pixels, so that every system has the same place."""
+    return clip.repeat(side // clip.shape[1], axis=1).repeat(side // clip.shape[1], axis=2) if clip.shape[1] < side else clip
+
+
+def _classes(folder: Path, out: Path) -> list[dict[str, Any]]:
+    system, prompts = evaluations(folder)[0], _prompts(folder)
+    frames = system.result["protocol"]["num_frames"]
+    places: dict[str, list[int]] = {}
+    for k, words in enumerate(prompts):
+        places.setdefault(words, []).append(k)
+    return [
+        {"words": words, "cells": [_clip(system, k, frames, out, f"{words}, seed {k}") for k in numbers]}
+        for words, numbers in places.items()
+    ]
+
+
+def _table(results: list[dict[str, Any]]) -> dict[str, Any]:
+    head, names, cells = table_of(results)
+    return {"head": head, "rows": [(LABELS.get(name, name.replace("_", " ")), row) for name, row in zip(names, cells, strict=True)]}
+
+
+def _skipped(systems: list[Shown]) -> list[tuple[str, str]]:
+    """What no system was measured by, and why; what some were not is told with their name."""
+    every: dict[tuple[str, str], list[str]] = {}
+    for each in systems:
+        for measure, reason in each.result["skipped"].items():
+            every.setdefault((measure, reason), []).append(each.name)
+    return [
+        (measure if len(names) == len(systems) else f"{measure} of {', '.join(names)}", reason)
+        for (measure, reason), names in every.items()
+    ]
+
+
+def plots(sweep: dict[str, Any]) -> list[dict[str, str]]:
+    """Time a step and memory against frames, and the share of the machine's rate, as SVG with a text that says what is to be seen.
+
+    Raises RuntimeError without matplotlib.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("plots need matplotlib: pip install 'latent-shift-video[report]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for point in sweep["points"]:
+        if point["line"] == "frames" and "cannot" not in point:
+            lines.setdefault(point["name"], []).append(point)
+    memories: dict[str, list[dict[str, Any]]] = {}
+    for point in sweep.get("memory") or [each for name in lines for each in lines[name]]:
+        if "cannot" not in point and point.get("gib_peak") is not None:
+            memories.setdefault(point["name"], []).append(point)
+    wanted: list[tuple[str, str, dict[str, list[dict[str, Any]]], Any]] = [
+        ("Time of one step", "seconds", lines, lambda point: point["seconds"]),
+        ("Relative to Latent-Shift", "ratio", lines, lambda point: point["ratio"]),
+        ("Share of the machine's rate of multiplication", "share", lines, lambda point: point["share_of_the_matrix_rate"]),
+        ("Memory at the peak of one step", "GiB", memories, lambda point: point["gib_peak"]),
+    ]
+    found = []
+    for heading, unit, series, value in wanted:
+        if not series:
+            continue
+        figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+        for (name, points), marker in zip(series.items(), "os^Dv", strict=False):
+            axes.plot([point["frames"] for point in points], [value(point) for point in points], marker=marker, label=name)
+        axes.set(xscale="log", xlabel="frames of the clip", ylabel=unit, title=heading)
+        if unit in ("seconds", "GiB"):
+            axes.set_yscale("log")
+        axes.set_xticks(ticks := sorted({point["frames"] for points in series.values() for point in points}), [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small", frameon=False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        plt.close(figure)
+        last = {name: points[-1] for name, points in series.items()}
+        told = "; ".join(f"{name} {value(point):.3g} at {point['frames']} frames" for name, point in last.items())
+        found.append({"heading": heading, "svg": text.getvalue()[text.getvalue().index("<svg") :], "label": f"{heading}, {unit}: {told}"})
+    return found
+
+
+def _template():
+    import jinja2
+
+    source = resources.files("latent_shift").joinpath("report.html").read_text(encoding="utf-8")
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)

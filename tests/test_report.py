@@ -1,0 +1,107 @@
+"""The page shows what the evaluations hold, asks for nothing from outside, and can be read without seeing it."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import run
+
+from latent_shift import evaluation, protocols, report, systems, video
+
+SWEEP = {
+    "processor": "a CPU", "device": "cpu", "torch": "2", "date": "2026-01-01", "dtype": "float32", "limits": {"flops_per_s": 1e11, "bytes_per_s": 1e10},
+    "points": [
+        {"line": "frames", "name": name, "frames": n, "seconds": n * k, "ratio": k, "share_of_the_matrix_rate": 0.5}
+        for k, name in ((1, "Latent-Shift"), (2, "AnimateDiff (UNetMotionModel)"))
+        for n in (1, 16)
+    ] + [{"line": "frames", "name": "AnimateDiff (UNetMotionModel)", "frames": 64, "cannot": "at most 32 frames"}],
+    "memory": [{"name": "Latent-Shift", "frames": n, "gib_peak": 0.5 + n / 100} for n in (1, 16)],
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def evals(packed, video_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evals")
+    task = protocols.open_protocol("own", packed, num=2, num_frames=4)
+    for name, guidance in (("b", 1.0), ("a <shift>", 3.0)):
+        system = systems.open_system(
+            str(video_model), name=name, num_frames=4, num_inference_steps=1, guidance_scale=guidance, device="cpu"
+        )
+        evaluation.evaluate(system, task, folder / "compare")
+    classes = protocols.open_protocol("classes", packed, num=2, num_frames=4)
+    evaluation.evaluate(system, classes, folder / "classes")
+    return folder
+
+
+def test_the_page_shows_what_there_is(evals, tmp_path):
+    (tmp_path / "sweep.json").write_text(json.dumps(SWEEP))
+    path = report.report(
+        tmp_path / "page", evals / "compare", ablations=[evals / "compare"], classes=evals / "classes", sweep=tmp_path / "sweep.json", rows=2,
+        order=["b"],
+    )  # fmt: skip
+    text = path.read_text()
+    page = Page(text)
+    assert page.all("html")[0]["lang"] == "en" and page.all("main")
+    # Two words of two systems, and two classes of four seeds.
+    assert len(page.all("video")) == 2 * 2 + 2 * 4
+    for element in (*page.all("video"), *page.all("img")):
+        assert (path.parent / element["src"]).exists()
+    for element in page.all("video"):
+        assert element["aria-label"] and (path.parent / element["poster"]).exists()
+        assert {"muted", "loop", "playsinline"} <= element.keys()
+        frames, fps = video.read(path.parent / element["src"])
+        assert frames.shape == (4, 128, 128, 3) and fps == pytest.approx(8)
+    assert len(page.all("img")) == 4 and all(image["alt"] for image in page.all("img"))
+    heads = re.findall(r'<th scope="col">([^<]*)<small>', text)
+    assert heads == ["b", "a &lt;shift&gt;"]  # in the order asked for, and escaped
+    assert len(page.all("figure")) == 4
+    assert "Latent-Shift 0.66 at 16 frames" in text and "100 GFLOP/s" in text
+    results = json.loads((evals / "compare" / "b" / "results.json").read_text())
+    (energy,) = [record for record in results["records"] if record["measure"] == "motion_energy"]
+    assert f"<td>{energy['value']:.4g} <small>{energy['low']:.4g} to {energy['high']:.4g}</small></td>" in text
+    assert "clipsim" in text and "CLIPModel" in text  # what was not measured, and why
+    outside = re.sub(r"http://www\.w3\.org/\S+|http://purl\.org/\S+|https://matplotlib\.org/?|http://creativecommons\.org/\S+", "", text)
+    assert "http" not in outside
+
+
+def test_stills_are_the_image_model(evals, video_model):
+    system = systems.open_system(str(video_model), num_inference_steps=1, guidance_scale=1.0, device="cpu")
+    still = np.asarray(Image.open(evals / "compare" / "b" / "stills" / "000000.png"))
+    words = json.loads((evals / "compare" / "prompts.json").read_text())[0]
+    system.settings["num_frames"] = 1
+    one = systems.open_system(str(video_model), num_frames=1, num_inference_steps=1, guidance_scale=1.0, device="cpu")
+    np.testing.assert_array_equal(one.generate([words], [0])[0, 0], still)
+
+
+def test_small_clips_are_shown_as_whole_pixels():
+    clip = np.arange(2 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 64, 64, 3)
+    large = report._enlarged(clip)
+    assert large.shape == (2, 128, 128, 3)
+    np.testing.assert_array_equal(large[:, ::2, 1::2], clip)
+    assert report._enlarged(large) is large
+
+
+def test_the_command_and_its_errors(evals, tmp_path):
+    told = run("report", tmp_path / "page", evals / "compare", "--rows", 1, "--title", "mine")
+    assert told.strip() == str(tmp_path / "page" / "index.html")
+    assert "<title>mine</title>" in (tmp_path / "page" / "index.html").read_text()
+    with pytest.raises(ValueError, match=r"no \*/results\.json"):
+        report.report(tmp_path / "page", tmp_path)
+    with pytest.raises(ValueError, match="has 2 clips a system, 3 rows asked for"):
+        report.report(tmp_path / "page", evals / "compare", rows=3)

@@ -22,7 +22,7 @@ or take the CUDA build all the same:                                     make CU
 endef
 export NO_CPU_TORCH
 
-.PHONY: demo test faults check format emoji sheet modes table ablation bench clean
+.PHONY: demo test faults check format emoji sheet modes table ablation compare page bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -90,7 +90,7 @@ modes: $(VENV)/.core
 	sed -n '/^```python/,/^```/{/^```/!p}' docs/modes.md | $(BIN)/python -
 
 table: data/emoji-128/store.json
-	$(BIN)/latent-shift eval data/emoji-128 -o docs/results/emoji.json
+	$(BIN)/latent-shift eval data/emoji-128 --protocol emoji -o docs/results/emoji.json
 
 # The shift against the paper's baseline (Latent-VDM: attention and convolution in time) and against nothing, with the paper's edges
 # and noise: the video stage three times from the same image model, 1,000 steps each, nothing else changed.
@@ -102,13 +102,56 @@ ablation: runs/emoji-image/model/model_index.json
 		$(BIN)/latent-shift train recipes/emoji/video.toml --run runs/$$temporal $(SHORT) $(PAPER) optim.steps=1000 model.temporal=$$temporal || exit; \
 	done
 	$(BIN)/latent-shift bench runs runs/shift runs/none runs/attention -o docs/results/ablation-training.json
-	$(BIN)/latent-shift eval data/emoji-128 -m runs/shift/model -m runs/none/model -m runs/attention/model -o docs/results/ablation.json
+	$(BIN)/latent-shift eval data/emoji-128 -m shift=runs/shift/model -m none=runs/none/model -m attention=runs/attention/model \
+		--num 100 --out evals/ablation -o docs/results/ablation.json
 
-bench: $(VENV)/.core
+# Smaller models (6 M parameters), many of them: every part of the shift, both baselines, and Video Diffusion Models in pixels, at equal
+# steps from the same image model, then measured and laid side by side on a page. A name and what differs from recipes/compare/video.toml:
+VARIANTS := shift quarter:model.forward=0.25,model.backward=0.25 eighth:model.forward=0.125,model.backward=0.125 \
+	conv2:model.place=conv2 end:model.place=end hold:model.edge=hold wrap:model.edge=wrap \
+	no-stills:data.image_share=0.0 half-stills:data.image_share=0.5 none:model.temporal=none attention:model.temporal=attention
+NAMES := $(foreach each,$(VARIANTS),$(firstword $(subst :, ,$(each))))
+RUNS := $(foreach name,$(NAMES),runs/compare/$(name)/model/model_index.json)
+comma := ,
+
+runs/compare/image/model/model_index.json: | data/emoji-latents/store.json
+	$(BIN)/latent-shift train recipes/compare/image.toml --run runs/compare/image
+
+$(RUNS): runs/compare/%/model/model_index.json: | runs/compare/image/model/model_index.json
+	$(BIN)/latent-shift train recipes/compare/video.toml --run runs/compare/$* \
+		$(subst $(comma), ,$(patsubst $*:%,%,$(filter $*:%,$(VARIANTS))))
+
+data/emoji-64/store.json: data/emoji/metadata.jsonl
+	$(BIN)/latent-shift data pack data/emoji data/emoji-64 --size 64 --fps 8
+
+data/emoji-64-pixels/store.json: data/emoji-64/store.json data/minilm/tokenizer/tokenizer.json
+	$(BIN)/latent-shift encode data/emoji-64 data/emoji-64-pixels --autoencoder pixels --texts data/minilm
+
+runs/compare/vdm/model/model_index.json: | data/emoji-64-pixels/store.json
+	$(BIN)/latent-shift train recipes/compare/vdm-image.toml --run runs/compare/vdm-image
+	$(BIN)/latent-shift train recipes/compare/vdm.toml --run runs/compare/vdm
+
+compare: $(RUNS) runs/compare/vdm/model/model_index.json data/emoji-128/store.json
+	$(BIN)/latent-shift bench runs $(NAMES:%=runs/compare/%) runs/compare/vdm -o docs/results/compare-training.json
+	$(BIN)/latent-shift eval data/emoji-128 --num 100 --num-frames 8 --out evals/parts-of-the-shift \
+		$(foreach name,$(NAMES),-m $(name)=runs/compare/$(name)/model) -o docs/results/compare.json
+	$(BIN)/latent-shift eval data/emoji-128 --num 100 --num-frames 8 --out evals/systems \
+		-m shift=runs/compare/shift/model -m none=runs/compare/none/model -m attention=runs/compare/attention/model \
+		-m vdm=runs/compare/vdm/model -m emoji -o docs/results/systems.json
+	$(BIN)/latent-shift eval data/emoji-128 --protocol classes -m emoji --out evals/classes
+	$(MAKE) page
+
+page:
+	$(BIN)/latent-shift report docs/page evals/systems --ablation evals/parts-of-the-shift --classes evals/classes \
+		--sweep docs/results/sweep.json --first shift --first attention --first none --first vdm
+
+bench: $(VENV)/.dev data/emoji-128/store.json
 	$(BIN)/latent-shift bench --commands -o docs/results/bench.json
 	$(BIN)/latent-shift bench -m emoji --rounds 20 -o docs/results/bench-emoji.json
 	$(BIN)/latent-shift bench peers -o docs/results/peers.json
 	$(BIN)/latent-shift bench memory -o docs/results/memory.json
+	$(BIN)/latent-shift bench sweep -o docs/results/sweep.json
+	$(BIN)/latent-shift bench measures data/emoji-128 --num 164 -o docs/results/measures.json
 	$(BIN)/latent-shift bench training -o docs/results/training.json
 	$(BIN)/latent-shift bench encode -o docs/results/encode.json
 	$(BIN)/latent-shift bench index --clips 10000000 -o docs/results/index.json

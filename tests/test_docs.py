@@ -16,7 +16,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import latent_shift as ls
-from latent_shift import cli
+from latent_shift import cli, data
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,7 +49,10 @@ def quick(words: list[str]) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize(("name", "least"), [("README.md", 10), ("docs/modes.md", 12), ("docs/checkpoints.md", 3), ("docs/training.md", 7)])
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("README.md", 10), ("docs/modes.md", 12), ("docs/checkpoints.md", 3), ("docs/training.md", 7), ("docs/evaluation.md", 2)],
+)
 def test_every_command(name, least, media, image_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", "recipes")
@@ -57,6 +60,9 @@ def test_every_command(name, least, media, image_model, tmp_path, monkeypatch):
     shutil.copytree(image_model, "my-checkpoint")
     (tmp_path / "docs" / "modes").mkdir(parents=True)
     shutil.copy(ROOT / "docs" / "modes" / "mask.png", "docs/modes")
+    if name == "docs/evaluation.md":
+        data.pack(media, "data/mine", size=128, fps=8)
+        shutil.copytree(ROOT / "src" / "latent_shift" / "weights" / "emoji", "runs/mine/model")
     commands = [
         line for block in blocks("bash", (ROOT / name).read_text()) for line in block.splitlines() if line.startswith("latent-shift")
     ]
@@ -120,7 +126,15 @@ def test_the_method_example(video_model):
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "docs/modes.md", "docs/checkpoints.md", "docs/training.md", "docs/scale.md", "src/latent_shift/weights/emoji/README.md"],
+    [
+        "README.md",
+        "docs/modes.md",
+        "docs/checkpoints.md",
+        "docs/training.md",
+        "docs/scale.md",
+        "docs/evaluation.md",
+        "src/latent_shift/weights/emoji/README.md",
+    ],
 )
 def test_links_lead_somewhere(name):
     page = ROOT / name

@@ -28,7 +28,7 @@ WHERE = {
     "inception": "the TorchScript file inception-2015-12-05.pt of StyleGAN2-ADA (Karras et al. 2020)",
     "videomae": "a folder of transformers' VideoMAEForVideoClassification, MCG-NJU/videomae-base-finetuned-kinetics for one",
     "clip": "a folder of transformers' CLIPModel, openai/clip-vit-base-patch32 for the published numbers",
-    "efficientnet": "the extra: pip install 'latent-shift-video[perceptual]'",
+    "efficientnet": "the extra: pip install 'latent-shift-video[eval]'",
 }
 
 

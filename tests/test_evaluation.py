@@ -147,7 +147,7 @@ def test_protocols_are_those_of_their_papers(tmp_path, packed):
     assert one.told["complete"] is False  # of 2,990
     for call, message in (
         (("ucf101", msrvtt), "expected UCF-101 with videos of split train"),
-        (("nope", packed), "unknown protocol 'nope'; expected one of own, emoji, ucf101"),
+        (("nope", packed), "unknown protocol 'nope'; expected one of own, emoji, classes, ucf101"),
         (("emoji", packed), "100 asked for"),
     ):
         with pytest.raises(ValueError, match=message):

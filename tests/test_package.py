@@ -22,13 +22,16 @@ EXTRAS = [
     "wandb",
     "bitsandbytes",
     "peft",
+    "cv2",
+    "matplotlib",
+    "scipy",
 ]
 BLOCK = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # None: as if it were not installed
 
 
 def test_every_module_imports_with_the_core_alone():
     script = BLOCK + "".join(f"import latent_shift.{name}\n" for name in MODULES)
-    script += "from latent_shift.metrics import ClipFeatures\ntry:\n    ClipFeatures()\nexcept RuntimeError as error:\n    print(error)\n"
+    script += "from latent_shift.autoencoder import FeatureDistance\ntry:\n    FeatureDistance()\nexcept RuntimeError as error:\n    print(error)\n"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "pip install 'latent-shift-video[perceptual]'" in result.stdout

@@ -62,7 +62,7 @@ def test_every_command(name, least, media, image_model, tmp_path, monkeypatch):
     shutil.copy(ROOT / "docs" / "modes" / "mask.png", "docs/modes")
     if name == "docs/evaluation.md":
         data.pack(media, "data/mine", size=128, fps=8)
-        shutil.copytree(ROOT / "src" / "latent_shift" / "weights" / "emoji", "runs/mine/model")
+        shutil.copytree(ROOT / "src" / "latent_shift" / "weights" / "emoji", "runs/emoji-mine/model")
     commands = [
         line for block in blocks("bash", (ROOT / name).read_text()) for line in block.splitlines() if line.startswith("latent-shift")
     ]

@@ -103,7 +103,10 @@ def generate(
 def train(
     recipe: Annotated[Path, typer.Argument(help="a recipe (.toml), or a run folder to go on with")],
     run: Annotated[Path | None, typer.Option(help="run folder; default: runs/ and the recipe's name")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=1e-4")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=1e-4; data= and model= stand for data.path and model.init"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and stop")] = False,
 ) -> None:
     """Train an autoencoder, an image model or a video model."""

@@ -37,7 +37,7 @@ def check(
     counts, problems = look(folder, min_frames=frames, fps=fps, aspects=aspects, workers=workers)
     for name, reason in problems:
         print(f"{name}: {reason}")
-    print(", ".join(f"{number} {what}" for what, number in counts.items()) + f", {len(problems)} with problems")
+    print(", ".join(f"{number} {what}" for what, number in counts.items()) + f", {len({name for name, _ in problems})} with problems")
     raise typer.Exit(1 if problems else 0)
 
 

@@ -276,8 +276,9 @@ def _explain(problem) -> str:
         for table in tables:
             kinds = typing.get_args(section.model_fields[table].annotation) or (section.model_fields[table].annotation,)
             section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
-        nearest = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0)
-        return f"unknown key {'.'.join([*tables, name])}; did you mean {'.'.join([*tables, *nearest])}?"
+        nearest = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.6)
+        hint = f"did you mean {'.'.join([*tables, *nearest])}?" if nearest else f"expected one of {', '.join(section.model_fields)}"
+        return f"unknown key {'.'.join([*tables, name])}; {hint}"
     where = ".".join([*tables, name])
     return (
         f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"

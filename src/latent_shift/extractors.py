@@ -198,7 +198,7 @@ def _script(path: str | Path, device: str | torch.device) -> torch.jit.ScriptMod
     try:
         return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
-        raise ValueError(f"{path}: expected a TorchScript file ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: expected a TorchScript file, such as those of StyleGAN-V (docs/evaluation.md)") from error
 
 
 def _try(run: Callable[[Tensor], Tensor], num_features: int, kind: str, path: str | Path) -> None:

@@ -129,9 +129,11 @@ def check_start(config: Config, start: Path) -> None:
         now["model.temporal"] = config.model.temporal
         before |= {f"model.{field}": trained[field] for field in asdict(shift) if field in trained}
         now |= {f"model.{field}": asdict(shift)[field] for field in asdict(shift) if field in trained}
-    for name, value in before.items():
-        if now[name] != value:
-            raise ValueError(f"{name} is {now[name]}, but {init} was trained with {value}: set it to that")
+    told = lambda value: str(value).lower() if isinstance(value, bool) else value  # noqa: E731
+    wrong = [name for name, value in before.items() if now[name] != value]
+    if wrong:
+        each = (f"{name} is {told(now[name])}, but {init} was trained with {told(before[name])}: set it to that" for name in wrong)
+        raise ValueError("; ".join(each))
 
 
 _LEARNT = {

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from latent_shift import cli_bench, cli_data
-from latent_shift.terminal import Progress, quiet
+from latent_shift.terminal import Progress, quiet, save_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Text to video by Latent-Shift.")
 app.add_typer(cli_data.app, name="data")
@@ -215,7 +215,6 @@ def evaluate(
 ) -> None:
     """Measure systems against real clips, side by side: each number with its protocol, its weights and its interval."""
     quiet()
-    import json
     import os
 
     from latent_shift import evaluation, protocols, systems, zoo
@@ -248,8 +247,7 @@ def evaluate(
         for measure, reason in result["skipped"].items():
             print(f"{result['system']['system']}: no {measure}: {reason}")
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")
+        save_json(results, output)
 
 
 @app.command()

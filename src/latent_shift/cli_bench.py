@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from latent_shift.terminal import quiet
+from latent_shift.terminal import quiet, save_json
 
 app = typer.Typer(help="Time one denoising step with the shift against the same U-Net frame by frame, in turn; or compare more.")
 
@@ -122,11 +122,9 @@ def memory(
 
 
 def _show(result: dict, output: Path | None) -> None:
-    text = json.dumps(result, indent=1)
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n")
-    print(text)
+        save_json(result, output)
+    print(json.dumps(result, indent=1))
 
 
 @app.command()
@@ -186,8 +184,7 @@ def runs(folders: Annotated[list[Path], typer.Argument(help="run folders")], out
             + " |"
         )
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(rows, indent=1) + "\n")
+        save_json(rows, output)
 
 
 @app.command()
@@ -207,5 +204,4 @@ def measures(
     results = verification.verify(np.stack([task.real(k) for k in range(num)]))
     print(verification.table(results))
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"data": task.reference, "num_frames": num_frames, "measures": results}, indent=1) + "\n")
+        save_json({"data": task.reference, "num_frames": num_frames, "measures": results}, output)

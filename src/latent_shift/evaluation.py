@@ -15,6 +15,7 @@ What stops it costs the batch at hand: the same call goes on. Of several process
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -199,14 +200,21 @@ class Measuring:
         """A measure that needs no weights, of the drawn clips and of the real ones."""
         if name == "warping_error" and not find_spec("cv2"):
             raise ValueError("needs optical flow: pip install 'latent-shift-video[eval]'")
-        measure = metrics.CLIP_MEASURES.get(name, metrics.motion_energy)
-        made, real = (
-            np.array([measure(clip(k)) for k in range(num)]) for clip, num in ((self.clip, len(self.clips)), (self.real, self.num_real))
-        )
+        made, real = (each["motion_energy" if name == "motion_error" else name] for each in self._of_each_clip)
         if name == "motion_error":  # as a factor: exp of the mean |log ratio| to the real clip of the same caption
             ratios = np.abs(np.log((made + 0.1) / (real + 0.1)))
             return [self.record(name, distances.mean_estimate(ratios, average=lambda x, axis: np.exp(np.mean(x, axis=axis))), real=True)]
         return [self.record(name, distances.mean_estimate(made)), self.record(name + "_real", distances.mean_estimate(real), real=True)]
+
+    @functools.cached_property
+    def _of_each_clip(self) -> list[dict[str, np.ndarray]]:
+        """The measures that need no weights, of every drawn clip and of every real one, each of which is read once."""
+        measures = {name: measure for name, measure in metrics.CLIP_MEASURES.items() if name != "warping_error" or find_spec("cv2")}
+        found = []
+        for clip, num in ((self.clip, len(self.clips)), (self.real, self.num_real)):
+            rows = [{name: measure(frames) for name, measure in measures.items()} for frames in map(clip, range(num))]
+            found.append({name: np.array([row[name] for row in rows]) for name in measures})
+        return found
 
     def retrieval(self) -> list[dict[str, Any]]:
         """How often the nearest real clip, by the mean features of its frames, is that of the clip's own caption."""

@@ -96,7 +96,8 @@ def inception(path: str | Path, *, device: str | torch.device = "cpu", probabili
     option = {"no_output_bias": True} if probabilities else {"return_features": True}
     run = lambda clips: network(_images(clips).to(device), **option)  # noqa: E731
     _try(run, 1008 if probabilities else 2048, "inception", path)
-    return Extractor("inception-2015-12-05", digest(path), "0..255, scaled to 299x299 by the file itself", "frame", run, "fid", "kid")
+    name = "inception-2015-12-05" + ("-classes" if probabilities else "")  # features of both may lie in one folder
+    return Extractor(name, digest(path), "0..255, scaled to 299x299 by the file itself", "frame", run, "fid", "kid")
 
 
 def videomae(folder: str | Path, *, device: str | torch.device = "cpu") -> Extractor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import sys
+from pathlib import Path
 
 
 class Progress:
@@ -42,6 +44,11 @@ def quiet() -> None:
     logging.basicConfig(level=logging.WARNING)
     # But not what it says when a prompt is longer than the text encoder reads.
     diffusers.utils.logging.get_logger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").setLevel(logging.WARNING)
+
+
+def save_json(value: object, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def start_quietly(module: str, function: str, *args: object) -> None:

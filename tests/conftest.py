@@ -64,6 +64,14 @@ def texts(tmp_path_factory):
     return make_texts(tmp_path_factory.mktemp("texts"))
 
 
+def traced(graphs: list):
+    """`nn.Module.compile` without what takes minutes: graphs are captured, differentiated and collected, and run as they are."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    compile = torch.nn.Module.compile
+    return lambda module, **options: compile(module, backend=lambda *graph: graphs.append(graph) or aot_eager(*graph), **options)
+
+
 def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
     """A config of a few steps; `sections` override table by table."""
     tables = {

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import traced
 from test_cli import run
 from test_finetune import RECIPE
 
@@ -107,9 +108,12 @@ def test_runs_are_told_side_by_side(image_model, video_model, tmp_path):
         benchmark.runs([tmp_path])
 
 
-def test_training_and_encoding_are_timed(video_model):
+def test_training_and_encoding_are_timed(video_model, monkeypatch):
+    graphs: list = []
+    monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))
     found = benchmark.training_step(str(video_model), clips=2, num_frames=4, rounds=1)
-    assert list(found) == ["8 images", *(f"2 clips of 4 frames, {name}" for name in ("shift", "none", "attention"))]
+    assert list(found) == ["8 images", *(f"2 clips of 4 frames, {name}" for name in ("shift", "none", "attention", "shift, compiled"))]
+    assert len(graphs) == 1
     assert found["8 images"]["ratio"] == 1 and all(row["seconds"] > 0 for row in found.values())
     alone, two = scale.encoding(str(video_model), shards=4, frames_a_shard=4, size=32)
     assert (alone["workers"], two["workers"], alone["efficiency"]) == (1, 2, 1)

@@ -69,6 +69,28 @@ def test_the_kernel_distance_is_its_double_sum():
     assert found.low < found.value < found.high
 
 
+def test_frames_of_a_clip_are_no_pair_of_the_kernel_distance():
+    rng = np.random.default_rng(6)
+    a, b = rng.standard_normal((5, 3, 4)), rng.standard_normal((6, 3, 4)) + 0.3
+    kernel = lambda x, y: (float(x @ y) / 4 + 1) ** 3  # noqa: E731
+    pairs = lambda p, q, apart: np.mean(  # noqa: E731
+        [kernel(x, y) for i, u in enumerate(p) for j, w in enumerate(q) if not (apart and i == j) for x in u for y in w]
+    )
+    found = distances.kernel_estimate(a.reshape(15, 4), b.reshape(18, 4), groups=3)
+    assert found.value == pytest.approx(pairs(a, a, True) + pairs(b, b, True) - 2 * pairs(a, b, False), rel=1e-10)
+    alike = [np.repeat(rng.standard_normal((2, 12, 4)), 8, axis=1) for _ in range(300)]  # clips whose frames stand still
+    alone, together = ([distances.kernel_estimate(*pair, groups=groups, resamples=2).value for pair in alike] for groups in (1, 8))
+    assert abs(np.mean(together)) < 3 * np.std(together) / np.sqrt(300) < np.mean(alone)
+
+
+def test_of_many_groups_some_are_taken():
+    rng = np.random.default_rng(7)
+    a, b = rng.standard_normal((4000, 6)), 1.3 * rng.standard_normal((4000, 6))
+    every, some = (distances.kernel_estimate(a, b, groups=2, resamples=40, most=most) for most in (5000, 400))
+    assert every.value != some.value and some.low < every.value < some.high
+    assert some.high - some.low > 1.5 * (every.high - every.low)
+
+
 def test_the_kernel_distance_has_no_bias_and_the_frechet_distance_has():
     rng = np.random.default_rng(3)
     pairs = [rng.standard_normal((2, 12, 4)) for _ in range(300)]

@@ -15,6 +15,7 @@ from latent_shift import distances, evaluation, extractors, metrics, probing, pr
 from latent_shift.autoencoder import to_pixels
 from latent_shift.diffusion import DenoisingObjective, share_noise
 from latent_shift.evaluation import Weights, evaluate
+from latent_shift.shift import Shift, inflate
 from latent_shift.store import Store
 from latent_shift.text import embed
 from latent_shift.zoo import load, seed
@@ -52,7 +53,7 @@ def test_the_numbers_are_those_of_the_kept_clips(system, protocol, packed, tmp_p
     assert found["kd-efficientnet-lite0-motion"] == pytest.approx(distances.kernel_estimate(*of_clips).value)
     assert 0 <= found["retrieval_top1"] <= found["retrieval_top5"] == 1
     assert 0 < found["reconstruction_psnr_db"] < 60
-    assert {"motion_seen_at_125", "motion_seen_at_875"} <= found.keys()
+    assert {"motion_seen_at_125", "motion_seen_at_875", "motion_seen_at_875_frame_by_frame"} <= found.keys()
 
 
 def test_every_record_says_what_it_was_taken_with(system, protocol, tmp_path):
@@ -62,7 +63,7 @@ def test_every_record_says_what_it_was_taken_with(system, protocol, tmp_path):
         assert record["low"] <= record["value"] <= record["high"] or record["measure"].startswith("retrieval"), record
         assert (record["protocol"], record["clips"], record["num_frames"], record["fps"]) == ("own", 3, 4, 8.0)
         assert (record["made_at"], record["seeds"], record["resamples"] > 1) == ([32, 32], "0..2", True)
-    (distance,) = [record for record in result["records"] if record["measure"].startswith("kd-")]
+    (distance,) = [record for record in result["records"] if record["measure"] == "kd-efficientnet-lite0-motion"]
     assert distance["extractor"]["sha256"] == extractors.efficientnet().sha256
     assert distance["reference"]["clips"] == 3 and len(distance["reference"]["sha256"]) == 64
     assert result["system"]["weights"] == extractors.digest(system.pipe.config._name_or_path)
@@ -195,7 +196,8 @@ def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video
     )
     assert errors.shape == (4,)
     assert errors.mean() == pytest.approx(float(loss), rel=1e-4)
-    missed, moving = seen[500]
+    missed, missed_alone, moving = seen[500]
+    assert missed_alone != missed
     assert moving == pytest.approx(float((latents - latents.mean(dim=0)).square().sum()), rel=1e-4)
     assert missed > 0
     real_call = pipe.unet.forward
@@ -211,4 +213,11 @@ def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video
     pipe.unet.forward = knowing
     errors, seen = probing.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=1)
     assert errors.mean() == pytest.approx(0, abs=1e-6)
-    assert seen[500][0] == pytest.approx(0, abs=1e-4 * moving)
+    assert seen[500].missed == pytest.approx(0, abs=1e-4 * moving)
+    pipe.unet.forward = real_call
+    with_it = probing.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=2)[1]
+    inflate(pipe.unet, Shift(0, 0))
+    without = probing.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=2)[1]
+    for timestep, motion in without.items():  # a model without a shift sees no more of frames together
+        assert motion.missed == pytest.approx(motion.missed_alone, rel=1e-4)
+        assert with_it[timestep].missed_alone == pytest.approx(motion.missed_alone, rel=1e-4)

@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, traced
 from safetensors.torch import load_file
+from torch import nn
 
 from latent_shift import checkpoint, config, encode, train
 
@@ -71,6 +72,7 @@ OTHERS: dict[str, tuple] = {
     "train.validate_every": ("image", 1, {"data.val_splits": ["val_concept"]}),
     "train.val_batches": ("image", 1, {"data.val_splits": ["val_concept"]}),
     "train.tracker": ("image", "tensorboard", {}),
+    "train.compile": ("video", True, {"data.image_share": 0.5}),
     "train.gradient_checkpointing": ("image", True, {}),
     "train.shard": ("image", True, {}),
 }
@@ -90,15 +92,15 @@ def test_every_setting_is_here():
 
 def outcome(settings: config.Config, run) -> dict[str, object] | str:
     """What a run leaves behind, or why there is none; times apart."""
-    recomputed = []
+    recomputed, compiled = [], []
     once = torch.utils.checkpoint.checkpoint
-    torch.utils.checkpoint.checkpoint = lambda *args, **options: recomputed.append(1) or once(*args, **options)
-    try:
-        model = train.train(settings, run)
-    except ValueError as error:
-        return str(error)
-    finally:
-        torch.utils.checkpoint.checkpoint = once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **options: recomputed.append(1) or once(*args, **options))
+        patch.setattr(nn.Module, "compile", traced(compiled))
+        try:
+            model = train.train(settings, run)
+        except ValueError as error:
+            return str(error)
     rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     newest = checkpoint.steps(run)[-1]
     hidden = ("seconds", "clips_per_s", "data_wait_s", "eta_s", "gib_peak")
@@ -112,6 +114,7 @@ def outcome(settings: config.Config, run) -> dict[str, object] | str:
         ),
         "told": (model / "model_index.json").read_text() if (model / "model_index.json").exists() else "",
         "recomputed": len(recomputed),
+        "compiled": len(compiled),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, traced
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -216,6 +216,23 @@ def test_precision_and_checkpointing_count(latents, tmp_path, monkeypatch):
     assert losses["bf16"] != losses["plain"]
     assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.02)
     assert losses["recomputed"] == pytest.approx(losses["plain"], rel=1e-6)
+
+
+def test_a_compiled_network_learns_the_same(latents, tmp_path, monkeypatch):
+    graphs, losses = [], {}
+    monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))
+    for name, compiled in (("plain", False), ("compiled", True)):
+        torch._dynamo.reset()
+        config = tiny_config(
+            "video", latents, steps=6, data={"image_share": 0.5, "val_splits": ["train"]}, train={"compile": compiled, "sample_every": 3}
+        )
+        rows: list[dict] = []
+        train.train(config, tmp_path / name, report=rows.append)
+        losses[name] = [[row["loss"], row.get("val_loss", 0)] for row in rows]
+    assert len(graphs) == 2  # of clips and of stills; none of what is validated and sampled
+    np.testing.assert_allclose(losses["compiled"], losses["plain"], rtol=1e-4)
+    with pytest.raises(ValueError, match=r"train\.compile has no effect in stage autoencoder"):
+        tiny_config("autoencoder", latents, train={"compile": True})
 
 
 def test_half_precision_is_for_gpus(latents, tmp_path):

@@ -314,13 +314,15 @@ def runs(folders: list[Path]) -> list[dict[str, Any]]:
 def training_step(
     model: str = "emoji", *, clips: int = 4, num_frames: int = 16, rounds: int = 10, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """A step of the video stage, with the shift, with nothing and with Latent-VDM's attention along time, against one of the image
-    stage on as many single frames: forward, backward, in the precision that training takes here, in turn."""
+    """A step of the video stage, with the shift, with nothing, with Latent-VDM's attention along time, and with the shift compiled,
+    against one of the image stage on as many single frames: forward, backward, in the precision that training takes here, in turn."""
     pipe = zoo.load(model, device=device, dtype=torch.float32)
     side, width = pipe.unet.config.sample_size, pipe.unet.config.cross_attention_dim
     plain = deflate(copy.deepcopy(pipe.unet))
     settings = [Model.model_validate({"init": model, "temporal": name}) for name in ("shift", "none", "attention")]
-    networks = {each.temporal: models.in_time(copy.deepcopy(plain), each).to(device) for each in settings}
+    networks: dict[str, Any] = {each.temporal: models.in_time(copy.deepcopy(plain), each).to(device) for each in settings}
+    networks["shift, compiled"] = copy.deepcopy(networks["shift"])
+    networks["shift, compiled"].compile(dynamic=False)
     draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
     dtype = finetune.DTYPES[zoo.precision_of("auto", torch.device(device))]
 

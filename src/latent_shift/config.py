@@ -119,6 +119,7 @@ class Train(Section):
     validate_every: int = Field(500, ge=1)  # steps
     val_batches: int = Field(8, ge=1)
     tracker: Literal["tensorboard", "wandb"] | None = None  # from the extra "track"; stats.jsonl is always written
+    compile: bool = False  # the network by torch.compile: minutes at the start, every later step shorter
     gradient_checkpointing: bool = False
     shard: bool = False  # weights, gradients and optimizer in parts over the processes (FSDP2), for models too large for one
 
@@ -201,6 +202,7 @@ _IGNORED = {  # settings that a stage does not read
         "data.image_share",
         "data.window",
         "data.strides",
+        "train.compile",
         "train.sample_steps",
         "train.sample_guidance",
         "train.sample_shared_noise",

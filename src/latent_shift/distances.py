@@ -68,34 +68,57 @@ def frechet_estimate(a_ND: np.ndarray, b_MD: np.ndarray, *, groups: int = 1, res
     return Estimate(value, value - spread, value + spread, resamples)
 
 
-def kernel_estimate(a_ND: np.ndarray, b_MD: np.ndarray, *, resamples: int = 1000) -> Estimate:
+def kernel_estimate(a_ND: np.ndarray, b_MD: np.ndarray, *, groups: int = 1, resamples: int = 1000, most: int = 5000) -> Estimate:
     """Squared maximum mean discrepancy under the kernel (x'y / D + 1)^3, without bias at any number of samples (Binkowski et al. 2018,
-    section 4: KID; of video features KVD, Unterthiner et al. 2018). In a resample a sample is never paired with itself.
+    section 4: KID; of video features KVD, Unterthiner et al. 2018). A sample is never paired with itself, nor a frame with one of its own
+    clip, which is like it.
+
+    Args:
+        groups: successive rows that belong together, the frames of a clip, and are drawn together.
+        resamples: of the bootstrap, from both sets.
+        most: groups taken of each set, at random; the kernel of all against all grows with their square.
 
     Raises:
         ValueError: other dimensions, what is not finite, or fewer than two samples.
     """
     _check(a_ND, b_MD)
-    if min(len(a_ND), len(b_MD)) < 2:
+    rng = np.random.default_rng(0)
+    a, b = (_some(features.reshape(-1, groups, features.shape[1]), most, rng) for features in (a_ND, b_MD))
+    if min(len(a), len(b)) < 2:
         raise ValueError("the kernel distance needs two samples or more of each set")
-    a, b, dims = a_ND.astype(np.float64), b_MD.astype(np.float64), a_ND.shape[1]
-    within_a, within_b, between = ((x @ y.T / dims + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    within_a, within_b, between = _kernel(a, a), _kernel(b, b), _kernel(a, b)
     np.fill_diagonal(within_a, 0)
     np.fill_diagonal(within_b, 0)
 
     def mmd(u_N: np.ndarray, w_M: np.ndarray) -> float:
-        """With each sample as often as `u` and `w` say."""
+        """With each group as often as `u` and `w` say."""
         pairs_a, pairs_b = (each.sum() ** 2 - np.square(each).sum() for each in (u_N, w_M))
         return u_N @ within_a @ u_N / pairs_a + w_M @ within_b @ w_M / pairs_b - 2 * u_N @ between @ w_M / (u_N.sum() * w_M.sum())
 
-    rng = np.random.default_rng(0)
     draws = [[rng.multinomial(n, np.full(n, 1 / n)).astype(np.float64) for n in (len(a), len(b))] for _ in range(resamples)]
     draws = [[u, w] for u, w in draws if np.count_nonzero(u) > 1 and np.count_nonzero(w) > 1]  # of a few samples it may be one alone
     return _interval(mmd(np.ones(len(a)), np.ones(len(b))), [mmd(*each) for each in draws])
 
 
-def inception_score(probabilities_NK: np.ndarray, *, resamples: int = 100) -> Estimate:
+def _some(groups: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    return groups if len(groups) <= most else groups[np.sort(rng.choice(len(groups), most, replace=False))]
+
+
+def _kernel(a_NGD: np.ndarray, b_MGD: np.ndarray) -> np.ndarray:
+    """`(N, M)`: the kernel's mean over the pairs of a group of `a` with one of `b`, some rows at once."""
+    rows, (num, size, dims) = 1 + 2**24 // b_MGD[..., 0].size, b_MGD.shape
+    other = b_MGD.reshape(-1, dims).astype(np.float64).T
+    parts = [a_NGD[start : start + rows].astype(np.float64) for start in range(0, len(a_NGD), rows)]
+    kernels = (((part.reshape(-1, dims) @ other / dims + 1) ** 3).reshape(len(part), -1, num, size) for part in parts)
+    return np.concatenate([kernel.mean(axis=(1, 3)) for kernel in kernels])
+
+
+def inception_score(probabilities_NK: np.ndarray, *, groups: int = 1, resamples: int = 100) -> Estimate:
     """exp of the mean divergence of each sample's classes from the classes of all (Salimans et al. 2016).
+
+    Args:
+        groups: successive rows that belong together, the frames of a clip, and are drawn together.
+        resamples: of the bootstrap.
 
     Raises:
         ValueError: rows that are no probabilities.
@@ -103,13 +126,15 @@ def inception_score(probabilities_NK: np.ndarray, *, resamples: int = 100) -> Es
     p = probabilities_NK.astype(np.float64)
     if p.ndim != 2 or (p < 0).any() or not np.allclose(p.sum(axis=1), 1, atol=1e-3):
         raise ValueError("the inception score expects a row of probabilities a sample")
+    clips = p.reshape(-1, groups, p.shape[1])
 
-    def score(p: np.ndarray) -> float:
+    def score(clips: np.ndarray) -> float:
+        p = clips.reshape(-1, clips.shape[-1])
         share = p.mean(axis=0)
         return float(np.exp((p * np.log((p + 1e-30) / (share + 1e-30))).sum(axis=1).mean()))
 
     rng = np.random.default_rng(0)
-    return _interval(score(p), [score(p[rng.integers(len(p), size=len(p))]) for _ in range(resamples)])
+    return _interval(score(clips), [score(clips[rng.integers(len(clips), size=len(clips))]) for _ in range(resamples)])
 
 
 def mean_estimate(values_N: np.ndarray, *, average: Callable[..., np.ndarray] = np.mean, resamples: int = 1000) -> Estimate:

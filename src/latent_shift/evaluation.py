@@ -37,6 +37,12 @@ from latent_shift.store import write
 from latent_shift.systems import System
 
 Progress = Callable[[int, int], None]
+EXTRACTORS: dict[str, tuple[str, dict[str, bool]]] = {  # measure -> whose features it is of, and how they are asked for
+    "fvd": ("i3d", {}), "kvd": ("i3d", {}), "fvd-videomae": ("videomae", {}), "kvd-videomae": ("videomae", {}),
+    "fid": ("inception", {}), "kid": ("inception", {}), "is": ("c3d", {}), "is-frames": ("inception", {"probabilities": True}),
+    "fd-efficientnet-lite0": ("efficientnet", {}), "kd-efficientnet-lite0": ("efficientnet", {}),
+    "kd-efficientnet-lite0-motion": ("efficientnet", {"motion": True}),
+}  # fmt: skip
 
 
 @dataclass
@@ -187,14 +193,13 @@ class Measuring:
             network = self._weights("clip")
             values = np.concatenate([network(self.clip(k)[None], [prompt]) for k, prompt in enumerate(self.protocol.prompts)])
             return [self.record(name, distances.mean_estimate(values), network)]
-        if name == "is":
-            return [self.record(name, distances.inception_score(self.features(self._weights("c3d"))), self._weights("c3d"))]
         extractor = self._extractor(name)
-        made, real = self.features(extractor), self.features(extractor, real=True)
-        if name.startswith(("kd", "kvd", "kid")):
-            return [self.record(name, distances.kernel_estimate(made, real), extractor, real=True)]
         groups = self.protocol.num_frames if extractor.of == "frame" else 1
-        return [self.record(name, distances.frechet_estimate(made, real, groups=groups), extractor, real=True)]
+        if name in ("is", "is-frames"):
+            return [self.record(name, distances.inception_score(self.features(extractor), groups=groups), extractor)]
+        estimate = distances.kernel_estimate if name.startswith(("kd", "kvd", "kid")) else distances.frechet_estimate
+        made, real = self.features(extractor), self.features(extractor, real=True)
+        return [self.record(name, estimate(made, real, groups=groups), extractor, real=True)]
 
     def temporal(self, name: str) -> list[dict[str, Any]]:
         """A measure that needs no weights, of the drawn clips and of the real ones."""
@@ -241,10 +246,14 @@ class Measuring:
             with_noise("denoising_error", distances.mean_estimate(errors.mean(axis=1))),
             with_noise("denoising_error_of_end_frames", distances.mean_estimate(errors[:, [0, -1]].mean(axis=1))),
         ]
+        share = lambda x, axis: 1 - x.sum(axis)[..., 0] / np.maximum(x.sum(axis)[..., 1], 1e-12)  # noqa: E731
         for timestep in found[0][1]:
-            sums = np.array([seen[timestep] for _, seen in found])
-            share = distances.mean_estimate(sums, average=lambda x, axis: 1 - x.sum(axis)[..., 0] / np.maximum(x.sum(axis)[..., 1], 1e-12))
-            records.append(with_noise(f"motion_seen_at_{timestep}", share))
+            motions = [seen[timestep] for _, seen in found]
+            together, alone = (np.array([(each[which], each.there) for each in motions]) for which in (0, 1))
+            records += [
+                with_noise(f"motion_seen_at_{timestep}", distances.mean_estimate(together, average=share)),
+                with_noise(f"motion_seen_at_{timestep}_frame_by_frame", distances.mean_estimate(alone, average=share)),
+            ]
         return records
 
     def reconstruction(self) -> list[dict[str, Any]]:
@@ -299,10 +308,8 @@ class Measuring:
         }  # fmt: skip
 
     def _extractor(self, name: str) -> Extractor:
-        kinds = {"fvd": "i3d", "kvd": "i3d", "fid": "inception", "kid": "inception", "fvd-videomae": "videomae", "kvd-videomae": "videomae"}
-        if name in kinds:
-            return self._weights(kinds[name])
-        return self._weights("efficientnet", **({"motion": True} if name.endswith("-motion") else {}))
+        kind, options = EXTRACTORS[name]
+        return self._weights(kind, **options)
 
     def _weights(self, kind: str, **options: bool) -> Any:
         network = self.weights.open(kind, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
@@ -16,11 +18,21 @@ from latent_shift.store import BalancedSampler, Store
 from latent_shift.zoo import seed
 
 
+class Motion(NamedTuple):
+    """Of a clip each latent's deviation from the mean over its frames: what there is of it, and what a model misses of it through noise,
+    seeing the frames together and each alone. Sums of squares: missed / there over many clips is 1 - R^2."""
+
+    missed: float
+    missed_alone: float
+    there: float
+
+
 @torch.no_grad()
 def denoising(
     pipe: LatentShiftPipeline, clip: np.ndarray, prompt: str, *, noise: tuple[float, float], number: int = 0, levels: int = 4
-) -> tuple[np.ndarray, dict[int, tuple[float, float]]]:
-    """How well the model sees a real clip through noise: what it is trained to make small, and how much of what moves it has found.
+) -> tuple[np.ndarray, dict[int, Motion]]:
+    """How well the model sees a real clip through noise: what it is trained to make small, and how much of what moves it has found, with
+    the other frames before it and without: what its way of looking along time is worth.
 
     Args:
         pipe: a model of epsilon or v.
@@ -31,8 +43,7 @@ def denoising(
         levels: timesteps, evenly spaced.
 
     Returns:
-        The mean squared error of its prediction `(F,)`, the mean over levels; and by timestep what is missed of the clip's motion, each
-        latent's deviation from the mean of its clip, and what there is of it: sums of squares, whose ratio over many clips is 1 - R^2.
+        The mean squared error of its prediction `(F,)`, the mean over levels; and by timestep the clip's motion.
     """
     schedule, vae, unet = DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae, pipe.unet
     steps, generator, errors = schedule.config.num_train_timesteps, seed(number), torch.zeros(len(clip))
@@ -47,15 +58,17 @@ def denoising(
         drawn = share_noise(own, common, *noise)[0].to(latents)
         noisy = schedule.add_noise(latents, drawn, timestep)
         with frames(unet, len(clip)):
-            predicted = unet(noisy, timestep, embedding.to(latents)).sample
+            together = unet(noisy, timestep, embedding.to(latents)).sample
+        with frames(unet, 1):
+            alone = unet(noisy, timestep, embedding.to(latents).expand(len(clip), -1, -1)).sample
         epsilon = schedule.config.prediction_type == "epsilon"
         target = drawn if epsilon else schedule.get_velocity(latents, drawn, timestep)
-        errors += (predicted - target).float().square().mean(dim=(1, 2, 3)).cpu() / levels
+        errors += (together - target).float().square().mean(dim=(1, 2, 3)).cpu() / levels
         signal = float(schedule.alphas_cumprod[timestep.cpu()])
         a, s = signal**0.5, (1 - signal) ** 0.5
-        clean = (noisy - s * predicted) / a if epsilon else a * noisy - s * predicted
-        found = clean.float() - clean.float().mean(dim=0)
-        seen[int(timestep)] = (float((motion - found).square().sum()), float(motion.square().sum()))
+        cleaned = [((noisy - s * each) / a if epsilon else a * noisy - s * each).float() for each in (together, alone)]
+        missed, missed_alone = (float((motion - each + each.mean(dim=0)).square().sum()) for each in cleaned)
+        seen[int(timestep)] = Motion(missed, missed_alone, float(motion.square().sum()))
     return errors.numpy(), seen
 
 

@@ -117,7 +117,7 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
         {"data": "packed data set", "splits": list(splits), "clips": len(chosen), "sha256": whole}, len(chosen),
         lambda k: store.window(chosen[k], 0, num_frames),
         TEMPORAL if name == "classes" else
-        ("fd-efficientnet-lite0", "kd-efficientnet-lite0-motion", "retrieval", *TEMPORAL, "denoising", "reconstruction", "clipsim",
+        ("fd-efficientnet-lite0", "kd-efficientnet-lite0", "kd-efficientnet-lite0-motion", "retrieval", *TEMPORAL, "denoising", "reconstruction", "clipsim",
          "fvd-videomae", "kvd-videomae"),
         matched=True, store=store,
     )  # fmt: skip
@@ -141,7 +141,7 @@ def _msrvtt(name: str, folder: Path, num: int | None) -> Protocol:
     prompts = texts[: _asked(num, len(texts))]
     return Protocol(
         name, prompts, 16, None, 8, _told(folder, records, "MSR-VTT, test, the first 16 frames at 8 fps"), len(files),
-        lambda k: _clip(files[k], fps=8), ("clipsim", "fid", "fvd", "fvd-videomae", *TEMPORAL[:1], *TEMPORAL[2:]),
+        lambda k: _clip(files[k], fps=8), ("clipsim", "fid", "kid", "is-frames", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL[:1], *TEMPORAL[2:]),
     )  # fmt: skip
 
 

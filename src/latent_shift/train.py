@@ -109,6 +109,8 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
     if config.train.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
     stage.objective.train()
+    if config.train.compile:
+        stage.model.compile(dynamic=False)  # a graph for clips, one for stills
     objective = stage.objective
     if config.train.shard:
         sharding.shard(objective, stage.model, accelerator)
@@ -159,7 +161,8 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
         ema.store(parameters)
         ema.copy_to(parameters)
         stage.model.eval()
-        with torch.no_grad(), accelerator.autocast() if config.stage != "autoencoder" else nullcontext():
+        precision = accelerator.autocast() if config.stage != "autoencoder" else nullcontext()
+        with torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):  # other graphs, each asked for a few times
             yield
         stage.model.train()
         ema.restore(parameters)

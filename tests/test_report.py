@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_cli import run
 
-from latent_shift import evaluation, protocols, report, systems, video
+from latent_shift import benchmark, evaluation, protocols, report, systems, video
 
 SWEEP = {
     "processor": "a CPU", "device": "cpu", "torch": "2", "date": "2026-01-01", "dtype": "float32", "limits": {"flops_per_s": 1e11, "bytes_per_s": 1e10},
@@ -49,11 +49,12 @@ def evals(packed, video_model, tmp_path_factory):
     return folder
 
 
-def test_the_page_shows_what_there_is(evals, tmp_path):
+def test_the_page_shows_what_there_is(evals, video_model, tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps(SWEEP))
+    (tmp_path / "training.json").write_text(json.dumps(benchmark.runs([video_model.parent])))
     path = report.report(
-        tmp_path / "page", evals / "compare", ablations=[evals / "compare"], classes=evals / "classes", sweep=tmp_path / "sweep.json", rows=2,
-        order=["b"],
+        tmp_path / "page", evals / "compare", shown=["b", "a <shift>"], ablations=[evals / "compare"], training=tmp_path / "training.json",
+        classes=evals / "classes", sweep=tmp_path / "sweep.json", rows=2,
     )  # fmt: skip
     text = path.read_text()
     page = Page(text)
@@ -75,6 +76,8 @@ def test_the_page_shows_what_there_is(evals, tmp_path):
     results = json.loads((evals / "compare" / "b" / "results.json").read_text())
     (energy,) = [record for record in results["records"] if record["measure"] == "motion_energy"]
     assert f"<td>{energy['value']:.4g} <small>{energy['low']:.4g} to {energy['high']:.4g}</small></td>" in text
+    (trained,) = benchmark.runs([video_model.parent])
+    assert f"<td>{trained['steps']}</td><td>{trained['loss']:.4f}</td><td></td>" in text
     assert "clipsim" in text and "CLIPModel" in text  # what was not measured, and why
     outside = re.sub(r"http://www\.w3\.org/\S+|http://purl\.org/\S+|https://matplotlib\.org/?|http://creativecommons\.org/\S+", "", text)
     assert "http" not in outside
@@ -97,11 +100,19 @@ def test_small_clips_are_shown_as_whole_pixels():
     assert report._enlarged(large) is large
 
 
+def run_and_read(out, evals, *options) -> str:
+    run("report", out / "one", evals / "compare", "--rows", 1, *options)
+    return (out / "one" / "index.html").read_text()
+
+
 def test_the_command_and_its_errors(evals, tmp_path):
     told = run("report", tmp_path / "page", evals / "compare", "--rows", 1, "--title", "mine")
     assert told.strip() == str(tmp_path / "page" / "index.html")
     assert "<title>mine</title>" in (tmp_path / "page" / "index.html").read_text()
     with pytest.raises(ValueError, match=r"no \*/results\.json"):
         report.report(tmp_path / "page", tmp_path)
+    assert "shift&gt;" not in run_and_read(tmp_path, evals, "--show", "b")
+    with pytest.raises(ValueError, match="has no c; expected a <shift>, b"):
+        report.report(tmp_path / "page", evals / "compare", shown=["b", "c"])
     with pytest.raises(ValueError, match="has 2 clips a system, 3 rows asked for"):
         report.report(tmp_path / "page", evals / "compare", rows=3)

@@ -254,11 +254,12 @@ def evaluate(
 def report(
     out: Annotated[Path, typer.Argument(help="the page's folder")],
     compared: Annotated[Path, typer.Argument(help="the folder of an evaluation (`eval --out`), its systems in columns")],
-    ablation: Annotated[list[Path] | None, typer.Option(help="another evaluation, as a table; may be repeated")] = None,
+    show: Annotated[list[str] | None, typer.Option(help="its systems from left to right; may be repeated; default: all")] = None,
+    ablation: Annotated[list[Path] | None, typer.Option(help="an evaluation, as a table of all its systems; may be repeated")] = None,
+    training: Annotated[Path | None, typer.Option(help="what `bench runs -o` wrote, as a table")] = None,
     classes: Annotated[Path | None, typer.Option(help="an evaluation with protocol classes, as rows of clips")] = None,
     sweep: Annotated[Path | None, typer.Option(help="what `bench sweep -o` wrote, as plots")] = None,
     rows: Annotated[int, typer.Option(min=1, help="words shown")] = 8,
-    first: Annotated[list[str] | None, typer.Option(help="systems from left to right; may be repeated; the others follow by name")] = None,
     title: str = "Latent-Shift beside others",
 ) -> None:
     """Write evaluations as a page to look at: clips that play side by side, numbers, plots. It opens from a disk."""
@@ -266,7 +267,17 @@ def report(
     from latent_shift import report as reporting
 
     print(
-        reporting.report(out, compared, ablations=ablation or [], classes=classes, sweep=sweep, rows=rows, order=first or [], title=title)
+        reporting.report(
+            out,
+            compared,
+            shown=show or [],
+            ablations=ablation or [],
+            training=training,
+            classes=classes,
+            sweep=sweep,
+            rows=rows,
+            title=title,
+        )
     )
 
 

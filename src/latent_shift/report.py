@@ -51,28 +51,32 @@ def evaluations(folder: Path) -> list[Shown]:
 
 
 def report(
-    out: Path, compared: Path, *, ablations: Sequence[Path] = (), classes: Path | None = None, sweep: Path | None = None, rows: int = 8,
-    order: Sequence[str] = (), title: str = "Latent-Shift beside others",
+    out: Path, compared: Path, *, shown: Sequence[str] = (), ablations: Sequence[Path] = (), training: Path | None = None,
+    classes: Path | None = None, sweep: Path | None = None, rows: int = 8, title: str = "Latent-Shift beside others",
 ) -> Path:  # fmt: skip
     """Write the page.
 
     Args:
         out: its folder.
         compared: the folder of an evaluation, whose systems stand in columns.
-        ablations: folders of evaluations, each a table.
+        shown: names of those of its systems that are shown, from left to right; none: all.
+        ablations: folders of evaluations, each a table of all its systems; the folder compared may be among them.
+        training: what `latent-shift bench runs -o` wrote: what the systems learnt, and what it took.
         classes: the folder of an evaluation with protocol classes, whose first system's clips stand in rows by their words.
         sweep: what `latent-shift bench sweep -o` wrote.
         rows: words shown.
-        order: names of systems, first to last; the others follow.
         title: of the page.
 
     Returns:
         The page's file.
 
     Raises:
-        ValueError: a folder without results, or an evaluation that has fewer clips than rows.
+        ValueError: a folder without results or without a system to be shown, or an evaluation that has fewer clips than rows.
     """
-    systems = sorted(evaluations(compared), key=lambda each: order.index(each.name) if each.name in order else len(order))
+    found = {each.name: each for each in evaluations(compared)}
+    if unknown := [name for name in shown if name not in found]:
+        raise ValueError(f"{compared}: has no {', '.join(unknown)}; expected {', '.join(found)}")
+    systems = [found[name] for name in shown or found]
     protocol = systems[0].result["protocol"]
     prompts = _prompts(compared)
     if rows > len(prompts):
@@ -93,7 +97,8 @@ def report(
     page = _template().render(
         title=title, protocol=protocol, columns=columns, grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
         results=_table([each.result for each in systems]), skipped=_skipped(systems),
-        ablations=[(folder.name, _table([each.result for each in evaluations(folder)])) for folder in ablations],
+        ablations=[(folder.name.replace("-", " "), _table([each.result for each in evaluations(folder)])) for folder in ablations],
+        training=json.loads(training.read_text()) if training else [],
         classes=_classes(classes, out) if classes else [], plots=plots(json.loads(sweep.read_text())) if sweep else [],
         machine=json.loads(sweep.read_text()) if sweep else None,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import traced
 from diffusers import DDPMScheduler
 from test_extractors import clip_folder, scripts  # noqa: F401
 from test_public_sets import msrvtt as make_msrvtt
@@ -96,6 +97,20 @@ def test_an_evaluation_goes_on_and_shares_its_work(system, protocol, tmp_path, m
         assert len(list((tmp_path / "shared" / "clips").iterdir())) == (1 if rank else 3)
     a, b = (evaluation.Drawn(tmp_path / name / "clips", 3, 4) for name in ("tiny", "shared"))
     assert all(np.abs(a(k).astype(int) - b(k)).max() <= 1 for k in range(3))
+
+
+def test_a_compiled_system_draws_the_same(system, protocol, video_model, tmp_path, monkeypatch):
+    graphs: list = []
+    monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))
+    options = dict(name="tiny", num_frames=4, num_inference_steps=2, guidance_scale=2.0, device="cpu")
+    plain, compiled = (systems.open_system(str(video_model), **options, compile=each) for each in (False, True))
+    first = evaluate(plain, protocol, tmp_path / "plain", batch_size=3)
+    assert not graphs
+    second = evaluate(compiled, protocol, tmp_path / "compiled", batch_size=3)
+    assert len(graphs) == 1  # of the clips; none of stills and probing
+    a, b = (evaluation.Drawn(tmp_path / name / "tiny" / "clips", 3, 4) for name in ("plain", "compiled"))
+    assert all(np.abs(a(k).astype(int) - b(k)).max() <= 1 for k in range(3))
+    assert values(second) == pytest.approx(values(first), rel=0.02, abs=0.02)
 
 
 def test_other_settings_protocols_and_clips_are_refused(system, protocol, packed, tmp_path):

@@ -204,6 +204,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="clips at once")] = 5,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="the networks by torch.compile: minutes at first, every clip sooner")] = False,
     noise: Annotated[
         tuple[float, float] | None,
         typer.Option(help="shared noise and noise correlation to see real clips through; default: the first model's"),
@@ -232,8 +233,9 @@ def evaluate(
     results = []
     for name, _, path in named:
         system = systems.open_system(
-            path, name=name or path, num_frames=task.num_frames, num_inference_steps=steps, guidance_scale=guidance, device=device
-        )
+            path, name=name or path, num_frames=task.num_frames, num_inference_steps=steps, guidance_scale=guidance, device=device,
+            compile=compile,
+        )  # fmt: skip
         noise = noise or (system.settings.get("shared_noise", 0.0), system.settings.get("noise_correlation", 0.0))
         where = out or Path("evals") / protocol
         with Progress(f"{system.name}: clips") as progress:

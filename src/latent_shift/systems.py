@@ -58,7 +58,7 @@ class System:
 def open_system(
     model: str, *, name: str | None = None, num_frames: int | None = None, height: int | None = None, width: int | None = None,
     num_inference_steps: int | None = None, guidance_scale: float | None = None, device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, compile: bool = False,
 ) -> System:  # fmt: skip
     """A system by what its weights are.
 
@@ -67,6 +67,7 @@ def open_system(
         name: what it is called in tables. None: the model.
         num_frames, height, width, num_inference_steps, guidance_scale: of a call of its pipeline; None: its own.
         device, dtype: as in `zoo.load`.
+        compile: the network by `torch.compile`, a graph for each number of clips at once: worth its minutes where many are drawn.
 
     Raises:
         ValueError: no such model, or a pipeline that is neither ours nor one of `PEERS`.
@@ -89,6 +90,8 @@ def open_system(
         return np.stack([zoo.to_uint8(clip) for clip in made])
 
     network = pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
+    if compile:
+        network.compile(dynamic=False)
     settings = {"pipeline": type(pipe).__name__, "weights": _weights(model), **own, **options}
     return System(name or str(model), title, fps, models.num_parameters(network), settings, generate, pipe)
 

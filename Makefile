@@ -114,6 +114,7 @@ VARIANTS := shift again:train.seed=1 quarter:model.forward=0.25,model.backward=0
 NAMES := $(foreach each,$(VARIANTS),$(firstword $(subst :, ,$(each))))
 RUNS := $(foreach name,$(NAMES),runs/compare/$(name)/model/model_index.json)
 comma := ,
+LIKE := --num 60 --num-frames 8 --noise 0 0 --compile
 
 runs/compare/image/model/model_index.json: | data/emoji-latents/store.json
 	$(BIN)/latent-shift train recipes/compare/image.toml --run runs/compare/image
@@ -134,21 +135,28 @@ runs/compare/vdm/model/model_index.json: | data/emoji-64-pixels/store.json
 
 compare: $(RUNS) runs/compare/vdm/model/model_index.json data/emoji-128/store.json
 	$(BIN)/latent-shift bench runs $(NAMES:%=runs/compare/%) runs/compare/vdm -o docs/results/compare-training.json
-	$(BIN)/latent-shift eval data/emoji-128 --num 60 --num-frames 8 --noise 0 0 --out evals/all-systems \
-		$(foreach name,$(NAMES) vdm,-m $(name)=runs/compare/$(name)/model) -m emoji -o docs/results/compare.json
+	$(BIN)/latent-shift eval data/emoji-128 $(LIKE) --out evals/parts-of-the-shift \
+		$(foreach name,$(NAMES),-m $(name)=runs/compare/$(name)/model) -o docs/results/compare.json
+	mkdir -p evals/systems
+	cp -r $(foreach name,shift attention none real,evals/parts-of-the-shift/$(name)) evals/systems
+	$(BIN)/latent-shift eval data/emoji-128 $(LIKE) --out evals/systems \
+		$(foreach name,shift attention none vdm,-m $(name)=runs/compare/$(name)/model) -m emoji -o docs/results/systems.json
 	$(BIN)/latent-shift eval data/emoji-128 --protocol classes -m emoji --out evals/classes
 	$(MAKE) page
 
-page:
-	$(BIN)/latent-shift report docs/page evals/all-systems --show shift --show attention --show none --show vdm --show emoji \
-		--ablation evals/all-systems --training docs/results/compare-training.json --classes evals/classes --sweep docs/results/sweep.json
+page: docs/results/sweep.json
+	$(BIN)/latent-shift report docs/page evals/systems --show shift --show attention --show none --show vdm --show emoji \
+		--ablation evals/parts-of-the-shift --training docs/results/compare-training.json --classes evals/classes --sweep $<
+
+docs/results/sweep.json:
+	$(BIN)/latent-shift bench sweep -o $@
 
 bench: $(VENV)/.dev data/emoji-128/store.json
 	$(BIN)/latent-shift bench --commands -o docs/results/bench.json
 	$(BIN)/latent-shift bench -m emoji --rounds 20 -o docs/results/bench-emoji.json
 	$(BIN)/latent-shift bench peers -o docs/results/peers.json
 	$(BIN)/latent-shift bench memory -o docs/results/memory.json
-	$(BIN)/latent-shift bench sweep -o docs/results/sweep.json
+	rm -f docs/results/sweep.json && $(MAKE) docs/results/sweep.json
 	$(BIN)/latent-shift bench measures data/emoji-128 --num 164 -o docs/results/measures.json
 	$(BIN)/latent-shift bench training -o docs/results/training.json
 	$(BIN)/latent-shift bench encode -o docs/results/encode.json

@@ -46,12 +46,18 @@ def test_frechet_is_what_a_matrix_root_gives(num, other, dims):
 
 def test_what_says_nothing_is_refused():
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="8 samples of 8 features: the Frechet distance needs more"):
+    with pytest.raises(ValueError, match="8 samples of 8 features: the Frechet distance needs more than features"):
         distances.frechet(rng.standard_normal((8, 8)), rng.standard_normal((20, 8)))
     with pytest.raises(ValueError, match="two sets of the same features"):
         distances.kernel_estimate(rng.standard_normal((8, 8)), rng.standard_normal((8, 7)))
     with pytest.raises(ValueError, match="two samples"):
         distances.kernel_estimate(rng.standard_normal((1, 8)), rng.standard_normal((8, 8)))
+    with pytest.raises(distances.Unmeasurable, match="12 clips of 20 features"):  # 96 frames are 12 samples
+        distances.frechet_estimate(rng.standard_normal((96, 20)), rng.standard_normal((800, 20)), groups=8)
+    with pytest.raises(distances.Unmeasurable, match="5 clips of 5 classes"):
+        distances.inception_score(np.eye(5))
+    with pytest.raises(distances.Unmeasurable, match="one clip has no interval"):
+        distances.mean_estimate(np.ones(1))
     with pytest.raises(ValueError, match="not finite"):
         distances.frechet(np.full((20, 2), np.nan), rng.standard_normal((20, 2)))
     with pytest.raises(ValueError, match="row of probabilities"):
@@ -105,7 +111,35 @@ def test_inception_score():
     assert distances.inception_score(np.full((20, 5), 0.2)).value == pytest.approx(1)
     p = np.random.default_rng(0).dirichlet(np.ones(5), 30)
     expected = np.exp(np.mean([scipy.stats.entropy(row, p.mean(axis=0)) for row in p]))
-    assert distances.inception_score(p).value == pytest.approx(expected)
+    found = distances.inception_score(p)
+    assert found.value == pytest.approx(expected)
+    assert found.low < found.value < found.high and found.samples == 30
+    frames = np.repeat(p, 4, axis=0)
+    together, alone = distances.inception_score(frames, groups=4), distances.inception_score(frames)
+    assert together.value == pytest.approx(expected) and together.samples == 30
+    assert together.high - together.low > 1.5 * (alone.high - alone.low)
+
+
+def test_the_interval_of_an_inception_score_holds_that_of_many_samples():
+    rng, held = np.random.default_rng(8), 0
+    draw = lambda num: 0.9 * np.eye(6)[rng.integers(6, size=num)] + 0.1 / 6  # noqa: E731
+    truth = distances.inception_score(draw(200_000), resamples=2).value
+    for _ in range(100):
+        found = distances.inception_score(draw(80))
+        held += found.low <= truth <= found.high
+    assert held >= 85
+
+
+def test_many_rows_are_taken_some_at_once():
+    rng = np.random.default_rng(9)
+    features, counts = rng.standard_normal((40, 5)), rng.integers(0, 4, 20)
+    mean, root = distances._gaussian(features, counts, 2, rows=7)
+    every = np.repeat(features, np.repeat(counts, 2), axis=0)
+    np.testing.assert_allclose(mean, every.mean(axis=0))
+    np.testing.assert_allclose(root.T @ root, np.cov(every, rowvar=False))
+    a, b = rng.standard_normal((9, 3, 4)), rng.standard_normal((8, 3, 4))
+    whole = ((a.reshape(27, 4) @ b.reshape(24, 4).T / 4 + 1) ** 3).reshape(9, 3, 8, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(distances._kernel(a, b), whole)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():

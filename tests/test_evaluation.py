@@ -1,6 +1,8 @@
 """Protocols say what is drawn, evaluations keep it and go on, and every number says what it was taken with."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -63,7 +65,9 @@ def test_every_record_says_what_it_was_taken_with(system, protocol, tmp_path):
     for record in result["records"]:
         assert record["low"] <= record["value"] <= record["high"] or record["measure"].startswith("retrieval"), record
         assert (record["protocol"], record["clips"], record["num_frames"], record["fps"]) == ("own", 3, 4, 8.0)
-        assert (record["made_at"], record["seeds"], record["resamples"] > 1) == ([32, 32], "0..2", True)
+        own = (None, None) if record["measure"].endswith("_real") else ([32, 32], "0..2")
+        assert (record["made_at"], record["seeds"]) == own
+        assert record["resamples"] > 1 and record["samples"] > 1
     (distance,) = [record for record in result["records"] if record["measure"] == "kd-efficientnet-lite0-motion"]
     assert distance["extractor"]["sha256"] == extractors.efficientnet().sha256
     assert distance["reference"]["clips"] == 3 and len(distance["reference"]["sha256"]) == 64
@@ -99,6 +103,65 @@ def test_an_evaluation_goes_on_and_shares_its_work(system, protocol, tmp_path, m
     assert all(np.abs(a(k).astype(int) - b(k)).max() <= 1 for k in range(3))
 
 
+def test_features_go_on_where_they_were(system, protocol, tmp_path, monkeypatch):
+    evaluate(system, protocol, tmp_path)
+    paths = list(tmp_path.rglob("*.npy"))
+    before = {path: np.load(path) for path in paths}
+    assert len(paths) >= 3 and not list(tmp_path.rglob("*.parts"))
+    for path in paths:
+        path.unlink()
+        path.with_suffix(".parts").mkdir()
+        np.save(path.with_suffix(".parts") / "000000.npy", before[path] + 1)  # a part that is there is not taken again
+    evaluate(system, protocol, tmp_path)
+    assert all(np.array_equal(np.load(path), before[path] + 1) for path in paths) and not list(tmp_path.rglob("*.parts"))
+
+
+def test_real_clips_are_told_as_what_they_are(system, protocol, tmp_path):
+    (record,) = [record for record in evaluate(system, protocol, tmp_path)["records"] if record["measure"] == "flicker_real"]
+    assert (record["seeds"], record["made_at"], record["clips"], record["reference"]["fps"]) == (None, None, 3, 8.0)
+
+
+@pytest.mark.timeout(300)
+def test_processes_share_an_evaluation(packed, video_model, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "--",
+        "latent_shift",
+        "eval",
+        packed,
+    ]
+    options = [
+        "-m",
+        f"a={video_model}",
+        "-m",
+        f"b={video_model}",
+        "--num-frames",
+        "4",
+        "--steps",
+        "1",
+        "--batch-size",
+        "1",
+        "--out",
+        tmp_path / "evals",
+    ]
+    result = subprocess.run(
+        [*map(str, command), *map(str, options), "-o", str(tmp_path / "out.json")], capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("protocol own: 3 clips of 4 frames") == 1  # one of them says it
+    records = [
+        {record["measure"]: record["value"] for record in each["records"]} for each in json.loads((tmp_path / "out.json").read_text())
+    ]
+    assert records[0] == records[1]
+    assert len(list((tmp_path / "evals").glob("?/clips/*.png"))) == 6
+
+
 def test_a_compiled_system_draws_the_same(system, protocol, video_model, tmp_path, monkeypatch):
     graphs: list = []
     monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))
@@ -123,7 +186,7 @@ def test_other_settings_protocols_and_clips_are_refused(system, protocol, packed
     with pytest.raises(ValueError, match="makes 4 frames a second, the real clips have 8"):
         evaluate(replace(system, fps=4), protocol, tmp_path)
     longer = protocols.open_protocol("own", packed, num_frames=6)
-    with pytest.raises(ValueError, match="makes clips of 4 frames of 32x32, protocol own is of 6 frames"):
+    with pytest.raises(ValueError, match="makes clips of 4 frames, protocol own is of 6 frames"):
         evaluate(system, longer, tmp_path / "longer")
     with pytest.raises(ValueError, match="results of different clips cannot stand in one table"):
         evaluation.table([result, evaluate(system, fewer, tmp_path / "fewer")])
@@ -132,6 +195,10 @@ def test_other_settings_protocols_and_clips_are_refused(system, protocol, packed
         record["extractor"] = record["extractor"] and {**record["extractor"], "sha256": "another"}
     with pytest.raises(ValueError, match="was taken with different weights"):
         evaluation.table([result, other])
+    with pytest.raises(ValueError, match="denoising_error was taken through different noise"):
+        evaluation.table([result, evaluate(replace(system, name="b"), protocol, tmp_path, noise=(0.5, 0.5))])
+    with pytest.raises(ValueError, match="a system cannot be called real"):  # where the features of real clips lie
+        evaluate(replace(system, name="real"), protocol, tmp_path)
 
 
 def test_clips_of_another_size_are_measured_at_the_protocols(system, protocol, tmp_path):
@@ -149,6 +216,9 @@ def test_protocols_are_those_of_their_papers(tmp_path, packed):
     (tmp_path / "ucf").mkdir()
     ucf = make_ucf101(tmp_path / "ucf")
     task = protocols.open_protocol("ucf101", ucf)
+    files = [protocols._clip(path) for path in sorted(ucf.rglob("*_g08_*.avi"))]
+    order = [next(n for n, clip in enumerate(files) if np.array_equal(clip, task.real(k))) for k in range(task.num_real)]
+    assert sorted(order) == [0, 1, 2] != order  # the first so many are of all classes
     assert len(task.prompts) == 10_100 and len(set(task.prompts)) == 101
     assert sum(prompt.startswith("A person") for prompt in set(task.prompts)) > 90
     assert {task.prompts.count(prompt) for prompt in set(task.prompts)} == {100}
@@ -160,7 +230,11 @@ def test_protocols_are_those_of_their_papers(tmp_path, packed):
     every, one = (protocols.open_protocol(name, msrvtt) for name in ("msrvtt-mav", "msrvtt-lavie"))
     assert len(every.prompts) > len(one.prompts) == one.num_real
     assert set(one.prompts) < set(every.prompts)
-    assert one.told["complete"] is False  # of 2,990
+    assert one.told["complete"] is every.told["complete"] is False  # of 2,990 videos
+    assert protocols.open_protocol("own", packed, num=2, num_frames=4).told["complete"] is False
+    assert protocols.open_protocol("own", packed, num_frames=4).told["complete"] is True
+    assert protocols.open_protocol("classes", packed, num=2, num_frames=4).told["complete"] is False
+    assert protocols.open_protocol("classes", packed, num_frames=4).told["complete"] is True
     for call, message in (
         (("ucf101", msrvtt), "expected UCF-101 with videos of split train"),
         (("nope", packed), "unknown protocol 'nope'; expected one of own, emoji, classes, ucf101"),
@@ -179,15 +253,17 @@ def test_protocols_are_those_of_their_papers(tmp_path, packed):
 def test_published_measures_of_public_sets(system, scripts, clip_folder, tmp_path):  # noqa: F811
     """IS, FVD and CLIPSIM by their names, of files of the published signatures."""
     longer = replace(system, generate=lambda prompts, seeds: np.stack([noise(k) for k in seeds]))
+    small = lambda name, data, **options: replace(protocols.open_protocol(name, data, **options), size=(32, 32))  # noqa: E731
     weights = Weights({"i3d": str(scripts / "i3d.pt"), "c3d": str(scripts / "c3d.pt"), "clip": str(clip_folder)})
     (tmp_path / "u").mkdir()
-    result = evaluate(longer, protocols.open_protocol("ucf101", make_ucf101(tmp_path / "u"), num=4), tmp_path / "1", weights=weights)
-    found = values(result)
-    assert found["is"] == pytest.approx(distances.inception_score(weights.open("c3d")(np.stack([noise(k) for k in range(4)]))).value)
-    assert result["skipped"]["fvd"] == "4 samples of 400 features: the Frechet distance needs more samples than features"
+    result = evaluate(longer, small("ucf101", make_ucf101(tmp_path / "u"), num=102), tmp_path / "1", weights=weights)
+    found, (record,) = values(result), [record for record in result["records"] if record["measure"] == "is"]
+    assert found["is"] == pytest.approx(distances.inception_score(weights.open("c3d")(np.stack([noise(k) for k in range(102)]))).value)
+    assert record["low"] < record["value"] < record["high"] and record["samples"] == 102
+    assert result["skipped"]["fvd"].startswith("3 samples of 400 features: the Frechet distance needs more")
     assert "kvd" in found and "VideoMAE" in result["skipped"]["fvd-videomae"]
     prompts = protocols.open_protocol("msrvtt-lavie", make_msrvtt(tmp_path / "m", split="test")).prompts
-    result = evaluate(longer, protocols.open_protocol("msrvtt-lavie", tmp_path / "m"), tmp_path / "2", weights=weights)
+    result = evaluate(longer, small("msrvtt-lavie", tmp_path / "m"), tmp_path / "2", weights=weights)
     expected = weights.open("clip")(np.stack([noise(k) for k in range(len(prompts))]), prompts).mean()
     assert values(result)["clipsim"] == pytest.approx(expected, abs=1e-6)
 

@@ -26,7 +26,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from latent_shift import models, systems
+from latent_shift import evaluation, metrics, models, protocols, systems
 from latent_shift.shift import Shift, inflate
 from latent_shift.zoo import load
 
@@ -115,8 +115,8 @@ def test_a_peer_is_opened_by_what_it_is(kind, texts, tmp_path):
     pipe.save_pretrained(tmp_path)
     options = dict(num_frames=num_frames, height=size, width=size, num_inference_steps=2, guidance_scale=3.0)
     system = systems.open_system(str(tmp_path), name="peer", device="cpu", **options)
-    assert (system.title, system.fps) == systems.PEERS[kind]
-    assert system.settings["pipeline"] == kind
+    assert (system.title, system.fps) == systems.PEERS[kind][:2]
+    assert (system.settings["pipeline"], system.settings["dtype"], system.settings["every"]) == (kind, "float32", 1)
     assert {key: system.settings[key] for key in options} == options
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     assert system.parameters >= sum(parameter.numel() for parameter in network.parameters()) > 0
@@ -126,6 +126,38 @@ def test_a_peer_is_opened_by_what_it_is(kind, texts, tmp_path):
     assert not np.array_equal(clips[0], clips[1])
     np.testing.assert_array_equal(system.generate(["red", "a square"], [0, 1]), clips)
     assert not np.array_equal(system.generate(["red", "a square"], [2, 1])[0], clips[0])
+
+
+@pytest.mark.parametrize("kind", systems.PEERS)
+def test_a_peer_is_evaluated_by_a_protocol_of_16_frames(kind, texts, packed, tmp_path):
+    make, _ = MAKERS[kind]
+    torch.manual_seed(0)
+    make(texts).save_pretrained(tmp_path / "peer")
+    task = protocols.open_protocol("own", packed, num=2)
+    options = dict(num_frames=16, fps=task.fps, height=32, width=64, num_inference_steps=1, guidance_scale=1.0)
+    system = systems.open_system(str(tmp_path / "peer"), name="peer", device="cpu", **options)
+    result = evaluation.evaluate(system, task, tmp_path / "evals")
+    asked = {"CogVideoXPipeline": 17, "WanPipeline": 33, "LTXPipeline": 49}.get(kind, 16)  # at 8, 16, 24 fps with 4, 4, 8 frames a latent
+    assert (system.fps, system.settings["num_frames"]) == (8, asked)
+    clip = evaluation.Drawn(tmp_path / "evals" / "peer" / "clips", 2, 16)(0)
+    assert clip.shape == (16, 32, 64, 3)  # as drawn; measured is its middle
+    records = {record["measure"]: record for record in result["records"]}
+    middle = [evaluation.Drawn(tmp_path / "evals" / "peer" / "clips", 2, 16)(k)[:, :, 16:48] for k in (0, 1)]
+    assert records["motion_energy"]["value"] == pytest.approx(np.mean([metrics.motion_energy(clip) for clip in middle]))
+    assert (records["motion_energy"]["made_at"], records["motion_energy"]["measured_at"]) == ([32, 64], [32, 32])
+    assert "is asked of models of this package" in result["skipped"]["denoising"]
+
+
+def test_rates_that_do_not_fit_and_what_is_no_number_are_refused(texts, tmp_path):
+    torch.manual_seed(0)
+    pipe = modelscope(texts)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"ModelScope .* draws 8 frames a second, of which no whole share is 5"):
+        systems.open_system(str(tmp_path), device="cpu", fps=5)
+    system = systems.open_system(str(tmp_path), device="cpu", num_frames=3, height=32, width=32, num_inference_steps=1)
+    torch.nn.init.constant_(system.pipe.unet.conv_out.bias, float("nan"))
+    with pytest.raises(ValueError, match=r"draws what is no number in torch\.float32"):
+        system.generate(["red"], [0])
 
 
 def test_ours_are_told_by_what_sees_time(video_model, tmp_path):

@@ -196,8 +196,10 @@ def evaluate(
     num: Annotated[int | None, typer.Option(help="clips, the first of the protocol's; default: all (own: at most 100)")] = None,
     num_frames: Annotated[int | None, typer.Option(help="of own: frames a clip; default: the first model's")] = None,
     split: Annotated[list[str] | None, typer.Option(help="of own: where captions come from; may be repeated; default train")] = None,
+    size: Annotated[int | None, typer.Option(help="side in pixels at which is drawn; default: each system's own")] = None,
     steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: on a GPU what each was published in")] = None,
     weights: Annotated[
         list[str] | None,
         typer.Option(help="KIND=PATH of a network to measure with: i3d, c3d, inception, videomae or clip; may be repeated"),
@@ -207,7 +209,7 @@ def evaluate(
     compile: Annotated[bool, typer.Option("--compile", help="the networks by torch.compile: minutes at first, every clip sooner")] = False,
     noise: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="shared noise and noise correlation to see real clips through; default: the first model's"),
+        typer.Option(help="shared noise and noise correlation to see real clips through; default: those of the first model of ours"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder of clips and features, with which it goes on; default: evals/ and the protocol")
@@ -218,12 +220,19 @@ def evaluate(
     quiet()
     import os
 
+    import torch
+
     from latent_shift import evaluation, protocols, systems, zoo
 
     given: dict[str, str] = dict(each.partition("=")[::2] for each in weights or [])
-    if unknown := set(given) - {"i3d", "c3d", "inception", "videomae", "clip"}:
-        raise ValueError(f"--weights: unknown kind {', '.join(sorted(unknown))}; expected i3d, c3d, inception, videomae or clip")
-    named = [each.rpartition("=") for each in model or ["emoji"]]
+    if unknown := [each for each in weights or [] if each.partition("=")[0] not in ("i3d", "c3d", "inception", "videomae", "clip")]:
+        raise ValueError(f"--weights {', '.join(unknown)}: expected i3d=PATH, c3d=PATH, inception=PATH, videomae=PATH or clip=PATH")
+    if empty := [kind for kind, path in given.items() if not path]:
+        raise ValueError(f"--weights {', '.join(empty)}: expected KIND=PATH")
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise ValueError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
+    # NAME=MODEL; a path that is there may hold the sign itself.
+    named = [("", "", each) if Path(each).exists() or "=" not in each else each.partition("=") for each in model or ["emoji"]]
     if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.open_system(named[0][2], device="cpu").settings.get("num_frames")
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
@@ -233,10 +242,12 @@ def evaluate(
     results = []
     for name, _, path in named:
         system = systems.open_system(
-            path, name=name or path, num_frames=task.num_frames, num_inference_steps=steps, guidance_scale=guidance, device=device,
+            path, name=name or path, num_frames=task.num_frames, fps=task.fps if task.matched else None, height=size, width=size,
+            num_inference_steps=steps, guidance_scale=guidance, device=device, dtype=getattr(torch, dtype) if dtype else None,
             compile=compile,
         )  # fmt: skip
-        noise = noise or (system.settings.get("shared_noise", 0.0), system.settings.get("noise_correlation", 0.0))
+        if noise is None and "shared_noise" in system.settings:
+            noise = (system.settings["shared_noise"], system.settings["noise_correlation"])
         where = out or Path("evals") / protocol
         with Progress(f"{system.name}: clips") as progress:
             results.append(

@@ -3,14 +3,15 @@ it was taken with.
 
     evals/NAME/
       protocol.json, prompts.json   what is drawn, and the real clips beside it
-      real/EXTRACTOR.npy            features of the real clips
+      real/EXTRACTOR.npy            features of the real clips; while they are taken, EXTRACTOR.parts/
       SYSTEM/system.json            the system's settings
       SYSTEM/clips/000042.png       clip 42, its frames side by side (lossless)
       SYSTEM/stills/000003.png      of the first eight words one frame, by models of this package
       SYSTEM/EXTRACTOR.npy          features of its clips
       SYSTEM/results.json           the records
 
-What stops it costs the batch at hand: the same call goes on. Of several processes (torchrun) each draws its share.
+What stops it costs the batch at hand, or the features of some hundred clips: the same call goes on. Of several processes (torchrun)
+that see one folder each draws its share, and the first measures.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import functools
 import json
 import os
 import re
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -30,9 +33,10 @@ import torch
 from PIL import Image
 
 from latent_shift import distances, extractors, metrics, probing, video, zoo
-from latent_shift.distances import Estimate
+from latent_shift.distances import Estimate, Unmeasurable
 from latent_shift.extractors import Clip, Extractor
 from latent_shift.generation import ClipGeneration
+from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.protocols import Protocol, same
 from latent_shift.store import write
 from latent_shift.systems import System
@@ -79,14 +83,17 @@ def evaluate(
         weights: networks to measure with; what needs others is skipped, and told so.
         noise: shared noise and its correlation through which models of ours are shown real clips; None: that with which they draw.
         batch_size: clips drawn at once.
-        progress: called with (clips drawn, clips in all).
+        progress: called with (clips drawn, clips that were missing), of this process.
 
     Returns:
         The system, the protocol, `records`, one a measure, and `skipped`, measure -> why.
 
     Raises:
-        ValueError: the folder was begun with another protocol or other settings, or the clips are not of the protocol's form or rate.
+        ValueError: the folder was begun with another protocol or other settings, the clips are not of the protocol's length or rate, or
+            the system's name is that of the real clips' folder.
     """
+    if _safe(system.name) == "real":
+        raise ValueError("a system cannot be called real: expected another name for it")
     if protocol.matched and system.fps != protocol.fps:
         raise ValueError(f"{system.name} makes {system.fps:g} frames a second, the real clips have {protocol.fps:g}")
     weights, folder = weights or Weights(), out / _safe(system.name)
@@ -102,12 +109,10 @@ def evaluate(
         with torch.compiler.set_stance("force_eager"):  # other graphs than the clips', each asked for a few times
             draw_stills(system, protocol, folder / "stills")
     draw(system, protocol, folder, rank=rank, world=world, batch_size=batch_size, progress=progress)
-    if world > 1:
-        from accelerate import PartialState
-
-        PartialState(cpu=weights.device == "cpu").wait_for_everyone()
     if rank:
         return {}
+    while not all((folder / "clips" / f"{k:06}.png").exists() for k in range(len(protocol.prompts))):
+        time.sleep(1)  # the others draw; one that fails takes this process with it (torchrun)
     clips = Drawn(folder / "clips", len(protocol.prompts), protocol.num_frames)
     with torch.compiler.set_stance("force_eager"):
         found = Measuring(system, protocol, clips, out, folder, weights, noise).all()
@@ -131,17 +136,16 @@ def draw(
     for start in range(0, len(numbers), batch_size):
         batch = numbers[start : start + batch_size]
         made = system.generate([protocol.prompts[k] for k in batch], batch)
-        if made.shape[1] != protocol.num_frames or (protocol.size and made.shape[2] != made.shape[3]):
+        if made.shape[1] != protocol.num_frames:
             raise ValueError(
-                f"{system.name} makes clips of {made.shape[1]} frames of {made.shape[3]}x{made.shape[2]}, protocol {protocol.name} is of "
-                f"{protocol.num_frames} frames" + (f" of {protocol.size[1]}x{protocol.size[0]}" if protocol.size else "")
+                f"{system.name} makes clips of {made.shape[1]} frames, protocol {protocol.name} is of {protocol.num_frames} frames"
             )
         for k, clip in zip(batch, made, strict=True):
             partial = folder / "clips" / f".{k:06}.png"
             video.write(clip, partial)
             os.replace(partial, folder / "clips" / f"{k:06}.png")
         if progress:
-            progress(len(protocol.prompts) - len(numbers) + start + len(batch), len(protocol.prompts))
+            progress(start + len(batch), len(numbers))
 
 
 def draw_stills(system: System, protocol: Protocol, folder: Path, *, num: int = 8) -> None:
@@ -184,7 +188,7 @@ class Measuring:
         for measure in self.protocol.measures:
             try:
                 records += self.measure(measure)
-            except ValueError as error:  # weights not at hand, too few samples, clips that it does not take
+            except Unmeasurable as error:  # weights not at hand, too few samples, clips that it does not take
                 skipped[measure] = str(error)
         return {"records": records, "skipped": skipped}
 
@@ -208,12 +212,14 @@ class Measuring:
     def temporal(self, name: str) -> list[dict[str, Any]]:
         """A measure that needs no weights, of the drawn clips and of the real ones."""
         if name == "warping_error" and not find_spec("cv2"):
-            raise ValueError("needs optical flow: pip install 'latent-shift-video[eval]'")
+            raise Unmeasurable("needs optical flow: pip install 'latent-shift-video[eval]'")
         made, real = (each["motion_energy" if name == "motion_error" else name] for each in self._of_each_clip)
         if name == "motion_error":  # as a factor: exp of the mean |log ratio| to the real clip of the same caption
             ratios = np.abs(np.log((made + 0.1) / (real + 0.1)))
             return [self.record(name, distances.mean_estimate(ratios, average=lambda x, axis: np.exp(np.mean(x, axis=axis))), real=True)]
-        return [self.record(name, distances.mean_estimate(made)), self.record(name + "_real", distances.mean_estimate(real), real=True)]
+        theirs = {"clips": len(real), "seeds": None, "fps": self.protocol.fps, "made_at": None}
+        of_real = self.record(name + "_real", distances.mean_estimate(real), real=True) | theirs
+        return [self.record(name, distances.mean_estimate(made)), of_real]
 
     @functools.cached_property
     def _of_each_clip(self) -> list[dict[str, np.ndarray]]:
@@ -269,11 +275,10 @@ class Measuring:
         values = probing.reconstruction(self._ours().vae, store, splits=splits, num=num)
         return [self.record("reconstruction_psnr_db", distances.mean_estimate(values), real=True) | {"frames": num, "splits": list(splits)}]
 
-    def _ours(self) -> ClipGeneration:
-        side = self.protocol.size[0] if self.protocol.size else None
+    def _ours(self) -> LatentShiftPipeline:
         pipe = self.system.pipe
-        if not isinstance(pipe, ClipGeneration) or pipe.unet.config.sample_size * pipe.vae_scale_factor != side:
-            raise ValueError("is asked of models of this package at the protocol's size alone")
+        if type(pipe) is not LatentShiftPipeline or pipe.unet.config.sample_size * pipe.vae_scale_factor != self.protocol.size[0]:
+            raise Unmeasurable("is asked of models of this package at the protocol's size alone")
         return pipe
 
     def clip(self, k: int) -> np.ndarray:
@@ -281,8 +286,8 @@ class Measuring:
         return _sized(self.clips(k), self.protocol.size)
 
     def real(self, k: int) -> np.ndarray:
-        """Real clip k at the size of the drawn ones."""
-        return _sized(self.protocol.real(k), self.protocol.size or (self.made_at[0], self.made_at[1]))
+        """Real clip k, likewise."""
+        return _sized(self.protocol.real(k), self.protocol.size)
 
     @property
     def num_real(self) -> int:
@@ -290,25 +295,29 @@ class Measuring:
         return min(self.protocol.num_real, len(self.clips))
 
     def features(self, extractor: Extractor, *, real: bool = False) -> np.ndarray:
-        size = self.protocol.size or self.made_at
-        folder = self.out / "real" if real else self.folder
-        path = folder / f"{extractor.name}-{extractor.sha256[:12]}-{size[0]}x{size[1]}.npy"
+        size = self.protocol.size
+        path = (self.out / "real" if real else self.folder) / f"{extractor.name}-{extractor.sha256[:12]}-{size[0]}x{size[1]}.npy"
         if not path.exists():
             clip, num = (self.real, self.protocol.num_real) if real else (self.clip, len(self.clips))
-            parts = [extractor(np.stack([clip(k) for k in range(start, min(start + 8, num))])) for start in range(0, num, 8)]
-            path.parent.mkdir(exist_ok=True)
-            with (partial := path.with_name(f".{path.name}")).open("wb") as file:
-                np.save(file, np.concatenate(parts))
-            os.replace(partial, path)
-        return np.load(path)
+            (parts := path.with_suffix(".parts")).mkdir(parents=True, exist_ok=True)
+            for start in range(0, num, 256):
+                if not (part := parts / f"{start:06}.npy").exists():
+                    numbers = range(start, min(start + 256, num))
+                    _save(
+                        part,
+                        np.concatenate([extractor(np.stack([clip(k) for k in numbers[n : n + 8]])) for n in range(0, len(numbers), 8)]),
+                    )
+            _save(path, np.concatenate([np.load(part) for part in sorted(parts.glob("[0-9]*.npy"))]))
+            shutil.rmtree(parts)
+        return np.load(path, mmap_mode="r")
 
     def record(self, measure: str, estimate: Estimate, extractor: Extractor | Clip | None = None, *, real: bool = False) -> dict[str, Any]:
         return {
             "measure": measure, **asdict(estimate), "system": self.system.name, "protocol": self.protocol.name,
             "complete": self.protocol.told["complete"], "clips": len(self.clips), "seeds": self.protocol.told["seeds"],
             "num_frames": self.protocol.num_frames, "fps": self.system.fps, "made_at": self.made_at,
-            "measured_at": list(self.protocol.size or self.made_at), "extractor": extractor.record() if extractor else None,
-            "reference": self.protocol.reference if real else None,
+            "measured_at": list(self.protocol.size), "extractor": extractor.record() if extractor else None,
+            "reference": {**self.protocol.reference, "fps": self.protocol.fps} if real else None,
         }  # fmt: skip
 
     def _extractor(self, name: str) -> Extractor:
@@ -318,14 +327,25 @@ class Measuring:
     def _weights(self, kind: str, **options: bool) -> Any:
         network = self.weights.open(kind, **options)
         if network is None:
-            raise ValueError(extractors.missing(kind))
+            raise Unmeasurable(extractors.missing(kind))
         return network
 
 
-def _sized(clip: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    if size is None or clip.shape[1:3] == tuple(size):
-        return clip
-    return np.stack([np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)) for frame in clip])
+def _sized(clip: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The central square of a clip at a size."""
+    side = min(clip.shape[1:3])
+    top, left = ((length - side) // 2 for length in clip.shape[1:3])
+    square = clip[:, top : top + side, left : left + side]
+    if square.shape[1:3] == size:
+        return square
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)) for frame in square])
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Whole or not at all."""
+    with (partial := path.with_name(f".{path.name}")).open("wb") as file:
+        np.save(file, array)
+    os.replace(partial, path)
 
 
 def _safe(name: str) -> str:
@@ -336,7 +356,7 @@ def table_of(results: list[dict[str, Any]]) -> tuple[list[str], list[str], list[
     """What a table of results holds: systems and "real clips", measures, and for each measure the records.
 
     Raises:
-        ValueError: results that cannot stand beside each other: of different protocols, clips, sizes or extractors.
+        ValueError: results that cannot stand beside each other: of different protocols, clips, sizes, extractors or noise.
     """
     for result in results[1:]:
         for key in ("protocol", "clips", "num_frames", "prompts_sha256", "reference", "size"):
@@ -345,9 +365,10 @@ def table_of(results: list[dict[str, Any]]) -> tuple[list[str], list[str], list[
     values = [{record["measure"]: record for record in result["records"]} for result in results]
     names = list(dict.fromkeys(name for each in values for name in each))
     for name in names:
-        taken = {json.dumps(each[name]["extractor"]) for each in values if name in each}
-        if len(taken) > 1:
-            raise ValueError(f"{name} was taken with different weights: {', '.join(sorted(taken))}")
+        for key, told in (("extractor", "with different weights"), ("noise", "through different noise")):
+            taken = {json.dumps(each[name].get(key)) for each in values if name in each}
+            if len(taken) > 1:
+                raise ValueError(f"{name} was taken {told}: {', '.join(sorted(taken))}")
     shown = [name for name in names if not name.endswith("_real")]
     cells = [
         [*(each.get(name) for each in values), next((each[name + "_real"] for each in values if name + "_real" in each), None)]

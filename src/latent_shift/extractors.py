@@ -1,7 +1,7 @@
 """What clips and frames are told apart by: networks of others, each with the preprocessing it was published with, its name and hash.
 
 Their weights are in no package but EfficientNet-lite0's: the others are given by path, and `WHERE` says where they come from. A distance
-is called FID or FVD only on the features that have that name (`Extractor.distances`).
+is called FID or FVD only on the features that have that name (`Extractor.frechet`).
 
 B clips, F frames, N = B*F, D features. Clips are `(B, F, H, W, 3) uint8`.
 """
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latent_shift.autoencoder import FeatureDistance, to_pixels
+from latent_shift.distances import Unmeasurable
 
 WHERE = {
     "i3d": "the TorchScript file i3d_torchscript.pt of StyleGAN-V (Skorokhodov et al. 2022), I3D of Kinetics-400",
@@ -60,7 +61,7 @@ class Extractor:
         if clips.ndim != 5 or clips.shape[-1] != 3 or clips.dtype != np.uint8:
             raise ValueError(f"expected clips (B, F, H, W, 3) uint8, got {clips.shape} {clips.dtype}")
         if self.num_frames and clips.shape[1] != self.num_frames:
-            raise ValueError(f"{self.name} sees clips of {self.num_frames} frames, these have {clips.shape[1]}")
+            raise Unmeasurable(f"{self.name} sees clips of {self.num_frames} frames, these have {clips.shape[1]}")
         parts = [self.run(torch.from_numpy(clips[start : start + batch_size])).float() for start in range(0, len(clips), batch_size)]
         features = torch.cat(parts).cpu().numpy()
         if not np.isfinite(features).all():

@@ -27,8 +27,8 @@ def coherence(clip: np.ndarray) -> float:
     flat = clip.reshape(len(clip), -1).astype(np.float64)
     flat = flat - flat.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(flat, axis=1)
-    products = (flat[1:] * flat[:-1]).sum(axis=1)
-    return float(np.mean(products / np.maximum(norms[1:] * norms[:-1], 1e-9)))
+    products, even = (flat[1:] * flat[:-1]).sum(axis=1), (norms[1:] < 1e-9) & (norms[:-1] < 1e-9)  # frames of one colour are alike
+    return float(np.mean(np.where(even, 1.0, products / np.maximum(norms[1:] * norms[:-1], 1e-9))))
 
 
 def flicker(clip: np.ndarray) -> float:
@@ -51,8 +51,9 @@ def loop_gap(clip: np.ndarray) -> float:
 
 
 def warping_error(clip: np.ndarray) -> float:
-    """What is new in a frame beyond what moved there: mean absolute difference, in grey levels, of each frame and the one before moved
-    along the optical flow (Lai et al. 2018, equation 11, with an L1 norm), where flow forth and back agree (Ruder et al. 2016).
+    """What of a frame is not what moved there: mean absolute difference, in grey levels, of each frame and the one before moved along the
+    optical flow (Lai et al. 2018, equation 11, with an L1 norm), where flow forth and back agree (Ruder et al. 2016), or everywhere if
+    they do nowhere.
 
     The flow is OpenCV's dense inverse search (Kroeger et al. 2016). Raises RuntimeError without OpenCV.
     """
@@ -76,7 +77,7 @@ def warping_error(clip: np.ndarray) -> float:
         )
         inside = ((at_HW2 >= 0) & (at_HW2 <= (width - 1, height - 1))).all(axis=-1)
         seen = inside & (gap < 0.01 * length + 0.5)
-        errors.append(np.abs(clip[k].astype(np.float32) - moved)[seen].mean() if seen.any() else 0.0)
+        errors.append(np.abs(clip[k].astype(np.float32) - moved)[seen if seen.any() else ...].mean())
     return float(np.mean(errors))
 
 

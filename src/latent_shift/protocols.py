@@ -24,7 +24,6 @@ SOURCES = {
     "msrvtt-mav": "a clip of each of the 59,794 captions of the test videos (Make-A-Video)",
     "msrvtt-lavie": "a clip of one caption of each of the 2,990 test videos, CLIPSIM (LaVie)",
 }
-COMPLETE = {"emoji": 100, "ucf101": 10_100, "msrvtt-mav": 59_794, "msrvtt-lavie": 2_990}
 
 
 @dataclass(frozen=True)
@@ -34,19 +33,22 @@ class Protocol:
     Attributes:
         name: as in `SOURCES`.
         prompts: the words of clip k, which is drawn with seed k.
-        num_frames, size: that clips must have; size is (height, width), None: the system's own.
+        whole: how many clips all of the protocol are.
+        num_frames: that clips must have.
+        size: (height, width) at which all clips are measured, drawn and real; of those of another shape the central square.
         fps: of the real clips.
         reference: what the real clips are: their number and one hash of them.
         num_real: of real clips.
-        real: clip k `(F, H, W, 3) uint8`; where `matched`, that of the caption of clip k.
+        real: clip k `(F, H, W, 3) uint8`; where `matched`, that of the caption of clip k, else in an order of chance.
         measures: names of evaluation.py's.
         store: the packed data set they come from, if they do.
     """
 
     name: str
     prompts: list[str]
+    whole: int
     num_frames: int
-    size: tuple[int, int] | None
+    size: tuple[int, int]
     fps: float
     reference: dict[str, object]
     num_real: int
@@ -60,12 +62,14 @@ class Protocol:
         """What a result says of it."""
         return {
             "protocol": self.name, "source": SOURCES[self.name], "clips": len(self.prompts),
-            "complete": len(self.prompts) == COMPLETE.get(self.name, len(self.prompts)), "seeds": f"0..{len(self.prompts) - 1}",
+            "complete": len(self.prompts) >= self.whole, "seeds": f"0..{len(self.prompts) - 1}",
             "prompts_sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(), "num_frames": self.num_frames,
-            "size": list(self.size) if self.size else None, "fps": self.fps, "reference": self.reference,
+            "size": list(self.size), "fps": self.fps, "reference": self.reference,
         }  # fmt: skip
 
 
+SQUARE = (256, 256)
+"""Of public sets: the size of the paper's clips, and of those it is compared with."""
 TEMPORAL = ("motion_energy", "motion_error", "flicker", "persistence", "coherence", "warping_error", "loop_gap")
 
 
@@ -77,7 +81,8 @@ def open_protocol(
     Args:
         name: of `SOURCES`.
         data: a packed data set (own, emoji), a folder of UCF-101 or of MSR-VTT.
-        num: clips to draw, the first of the protocol's; a result says that they are not all. None: all (of "own" 100 at most).
+        num: clips to draw, the first of the protocol's (of "classes": concepts); a result says that they are not all. None: all (of
+            "own" 100 at most).
         num_frames: of the clips; only "own" leaves it open (None: 16).
         splits: of "own": where captions come from. None: train.
 
@@ -101,19 +106,18 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
     plainest: dict[str, int] = {}  # the record with the shortest caption of each concept: no skin tone, no variant
     for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
         plainest.setdefault(store.records[index].concept, index)
-    if name == "classes":
-        num = min(num or 8, len(plainest))
-    wanted = num or (100 if name == "emoji" or len(plainest) > 100 else max(1, len(plainest)))
+    usual = {"emoji": 100, "classes": min(8, len(plainest)), "own": min(100, len(plainest))}[name]
+    wanted = num or max(1, usual)
     if len(plainest) < wanted:
         raise ValueError(f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {wanted} asked for")
     chosen = np.random.default_rng(0).permutation(sorted(plainest.values()))[:wanted].tolist()
     if name == "classes":
-        chosen = chosen * 4
+        chosen, usual = chosen * 4, usual * 4
     if name == "emoji" and (side, store.info["fps"]) != (128, 8):
         raise ValueError(f"protocol emoji is of 128 pixels at 8 fps, {store.folder} holds {side} at {store.info['fps']:g}")
     whole = hashlib.sha256("\n".join(sorted(store.shapes)).encode()).hexdigest()  # shards are named by their pixels
     return Protocol(
-        name, [store.records[index].texts[0] for index in chosen], num_frames, (side, side), store.info["fps"],
+        name, [store.records[index].texts[0] for index in chosen], usual, num_frames, (side, side), store.info["fps"],
         {"data": "packed data set", "splits": list(splits), "clips": len(chosen), "sha256": whole}, len(chosen),
         lambda k: store.window(chosen[k], 0, num_frames),
         TEMPORAL if name == "classes" else
@@ -128,7 +132,7 @@ def _ucf101(name: str, folder: Path, num: int | None) -> Protocol:
     prompts = (sentences * 100)[: _asked(num, 10_100)]  # class by class in turn: the first so many are of all classes
     records, files = _files(folder, "train", "UCF-101")
     return Protocol(
-        name, prompts, 16, None, 25, _told(folder, records, "UCF-101, train, the first 16 frames"), len(files), lambda k: _clip(files[k]),
+        name, prompts, 10_100, 16, SQUARE, 25, _told(folder, records, "UCF-101, train, the first 16 frames"), len(files), lambda k: _clip(files[k]),
         ("is", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL[:1], *TEMPORAL[2:]),
     )  # fmt: skip
 
@@ -139,8 +143,9 @@ def _msrvtt(name: str, folder: Path, num: int | None) -> Protocol:
     every = [text for record in records for text in record.texts]
     texts = every if name == "msrvtt-mav" else [record.texts[int(rng.integers(len(record.texts)))] for record in records]
     prompts = texts[: _asked(num, len(texts))]
+    whole = len(texts) if len(records) == 2_990 else 20 * 2_990  # papers count 59,794 captions of the test videos, files may hold others
     return Protocol(
-        name, prompts, 16, None, 8, _told(folder, records, "MSR-VTT, test, the first 16 frames at 8 fps"), len(files),
+        name, prompts, whole, 16, SQUARE, 8, _told(folder, records, "MSR-VTT, test, the first 16 frames at 8 fps"), len(files),
         lambda k: _clip(files[k], fps=8), ("clipsim", "fid", "kid", "is-frames", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL[:1], *TEMPORAL[2:]),
     )  # fmt: skip
 
@@ -156,7 +161,8 @@ def _files(folder: Path, split: str, kind: str) -> tuple[list[sources.Record], l
     known = all(("v_" in media.name) == (kind == "UCF-101") for _, media in found)
     if not found or not known:
         raise ValueError(f"{folder}: expected {kind} with videos of split {split}")
-    return [record for record, _ in found], [media for _, media in found]
+    mixed = np.random.default_rng(0).permutation(len(found)).tolist()  # the first so many are of all classes
+    return [record for record, _ in found], [found[k][1] for k in mixed]
 
 
 def _told(folder: Path, records: list[sources.Record], name: str) -> dict[str, object]:

@@ -6,6 +6,7 @@ The paper's CogVideo (Hong et al. 2022) has no maintained implementation: CogVid
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ from latent_shift.latent_vdm import LatentVDMUNet
 from latent_shift.shift import shift_of
 from latent_shift.vdm import PixelSpace, VDMUNet
 
-PEERS: dict[str, tuple[str, float]] = {  # pipeline of diffusers -> what it is, and the frames a second it was trained at
-    "AnimateDiffPipeline": ("AnimateDiff (Guo et al. 2024)", 8),
-    "TextToVideoSDPipeline": ("ModelScope (Wang et al. 2023)", 8),
-    "CogVideoXPipeline": ("CogVideoX (Yang et al. 2024), successor of CogVideo", 8),
-    "WanPipeline": ("Wan (Wan Team 2025)", 16),
-    "LTXPipeline": ("LTX-Video (HaCohen et al. 2024)", 24),
+PEERS: dict[str, tuple[str, float, torch.dtype]] = {  # pipeline of diffusers -> what it is, its frames a second, its dtype on a GPU
+    "AnimateDiffPipeline": ("AnimateDiff (Guo et al. 2024)", 8, torch.float16),
+    "TextToVideoSDPipeline": ("ModelScope (Wang et al. 2023)", 8, torch.float16),
+    "CogVideoXPipeline": ("CogVideoX (Yang et al. 2024), successor of CogVideo", 8, torch.bfloat16),
+    "WanPipeline": ("Wan (Wan Team 2025)", 16, torch.bfloat16),
+    "LTXPipeline": ("LTX-Video (HaCohen et al. 2024)", 24, torch.bfloat16),
 }
 
 
@@ -56,44 +57,73 @@ class System:
 
 
 def open_system(
-    model: str, *, name: str | None = None, num_frames: int | None = None, height: int | None = None, width: int | None = None,
-    num_inference_steps: int | None = None, guidance_scale: float | None = None, device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None, compile: bool = False,
+    model: str, *, name: str | None = None, num_frames: int | None = None, fps: float | None = None, height: int | None = None,
+    width: int | None = None, num_inference_steps: int | None = None, guidance_scale: float | None = None,
+    device: str | torch.device | None = None, dtype: torch.dtype | None = None, compile: bool = False,
 ) -> System:  # fmt: skip
     """A system by what its weights are.
 
     Args:
         model: what `zoo.load` takes; or a folder, or online a Hub id, of one of `PEERS`.
         name: what it is called in tables. None: the model.
-        num_frames, height, width, num_inference_steps, guidance_scale: of a call of its pipeline; None: its own.
-        device, dtype: as in `zoo.load`.
+        num_frames: of its clips. A peer that can only draw other numbers draws the next larger one, whose first frames count.
+        fps: of its clips, for peers: of one that draws twice as many frames a second every second one counts. None: its own.
+        height, width, num_inference_steps, guidance_scale: of a call of its pipeline; None: its own.
+        device, dtype: as in `zoo.load`; dtype of peers on a GPU is what they were published in.
         compile: the network by `torch.compile`, a graph for each number of clips at once: worth its minutes where many are drawn.
 
     Raises:
-        ValueError: no such model, or a pipeline that is neither ours nor one of `PEERS`.
+        ValueError: no such model, a pipeline that is neither ours nor one of `PEERS`, or a rate that it cannot be thinned to.
     """
     kind, device = _pipeline(model), zoo.device_of(device)
-    own: dict[str, Any] = {}
+    asked = dict(num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    options: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    every, settings = 1, dict[str, Any]()
     if kind in PEERS:
-        title, fps = PEERS[kind]
-        pipe = getattr(diffusers, kind).from_pretrained(model, dtype=dtype or (torch.float16 if device.type == "cuda" else torch.float32))
-        pipe = pipe.to(device)
+        title, rate, published = PEERS[kind]
+        dtype = dtype or (published if device.type == "cuda" else torch.float32)
+        pipe = getattr(diffusers, kind).from_pretrained(model, dtype=dtype).to(device)
+        every = _thinning(title, rate, fps)
+        if num_frames is not None:
+            options["num_frames"] = _drawable(pipe, (num_frames - 1) * every + 1)
+        defaults = inspect.signature(type(pipe).__call__).parameters
+        settings |= {key: defaults[key].default for key in ("num_frames", "num_inference_steps", "guidance_scale")}
+        settings |= {"every": every}
     else:
         pipe = zoo.load(model, device=device, dtype=dtype)
-        title, fps, own = _title(pipe), pipe.call_defaults["fps"], pipe.call_defaults
+        title, rate = _title(pipe), pipe.call_defaults["fps"]
+        settings |= pipe.call_defaults
     pipe.set_progress_bar_config(disable=True)
-    asked = dict(num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-    options = {key: value for key, value in asked.items() if value is not None}
 
     def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
         made = pipe(prompt=prompts, generator=[zoo.seed(number) for number in seeds], output_type="np", **options).frames
-        return np.stack([zoo.to_uint8(clip) for clip in made])
+        if not all(np.isfinite(clip).all() for clip in made):
+            raise ValueError(f"{name or model}: draws what is no number in {network.dtype}; expected another dtype")
+        return np.stack([zoo.to_uint8(clip[::every][:num_frames]) for clip in made])
 
     network = pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
     if compile:
         network.compile(dynamic=False)
-    settings = {"pipeline": type(pipe).__name__, "weights": _weights(model), **own, **options}
-    return System(name or str(model), title, fps, models.num_parameters(network), settings, generate, pipe)
+    settings |= {
+        **options, "pipeline": type(pipe).__name__, "weights": _weights(model), "dtype": str(network.dtype).removeprefix("torch."),
+        "device": device.type, "torch": torch.__version__, "diffusers": diffusers.__version__,
+    }  # fmt: skip
+    return System(name or str(model), title, rate / every, models.num_parameters(network), settings, generate, pipe)
+
+
+def _thinning(title: str, rate: float, fps: float | None) -> int:
+    """Every how many frames of a system count, that its clips have the rate asked for."""
+    every = 1 if fps is None else round(rate / fps)
+    if fps is not None and (every < 1 or rate / every != fps):
+        raise ValueError(f"{title} draws {rate:g} frames a second, of which no whole share is {fps:g}")
+    return every
+
+
+def _drawable(pipe: Any, num_frames: int) -> int:
+    """The next number of frames that a pipeline draws: those that also compress time draw one and so many times their factor."""
+    names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+    factor = next((int(getattr(pipe, name)) for name in names if hasattr(pipe, name)), 1)
+    return 1 + -(-(num_frames - 1) // factor) * factor
 
 
 def _title(pipe: ClipGeneration) -> str:
@@ -120,7 +150,7 @@ def _pipeline(model: str) -> str:
 
 
 def _weights(model: str) -> str:
-    """One hash for all weights of a folder or file on this machine; a Hub id stands for itself."""
+    """One hash for all weights of a folder or file on this machine, or of those that a Hub id brought to it."""
     if Path(model).is_file():
         return digest(model)
-    return str(model) if zoo.on_hub(model) else digest(zoo.folder(model))
+    return digest(DiffusionPipeline.download(model) if zoo.on_hub(model) else zoo.folder(model))

@@ -72,7 +72,7 @@ def test_every_record_says_what_it_was_taken_with(system, protocol, tmp_path):
     assert distance["extractor"]["sha256"] == extractors.efficientnet().sha256
     assert distance["reference"]["clips"] == 3 and len(distance["reference"]["sha256"]) == 64
     assert result["system"]["weights"] == extractors.digest(system.pipe.config._name_or_path)
-    assert result["skipped"]["fd-efficientnet-lite0"].startswith("12 samples of 1280 features")
+    assert result["skipped"]["fd-efficientnet-lite0"].startswith("3 clips of 1280 features")
     assert "StyleGAN-V" not in result["skipped"]["clipsim"] and "CLIPModel" in result["skipped"]["clipsim"]
     shown = evaluation.table([result])
     assert shown.startswith("protocol own: 3 clips of 4 frames; in brackets 95 % by bootstrap")

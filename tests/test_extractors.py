@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -28,29 +27,24 @@ def clips(num: int = 3, num_frames: int = 16, side: int = 40) -> np.ndarray:
 
 
 class I3D(nn.Module):
-    """The signature of i3d_torchscript.pt: what it does to pixels, and 400 numbers of them."""
+    """The signature of i3d_torchscript.pt; of what it is given it tells some pixels: the first frames' corners, a channel at a time."""
 
     def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        assert rescale and resize and return_features
         assert x.dtype == torch.float32
-        if resize:
-            b, c, f, h, w = x.shape
-            x = F.interpolate(x.transpose(1, 2).reshape(b * f, c, h, w), size=[224, 224], mode="bilinear", align_corners=False)
-            x = x.reshape(b, f, c, 224, 224).transpose(1, 2)
-        if rescale:
-            x = 2 * x / 255 - 1
-        return F.adaptive_avg_pool3d(x, [4, 5, 7]).flatten(1)[:, :400]
+        return x[:, :, :4, :10, :10].flatten(1)[:, :400]
 
 
 class Inception(nn.Module):
     def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
-        assert x.dtype == torch.uint8
-        y = F.adaptive_avg_pool2d(x.float(), [28, 28]).flatten(1)
-        return y[:, :2048] if return_features else torch.softmax(y[:, :1008] / 50 + (0.0 if no_output_bias else 1.0), 1)
+        assert x.dtype == torch.uint8 and return_features != no_output_bias
+        y = x[:, :, :28, :28].float().flatten(1)
+        return y[:, :2048] if return_features else torch.softmax(y[:, :1008] / 50, 1)
 
 
 class C3D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.softmax(F.adaptive_avg_pool3d(x, [4, 6, 6]).flatten(1)[:, :101] / 50, 1)
+        return torch.softmax(x[:, :, :4, :6, :6].flatten(1)[:, :101] / 50, 1)
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +56,27 @@ def scripts(tmp_path_factory):
 
 
 def test_scripted_networks_are_called_as_published(scripts):
+    """StyleGAN-V's files take clips (B, 3, F, H, W) of float32 in 0..255, StyleGAN2-ADA's images (N, 3, H, W) of uint8; sizes and ranges
+    they change themselves."""
     some = clips()
-    x = torch.from_numpy(some).permute(0, 4, 1, 2, 3).float()
     i3d = extractors.i3d(scripts / "i3d.pt")
     assert (i3d.frechet, i3d.kernel, i3d.of) == ("fvd", "kvd", "clip")
-    expected = I3D()(x, rescale=True, resize=True, return_features=True)
-    torch.testing.assert_close(torch.from_numpy(i3d(some, batch_size=2)), expected)
-    frames = torch.from_numpy(some).flatten(0, 1).permute(0, 3, 1, 2)
+    red = [[some[clip, frame, y, x, 0] for frame in range(4) for y in range(10) for x in range(10)] for clip in range(3)]
+    np.testing.assert_array_equal(i3d(some, batch_size=2), np.array(red, np.float32))
     inception = extractors.inception(scripts / "inception.pt")
-    torch.testing.assert_close(torch.from_numpy(inception(some)), Inception()(frames, return_features=True))
-    assert inception(some).shape == (48, 2048)
-    classes = extractors.inception(scripts / "inception.pt", probabilities=True)(some)
-    np.testing.assert_allclose(classes.sum(axis=1), 1, atol=1e-5)
-    np.testing.assert_allclose(extractors.c3d(scripts / "c3d.pt")(some), C3D()(x), atol=1e-6)
+    planes = [
+        [some[clip, frame, y, x, channel] for channel in range(3) for y in range(28) for x in range(28)][:2048]
+        for clip in range(3)
+        for frame in range(16)
+    ]
+    np.testing.assert_array_equal(inception(some), np.array(planes, np.float32))
+    probabilities = extractors.inception(scripts / "inception.pt", probabilities=True)
+    powers = np.exp(np.array(planes, np.float64)[:, :1008] / 50)
+    np.testing.assert_allclose(probabilities(some), powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
+    assert inception.name != probabilities.name  # their features lie in one folder
+    red = [[some[clip, frame, y, x, 0] for frame in range(4) for y in range(6) for x in range(6)][:101] for clip in range(3)]
+    powers = np.exp(np.array(red, np.float64) / 50)
+    np.testing.assert_allclose(extractors.c3d(scripts / "c3d.pt")(some), powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
     with pytest.raises(ValueError, match="sees clips of 16 frames, these have 8"):
         i3d(clips(num_frames=8))
     with pytest.raises(ValueError, match=r"expected clips \(B, F, H, W, 3\) uint8"):

@@ -14,7 +14,7 @@ from latent_shift import benchmark, evaluation, protocols, report, systems, vide
 SWEEP = {
     "processor": "a CPU", "device": "cpu", "torch": "2", "date": "2026-01-01", "dtype": "float32", "limits": {"flops_per_s": 1e11, "bytes_per_s": 1e10},
     "points": [
-        {"line": "frames", "name": name, "frames": n, "seconds": n * k, "ratio": k, "share_of_the_matrix_rate": 0.5}
+        {"line": "frames", "name": name, "frames": n, "seconds": n * k, "ratio": k, "share_of_the_roofline": 0.5}
         for k, name in ((1, "Latent-Shift"), (2, "AnimateDiff (UNetMotionModel)"))
         for n in (1, 16)
     ] + [{"line": "frames", "name": "AnimateDiff (UNetMotionModel)", "frames": 64, "cannot": "at most 32 frames"}],
@@ -70,8 +70,12 @@ def test_the_page_shows_what_there_is(evals, video_model, tmp_path):
         assert frames.shape == (4, 128, 128, 3) and fps == pytest.approx(8)
     assert len(page.all("img")) == 4 and all(image["alt"] for image in page.all("img"))
     heads = re.findall(r'<th scope="col">([^<]*)<small>', text)
-    assert heads == ["b", "a &lt;shift&gt;"]  # in the order asked for, and escaped
+    assert heads[:2] == ["b", "a &lt;shift&gt;"]  # in the order asked for, and escaped
+    assert "Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 1" in text
+    assert "right caption first \u2191" in text and "flicker, grey levels =" in text and "kd-efficientnet-lite0 \u2193" in text
     assert len(page.all("figure")) == 4
+    named = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(named) == len(set(named)) > 40  # those of the plots' parts, too
     assert "Latent-Shift 0.66 at 16 frames" in text and "100 GFLOP/s" in text
     results = json.loads((evals / "compare" / "b" / "results.json").read_text())
     (energy,) = [record for record in results["records"] if record["measure"] == "motion_energy"]
@@ -84,10 +88,8 @@ def test_the_page_shows_what_there_is(evals, video_model, tmp_path):
 
 
 def test_stills_are_the_image_model(evals, video_model):
-    system = systems.open_system(str(video_model), num_inference_steps=1, guidance_scale=1.0, device="cpu")
     still = np.asarray(Image.open(evals / "compare" / "b" / "stills" / "000000.png"))
     words = json.loads((evals / "compare" / "prompts.json").read_text())[0]
-    system.settings["num_frames"] = 1
     one = systems.open_system(str(video_model), num_frames=1, num_inference_steps=1, guidance_scale=1.0, device="cpu")
     np.testing.assert_array_equal(one.generate([words], [0])[0, 0], still)
 

@@ -165,6 +165,8 @@ def test_ours_are_told_by_what_sees_time(video_model, tmp_path):
     assert (system.title, system.name, system.fps) == ("Latent-Shift", str(video_model), 8)
     assert system.generate(["red"], [0]).shape == (1, 3, 32, 32, 3)
     pipe = load(video_model, device="cpu")
+    inflate(pipe.unet, Shift(1 / 8, 1 / 4, edge="hold"))
+    assert systems._title(pipe) == "Latent-Shift, forward 0.125, backward 0.25, edge hold"
     inflate(pipe.unet, Shift(0, 0))
     pipe.save_pretrained(tmp_path / "still")
     still = systems.open_system(str(tmp_path / "still"), device="cpu")

@@ -29,6 +29,10 @@ from latent_shift.diffusion import DenoisingObjective, attention_kernel, noise_s
 from latent_shift.shift import share_text
 from latent_shift.store import Store
 
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLOPS = {**flop_registry, _FUSED: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention]}
+"""What an operation multiplies and adds; PyTorch's own table leaves out the attention of CPUs."""
+
 
 @dataclass
 class Estimate:
@@ -167,7 +171,7 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = func(*args, **(kwargs or {}))
-        if (counted := flop_registry.get(func._overloadpacket)) is not None:
+        if (counted := FLOPS.get(func._overloadpacket)) is not None:
             self.flops += counted(*args, **(kwargs or {}), out_val=made)
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor) and id(storage := leaf.untyped_storage()) not in given and id(storage) not in self.seen:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -22,11 +23,14 @@ from PIL import Image
 from latent_shift import video
 from latent_shift.evaluation import Drawn, table_of
 
-LABELS = {  # measure -> what a reader is told
-    "retrieval_top1": "right caption first", "retrieval_top5": "right caption in the first five", "motion_energy": "motion energy, grey levels",
-    "flicker": "flicker, grey levels", "persistence": "persistence of motion", "coherence": "coherence of frames",
-    "warping_error": "warping error, grey levels", "loop_gap": "loop gap, steps", "motion_error": "motion error, factor",
-    "reconstruction_psnr_db": "reconstruction PSNR, dB", "denoising_error": "denoising error of real clips",
+LABELS = {  # measure, or how its name begins -> what a reader is told, and where better is: up, down, or where real clips are
+    "retrieval_top1": ("right caption first", "\u2191"), "retrieval_top5": ("right caption in the first five", "\u2191"),
+    "retrieval_median_rank": ("median rank of the right caption", "\u2193"),
+    "motion_energy": ("motion energy, grey levels", "="), "flicker": ("flicker, grey levels", "="), "loop_gap": ("loop gap, steps", "="),
+    "persistence": ("persistence of motion", "="), "coherence": ("coherence of frames", "="),
+    "warping_error": ("warping error, grey levels", "="), "motion_error": ("motion error, factor", "\u2193"),
+    "reconstruction_psnr_db": ("reconstruction PSNR, dB", "\u2191"), "denoising_error": (None, "\u2193"), "motion_seen": (None, "\u2191"),
+    "clipsim": ("CLIPSIM", "\u2191"), "is": ("inception score", "\u2191"), "f": (None, "\u2193"), "k": (None, "\u2193"),
 }  # fmt: skip
 
 
@@ -82,10 +86,7 @@ def report(
     if rows > len(prompts):
         raise ValueError(f"{compared} has {len(prompts)} clips a system, {rows} rows asked for")
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    columns = [
-        {"name": each.name, "title": each.result["system"]["title"], "parameters": each.result["system"]["parameters"] / 1e6}
-        for each in systems
-    ]
+    columns = [{"name": each.name, "told": _told(each.result)} for each in systems]
     grid = [
         {"words": prompts[k], "cells": [_clip(each, k, protocol["num_frames"], out, f"{prompts[k]}, by {each.name}") for each in systems]}
         for k in range(rows)
@@ -144,9 +145,35 @@ def _classes(folder: Path, out: Path) -> list[dict[str, Any]]:
     ]
 
 
+def _told(result: dict[str, Any]) -> str:
+    """What stands under a system's name."""
+    system = result["system"]
+    height, width = next(record["made_at"] for record in result["records"] if record["made_at"])
+    parts = [system["title"], f"{system['parameters'] / 1e6:.1f} M parameters", f"{width}x{height}"]
+    parts += [f"{system['num_inference_steps']} steps", f"guidance {system['guidance_scale']:g}"]
+    return ", ".join(parts)
+
+
 def _table(results: list[dict[str, Any]]) -> dict[str, Any]:
     head, names, cells = table_of(results)
-    return {"head": head, "rows": [(LABELS.get(name, name.replace("_", " ")), row) for name, row in zip(names, cells, strict=True)]}
+    titles = [result["system"]["title"] for result in results]
+    return {
+        "head": [*zip(head, titles, strict=False), (head[-1], "")],
+        "told": _of(results),
+        "rows": [(_label(name), row) for name, row in zip(names, cells, strict=True)],
+    }
+
+
+def _of(results: list[dict[str, Any]]) -> str:
+    """What a table's numbers are of."""
+    protocol = results[0]["protocol"]
+    part = "" if protocol["complete"] else f", a part of protocol {protocol['protocol']}"
+    return f"{protocol['clips']} clips of {protocol['num_frames']} frames a system{part}."
+
+
+def _label(name: str) -> str:
+    label, better = LABELS.get(name) or next((told for start, told in LABELS.items() if name.startswith(start)), (None, ""))
+    return f"{label or name.replace('_', ' ')} {better}".strip()
 
 
 def _skipped(systems: list[Shown]) -> list[tuple[str, str]]:
@@ -162,7 +189,7 @@ def _skipped(systems: list[Shown]) -> list[tuple[str, str]]:
 
 
 def plots(sweep: dict[str, Any]) -> list[dict[str, str]]:
-    """Time a step and memory against frames, and the share of the machine's rate, as SVG with a text that says what is to be seen.
+    """Time a step and memory against frames, and the share of the roofline, as SVG with a text that says what is to be seen.
 
     Raises RuntimeError without matplotlib.
     """
@@ -184,10 +211,10 @@ def plots(sweep: dict[str, Any]) -> list[dict[str, str]]:
     wanted: list[tuple[str, str, dict[str, list[dict[str, Any]]], Any]] = [
         ("Time of one step", "seconds", lines, lambda point: point["seconds"]),
         ("Relative to Latent-Shift", "ratio", lines, lambda point: point["ratio"]),
-        ("Share of the machine's rate of multiplication", "share", lines, lambda point: point["share_of_the_matrix_rate"]),
+        ("Share of the roofline", "share", lines, lambda point: point["share_of_the_roofline"]),
         ("Memory at the peak of one step", "GiB", memories, lambda point: point["gib_peak"]),
     ]
-    found = []
+    found: list[dict[str, str]] = []
     for heading, unit, series, value in wanted:
         if not series:
             continue
@@ -204,9 +231,10 @@ def plots(sweep: dict[str, Any]) -> list[dict[str, str]]:
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         plt.close(figure)
+        svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>plot{len(found)}-", text.getvalue())  # several stand in one page
         last = {name: points[-1] for name, points in series.items()}
         told = "; ".join(f"{name} {value(point):.3g} at {point['frames']} frames" for name, point in last.items())
-        found.append({"heading": heading, "svg": text.getvalue()[text.getvalue().index("<svg") :], "label": f"{heading}, {unit}: {told}"})
+        found.append({"heading": heading, "svg": svg[svg.index("<svg") :], "label": f"{heading}, {unit}: {told}"})
     return found
 
 

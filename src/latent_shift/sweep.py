@@ -1,7 +1,7 @@
 """One denoising step against frames, size and batch, of all that can be asked: time, multiplications, memory, and how near the machine's
 own limits it comes. What benchmark.py times at one size, over many.
 
-A roofline has two sides: what the machine multiplies, and what it moves. A step that reaches neither spends its time otherwise.
+A roofline has two sides: what the machine multiplies, and what it moves (Williams et al. 2009). Here it is drawn operation by operation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from latent_shift import memory, models, zoo
 from latent_shift.benchmark import alone, contenders, paired
@@ -38,10 +39,10 @@ def sweep(
 
     Returns:
         `limits`, of the machine, and `points`: of each contender at each place seconds, the ratio to Latent-Shift's, multiplications and
-        additions, the share of the machine's rate reached, and on a GPU the peak of memory (on a CPU see `memory_of_steps`). Where a
-        contender cannot go, the reason.
+        additions, bytes, the share of the machine's rate and of its roofline reached, and on a GPU the peak of memory (on a CPU see
+        `memory_of_steps`). Where a contender cannot go, the reason.
     """
-    told = limits(device, dtype)
+    told, on_gpu = limits(device, dtype), device.startswith("cuda")
     places = (
         [("frames", (1, n, side)) for n in num_frames] + [("side", (1, 16, n)) for n in sides] + [("clips", (n, 16, side)) for n in clips]
     )
@@ -54,25 +55,50 @@ def sweep(
         ]
         calls = {name: each.call(*place) for name, each in able.items()}
         with torch.no_grad():
-            flops, peaks = {}, {}
+            works, peaks = {}, {}
             for name, call in calls.items():
-                if device.startswith("cuda"):
+                before = torch.cuda.memory_allocated(device) if on_gpu else 0
+                if on_gpu:
                     torch.cuda.reset_peak_memory_stats(device)
-                with FlopCounterMode(display=False) as counter:
+                with Work(told) as works[name]:
                     call()
-                flops[name] = counter.get_total_flops()
-                peaks[name] = memory.peak(device) if device.startswith("cuda") else None
+                # Of this contender alone: its weights, and what the call took beside all that lay there.
+                own = sum(tensor.nbytes for tensor in networks[name].network.parameters())
+                peaks[name] = memory.peak(device) + (own - before) / 2**30 if on_gpu else None
             timed = paired(calls, rounds=rounds, warm_up=1)
         for name, found in timed.items():
-            reached = flops[name] / found["seconds"]
+            work = works[name]
             points.append(
                 {
-                    **where, "name": name, "parameters": models.num_parameters(networks[name].network), **found, "flops": flops[name],
-                    "share_of_the_matrix_rate": reached / told["flops_per_s"], "frames_per_s": place[0] * place[1] / found["seconds"],
+                    **where, "name": name, "parameters": models.num_parameters(networks[name].network), **found, "flops": work.flops,
+                    "bytes": work.bytes, "share_of_the_matrix_rate": work.flops / found["seconds"] / told["flops_per_s"],
+                    "share_of_the_roofline": work.seconds / found["seconds"], "frames_per_s": place[0] * place[1] / found["seconds"],
                     "gib_peak": peaks[name],
                 }
             )  # fmt: skip
     return {"limits": told, "dtype": str(dtype).removeprefix("torch."), "points": points}
+
+
+class Work(TorchDispatchMode):
+    """What a call multiplies and adds, what its operations read and write, and the least seconds of that: each operation takes as long as
+    its multiplications at the machine's rate or its bytes at the machine's bandwidth, whichever is longer. What caches keep, or a
+    compiler fuses, may be faster than that."""
+
+    def __init__(self, limits: dict[str, float]):
+        super().__init__()
+        self.limits, self.flops, self.bytes, self.seconds = limits, 0, 0, 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func.is_view or func.name().startswith(("aten::empty", "aten::_unsafe_view")):  # which touch nothing
+            return made
+        counted = memory.FLOPS.get(func._overloadpacket)
+        flops = counted(*args, **(kwargs or {}), out_val=made) if counted else 0
+        moved = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, made)) if isinstance(leaf, torch.Tensor))
+        self.flops += flops
+        self.bytes += moved
+        self.seconds += max(flops / self.limits["flops_per_s"], moved / self.limits["bytes_per_s"])
+        return made
 
 
 def limits(device: str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: float = 0.3) -> dict[str, float]:

@@ -22,7 +22,7 @@ from latent_shift import models, zoo
 from latent_shift.extractors import digest
 from latent_shift.generation import ClipGeneration
 from latent_shift.latent_vdm import LatentVDMUNet
-from latent_shift.shift import shift_of
+from latent_shift.shift import Shift, shift_of
 from latent_shift.vdm import PixelSpace, VDMUNet
 
 PEERS: dict[str, tuple[str, float, torch.dtype]] = {  # pipeline of diffusers -> what it is, its frames a second, its dtype on a GPU
@@ -132,7 +132,15 @@ def _title(pipe: ClipGeneration) -> str:
     if isinstance(pipe.unet, LatentVDMUNet):
         return "Latent-VDM, the paper's baseline" + (" without convolution in time" if isinstance(pipe.unet, VDMUNet) else "")
     shift = shift_of(pipe.unet)
-    return "the image model, frame by frame" if shift and not shift.forward and not shift.backward else "Latent-Shift"
+    if shift and not shift.forward and not shift.backward:
+        return "the image model, frame by frame"
+    others = {name: value for name, value in vars(shift or Shift()).items() if value != getattr(Shift(), name)}
+    return ", ".join(
+        [
+            "Latent-Shift",
+            *(f"{name} {value:.4g}" if name in ("forward", "backward") else f"{name} {value}" for name, value in others.items()),
+        ]
+    )
 
 
 def _pipeline(model: str) -> str:

@@ -198,10 +198,10 @@ def measures(
     quiet()
     import numpy as np
 
-    from latent_shift import protocols, verification
+    from latent_shift import benchmark, protocols, verification
 
     task = protocols.open_protocol("own", data, num=num, num_frames=num_frames)
     results = verification.verify(np.stack([task.real(k) for k in range(num)]))
     print(verification.table(results))
     if output:
-        save_json({"data": task.reference, "num_frames": num_frames, "measures": results}, output)
+        save_json(benchmark.machine() | {"data": task.reference, "num_frames": num_frames, "measures": results}, output)

@@ -17,7 +17,8 @@ from test_public_sets import ucf101 as make_ucf101
 from latent_shift import distances, evaluation, extractors, metrics, probing, protocols, systems
 from latent_shift.autoencoder import to_pixels
 from latent_shift.diffusion import DenoisingObjective, share_noise
-from latent_shift.evaluation import Weights, evaluate
+from latent_shift.evaluation import evaluate
+from latent_shift.measuring import Weights
 from latent_shift.shift import Shift, inflate
 from latent_shift.store import Store
 from latent_shift.text import embed
@@ -40,7 +41,7 @@ def values(result):
 
 def test_the_numbers_are_those_of_the_kept_clips(system, protocol, packed, tmp_path):
     result = evaluate(system, protocol, tmp_path)
-    found, drawn = values(result), evaluation.Drawn(tmp_path / "tiny" / "clips", 3, 4)
+    found, drawn = values(result), evaluation.Drawn(tmp_path / "tiny" / "clips", 4)
     clips = np.stack([drawn(k) for k in range(3)])
     assert clips.shape == (3, 4, 32, 32, 3)
     again = np.concatenate([system.generate([prompt], [k]) for k, prompt in enumerate(protocol.prompts)])
@@ -99,7 +100,7 @@ def test_an_evaluation_goes_on_and_shares_its_work(system, protocol, tmp_path, m
     for rank in (1, 0):  # of two processes each draws its own
         evaluation.draw(system, protocol, tmp_path / "shared", rank=rank, world=2)
         assert len(list((tmp_path / "shared" / "clips").iterdir())) == (1 if rank else 3)
-    a, b = (evaluation.Drawn(tmp_path / name / "clips", 3, 4) for name in ("tiny", "shared"))
+    a, b = (evaluation.Drawn(tmp_path / name / "clips", 4) for name in ("tiny", "shared"))
     assert all(np.abs(a(k).astype(int) - b(k)).max() <= 1 for k in range(3))
 
 
@@ -171,7 +172,7 @@ def test_a_compiled_system_draws_the_same(system, protocol, video_model, tmp_pat
     assert not graphs
     second = evaluate(compiled, protocol, tmp_path / "compiled", batch_size=3)
     assert len(graphs) == 1  # of the clips; none of stills and probing
-    a, b = (evaluation.Drawn(tmp_path / name / "tiny" / "clips", 3, 4) for name in ("plain", "compiled"))
+    a, b = (evaluation.Drawn(tmp_path / name / "tiny" / "clips", 4) for name in ("plain", "compiled"))
     assert all(np.abs(a(k).astype(int) - b(k)).max() <= 1 for k in range(3))
     assert values(second) == pytest.approx(values(first), rel=0.02, abs=0.02)
 
@@ -208,7 +209,7 @@ def test_clips_of_another_size_are_measured_at_the_protocols(system, protocol, t
     result = evaluate(replace(system, generate=small), protocol, tmp_path)
     (record,) = [record for record in result["records"] if record["measure"] == "motion_energy"]
     assert (record["made_at"], record["measured_at"]) == ([16, 16], [32, 32])
-    drawn = evaluation.Drawn(tmp_path / "tiny" / "clips", 3, 4)
+    drawn = evaluation.Drawn(tmp_path / "tiny" / "clips", 4)
     assert drawn(0).shape == (4, 16, 16, 3)
 
 

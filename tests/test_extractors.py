@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from latent_shift import extractors
-from latent_shift.evaluation import Weights
+from latent_shift.measuring import Weights
 
 
 def clips(num: int = 3, num_frames: int = 16, side: int = 40) -> np.ndarray:

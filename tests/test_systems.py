@@ -139,10 +139,10 @@ def test_a_peer_is_evaluated_by_a_protocol_of_16_frames(kind, texts, packed, tmp
     result = evaluation.evaluate(system, task, tmp_path / "evals")
     asked = {"CogVideoXPipeline": 17, "WanPipeline": 33, "LTXPipeline": 49}.get(kind, 16)  # at 8, 16, 24 fps with 4, 4, 8 frames a latent
     assert (system.fps, system.settings["num_frames"]) == (8, asked)
-    clip = evaluation.Drawn(tmp_path / "evals" / "peer" / "clips", 2, 16)(0)
+    clip = evaluation.Drawn(tmp_path / "evals" / "peer" / "clips", 16)(0)
     assert clip.shape == (16, 32, 64, 3)  # as drawn; measured is its middle
     records = {record["measure"]: record for record in result["records"]}
-    middle = [evaluation.Drawn(tmp_path / "evals" / "peer" / "clips", 2, 16)(k)[:, :, 16:48] for k in (0, 1)]
+    middle = [evaluation.Drawn(tmp_path / "evals" / "peer" / "clips", 16)(k)[:, :, 16:48] for k in (0, 1)]
     assert records["motion_energy"]["value"] == pytest.approx(np.mean([metrics.motion_energy(clip) for clip in middle]))
     assert (records["motion_energy"]["made_at"], records["motion_energy"]["measured_at"]) == ([32, 64], [32, 32])
     assert "is asked of models of this package" in result["skipped"]["denoising"]

@@ -222,7 +222,7 @@ def evaluate(
 
     import torch
 
-    from latent_shift import evaluation, protocols, systems, zoo
+    from latent_shift import evaluation, measuring, protocols, systems, zoo
 
     given: dict[str, str] = dict(each.partition("=")[::2] for each in weights or [])
     if unknown := [each for each in weights or [] if each.partition("=")[0] not in ("i3d", "c3d", "inception", "videomae", "clip")]:
@@ -236,7 +236,7 @@ def evaluate(
     if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.open_system(named[0][2], device="cpu").settings.get("num_frames")
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
-    networks = evaluation.Weights(given, device=str(zoo.device_of(device)))
+    networks = measuring.Weights(given, device=str(zoo.device_of(device)))
     for kind in given:  # what is wrong is told before the work, not after
         networks.open(kind)
     results = []

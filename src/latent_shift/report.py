@@ -112,7 +112,7 @@ def _prompts(folder: Path) -> list[str]:
 
 
 def _clip(system: Shown, k: int, num_frames: int, out: Path, label: str) -> dict[str, Any]:
-    clip = Drawn(system.folder / "clips", k + 1, num_frames)(k)
+    clip = Drawn(system.folder / "clips", num_frames)(k)
     name = f"clips/{system.folder.parent.name}-{system.folder.name}-{k:03}"
     video.write(_enlarged(clip), out / f"{name}.mp4", fps=system.result["system"]["fps"])
     Image.fromarray(_enlarged(clip[:1])[0]).save(out / f"{name}.png")

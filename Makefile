@@ -22,7 +22,7 @@ or take the CUDA build all the same:                                     make CU
 endef
 export NO_CPU_TORCH
 
-.PHONY: demo test faults check format emoji sheet modes table ablation compare page bench clean
+.PHONY: demo test faults check format emoji sheet modes table ablation compare compare-image page bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -119,10 +119,13 @@ LIKE := --num 60 --num-frames 8 --noise 0 0 --compile
 data/compare-latents/store.json: data/emoji-128/store.json
 	$(BIN)/latent-shift encode data/emoji-128 data/compare-latents --autoencoder emoji --texts emoji --workers 2
 
-runs/compare/image/model/model_index.json: | data/compare-latents/store.json
+# The image model is at hand; this makes it anew, and all that was trained from the old one.
+compare-image: data/compare-latents/store.json
 	$(BIN)/latent-shift train recipes/compare/image.toml --run runs/compare/image
+	cp -r runs/compare/image/model/unet recipes/compare/image-model
+	rm -rf $(NAMES:%=runs/compare/%)
 
-$(RUNS): runs/compare/%/model/model_index.json: | runs/compare/image/model/model_index.json
+$(RUNS): runs/compare/%/model/model_index.json: | data/compare-latents/store.json
 	$(BIN)/latent-shift train recipes/compare/video.toml --run runs/compare/$* \
 		$(subst $(comma), ,$(patsubst $*:%,%,$(filter $*:%,$(VARIANTS))))
 

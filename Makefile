@@ -122,7 +122,7 @@ data/compare-latents/store.json: data/emoji-128/store.json
 # The image model is at hand; this makes it anew, and all that was trained from the old one.
 compare-image: data/compare-latents/store.json
 	$(BIN)/latent-shift train recipes/compare/image.toml --run runs/compare/image
-	cp -r runs/compare/image/model/unet recipes/compare/image-model
+	cp -r runs/compare/image/model/unet runs/compare/image/model/scheduler runs/compare/image/model/model_index.json recipes/compare/image-model
 	rm -rf $(NAMES:%=runs/compare/%)
 
 $(RUNS): runs/compare/%/model/model_index.json: | data/compare-latents/store.json

@@ -164,6 +164,8 @@ def test_ours_are_told_by_what_sees_time(video_model, tmp_path):
     system = systems.open_system(str(video_model), num_frames=3, num_inference_steps=1, device="cpu")
     assert (system.title, system.name, system.fps) == ("Latent-Shift", str(video_model), 8)
     assert system.generate(["red"], [0]).shape == (1, 3, 32, 32, 3)
+    assert systems.num_frames_of(str(video_model)) == load(video_model, device="cpu").call_defaults["num_frames"] == 4
+    assert systems.num_frames_of("emoji") == 16
     pipe = load(video_model, device="cpu")
     inflate(pipe.unet, Shift(1 / 8, 1 / 4, edge="hold"))
     assert systems._title(pipe) == "Latent-Shift, forward 0.125, backward 0.25, edge hold"

@@ -234,7 +234,7 @@ def evaluate(
     # NAME=MODEL; a path that is there may hold the sign itself.
     named = [("", "", each) if Path(each).exists() or "=" not in each else each.partition("=") for each in model or ["emoji"]]
     if protocol in ("own", "classes") and num_frames is None:
-        num_frames = systems.open_system(named[0][2], device="cpu").settings.get("num_frames")
+        num_frames = systems.num_frames_of(named[0][2])
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
     networks = measuring.Weights(given, device=str(zoo.device_of(device)))
     for kind in given:  # what is wrong is told before the work, not after

@@ -177,6 +177,8 @@ def _as_folder(init: str, base: Path) -> Path:
         if not isinstance(pipe, LatentShiftXLPipeline):
             pipe.save_pretrained(base)
     folder = zoo.folder(init) if plain else base
+    if plain and not (folder / "model_index.json").exists():
+        raise ValueError(f"{init}: expected the folder of a pipeline, with a model_index.json")
     if not (folder / "model_index.json").exists() or (folder / "text_encoder_2").exists():
         raise ValueError(
             f"{init}: expected a model of SD 1.x or 2.x; the family of Stable Diffusion XL is generated with, not trained, here"

@@ -111,6 +111,14 @@ def open_system(
     return System(name or str(model), title, rate / every, models.num_parameters(network), settings, generate, pipe)
 
 
+def num_frames_of(model: str) -> int | None:
+    """How many frames a model of ours draws unless told otherwise, if its folder says so: without opening it."""
+    if Path(model).is_file() or zoo.on_hub(model):
+        return None
+    index = zoo.folder(model) / "model_index.json"
+    return json.loads(index.read_text()).get("latent_shift", {}).get("num_frames") if index.exists() else None
+
+
 def _thinning(title: str, rate: float, fps: float | None) -> int:
     """Every how many frames of a system count, that its clips have the rate asked for."""
     every = 1 if fps is None else round(rate / fps)

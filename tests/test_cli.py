@@ -100,7 +100,11 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
     assert (first["protocol"]["clips"], first["system"]["num_inference_steps"]) == (2, 1)
     (energy,) = [record["value"] for record in first["records"] if record["measure"] == "motion_energy"]
     assert f"| motion_energy | {energy:.4g} (" in table and "a: no clipsim: needs a folder of transformers' CLIPModel" in table
-    for option, message in (("i3d=gone.pt", "gone.pt: no such file"), ("i4d=x", "unknown kind i4d")):
+    for option, message in (
+        ("i3d=gone.pt", "gone.pt: no such file"),
+        ("i4d=x", "--weights i4d=x: expected i3d=PATH"),
+        ("i3d", "--weights i3d: expected KIND=PATH"),
+    ):
         with pytest.raises(ValueError, match=message):
             run("eval", "pixels", "-m", "a=runs/v/model", "--num", 2, "--steps", 1, "--weights", option)
     (tmp_path / "prompts.txt").write_text("# two prompts\na red square\nblue\n")

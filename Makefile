@@ -150,11 +150,11 @@ compare: $(RUNS) runs/compare/vdm/model/model_index.json data/emoji-128/store.js
 	$(BIN)/latent-shift eval data/emoji-128 --protocol classes -m emoji --out evals/classes
 	$(MAKE) page
 
-page: docs/results/sweep.json
+page: docs/results/sweep.json | $(VENV)/.dev
 	$(BIN)/latent-shift report docs/page evals/systems --show shift --show attention --show none --show vdm --show emoji \
 		--ablation evals/parts-of-the-shift --training docs/results/compare-training.json --classes evals/classes --sweep $<
 
-docs/results/sweep.json:
+docs/results/sweep.json: | $(VENV)/.dev
 	$(BIN)/latent-shift bench sweep -o $@
 
 bench: $(VENV)/.dev data/emoji-128/store.json

@@ -38,7 +38,8 @@ def frechet(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     Raises:
         ValueError: other dimensions, what is not finite, or no more samples than dimensions, of which the distance is mostly bias.
     """
-    return frechet_estimate(a_ND, b_MD, resamples=2).value
+    _check(a_ND, b_MD)
+    return _frechet(a_ND, b_MD, [np.ones(size) for size in _samples(a_ND, b_MD, 1)], 1)
 
 
 def frechet_estimate(a_ND: np.ndarray, b_MD: np.ndarray, *, groups: int = 1, resamples: int = 40) -> Estimate:
@@ -50,20 +51,25 @@ def frechet_estimate(a_ND: np.ndarray, b_MD: np.ndarray, *, groups: int = 1, res
         resamples: of the bootstrap, from both sets.
     """
     _check(a_ND, b_MD)
+    sizes, rng = _samples(a_ND, b_MD, groups), np.random.default_rng(0)
+    value = _frechet(a_ND, b_MD, [np.ones(size) for size in sizes], groups)
+    counts = ([rng.multinomial(size, np.full(size, 1 / size)) for size in sizes] for _ in range(resamples))
+    return _around(value, [_frechet(a_ND, b_MD, each, groups) for each in counts], min(sizes))
+
+
+def _samples(a_ND: np.ndarray, b_MD: np.ndarray, groups: int) -> list[int]:
+    """How many independent samples the two sets hold."""
     sizes, dims = [len(features) // groups for features in (a_ND, b_MD)], a_ND.shape[1]
     if min(sizes) <= dims:
-        of = " clips" if groups > 1 else " samples"
-        raise Unmeasurable(f"{min(sizes)}{of} of {dims} features: the Frechet distance needs more than features, else it is mostly bias")
-    rng = np.random.default_rng(0)
+        of = "clips" if groups > 1 else "samples"
+        raise Unmeasurable(f"{min(sizes)} {of} of {dims} features: the Frechet distance needs more than features, else it is mostly bias")
+    return sizes
 
-    def distance(counts: list[np.ndarray]) -> float:
-        (m_a, r_a), (m_b, r_b) = (_gaussian(*each, groups) for each in zip((a_ND, b_MD), counts, strict=True))
-        roots = np.linalg.svd(r_a @ r_b.T, compute_uv=False).sum()
-        return float(np.square(m_a - m_b).sum() + np.square(r_a).sum() + np.square(r_b).sum() - 2 * roots)
 
-    value = distance([np.ones(size) for size in sizes])
-    drawn = [distance([rng.multinomial(size, np.full(size, 1 / size)) for size in sizes]) for _ in range(resamples)]
-    return _around(value, drawn, min(sizes))
+def _frechet(a_ND: np.ndarray, b_MD: np.ndarray, counts: list[np.ndarray], groups: int) -> float:
+    (m_a, r_a), (m_b, r_b) = (_gaussian(*each, groups) for each in zip((a_ND, b_MD), counts, strict=True))
+    roots = np.linalg.svd(r_a @ r_b.T, compute_uv=False).sum()
+    return float(np.square(m_a - m_b).sum() + np.square(r_a).sum() + np.square(r_b).sum() - 2 * roots)
 
 
 def _gaussian(features_ND: np.ndarray, counts: np.ndarray, groups: int, *, rows: int = 8192) -> tuple[np.ndarray, np.ndarray]:

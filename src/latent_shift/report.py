@@ -30,7 +30,7 @@ LABELS = {  # measure, or how its name begins -> what a reader is told, and wher
     "persistence": ("persistence of motion", "="), "coherence": ("coherence of frames", "="),
     "warping_error": ("warping error, grey levels", "="), "motion_error": ("motion error, factor", "\u2193"),
     "reconstruction_psnr_db": ("reconstruction PSNR, dB", "\u2191"), "denoising_error": (None, "\u2193"), "motion_seen": (None, "\u2191"),
-    "clipsim": ("CLIPSIM", "\u2191"), "is": ("inception score", "\u2191"), "f": (None, "\u2193"), "k": (None, "\u2193"),
+    "clipsim": ("CLIPSIM", "\u2191"), "is": ("inception score", "\u2191"), "is-frames": ("inception score of frames", "\u2191"), "f": (None, "\u2193"), "k": (None, "\u2193"),
 }  # fmt: skip
 
 

@@ -70,10 +70,9 @@ def verify(
         found = {name: float(np.mean([metrics.CLIP_MEASURES[name](clip) for clip in clips])) for name in TEMPORAL}
         for extractor, theirs in zip(extractors, real, strict=True):
             ours = extractor(clips)
-            found[extractor.kernel] = distances.kernel_estimate(
-                ours, theirs, groups=clips.shape[1] if extractor.of == "frame" else 1, resamples=2
-            ).value
-            if min(len(ours), len(theirs)) > ours.shape[1]:
+            groups = clips.shape[1] if extractor.of == "frame" else 1
+            found[extractor.kernel] = distances.kernel_estimate(ours, theirs, groups=groups, resamples=2).value
+            if min(len(ours), len(theirs)) // groups > ours.shape[1]:
                 found[extractor.frechet] = distances.frechet(ours, theirs)
         return found
 

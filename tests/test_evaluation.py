@@ -269,6 +269,16 @@ def test_published_measures_of_public_sets(system, scripts, clip_folder, tmp_pat
     assert values(result)["clipsim"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_real_clip_that_cannot_be_read_is_told_before_anything_is_drawn(system, scripts, tmp_path):  # noqa: F811
+    data = make_ucf101(tmp_path / "ucf")
+    ucf = protocols.open_protocol("ucf101", data, num=3)
+    for video in data.rglob("*.avi"):
+        video.write_bytes(video.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"\.avi: cannot be decoded"):
+        evaluate(system, ucf, tmp_path / "out", weights=Weights({"i3d": str(scripts / "i3d.pt")}))
+    assert not list((tmp_path / "out").rglob("clips/*.png"))
+
+
 def noise(k: int) -> np.ndarray:
     return np.random.default_rng(k).integers(0, 256, (16, 32, 32, 3), np.uint8)
 

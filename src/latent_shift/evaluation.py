@@ -57,7 +57,8 @@ def evaluate(
 
     Raises:
         ValueError: the folder was begun with another protocol or other settings, the clips are not of the protocol's length or rate, or
-            the system's name is that of the real clips' folder.
+            the system's name is that of the real clips' folder; or a real clip cannot be read, told before anything is drawn where
+            features are taken of all of them.
     """
     if _safe(system.name) == "real":
         raise ValueError("a system cannot be called real: expected another name for it")
@@ -75,14 +76,17 @@ def evaluate(
         write(out / "prompts.json", json.dumps(protocol.prompts, ensure_ascii=False))
         with torch.compiler.set_stance("force_eager"):  # other graphs than the clips', each asked for a few times
             draw_stills(system, protocol, folder / "stills")
+    clips = Drawn(folder / "clips", protocol.num_frames)
+    measuring = Measuring(system, protocol, clips, out, folder, weights, noise)
+    if rank == 0:
+        measuring.of_real_clips()  # before anything is drawn, for one of them may be no good
     draw(system, protocol, folder, rank=rank, world=world, batch_size=batch_size, progress=progress)
     if rank:
         return {}
     while not all((folder / "clips" / f"{k:06}.png").exists() for k in range(len(protocol.prompts))):
         time.sleep(1)  # the others draw; one that fails takes this process with it (torchrun)
-    clips = Drawn(folder / "clips", protocol.num_frames)
     with torch.compiler.set_stance("force_eager"):
-        found = Measuring(system, protocol, clips, out, folder, weights, noise).all()
+        found = measuring.all()
     result = {"system": settings, "protocol": protocol.told, **found}
     write(folder / "results.json", json.dumps(result, indent=1))
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -81,6 +82,14 @@ class Measuring:
             except Unmeasurable as error:  # weights not at hand, too few samples, clips that it does not take
                 skipped[measure] = str(error)
         return {"records": records, "skipped": skipped}
+
+    def of_real_clips(self) -> None:
+        """Take the features of the real clips that will be asked for."""
+        for name in self.protocol.measures:
+            kind, options = EXTRACTORS.get(name, ("", {}))
+            if kind and not name.startswith("is") and (extractor := self.weights.open(kind, **options)):
+                with contextlib.suppress(Unmeasurable):  # told where the measure is
+                    self.features(extractor, real=True)
 
     def measure(self, name: str) -> list[dict[str, Any]]:
         if name in metrics.CLIP_MEASURES or name == "motion_error":

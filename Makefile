@@ -155,7 +155,7 @@ page: docs/results/sweep.json | $(VENV)/.dev
 		--ablation evals/parts-of-the-shift --training docs/results/compare-training.json --classes evals/classes --sweep $<
 
 docs/results/sweep.json: | $(VENV)/.dev
-	$(BIN)/latent-shift bench sweep -o $@
+	$(BIN)/latent-shift bench sweep -o $@ --plots docs/results
 
 bench: $(VENV)/.dev data/emoji-128/store.json
 	$(BIN)/latent-shift bench --commands -o docs/results/bench.json

@@ -39,7 +39,8 @@ def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up:
     """Time each call once a round, in turn, forwards and backwards.
 
     Returns:
-        For each name the median seconds, and the median over rounds of its time relative to the first name's in that round.
+        For each name the median seconds, and of its time relative to the first name's in the same round the median, the least and the
+        most.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + rounds):
@@ -51,7 +52,14 @@ def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up:
             if turn >= warm_up:
                 times[name].append(time.perf_counter() - start)
     first = np.array(times[next(iter(calls))])
-    return {name: {"seconds": float(np.median(t)), "ratio": float(np.median(np.array(t) / first))} for name, t in times.items()}
+    found = {}
+    for name, seconds in times.items():
+        ratios = np.array(seconds) / first
+        found[name] = {
+            "seconds": float(np.median(seconds)), "ratio": float(np.median(ratios)), "ratio_least": float(ratios.min()),
+            "ratio_most": float(ratios.max()),
+        }  # fmt: skip
+    return found
 
 
 def machine(device: str = "cpu") -> dict[str, object]:

@@ -76,6 +76,7 @@ def sweep(
     device: Device = "cpu",
     half: Annotated[bool, typer.Option("--half", help="bfloat16 instead of float32")] = False,
     model: Annotated[str, typer.Option("--model", "-m", help="of the whole clips")] = "emoji",
+    plots: Annotated[Path | None, typer.Option(help="also draw plots (.svg) in this folder")] = None,
     output: Output = None,
 ) -> None:
     """Time a step of ours and of the others against frames, size and batch, beside what the machine can do at most."""
@@ -83,6 +84,7 @@ def sweep(
     import torch
 
     from latent_shift import benchmark, zoo
+    from latent_shift import plots as plotting
     from latent_shift import sweep as sweeping
 
     device, numbers = str(zoo.device_of(device)), frames or list(sweeping.FRAMES)
@@ -97,7 +99,11 @@ def sweep(
     if device == "cpu":
         result["memory"] = sweeping.memory_of_steps(numbers)
     result["whole clips"] = sweeping.whole_clips(model, device=device, rounds=rounds)
-    _show(result, output)
+    print(sweeping.table(result["points"]))
+    if output:
+        save_json(result, output)
+    if plots:
+        plotting.save(result, plots)
 
 
 @app.command()

@@ -8,9 +8,7 @@ and plots. A folder of files with no address outside of it: it opens from a disk
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -22,6 +20,7 @@ from PIL import Image
 
 from latent_shift import video
 from latent_shift.evaluation import Drawn, table_of
+from latent_shift.plots import plots
 
 LABELS = {  # measure, or how its name begins -> what a reader is told, and where better is: up, down, or where real clips are
     "retrieval_top1": ("right caption first", "\u2191"), "retrieval_top5": ("right caption in the first five", "\u2191"),
@@ -186,56 +185,6 @@ def _skipped(systems: list[Shown]) -> list[tuple[str, str]]:
         (measure if len(names) == len(systems) else f"{measure} of {', '.join(names)}", reason)
         for (measure, reason), names in every.items()
     ]
-
-
-def plots(sweep: dict[str, Any]) -> list[dict[str, str]]:
-    """Time a step and memory against frames, and the share of the roofline, as SVG with a text that says what is to be seen.
-
-    Raises RuntimeError without matplotlib.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError("plots need matplotlib: pip install 'latent-shift-video[report]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for point in sweep["points"]:
-        if point["line"] == "frames" and "cannot" not in point:
-            lines.setdefault(point["name"], []).append(point)
-    memories: dict[str, list[dict[str, Any]]] = {}
-    for point in sweep.get("memory") or [each for name in lines for each in lines[name]]:
-        if "cannot" not in point and point.get("gib_peak") is not None:
-            memories.setdefault(point["name"], []).append(point)
-    wanted: list[tuple[str, str, dict[str, list[dict[str, Any]]], Any]] = [
-        ("Time of one step", "seconds", lines, lambda point: point["seconds"]),
-        ("Relative to Latent-Shift", "ratio", lines, lambda point: point["ratio"]),
-        ("Share of the roofline", "share", lines, lambda point: point["share_of_the_roofline"]),
-        ("Memory at the peak of one step", "GiB", memories, lambda point: point["gib_peak"]),
-    ]
-    found: list[dict[str, str]] = []
-    for heading, unit, series, value in wanted:
-        if not series:
-            continue
-        figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
-        for (name, points), marker in zip(series.items(), "os^Dv", strict=False):
-            axes.plot([point["frames"] for point in points], [value(point) for point in points], marker=marker, label=name)
-        axes.set(xscale="log", xlabel="frames of the clip", ylabel=unit, title=heading)
-        if unit in ("seconds", "GiB"):
-            axes.set_yscale("log")
-        axes.set_xticks(ticks := sorted({point["frames"] for points in series.values() for point in points}), [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small", frameon=False)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-        plt.close(figure)
-        svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>plot{len(found)}-", text.getvalue())  # several stand in one page
-        last = {name: points[-1] for name, points in series.items()}
-        told = "; ".join(f"{name} {value(point):.3g} at {point['frames']} frames" for name, point in last.items())
-        found.append({"heading": heading, "svg": svg[svg.index("<svg") :], "label": f"{heading}, {unit}: {told}"})
-    return found
 
 
 def _template():

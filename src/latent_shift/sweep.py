@@ -101,6 +101,28 @@ class Work(TorchDispatchMode):
         return made
 
 
+def table(points: Sequence[dict[str, Any]]) -> str:
+    """Markdown: seconds a step of each contender at each place, in brackets what it takes of Latent-Shift's."""
+    places: dict[str, dict[str, dict[str, Any]]] = {}
+    for point in points:
+        where = f"{point['clips']} x {point['frames']} frames, {point['side']}x{point['side']}"
+        places.setdefault(where, {})[point["name"]] = point
+    names = list(dict.fromkeys(point["name"] for point in points))
+    rows = [["a step of", *names], ["---"] * (len(names) + 1)]
+    for where, found in places.items():
+        rows.append(
+            [
+                where,
+                *(
+                    "cannot" if "cannot" in each else f"{each['seconds']:.3g} s ({each['ratio']:.2f})"
+                    for each in map(found.get, names)
+                    if each
+                ),
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def limits(device: str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: float = 0.3) -> dict[str, float]:
     """What the machine multiplies, and what it copies: bytes read and written a second, of a gibibyte."""
     source = torch.ones(2**30 // dtype.itemsize, device=device, dtype=dtype)

@@ -88,7 +88,7 @@ def sweep(
     from latent_shift import sweep as sweeping
 
     device, numbers = str(zoo.device_of(device)), frames or list(sweeping.FRAMES)
-    result = benchmark.machine(device) | sweeping.sweep(
+    found = sweeping.sweep(
         num_frames=numbers,
         sides=sides or (8, 16, 32, 64),
         clips=clips or (1, 2, 4),
@@ -96,10 +96,11 @@ def sweep(
         device=device,
         dtype=torch.bfloat16 if half else torch.float32,
     )
+    result = benchmark.machine(device) | found
     if device == "cpu":
         result["memory"] = sweeping.memory_of_steps(numbers)
     result["whole clips"] = sweeping.whole_clips(model, device=device, rounds=rounds)
-    print(sweeping.table(result["points"]))
+    print(sweeping.table(found["points"]))
     if output:
         save_json(result, output)
     if plots:

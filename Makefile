@@ -32,7 +32,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[dev,eval,report,finetune,tensorboard,wandb,ray,onnx]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[dev,eval,report,browser,finetune,tensorboard,wandb,ray,onnx]'
 	touch $@
 
 demo: $(VENV)/.core
@@ -123,7 +123,7 @@ data/compare-latents/store.json: data/emoji-128/store.json
 compare-image: data/compare-latents/store.json
 	$(BIN)/latent-shift train recipes/compare/image.toml --run runs/compare/image
 	cp -r runs/compare/image/model/unet runs/compare/image/model/scheduler runs/compare/image/model/model_index.json recipes/compare/image-model
-	rm -rf $(NAMES:%=runs/compare/%)
+	rm -rf runs/compare/image $(NAMES:%=runs/compare/%) evals/parts-of-the-shift evals/systems
 
 $(RUNS): runs/compare/%/model/model_index.json: | data/compare-latents/store.json
 	$(BIN)/latent-shift train recipes/compare/video.toml --run runs/compare/$* \

@@ -35,15 +35,19 @@ def state(page) -> list[list]:
 
 
 def test_all_clips_play_in_step(page):
-    page.wait_for_timeout(1500)
-    clips = state(page)
+    held, clips = 0, None
+    for _ in range(100):  # a busy machine takes its time to begin; then they stay together
+        page.wait_for_timeout(130)
+        before, clips = clips, state(page)
+        apart = [abs(at - clips[0][1]) for _, at, _, _ in clips]
+        in_step = max(min(each, 0.5 - each) for each in apart) <= 1 / 8  # a frame of eight a second, round the loop
+        playing = all(ready >= 2 and not paused for ready, _, paused, _ in clips) and before != clips
+        held = held + 1 if in_step and playing else 0
+        if held == 5:
+            break
+    assert held == 5, clips
     assert len(clips) == 2 * 2 + 2 * 4
-    assert all(ready >= 2 and not paused and length == pytest.approx(0.5, abs=0.05) for ready, _, paused, length in clips)
-    apart = [abs(at - clips[0][1]) for _, at, _, _ in clips]
-    assert max(min(each, 0.5 - each) for each in apart) <= 1 / 8  # a frame of eight a second, round the loop
-    later = [at for _, at, _, _ in state(page)]
-    page.wait_for_timeout(130)
-    assert [at for _, at, _, _ in state(page)] != later
+    assert [length for *_, length in clips] == pytest.approx([0.5] * len(clips), abs=0.05)
 
 
 def test_nothing_is_missing_or_asked_for_outside(page):

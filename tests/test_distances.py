@@ -53,11 +53,11 @@ def test_what_says_nothing_is_refused():
     with pytest.raises(ValueError, match="two samples"):
         distances.kernel_estimate(rng.standard_normal((1, 8)), rng.standard_normal((8, 8)))
     with pytest.raises(distances.Unmeasurable, match="12 clips of 20 features"):  # 96 frames are 12 samples
-        distances.frechet_estimate(rng.standard_normal((96, 20)), rng.standard_normal((800, 20)), groups=8)
+        distances.frechet_estimate(rng.standard_normal((12, 8, 20)), rng.standard_normal((100, 8, 20)))
     with pytest.raises(distances.Unmeasurable, match="5 clips of 5 classes"):
         distances.inception_score(np.eye(5))
     with pytest.raises(distances.Unmeasurable, match="one clip has no interval"):
-        distances.mean_estimate(np.ones(1))
+        distances.estimate(np.ones(1))
     with pytest.raises(ValueError, match="not finite"):
         distances.frechet(np.full((20, 2), np.nan), rng.standard_normal((20, 2)))
     with pytest.raises(ValueError, match="row of probabilities"):
@@ -82,17 +82,17 @@ def test_frames_of_a_clip_are_no_pair_of_the_kernel_distance():
     pairs = lambda p, q, apart: np.mean(  # noqa: E731
         [kernel(x, y) for i, u in enumerate(p) for j, w in enumerate(q) if not (apart and i == j) for x in u for y in w]
     )
-    found = distances.kernel_estimate(a.reshape(15, 4), b.reshape(18, 4), groups=3)
+    found = distances.kernel_estimate(a, b)
     assert found.value == pytest.approx(pairs(a, a, True) + pairs(b, b, True) - 2 * pairs(a, b, False), rel=1e-10)
-    alike = [np.repeat(rng.standard_normal((2, 12, 4)), 8, axis=1) for _ in range(300)]  # clips whose frames stand still
-    alone, together = ([distances.kernel_estimate(*pair, groups=groups, resamples=2).value for pair in alike] for groups in (1, 8))
+    alike = [rng.standard_normal((2, 12, 1, 4)).repeat(8, axis=2) for _ in range(300)]  # clips whose frames stand still
+    alone, together = ([distances.kernel_estimate(*pair.reshape(2, -1, rows, 4), resamples=2).value for pair in alike] for rows in (1, 8))
     assert abs(np.mean(together)) < 3 * np.std(together) / np.sqrt(300) < np.mean(alone)
 
 
 def test_of_many_groups_some_are_taken():
     rng = np.random.default_rng(7)
-    a, b = rng.standard_normal((4000, 6)), 1.3 * rng.standard_normal((4000, 6))
-    every, some = (distances.kernel_estimate(a, b, groups=2, resamples=40, most=most) for most in (5000, 400))
+    a, b = rng.standard_normal((2000, 2, 6)), 1.3 * rng.standard_normal((2000, 2, 6))
+    every, some = (distances.kernel_estimate(a, b, resamples=40, most=most) for most in (5000, 400))
     assert every.value != some.value and some.low < every.value < some.high
     assert some.high - some.low > 1.5 * (every.high - every.low)
 
@@ -114,8 +114,8 @@ def test_inception_score():
     found = distances.inception_score(p)
     assert found.value == pytest.approx(expected)
     assert found.low < found.value < found.high and found.samples == 30
-    frames = np.repeat(p, 4, axis=0)
-    together, alone = distances.inception_score(frames, groups=4), distances.inception_score(frames)
+    frames = np.repeat(p[:, None], 4, axis=1)
+    together, alone = distances.inception_score(frames), distances.inception_score(frames.reshape(-1, 5))
     assert together.value == pytest.approx(expected) and together.samples == 30
     assert together.high - together.low > 1.5 * (alone.high - alone.low)
 
@@ -132,9 +132,9 @@ def test_the_interval_of_an_inception_score_holds_that_of_many_samples():
 
 def test_many_rows_are_taken_some_at_once():
     rng = np.random.default_rng(9)
-    features, counts = rng.standard_normal((40, 5)), rng.integers(0, 4, 20)
-    mean, root = distances._gaussian(features, counts, 2, rows=7)
-    every = np.repeat(features, np.repeat(counts, 2), axis=0)
+    features, counts = rng.standard_normal((20, 2, 5)), rng.integers(0, 4, 20)
+    mean, root = distances._gaussian(features, counts, rows=7)
+    every = np.repeat(features, counts, axis=0).reshape(-1, 5)
     np.testing.assert_allclose(mean, every.mean(axis=0))
     np.testing.assert_allclose(root.T @ root, np.cov(every, rowvar=False))
     a, b = rng.standard_normal((9, 3, 4)), rng.standard_normal((8, 3, 4))
@@ -145,20 +145,54 @@ def test_many_rows_are_taken_some_at_once():
 def test_intervals_hold_the_truth_as_often_as_they_say():
     rng, held = np.random.default_rng(4), 0
     for _ in range(200):
-        found = distances.mean_estimate(rng.exponential(size=60), resamples=300)
+        found = distances.estimate(rng.exponential(size=60), resamples=300)
         held += found.low <= 1 <= found.high
     assert 175 <= held <= 198  # 95 % less what a bootstrap of 60 skewed samples falls short
 
 
 def test_frames_of_a_clip_are_drawn_together():
     rng = np.random.default_rng(5)
-    a, b = (np.repeat(rng.standard_normal((30, 3)), 8, axis=0) + 0.01 * rng.standard_normal((240, 3)) for _ in range(2))
-    alone, together = distances.frechet_estimate(a, b), distances.frechet_estimate(a, b, groups=8)
-    assert alone.value == together.value
+    a, b = (rng.standard_normal((30, 1, 3)) + 0.01 * rng.standard_normal((30, 8, 3)) for _ in range(2))
+    alone, together = distances.frechet_estimate(a.reshape(240, 3), b.reshape(240, 3)), distances.frechet_estimate(a, b)
+    assert alone.value == pytest.approx(together.value)
     assert together.high - together.low > 1.5 * (alone.high - alone.low)  # 30 clips, not 240 samples
 
 
 def test_a_median_has_an_interval_too():
-    found = distances.mean_estimate(np.arange(101), average=np.median)
+    found = distances.estimate(np.arange(101), distances.median)
     assert found.value == 50
     assert 30 < found.low < 50 < found.high < 70
+
+
+def test_clips_of_one_unit_are_drawn_together_and_never_paired():
+    """Twenty clips of each of few words say no more of the words than the words there are."""
+    rng = np.random.default_rng(10)
+    units, words = np.repeat(np.arange(30), 20), rng.standard_normal((30, 3))
+    order = rng.permutation(600)
+    units, x = units[order], (words[units] + 0.1 * rng.standard_normal((600, 3)))[order]
+    apart, together = distances.estimate(x[:, 0]), distances.estimate(x[:, 0], units_N=units)
+    assert (apart.samples, together.samples) == (600, 30) and apart.value == together.value
+    assert 3 < (together.high - together.low) / (apart.high - apart.low) < 6  # the root of twenty
+    other = rng.standard_normal((600, 3))
+    for measure in (distances.frechet_estimate, distances.kernel_estimate):
+        apart, together = measure(x, other, resamples=40), measure(x, other, units_N=units, resamples=40)
+        assert together.samples == 30 and together.high - together.low > 1.5 * (apart.high - apart.low), measure
+    kernel = (x @ x.T / 3 + 1) ** 3
+    between, within = ((x @ other.T / 3 + 1) ** 3).mean(), (other @ other.T / 3 + 1) ** 3
+    expected = kernel[units[:, None] != units].mean() + (within.sum() - np.trace(within)) / (600 * 599) - 2 * between
+    assert together.value == pytest.approx(expected)
+    p = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
+    apart, together = distances.inception_score(p), distances.inception_score(p, units_N=units)
+    assert together.value == apart.value and together.high - together.low > 2 * (apart.high - apart.low)
+
+
+def test_averages_count_clips_as_often_as_their_weights_say():
+    rng = np.random.default_rng(11)
+    x, times = rng.uniform(0.5, 2, 9), rng.integers(0, 3, 9)
+    often = np.repeat(x, times)
+    assert distances.mean(x, times) == pytest.approx(often.mean())
+    assert distances.median(x, times) == pytest.approx(np.median(often))
+    assert distances.factor(x, times) == pytest.approx(np.exp(np.abs(np.log(often)).mean()))
+    pairs = rng.uniform(size=(9, 2))
+    missed, there = np.repeat(pairs, times, axis=0).sum(axis=0)
+    assert distances.found(pairs, times) == pytest.approx(1 - missed / there)

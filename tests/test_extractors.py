@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from latent_shift import extractors
+from latent_shift.distances import Unmeasurable
 from latent_shift.measuring import Weights
 
 
@@ -47,6 +48,11 @@ class C3D(nn.Module):
         return torch.softmax(x[:, :, :4, :6, :6].flatten(1)[:, :101] / 50, 1)
 
 
+class Logits(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :4, :6, :6].flatten(1)[:, :101]
+
+
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripts")
@@ -62,21 +68,20 @@ def test_scripted_networks_are_called_as_published(scripts):
     i3d = extractors.i3d(scripts / "i3d.pt")
     assert (i3d.frechet, i3d.kernel, i3d.of) == ("fvd", "kvd", "clip")
     red = [[some[clip, frame, y, x, 0] for frame in range(4) for y in range(10) for x in range(10)] for clip in range(3)]
-    np.testing.assert_array_equal(i3d(some, batch_size=2), np.array(red, np.float32))
+    np.testing.assert_array_equal(i3d(some, batch_size=2), np.array(red, np.float32)[:, None])
     inception = extractors.inception(scripts / "inception.pt")
     planes = [
-        [some[clip, frame, y, x, channel] for channel in range(3) for y in range(28) for x in range(28)][:2048]
+        [[some[clip, frame, y, x, channel] for channel in range(3) for y in range(28) for x in range(28)][:2048] for frame in range(16)]
         for clip in range(3)
-        for frame in range(16)
     ]
     np.testing.assert_array_equal(inception(some), np.array(planes, np.float32))
     probabilities = extractors.inception(scripts / "inception.pt", probabilities=True)
-    powers = np.exp(np.array(planes, np.float64)[:, :1008] / 50)
-    np.testing.assert_allclose(probabilities(some), powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
+    powers = np.exp(np.array(planes, np.float64)[..., :1008] / 50)
+    np.testing.assert_allclose(probabilities(some), powers / powers.sum(axis=2, keepdims=True), rtol=1e-4)
     assert inception.name != probabilities.name  # their features lie in one folder
     red = [[some[clip, frame, y, x, 0] for frame in range(4) for y in range(6) for x in range(6)][:101] for clip in range(3)]
     powers = np.exp(np.array(red, np.float64) / 50)
-    np.testing.assert_allclose(extractors.c3d(scripts / "c3d.pt")(some), powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
+    np.testing.assert_allclose(extractors.c3d(scripts / "c3d.pt")(some)[:, 0], powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
     with pytest.raises(ValueError, match="sees clips of 16 frames, these have 8"):
         i3d(clips(num_frames=8))
     with pytest.raises(ValueError, match=r"expected clips \(B, F, H, W, 3\) uint8"):
@@ -93,6 +98,9 @@ def test_other_networks_are_refused(scripts, tmp_path):
     (tmp_path / "text.pt").write_text("x")
     with pytest.raises(ValueError, match="expected a TorchScript file"):
         extractors.c3d(tmp_path / "text.pt")
+    torch.jit.script(Logits()).save(str(tmp_path / "logits.pt"))
+    with pytest.raises(ValueError, match="gives what are no probabilities; expected the TorchScript file c3d_ucf101"):
+        extractors.c3d(tmp_path / "logits.pt")
 
 
 def videomae_config() -> VideoMAEConfig:
@@ -117,7 +125,7 @@ def test_videomae_is_what_its_classifier_sees(tmp_path):
     pixels = ((torch.from_numpy(resized) / 255 - mean) / std).permute(0, 1, 4, 2, 3)
     with torch.no_grad():
         logits = network(pixels).logits
-        torch.testing.assert_close(network.classifier(torch.from_numpy(found(some))), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(network.classifier(torch.from_numpy(found(some)[:, 0])), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_videomae_that_was_not_fine_tuned_is_refused(tmp_path):
@@ -157,12 +165,15 @@ def test_clipsim_is_the_mean_of_clips_own_logits(clip_folder):
 def test_features_of_a_package_and_their_change():
     some = clips(2, 4, 32)
     frames, motion = extractors.efficientnet(), extractors.efficientnet(motion=True)
-    each = frames(some).reshape(2, 4, 1280)
+    each = frames(some)
+    assert each.shape == (2, 4, 1280)
     expected = np.concatenate([each.mean(axis=1), np.abs(np.diff(each, axis=1)).mean(axis=1)], axis=1)
-    np.testing.assert_allclose(motion(some), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(motion(some)[:, 0], expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(Unmeasurable, match="sees clips of 2 frames or more, these have 1"):
+        motion(some[:, :1])
     assert (frames.frechet, motion.kernel) == ("fd-efficientnet-lite0", "kd-efficientnet-lite0-motion")
     frozen = np.repeat(some[:, :1], 4, axis=1)
-    np.testing.assert_allclose(motion(frozen)[:, 1280:], 0, atol=1e-5)
+    np.testing.assert_allclose(motion(frozen)[..., 1280:], 0, atol=1e-5)
 
 
 def test_a_hash_tells_weights_apart(scripts, clip_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -92,6 +93,30 @@ def test_stills_are_the_image_model(evals, video_model):
     words = json.loads((evals / "compare" / "prompts.json").read_text())[0]
     one = systems.open_system(str(video_model), num_frames=1, num_inference_steps=1, guidance_scale=1.0, device="cpu")
     np.testing.assert_array_equal(one.generate([words], [0])[0, 0], still)
+
+
+def test_the_pages_time_is_that_of_the_clips_shown(evals, tmp_path):
+    """A system may draw fewer frames a second than the real clips of the protocol have."""
+    shutil.copytree(evals / "compare", tmp_path / "compare")
+    path = tmp_path / "compare" / "b" / "results.json"
+    result = json.loads(path.read_text())
+    result["system"]["fps"] = 4.0
+    path.write_text(json.dumps(result))
+    page = report.report(tmp_path / "page", tmp_path / "compare", rows=1).read_text()
+    assert "4 frames at 4 or 8 fps" in re.sub(r"\s+", " ", page)
+    assert "const frame = 0.25, slack = 0.0625;" in page
+
+
+def test_clips_of_two_evaluations_are_kept_apart(evals, tmp_path):
+    for name, source in (("one", "compare"), ("two", "classes")):
+        shutil.copytree(evals / source, tmp_path / name / "same")
+    path = report.report(tmp_path / "page", tmp_path / "one" / "same", shown=["a <shift>"], classes=tmp_path / "two" / "same", rows=2)
+    files = [path.parent / video["src"] for video in Page(path.read_text()).all("video")]
+    assert len(set(files)) == len(files) == 2 + 8
+    (first,) = {each.parent for each in files}
+    kept = np.stack([evaluation.Drawn(tmp_path / name / "same" / "a-shift" / "clips", 4)(0)[0] for name in ("one", "two")])
+    shown = np.stack([np.asarray(Image.open(first / f"{name}-a-shift-000.png")) for name in ("compared", "classes")])
+    np.testing.assert_array_equal(shown, kept.repeat(4, axis=1).repeat(4, axis=2))
 
 
 def test_small_clips_are_shown_as_whole_pixels():

@@ -76,15 +76,15 @@ def test_the_machines_limits_are_plausible():
 
 
 def test_memory_is_that_of_one_step_alone():
-    row = benchmark.alone(sweep._memory_of_step, "frame by frame", 2, 8)
+    row = benchmark.alone(sweep._memory_of_step, "frame by frame", 2, 8, torch.float32)
     assert 0.1 < row["gib_before"] <= row["gib_peak"] < 3
-    refused = benchmark.alone(sweep._memory_of_step, "AnimateDiff (UNetMotionModel)", 64, 8)
+    refused = benchmark.alone(sweep._memory_of_step, "AnimateDiff (UNetMotionModel)", 64, 8, torch.float32)
     assert refused["cannot"] == "at most 32 frames"
 
 
 def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        sweep, "memory_of_steps", lambda numbers: [{"name": "Latent-Shift", "frames": number, "gib_peak": 1.0} for number in numbers]
+        sweep, "memory_of_steps", lambda numbers, **_: [{"name": "Latent-Shift", "frames": number, "gib_peak": 1.0} for number in numbers]
     )
     monkeypatch.setattr(sweep, "whole_clips", lambda model, **_: [{"model": model}])
     monkeypatch.setattr(sweep, "contenders", lambda **options: dict([*benchmark.contenders(**options).items()][:2]))

@@ -61,10 +61,10 @@ def modelscope(texts):
     return TextToVideoSDPipeline(vae=models.autoencoder("tiny"), unet=unet, scheduler=DDIMScheduler(clip_sample=False), **clip_texts(texts))
 
 
-def cogvideox(texts):
+def cogvideox(texts, **options):
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=16, num_layers=1,
-        sample_width=4, sample_height=4, sample_frames=9, patch_size=2, max_text_seq_length=226,
+        sample_width=4, sample_height=4, sample_frames=9, patch_size=2, max_text_seq_length=226, **options,
     )  # fmt: skip
     vae = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(8, 8, 8, 8),
@@ -73,14 +73,17 @@ def cogvideox(texts):
     return CogVideoXPipeline(transformer=transformer, vae=vae, scheduler=CogVideoXDDIMScheduler(), **t5())
 
 
-def wan(texts):
-    transformer = WanTransformer3DModel(
+def wan_transformer():
+    return WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=16, freq_dim=16,
         ffn_dim=16, num_layers=1, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=16,
     )  # fmt: skip
+
+
+def wan(texts, **options):
     vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return WanPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **t5(UMT5EncoderModel, UMT5Config))
+    return WanPipeline(transformer=wan_transformer(), vae=vae, scheduler=scheduler, **t5(UMT5EncoderModel, UMT5Config), **options)
 
 
 def ltx(texts):
@@ -124,6 +127,7 @@ def test_a_peer_is_opened_by_what_it_is(kind, texts, tmp_path):
     assert clips.shape == (2, num_frames, size, size, 3)
     assert clips.dtype == np.uint8
     assert not np.array_equal(clips[0], clips[1])
+    assert system.settings.get("frame_rate") == (24 if kind == "LTXPipeline" else None)
     np.testing.assert_array_equal(system.generate(["red", "a square"], [0, 1]), clips)
     assert not np.array_equal(system.generate(["red", "a square"], [2, 1])[0], clips[0])
 
@@ -146,6 +150,21 @@ def test_a_peer_is_evaluated_by_a_protocol_of_16_frames(kind, texts, packed, tmp
     assert records["motion_energy"]["value"] == pytest.approx(np.mean([metrics.motion_energy(clip) for clip in middle]))
     assert (records["motion_energy"]["made_at"], records["motion_energy"]["measured_at"]) == ([32, 64], [32, 32])
     assert "is asked of models of this package" in result["skipped"]["denoising"]
+
+
+def test_members_of_a_family_have_their_own_rate_and_networks(texts, tmp_path):
+    """CogVideoX 1.5 patches time, Wan 2.2 of 5 B expands timesteps, Wan 2.2 of 14 B has two transformers."""
+    newer = cogvideox(texts, patch_size_t=2, use_rotary_positional_embeddings=True)
+    for name, pipe in (
+        ("1.5", newer),
+        ("5b", wan(texts, expand_timesteps=True)),
+        ("14b", wan(texts, transformer_2=wan_transformer(), boundary_ratio=0.9)),
+    ):
+        pipe.save_pretrained(tmp_path / name)
+    opened = {name: systems.open_system(str(tmp_path / name), device="cpu") for name in ("1.5", "5b", "14b")}
+    assert [each.fps for each in opened.values()] == [16, 24, 16]
+    assert systems.open_system(str(tmp_path / "1.5"), device="cpu", fps=8).settings["every"] == 2
+    assert opened["14b"].parameters == 2 * opened["5b"].parameters
 
 
 def test_rates_that_do_not_fit_and_what_is_no_number_are_refused(texts, tmp_path):

@@ -193,7 +193,7 @@ def evaluate(
         ),
     ] = None,
     protocol: Annotated[str, typer.Option(help="own, emoji, classes, ucf101, msrvtt-mav or msrvtt-lavie")] = "own",
-    num: Annotated[int | None, typer.Option(help="clips, the first of the protocol's; default: all (own: at most 100)")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="clips, the first of the protocol's; default: all (own: at most 100)")] = None,
     num_frames: Annotated[int | None, typer.Option(help="of own: frames a clip; default: the first model's")] = None,
     split: Annotated[list[str] | None, typer.Option(help="of own: where captions come from; may be repeated; default train")] = None,
     size: Annotated[int | None, typer.Option(help="side in pixels at which is drawn; default: each system's own")] = None,
@@ -218,6 +218,7 @@ def evaluate(
 ) -> None:
     """Measure systems against real clips, side by side: each number with its protocol, its weights and its interval."""
     quiet()
+    import gc
     import os
 
     import torch
@@ -236,9 +237,9 @@ def evaluate(
     if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.num_frames_of(named[0][2])
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
-    networks = measuring.Weights(given, device=str(zoo.device_of(device)))
-    for kind in given:  # what is wrong is told before the work, not after
-        networks.open(kind)
+    networks, first = measuring.Weights(given, device=str(zoo.device_of(device))), os.environ.get("RANK", "0") == "0"
+    if first:  # who measures
+        networks.check()
     results = []
     for name, _, path in named:
         system = systems.open_system(
@@ -253,7 +254,10 @@ def evaluate(
             results.append(
                 evaluation.evaluate(system, task, where, weights=networks, noise=noise, batch_size=batch_size, progress=progress)
             )
-    if os.environ.get("RANK", "0") != "0":
+        del system  # two of the large ones do not fit a GPU
+        gc.collect()
+        torch.cuda.empty_cache()
+    if not first:
         return
     print(evaluation.table(results))
     for result in results:
@@ -279,19 +283,8 @@ def report(
     quiet()
     from latent_shift import report as reporting
 
-    print(
-        reporting.report(
-            out,
-            compared,
-            shown=show or [],
-            ablations=ablation or [],
-            training=training,
-            classes=classes,
-            sweep=sweep,
-            rows=rows,
-            title=title,
-        )
-    )
+    options = dict(training=training, classes=classes, sweep=sweep, rows=rows, title=title)
+    print(reporting.report(out, compared, shown=show or [], ablations=ablation or [], **options))  # type: ignore[arg-type]
 
 
 @app.command()

@@ -87,19 +87,19 @@ def sweep(
     from latent_shift import plots as plotting
     from latent_shift import sweep as sweeping
 
-    device, numbers = str(zoo.device_of(device)), frames or list(sweeping.FRAMES)
+    device, numbers, dtype = str(zoo.device_of(device)), frames or list(sweeping.FRAMES), torch.bfloat16 if half else torch.float32
     found = sweeping.sweep(
         num_frames=numbers,
         sides=sides or (8, 16, 32, 64),
         clips=clips or (1, 2, 4),
         rounds=rounds,
         device=device,
-        dtype=torch.bfloat16 if half else torch.float32,
+        dtype=dtype,
     )
     result = benchmark.machine(device) | found
     if device == "cpu":
-        result["memory"] = sweeping.memory_of_steps(numbers)
-    result["whole clips"] = sweeping.whole_clips(model, device=device, rounds=rounds)
+        result["memory"] = sweeping.memory_of_steps(numbers, dtype=dtype)
+    result["whole clips"] = sweeping.whole_clips(model, device=device, dtype=dtype, rounds=rounds)
     print(sweeping.table(found["points"]))
     if output:
         save_json(result, output)

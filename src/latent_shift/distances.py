@@ -2,13 +2,15 @@
 
 Whose features they are says extractors.py; a distance is called FID, FVD, ... only where they are the ones that have that name.
 
-N, M samples of two sets, D features, K classes. All computation is in float64.
+N, M clips of two sets, G rows of each (its frames, or one), D features, K classes. What belongs together is drawn together: the rows of a
+clip, and clips of one unit, such as those of several captions of one video. All computation is in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,94 +37,99 @@ def frechet(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     With S = R'R, R the triangle of a QR decomposition of the centred features, the trace of (S_a S_b)^(1/2) is the sum of the singular
     values of R_a R_b': no root of a nearly singular matrix is taken.
 
+    Args:
+        a_ND, b_MD: `(N, D)`, `(M, D)`; or `(N, G, D)`, `(M, H, D)`, G or H rows of each.
+
     Raises:
         ValueError: other dimensions, what is not finite, or no more samples than dimensions, of which the distance is mostly bias.
     """
-    _check(a_ND, b_MD)
-    return _frechet(a_ND, b_MD, [np.ones(size) for size in _samples(a_ND, b_MD, 1)], 1)
+    a, b = _checked(a_ND, b_MD)
+    _enough(len(a), len(b), a)
+    return _frechet(a, b, np.ones(len(a)), np.ones(len(b)))
 
 
-def frechet_estimate(a_ND: np.ndarray, b_MD: np.ndarray, *, groups: int = 1, resamples: int = 40) -> Estimate:
+def frechet_estimate(a_NGD: np.ndarray, b_MGD: np.ndarray, *, units_N: np.ndarray | None = None, resamples: int = 40) -> Estimate:
     """`frechet` with its interval, the value and 1.96 deviations of the resampled ones: a resample repeats samples, which makes each of
     them larger, so only their spread counts.
 
     Args:
-        groups: successive rows that belong together, the frames of a clip: one sample, drawn together.
+        units_N: which independent sample each of `a` belongs to. None: each is one; those of `b` always.
         resamples: of the bootstrap, from both sets.
     """
-    _check(a_ND, b_MD)
-    sizes, rng = _samples(a_ND, b_MD, groups), np.random.default_rng(0)
-    value = _frechet(a_ND, b_MD, [np.ones(size) for size in sizes], groups)
-    counts = ([rng.multinomial(size, np.full(size, 1 / size)) for size in sizes] for _ in range(resamples))
-    return _around(value, [_frechet(a_ND, b_MD, each, groups) for each in counts], min(sizes))
+    a, b = _checked(a_NGD, b_MGD)
+    (num, draws), (other, others) = _bootstrap(len(a), resamples, units_N), _bootstrap(len(b), resamples, seed=1)
+    _enough(num, other, a)
+    value = _frechet(a, b, np.ones(len(a)), np.ones(len(b)))
+    return _around(value, [_frechet(a, b, *each) for each in zip(draws, others, strict=True)], min(num, other))
 
 
-def _samples(a_ND: np.ndarray, b_MD: np.ndarray, groups: int) -> list[int]:
-    """How many independent samples the two sets hold."""
-    sizes, dims = [len(features) // groups for features in (a_ND, b_MD)], a_ND.shape[1]
-    if min(sizes) <= dims:
-        of = "clips" if groups > 1 else "samples"
-        raise Unmeasurable(f"{min(sizes)} {of} of {dims} features: the Frechet distance needs more than features, else it is mostly bias")
-    return sizes
+def _enough(num: int, other: int, features_NGD: np.ndarray) -> None:
+    dims, of = features_NGD.shape[2], "clips" if features_NGD.shape[1] > 1 else "samples"
+    if (fewer := min(num, other)) <= dims:
+        raise Unmeasurable(f"{fewer} {of} of {dims} features: the Frechet distance needs more than features, else it is mostly bias")
 
 
-def _frechet(a_ND: np.ndarray, b_MD: np.ndarray, counts: list[np.ndarray], groups: int) -> float:
-    (m_a, r_a), (m_b, r_b) = (_gaussian(*each, groups) for each in zip((a_ND, b_MD), counts, strict=True))
+def _frechet(a_NGD: np.ndarray, b_MGD: np.ndarray, weights_N: np.ndarray, weights_M: np.ndarray) -> float:
+    (m_a, r_a), (m_b, r_b) = _gaussian(a_NGD, weights_N), _gaussian(b_MGD, weights_M)
     roots = np.linalg.svd(r_a @ r_b.T, compute_uv=False).sum()
     return float(np.square(m_a - m_b).sum() + np.square(r_a).sum() + np.square(r_b).sum() - 2 * roots)
 
 
-def _gaussian(features_ND: np.ndarray, counts: np.ndarray, groups: int, *, rows: int = 8192) -> tuple[np.ndarray, np.ndarray]:
-    """The mean `(D,)` and the triangle R `(D, D)` of the covariance R'R of rows that count as often as their group; some rows at once,
-    for of all frames of a large set a copy would be gigabytes."""
-    weights_N = np.repeat(counts, groups).astype(np.float64)
-    parts = [slice(start, start + rows) for start in range(0, len(weights_N), rows)]
-    mean_D = sum(weights_N[part] @ features_ND[part].astype(np.float64) for part in parts) / weights_N.sum()
+def _gaussian(features_NGD: np.ndarray, weights_N: np.ndarray, *, rows: int = 8192) -> tuple[np.ndarray, np.ndarray]:
+    """The mean `(D,)` and the triangle R `(D, D)` of the covariance R'R of rows that count as often as their sample; some at once, for of
+    all frames of a large set a copy would be gigabytes."""
+    step = 1 + rows // features_NGD.shape[1]
+    parts = [slice(start, start + step) for start in range(0, len(features_NGD), step)]
+    total = weights_N.sum() * features_NGD.shape[1]
+    mean_D = sum(weights_N[part] @ features_NGD[part].sum(axis=1, dtype=np.float64) for part in parts) / total
     triangle = np.zeros((0, len(mean_D)))
     for part in parts:
-        centred = np.sqrt(weights_N[part])[:, None] * (features_ND[part] - mean_D)
-        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, centred]), mode="r"))
-    return mean_D, triangle / np.sqrt(weights_N.sum() - 1)
+        centred = np.sqrt(weights_N[part])[:, None, None] * (features_NGD[part] - mean_D)
+        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, centred.reshape(-1, len(mean_D))]), mode="r"))
+    return mean_D, triangle / np.sqrt(total - 1)
 
 
-def kernel_estimate(a_ND: np.ndarray, b_MD: np.ndarray, *, groups: int = 1, resamples: int = 1000, most: int = 5000) -> Estimate:
+def kernel_estimate(
+    a_NGD: np.ndarray, b_MGD: np.ndarray, *, units_N: np.ndarray | None = None, resamples: int = 1000, most: int = 5000
+) -> Estimate:
     """Squared maximum mean discrepancy under the kernel (x'y / D + 1)^3, without bias at any number of samples (Binkowski et al. 2018,
-    section 4: KID; of video features KVD, Unterthiner et al. 2018). A sample is never paired with itself, nor a frame with one of its own
-    clip, which is like it.
+    section 4: KID; of video features KVD, Unterthiner et al. 2018). Nothing is paired with what belongs to the same unit, a frame with
+    another of its clip for one, which is like it.
 
     Args:
-        groups: successive rows that belong together, the frames of a clip, and are drawn together.
+        a_NGD, b_MGD: as in `frechet`.
+        units_N: which independent sample each of `a` belongs to. None: each is one; those of `b` always.
         resamples: of the bootstrap, from both sets.
-        most: groups taken of each set, at random; the kernel of all against all grows with their square.
+        most: clips taken of each set, at random; the kernel of all against all grows with their square.
 
     Raises:
         ValueError: other dimensions, what is not finite, or fewer than two samples.
     """
-    _check(a_ND, b_MD)
+    a, b = _checked(a_NGD, b_MGD)
     rng = np.random.default_rng(0)
-    a, b = (_some(features.reshape(-1, groups, features.shape[1]), most, rng) for features in (a_ND, b_MD))
-    if min(len(a), len(b)) < 2:
+    chosen, others = (np.sort(rng.permutation(len(each))[:most]) for each in (a, b))
+    a, b, units_N = a[chosen], b[others], _units(len(a), units_N)[chosen]
+    (num, draws), (other, draws_b) = _bootstrap(len(a), resamples, units_N), _bootstrap(len(b), resamples, seed=1)
+    if min(num, other) < 2:
         raise Unmeasurable("the kernel distance needs two samples or more of each set")
     within_a, within_b, between = _kernel(a, a), _kernel(b, b), _kernel(a, b)
-    np.fill_diagonal(within_a, 0)
+    together = _units(len(a), units_N)
+    within_a[together[:, None] == together] = 0
     np.fill_diagonal(within_b, 0)
 
     def mmd(u_N: np.ndarray, w_M: np.ndarray) -> float:
-        """With each group as often as `u` and `w` say."""
-        pairs_a, pairs_b = (each.sum() ** 2 - np.square(each).sum() for each in (u_N, w_M))
+        """With each clip as often as `u` and `w` say; NaN where but one unit is left."""
+        pairs_a, pairs_b = u_N.sum() ** 2 - np.square(np.bincount(together, u_N)).sum(), w_M.sum() ** 2 - np.square(w_M).sum()
+        if not pairs_a or not pairs_b:
+            return np.nan
         return u_N @ within_a @ u_N / pairs_a + w_M @ within_b @ w_M / pairs_b - 2 * u_N @ between @ w_M / (u_N.sum() * w_M.sum())
 
-    draws = [[rng.multinomial(n, np.full(n, 1 / n)).astype(np.float64) for n in (len(a), len(b))] for _ in range(resamples)]
-    draws = [[u, w] for u, w in draws if np.count_nonzero(u) > 1 and np.count_nonzero(w) > 1]  # of a few samples it may be one alone
-    return _between(mmd(np.ones(len(a)), np.ones(len(b))), [mmd(*each) for each in draws], min(len(a), len(b)))
-
-
-def _some(groups: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    return groups if len(groups) <= most else groups[np.sort(rng.choice(len(groups), most, replace=False))]
+    drawn = np.array([mmd(*each) for each in zip(draws, draws_b, strict=True)])
+    return _between(mmd(np.ones(len(a)), np.ones(len(b))), drawn[np.isfinite(drawn)], min(num, other))
 
 
 def _kernel(a_NGD: np.ndarray, b_MGD: np.ndarray) -> np.ndarray:
-    """`(N, M)`: the kernel's mean over the pairs of a group of `a` with one of `b`, some rows at once."""
+    """`(N, M)`: the kernel's mean over the pairs of a row of one of `a` with a row of one of `b`, some rows at once."""
     num, size, dims = b_MGD.shape
     rows = 1 + 2**24 // (num * size * size)
     other = b_MGD.reshape(-1, dims).astype(np.float64).T
@@ -131,41 +138,81 @@ def _kernel(a_NGD: np.ndarray, b_MGD: np.ndarray) -> np.ndarray:
     return np.concatenate([kernel.mean(axis=(1, 3)) for kernel in kernels])
 
 
-def inception_score(probabilities_NK: np.ndarray, *, groups: int = 1, resamples: int = 100) -> Estimate:
-    """exp of the mean divergence of each sample's classes from the classes of all (Salimans et al. 2016), of all samples at once, without
-    splits. The interval is the value and 1.96 deviations of the resampled scores, which repeat samples and are lower.
+def inception_score(probabilities_NGK: np.ndarray, *, units_N: np.ndarray | None = None, resamples: int = 100) -> Estimate:
+    """exp of the mean divergence of each row's classes from the classes of all (Salimans et al. 2016), of all at once, without splits.
+    The interval is the value and 1.96 deviations of the resampled scores, which repeat samples and are lower.
 
     Args:
-        groups: successive rows that belong together, the frames of a clip: one sample, drawn together.
+        probabilities_NGK: `(N, K)`, or `(N, G, K)`, G rows of each.
+        units_N: which independent sample each belongs to. None: each is one.
         resamples: of the bootstrap.
 
     Raises:
         ValueError: rows that are no probabilities, or no more samples than classes.
     """
-    p = probabilities_NK.astype(np.float64)
-    if p.ndim != 2 or (p < 0).any() or not np.allclose(p.sum(axis=1), 1, atol=1e-3):
-        raise ValueError("the inception score expects a row of probabilities a sample")
-    clips = p.reshape(-1, groups, p.shape[1])
-    if len(clips) <= p.shape[1]:
-        raise Unmeasurable(f"{len(clips)} clips of {p.shape[1]} classes: the inception score needs more than classes")
+    p = probabilities_NGK if probabilities_NGK.ndim == 3 else probabilities_NGK[:, None]
+    shares, certainties = [], []  # of each clip all that the score needs: its mean probabilities, and its mean sum of p log p
+    for start in range(0, len(p), 256):
+        part = p[start : start + 256].astype(np.float64)
+        if (part < 0).any() or not np.allclose(part.sum(axis=2), 1, atol=1e-3):
+            raise ValueError("the inception score expects a row of probabilities a sample")
+        shares.append(part.mean(axis=1))
+        certainties.append(_p_log_p(part).mean(axis=1))
+    shares_NK, certainties_N = np.concatenate(shares), np.concatenate(certainties)
+    num, draws = _bootstrap(len(p), resamples, units_N)
+    if num <= p.shape[2]:
+        raise Unmeasurable(f"{num} clips of {p.shape[2]} classes: the inception score needs more than classes")
 
-    def score(clips: np.ndarray) -> float:
-        p = clips.reshape(-1, clips.shape[-1])
-        share = p.mean(axis=0)
-        return float(np.exp((p * np.log((p + 1e-30) / (share + 1e-30))).sum(axis=1).mean()))
+    def score(weights_N: np.ndarray) -> float:
+        return float(np.exp(mean(certainties_N, weights_N) - _p_log_p(mean(shares_NK, weights_N))))
 
-    rng = np.random.default_rng(0)
-    return _around(score(clips), [score(clips[rng.integers(len(clips), size=len(clips))]) for _ in range(resamples)], len(clips))
+    return _around(score(np.ones(len(p))), [score(each) for each in draws], num)
 
 
-def mean_estimate(values_N: np.ndarray, *, average: Callable[..., np.ndarray] = np.mean, resamples: int = 1000) -> Estimate:
-    """The mean of a measure of each sample, or another `average` that takes an axis; raises ValueError for one sample alone."""
+def _p_log_p(p: np.ndarray) -> np.ndarray:
+    return (p * np.log(np.maximum(p, 1e-30))).sum(axis=-1)
+
+
+def mean(values_N: np.ndarray, weights_N: np.ndarray) -> Any:
+    return weights_N @ values_N / weights_N.sum()
+
+
+def factor(ratios_N: np.ndarray, weights_N: np.ndarray) -> float:
+    """How far ratios are from 1, up or down: exp of the mean |log|."""
+    return float(np.exp(mean(np.abs(np.log(ratios_N)), weights_N)))
+
+
+def median(values_N: np.ndarray, weights_N: np.ndarray) -> float:
+    return float(np.median(np.repeat(values_N, weights_N.astype(int))))
+
+
+def found(missed_and_there_N2: np.ndarray, weights_N: np.ndarray) -> float:
+    """1 - what is missed by what is there, of all together: R^2."""
+    missed, there = weights_N @ missed_and_there_N2
+    return float(1 - missed / max(there, 1e-12))
+
+
+def estimate(
+    values_N: np.ndarray, average: Callable[[np.ndarray, np.ndarray], float] = mean, *, units_N: np.ndarray | None = None,
+    resamples: int = 1000,
+) -> Estimate:  # fmt: skip
+    """An average of a measure of each clip, which counts each as often as its weight says; raises ValueError for one sample alone."""
     values = np.asarray(values_N, np.float64)
-    if len(values) < 2:
+    num, draws = _bootstrap(len(values), resamples, units_N)
+    if num < 2:
         raise Unmeasurable("one clip has no interval: expected two or more")
-    rng = np.random.default_rng(0)
-    drawn = average(values[rng.integers(len(values), size=(resamples, len(values)))], axis=1)
-    return _between(float(average(values, axis=0)), drawn, len(values))
+    return _between(average(values, np.ones(len(values))), [average(values, each) for each in draws], num)
+
+
+def _units(num: int, units_N: np.ndarray | None) -> np.ndarray:
+    return np.arange(num) if units_N is None else np.unique(units_N, return_inverse=True)[1]
+
+
+def _bootstrap(num: int, resamples: int, units_N: np.ndarray | None = None, *, seed: int = 0) -> tuple[int, Iterator[np.ndarray]]:
+    """How many units there are, and how often each of `num` clips counts where as many units are drawn, again and again."""
+    rng, units = np.random.default_rng(seed), _units(num, units_N)
+    many = int(units.max(initial=-1)) + 1
+    return many, (rng.multinomial(many, np.full(many, 1 / many))[units].astype(np.float64) for _ in range(resamples))
 
 
 def _between(value: float, resampled, samples: int) -> Estimate:
@@ -180,8 +227,10 @@ def _around(value: float, resampled, samples: int) -> Estimate:
     return Estimate(float(value), float(value) - spread, float(value) + spread, samples, len(resampled))
 
 
-def _check(a_ND: np.ndarray, b_MD: np.ndarray) -> None:
-    if a_ND.ndim != 2 or b_MD.ndim != 2 or a_ND.shape[1] != b_MD.shape[1]:
-        raise ValueError(f"expected two sets of the same features, got {a_ND.shape} and {b_MD.shape}")
-    if not (np.isfinite(a_ND).all() and np.isfinite(b_MD).all()):
+def _checked(a_NGD: np.ndarray, b_MGD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = (each[:, None] if each.ndim == 2 else each for each in (a_NGD, b_MGD))
+    if a.ndim != 3 or b.ndim != 3 or a.shape[2] != b.shape[2]:
+        raise ValueError(f"expected two sets of the same features, got {a_NGD.shape} and {b_MGD.shape}")
+    if not all(np.isfinite(each[start : start + 256]).all() for each in (a, b) for start in range(0, len(each), 256)):
         raise ValueError("features that are not finite: expected numbers")
+    return a, b

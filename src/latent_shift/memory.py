@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,24 +122,38 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
 
 
 def matrix_rate(device: str | torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
-    """FLOP/s that products of large matrices reach here, the most that a step can."""
+    """FLOP/s that products of large matrices reach here, the most that a step can: on a GPU in TF32 where convolutions are."""
     gpu = torch.device(device).type == "cuda"
-    side, num, took = (2048 if gpu else 128), 1, 0.0
-    while True:
-        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-        a @ b
-        start = time.perf_counter()
-        for _ in range(num):
-            a @ b
+    side, largest, num, before = (2048, 8192, 1, torch.backends.cuda.matmul.allow_tf32) if gpu else (128, 2048, 1, False)
+    try:
         if gpu:
-            torch.cuda.synchronize()
-        took = time.perf_counter() - start
-        if took >= seconds:
-            return num * 2 * side**3 / took
-        if side < 2048 and took < seconds / 16:  # the next size takes eight times as long
-            side *= 2
-        else:
-            num = int(num * 1.2 * seconds / took) + 1
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+        while True:
+            a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+            took = _seconds(lambda: a @ b, num, gpu)  # noqa: B023
+            if took >= seconds:
+                return num * 2 * side**3 / took
+            if side < largest and took < seconds / 16:  # the next size takes eight times as long
+                side *= 2
+            else:
+                num = int(num * 1.2 * seconds / took) + 1
+    finally:
+        if gpu:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _seconds(call: Callable[[], object], num: int, gpu: bool) -> float:
+    """What so many calls take after a first one."""
+    start = 0.0
+    for turn in range(num + 1):
+        call()
+        if turn == 0:
+            if gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+    if gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def peak(device: str | torch.device = "cpu") -> float:

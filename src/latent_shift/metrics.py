@@ -86,6 +86,9 @@ CLIP_MEASURES: dict[str, Callable[[np.ndarray], float]] = {
     "warping_error": warping_error, "loop_gap": loop_gap,
 }  # fmt: skip
 
+LEAST_FRAMES = {"flicker": 3, "persistence": 3, "loop_gap": 3}
+"""Of which these say something; the others of two."""
+
 
 def retrieval_ranks(generated: np.ndarray, real: np.ndarray) -> np.ndarray:
     """For each of N generated clips the rank (1 is best) of the real clip of its own caption among all N, by cosine similarity.

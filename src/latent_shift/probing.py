@@ -27,6 +27,12 @@ class Motion(NamedTuple):
     there: float
 
 
+def timesteps(pipe: LatentShiftPipeline, levels: int = 4) -> list[int]:
+    """So many of those it is trained on, evenly spaced."""
+    steps = pipe.scheduler.config.num_train_timesteps
+    return [steps * (2 * level + 1) // (2 * levels) for level in range(levels)]
+
+
 @torch.no_grad()
 def denoising(
     pipe: LatentShiftPipeline, clip: np.ndarray, prompt: str, *, noise: tuple[float, float], number: int = 0, levels: int = 4
@@ -40,20 +46,20 @@ def denoising(
         prompt: its caption.
         noise: share that frames have in common and correlation from frame to frame (`share_noise`).
         number: seed of the noise.
-        levels: timesteps, evenly spaced.
+        levels: how many `timesteps`.
 
     Returns:
         The mean squared error of its prediction `(F,)`, the mean over levels; and by timestep the clip's motion.
     """
     schedule, vae, unet = DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae, pipe.unet
-    steps, generator, errors = schedule.config.num_train_timesteps, seed(number), torch.zeros(len(clip))
+    generator, errors = seed(number), torch.zeros(len(clip))
     share_text(unet)
     latents = vae.encode(to_pixels(torch.from_numpy(clip)).to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
     embedding = text.embed(pipe.tokenizer, pipe.text_encoder, [prompt])
     motion = latents.float() - latents.float().mean(dim=0)
     seen = {}
-    for level in range(levels):
-        timestep = torch.tensor([steps * (2 * level + 1) // (2 * levels)], device=unet.device)
+    for step in timesteps(pipe, levels):
+        timestep = torch.tensor([step], device=unet.device)
         own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for n in (len(clip), 1))
         drawn = share_noise(own, common, *noise)[0].to(latents)
         noisy = schedule.add_noise(latents, drawn, timestep)
@@ -68,7 +74,7 @@ def denoising(
         a, s = signal**0.5, (1 - signal) ** 0.5
         cleaned = [((noisy - s * each) / a if epsilon else a * noisy - s * each).float() for each in (together, alone)]
         missed, missed_alone = (float((motion - each + each.mean(dim=0)).square().sum()) for each in cleaned)
-        seen[int(timestep)] = Motion(missed, missed_alone, float(motion.square().sum()))
+        seen[step] = Motion(missed, missed_alone, float(motion.square().sum()))
     return errors.numpy(), seen
 
 

@@ -33,19 +33,21 @@ class Protocol:
     Attributes:
         name: as in `SOURCES`.
         prompts: the words of clip k, which is drawn with seed k.
+        of: what clip k is of. Clips of one caption, or of one video's captions, are no samples apart (distances.py).
         whole: how many clips all of the protocol are.
         num_frames: that clips must have.
         size: (height, width) at which all clips are measured, drawn and real; of those of another shape the central square.
         fps: of the real clips.
         reference: what the real clips are: their number and one hash of them.
         num_real: of real clips.
-        real: clip k `(F, H, W, 3) uint8`; where `matched`, that of the caption of clip k, else in an order of chance.
-        measures: names of evaluation.py's.
+        real: clip n `(F, H, W, 3) uint8`; where `matched`, that of all clips k with `of[k]` n, else in an order of chance.
+        measures: names of measuring.py's.
         store: the packed data set they come from, if they do.
     """
 
     name: str
     prompts: list[str]
+    of: list[int]
     whole: int
     num_frames: int
     size: tuple[int, int]
@@ -70,7 +72,23 @@ class Protocol:
 
 SQUARE = (256, 256)
 """Of public sets: the size of the paper's clips, and of those it is compared with."""
-TEMPORAL = ("motion_energy", "motion_error", "flicker", "persistence", "coherence", "warping_error", "loop_gap")
+TEMPORAL = ("motion_energy", "flicker", "persistence", "coherence", "warping_error", "loop_gap")
+OF_CAPTIONS = (
+    "kd-efficientnet-lite0",
+    "kd-efficientnet-lite0-motion",
+    "retrieval",
+    "motion_error",
+    *TEMPORAL,
+    "denoising",
+    "reconstruction",
+    "clipsim",
+    "kvd-videomae",
+)
+CAPTIONED: dict[str, tuple[int, int, tuple[str, ...]]] = {  # protocol of captions -> how many, clips of each, measures
+    "own": (100, 1, (*OF_CAPTIONS, "fd-efficientnet-lite0", "fvd-videomae")),
+    "emoji": (100, 1, OF_CAPTIONS),
+    "classes": (8, 4, ("motion_error", *TEMPORAL)),
+}  # fmt: skip
 
 
 def open_protocol(
@@ -83,7 +101,7 @@ def open_protocol(
         data: a packed data set (own, emoji), a folder of UCF-101 or of MSR-VTT.
         num: clips to draw, the first of the protocol's (of "classes": concepts); a result says that they are not all. None: all (of
             "own" 100 at most).
-        num_frames: of the clips; only "own" leaves it open (None: 16).
+        num_frames: of the clips; "own" and "classes" leave it open (None: 16).
         splits: of "own": where captions come from. None: train.
 
     Raises:
@@ -95,7 +113,7 @@ def open_protocol(
         raise ValueError(f"protocol {name} is of clips of 16 frames, got {num_frames}; expected protocol own, whose results say theirs")
     if name != "own" and splits:
         raise ValueError(f"protocol {name} has its splits; expected protocol own to choose others")
-    if name in ("own", "emoji", "classes"):
+    if name in CAPTIONED:
         return _captions(name, pixels(data), num, num_frames or 16, splits or ("train",))
     return (_ucf101 if name == "ucf101" else _msrvtt)(name, Path(data), num)
 
@@ -106,24 +124,20 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
     plainest: dict[str, int] = {}  # the record with the shortest caption of each concept: no skin tone, no variant
     for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
         plainest.setdefault(store.records[index].concept, index)
-    usual = {"emoji": 100, "classes": min(8, len(plainest)), "own": min(100, len(plainest))}[name]
-    wanted = num or max(1, usual)
+    usual, times, measures = CAPTIONED[name]
+    usual = usual if name == "emoji" else min(usual, len(plainest))
+    wanted = _asked(num, None) or max(1, usual)
     if len(plainest) < wanted:
         raise ValueError(f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {wanted} asked for")
-    chosen = np.random.default_rng(0).permutation(sorted(plainest.values()))[:wanted].tolist()
-    if name == "classes":
-        chosen, usual = chosen * 4, usual * 4
     if name == "emoji" and (side, store.info["fps"]) != (128, 8):
         raise ValueError(f"protocol emoji is of 128 pixels at 8 fps, {store.folder} holds {side} at {store.info['fps']:g}")
+    chosen = np.random.default_rng(0).permutation(sorted(plainest.values()))[:wanted].tolist()
+    of = list(range(wanted)) * times
     whole = hashlib.sha256("\n".join(sorted(store.shapes)).encode()).hexdigest()  # shards are named by their pixels
     return Protocol(
-        name, [store.records[index].texts[0] for index in chosen], usual, num_frames, (side, side), store.info["fps"],
-        {"data": "packed data set", "splits": list(splits), "clips": len(chosen), "sha256": whole}, len(chosen),
-        lambda k: store.window(chosen[k], 0, num_frames),
-        TEMPORAL if name == "classes" else
-        ("fd-efficientnet-lite0", "kd-efficientnet-lite0", "kd-efficientnet-lite0-motion", "retrieval", *TEMPORAL, "denoising", "reconstruction", "clipsim",
-         "fvd-videomae", "kvd-videomae"),
-        matched=True, store=store,
+        name, [store.records[chosen[n]].texts[0] for n in of], of, usual * times, num_frames, (side, side), store.info["fps"],
+        {"data": "packed data set", "splits": list(splits), "clips": wanted, "sha256": whole}, wanted,
+        lambda n: store.window(chosen[n], 0, num_frames), measures, matched=True, store=store,
     )  # fmt: skip
 
 
@@ -132,28 +146,36 @@ def _ucf101(name: str, folder: Path, num: int | None) -> Protocol:
     prompts = (sentences * 100)[: _asked(num, 10_100)]  # class by class in turn: the first so many are of all classes
     records, files = _files(folder, "train", "UCF-101")
     return Protocol(
-        name, prompts, 10_100, 16, SQUARE, 25, _told(folder, records, "UCF-101, train, the first 16 frames"), len(files), lambda k: _clip(files[k]),
-        ("is", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL[:1], *TEMPORAL[2:]),
+        name, prompts, list(range(len(prompts))), 10_100, 16, SQUARE, 25, _told(folder, records, "UCF-101, train, the first 16 frames"), len(files), lambda k: _clip(files[k]),
+        ("is", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL),
     )  # fmt: skip
 
 
 def _msrvtt(name: str, folder: Path, num: int | None) -> Protocol:
     records, files = _files(folder, "test", "MSR-VTT")
-    rng = np.random.default_rng(0)
-    every = [text for record in records for text in record.texts]
-    texts = every if name == "msrvtt-mav" else [record.texts[int(rng.integers(len(record.texts)))] for record in records]
-    prompts = texts[: _asked(num, len(texts))]
-    whole = len(texts) if len(records) == 2_990 else 20 * 2_990  # papers count 59,794 captions of the test videos, files may hold others
+    if name == "msrvtt-lavie":
+        rng = np.random.default_rng(0)
+        captions = [(video, record.texts[int(rng.integers(len(record.texts)))]) for video, record in enumerate(records)]
+    else:  # the first of every video, then the second: the first so many are of all videos
+        captions = [
+            (video, record.texts[turn])
+            for turn in range(max(len(record.texts) for record in records))
+            for video, record in enumerate(records)
+            if turn < len(record.texts)
+        ]
+    drawn = captions[: _asked(num, len(captions))]
+    whole = len(captions) if len(records) == 2_990 else 20 * 2_990  # papers count 59,794 captions of the test videos, files may hold others
     return Protocol(
-        name, prompts, whole, 16, SQUARE, 8, _told(folder, records, "MSR-VTT, test, the first 16 frames at 8 fps"), len(files),
-        lambda k: _clip(files[k], fps=8), ("clipsim", "fid", "kid", "is-frames", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL[:1], *TEMPORAL[2:]),
+        name, [text for _, text in drawn], [video for video, _ in drawn], whole, 16, SQUARE, 8,
+        _told(folder, records, "MSR-VTT, test, the first 16 frames at 8 fps"), len(files), lambda n: _clip(files[n], fps=8),
+        ("clipsim", "fid", "kid", "is-frames", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL),
     )  # fmt: skip
 
 
-def _asked(num: int | None, whole: int) -> int:
-    if num is not None and not 0 < num <= whole:
-        raise ValueError(f"the protocol has {whole} clips, {num} asked for")
-    return num or whole
+def _asked(num: int | None, whole: int | None) -> int | None:
+    if num is not None and (num < 1 or (whole is not None and num > whole)):
+        raise ValueError(f"the protocol has {whole} clips, {num} asked for" if whole else f"expected one clip or more, {num} asked for")
+    return num if num is not None else whole
 
 
 def _files(folder: Path, split: str, kind: str) -> tuple[list[sources.Record], list[Path]]:

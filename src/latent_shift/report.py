@@ -87,7 +87,10 @@ def report(
     (out / "clips").mkdir(parents=True, exist_ok=True)
     columns = [{"name": each.name, "told": _told(each.result)} for each in systems]
     grid = [
-        {"words": prompts[k], "cells": [_clip(each, k, protocol["num_frames"], out, f"{prompts[k]}, by {each.name}") for each in systems]}
+        {
+            "words": prompts[k],
+            "cells": [_clip(each, k, protocol["num_frames"], out, "compared", f"{prompts[k]}, by {each.name}") for each in systems],
+        }
         for k in range(rows)
     ]
     stills = [
@@ -95,7 +98,7 @@ def report(
         for k in range(rows)
     ]
     page = _template().render(
-        title=title, protocol=protocol, columns=columns, grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
+        title=title, protocol=protocol, rates=sorted({each.result["system"]["fps"] for each in systems}), columns=columns, grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
         results=_table([each.result for each in systems]), skipped=_skipped(systems),
         ablations=[(folder.name.replace("-", " "), _table([each.result for each in evaluations(folder)])) for folder in ablations],
         training=json.loads(training.read_text()) if training else [],
@@ -110,9 +113,9 @@ def _prompts(folder: Path) -> list[str]:
     return json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
 
 
-def _clip(system: Shown, k: int, num_frames: int, out: Path, label: str) -> dict[str, Any]:
+def _clip(system: Shown, k: int, num_frames: int, out: Path, section: str, label: str) -> dict[str, Any]:
     clip = Drawn(system.folder / "clips", num_frames)(k)
-    name = f"clips/{system.folder.parent.name}-{system.folder.name}-{k:03}"
+    name = f"clips/{section}-{system.folder.name}-{k:03}"
     video.write(_enlarged(clip), out / f"{name}.mp4", fps=system.result["system"]["fps"])
     Image.fromarray(_enlarged(clip[:1])[0]).save(out / f"{name}.png")
     return {"source": f"{name}.mp4", "poster": f"{name}.png", "label": label}
@@ -122,7 +125,7 @@ def _still(system: Shown, k: int, out: Path, label: str) -> dict[str, Any] | Non
     path = system.folder / "stills" / f"{k:06}.png"
     if not path.exists():
         return None
-    name = f"clips/{system.folder.parent.name}-{system.folder.name}-{k:03}-still.png"
+    name = f"clips/stills-{system.folder.name}-{k:03}.png"
     Image.fromarray(_enlarged(np.asarray(Image.open(path))[None])[0]).save(out / name)
     return {"source": name, "label": label}
 
@@ -139,7 +142,7 @@ def _classes(folder: Path, out: Path) -> list[dict[str, Any]]:
     for k, words in enumerate(prompts):
         places.setdefault(words, []).append(k)
     return [
-        {"words": words, "cells": [_clip(system, k, frames, out, f"{words}, seed {k}") for k in numbers]}
+        {"words": words, "cells": [_clip(system, k, frames, out, "classes", f"{words}, seed {k}") for k in numbers]}
         for words, numbers in places.items()
     ]
 
@@ -147,7 +150,7 @@ def _classes(folder: Path, out: Path) -> list[dict[str, Any]]:
 def _told(result: dict[str, Any]) -> str:
     """What stands under a system's name."""
     system = result["system"]
-    height, width = next(record["made_at"] for record in result["records"] if record["made_at"])
+    height, width = result["made_at"]
     parts = [system["title"], f"{system['parameters'] / 1e6:.1f} M parameters", f"{width}x{height}"]
     parts += [f"{system['num_inference_steps']} steps", f"guidance {system['guidance_scale']:g}"]
     return ", ".join(parts)

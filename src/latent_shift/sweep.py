@@ -139,13 +139,13 @@ def limits(device: str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: 
     return {"flops_per_s": memory.matrix_rate(device, dtype), "bytes_per_s": rate}
 
 
-def memory_of_steps(num_frames: Sequence[int] = FRAMES, *, side: int = 16) -> list[dict[str, Any]]:
-    """On a CPU: what a step of each contender takes beside what was there before it, GiB, each in a process of its own."""
-    return [alone(_memory_of_step, name, number, side) for name in CONTENDERS for number in num_frames]
+def memory_of_steps(num_frames: Sequence[int] = FRAMES, *, side: int = 16, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+    """On a CPU: what a process takes before a step of a contender, its weights among it, and at the step's peak, GiB, each alone."""
+    return [alone(_memory_of_step, name, number, side, dtype) for name in CONTENDERS for number in num_frames]
 
 
-def _memory_of_step(name: str, num_frames: int, side: int) -> dict[str, Any]:
-    one = contenders(only=name)[name]
+def _memory_of_step(name: str, num_frames: int, side: int, dtype: torch.dtype) -> dict[str, Any]:
+    one = contenders(only=name, dtype=dtype)[name]
     where = {"name": name, "frames": num_frames, "side": side}
     if one.most_frames is not None and num_frames > one.most_frames:
         return {**where, "cannot": f"at most {one.most_frames} frames"}
@@ -157,10 +157,15 @@ def _memory_of_step(name: str, num_frames: int, side: int) -> dict[str, Any]:
 
 
 def whole_clips(
-    model: str = "emoji", *, num_frames: Sequence[int] = (8, 16, 32), device: str = "cpu", rounds: int = 3
+    model: str = "emoji",
+    *,
+    num_frames: Sequence[int] = (8, 16, 32),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    rounds: int = 3,
 ) -> list[dict[str, Any]]:
     """Words to frames with the model's own steps and guidance, decoding included: seconds a clip, and clips a second of four at once."""
-    pipe = zoo.load(model, device=device)
+    pipe = zoo.load(model, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for number in num_frames:

@@ -25,7 +25,7 @@ from latent_shift.latent_vdm import LatentVDMUNet
 from latent_shift.shift import Shift, shift_of
 from latent_shift.vdm import PixelSpace, VDMUNet
 
-PEERS: dict[str, tuple[str, float, torch.dtype]] = {  # pipeline of diffusers -> what it is, its frames a second, its dtype on a GPU
+PEERS: dict[str, tuple[str, float, torch.dtype]] = {  # pipeline of diffusers -> what it is, frames a second (`_rate`), dtype on a GPU
     "AnimateDiffPipeline": ("AnimateDiff (Guo et al. 2024)", 8, torch.float16),
     "TextToVideoSDPipeline": ("ModelScope (Wang et al. 2023)", 8, torch.float16),
     "CogVideoXPipeline": ("CogVideoX (Yang et al. 2024), successor of CogVideo", 8, torch.bfloat16),
@@ -41,7 +41,7 @@ class System:
     Attributes:
         name, title: short, and what it is.
         fps: of its clips.
-        parameters: of the network that denoises.
+        parameters: of the network that denoises, or of both.
         settings: what its clips depend on beside words and seed; an evaluation goes on with the same alone.
         generate: (B prompts, B seeds) to `(B, F, H, W, 3) uint8`.
         pipe: what is behind it.
@@ -80,15 +80,17 @@ def open_system(
     options: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     every, settings = 1, dict[str, Any]()
     if kind in PEERS:
-        title, rate, published = PEERS[kind]
+        title, _, published = PEERS[kind]
         dtype = dtype or (published if device.type == "cuda" else torch.float32)
         pipe = getattr(diffusers, kind).from_pretrained(model, dtype=dtype).to(device)
-        every = _thinning(title, rate, fps)
+        every = _thinning(title, rate := _rate(pipe), fps)
         if num_frames is not None:
             options["num_frames"] = _drawable(pipe, (num_frames - 1) * every + 1)
         defaults = inspect.signature(type(pipe).__call__).parameters
         settings |= {key: defaults[key].default for key in ("num_frames", "num_inference_steps", "guidance_scale")}
         settings |= {"every": every}
+        if "frame_rate" in defaults:  # LTX-Video is told the rate, of which its positions in time depend
+            options["frame_rate"] = int(rate)
     else:
         pipe = zoo.load(model, device=device, dtype=dtype)
         title, rate = _title(pipe), pipe.call_defaults["fps"]
@@ -98,17 +100,18 @@ def open_system(
     def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
         made = pipe(prompt=prompts, generator=[zoo.seed(number) for number in seeds], output_type="np", **options).frames
         if not all(np.isfinite(clip).all() for clip in made):
-            raise ValueError(f"{name or model}: draws what is no number in {network.dtype}; expected another dtype")
+            raise ValueError(f"{name or model}: draws what is no number in {networks[0].dtype}; expected another dtype")
         return np.stack([zoo.to_uint8(clip[::every][:num_frames]) for clip in made])
 
-    network = pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
-    if compile:
+    names = ("unet", "transformer", "transformer_2")  # Wan 2.2 of 14 B has one for much noise and one for little
+    networks = [getattr(pipe, each) for each in names if getattr(pipe, each, None) is not None]
+    for network in networks if compile else []:
         network.compile(dynamic=False)
     settings |= {
-        **options, "pipeline": type(pipe).__name__, "weights": _weights(model), "dtype": str(network.dtype).removeprefix("torch."),
+        **options, "pipeline": type(pipe).__name__, "weights": _weights(model), "dtype": str(networks[0].dtype).removeprefix("torch."),
         "device": device.type, "torch": torch.__version__, "diffusers": diffusers.__version__,
     }  # fmt: skip
-    return System(name or str(model), title, rate / every, models.num_parameters(network), settings, generate, pipe)
+    return System(name or str(model), title, rate / every, sum(map(models.num_parameters, networks)), settings, generate, pipe)
 
 
 def num_frames_of(model: str) -> int | None:
@@ -117,6 +120,15 @@ def num_frames_of(model: str) -> int | None:
         return None
     index = zoo.folder(model) / "model_index.json"
     return json.loads(index.read_text()).get("latent_shift", {}).get("num_frames") if index.exists() else None
+
+
+def _rate(pipe: Any) -> float:
+    """Frames a second of a peer's clips. CogVideoX 1.5 and Wan 2.2 of 5 B go by the name of their families' pipelines."""
+    if getattr(pipe.config, "expand_timesteps", False):
+        return 24
+    if isinstance(pipe, diffusers.CogVideoXPipeline) and pipe.transformer.config.patch_size_t is not None:
+        return 16
+    return PEERS[type(pipe).__name__][1]
 
 
 def _thinning(title: str, rate: float, fps: float | None) -> int:
@@ -156,9 +168,10 @@ def _pipeline(model: str) -> str:
     if Path(model).is_file():
         return ""
     if zoo.on_hub(model):
-        return str(DiffusionPipeline.load_config(model)["_class_name"])
-    index = zoo.folder(model) / "model_index.json"
-    kind = str(json.loads(index.read_text())["_class_name"]) if index.exists() else ""
+        kind = str(DiffusionPipeline.load_config(model)["_class_name"])
+    else:
+        index = zoo.folder(model) / "model_index.json"
+        kind = str(json.loads(index.read_text())["_class_name"]) if index.exists() else ""
     ours = ("LatentShift", "StableDiffusion")
     if kind and kind not in PEERS and not kind.startswith(ours):
         raise ValueError(f"{model}: is a {kind}; expected a Stable Diffusion folder or one of {', '.join(PEERS)}")

@@ -48,7 +48,7 @@ def quiet() -> None:
 
 def save_json(value: object, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def start_quietly(module: str, function: str, *args: object) -> None:

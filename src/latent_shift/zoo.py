@@ -41,10 +41,11 @@ def folder(model: str | Path) -> Path:
 
 
 def device_of(name: str | torch.device | None = None) -> torch.device:
-    """A device that is there: None takes CUDA where there is one, of several GPUs that of the process (LOCAL_RANK), else the CPU. Raises
-    ValueError for CUDA that is not there."""
-    own = ":" + os.environ["LOCAL_RANK"] if "LOCAL_RANK" in os.environ else ""
-    device = torch.device(name or ("cuda" + own if torch.cuda.is_available() else "cpu"))
+    """A device that is there: None takes CUDA where there is one, else the CPU; of several GPUs None and "cuda" are that of the process
+    (LOCAL_RANK). Raises ValueError for CUDA that is not there."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device}: this machine, or this build of PyTorch, has no CUDA; expected cpu")
     return device

@@ -69,13 +69,10 @@ def machine(device: str = "cpu") -> dict[str, object]:
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         processor = f"{names[0]} ({processor})" if names else processor
     return {
-        "processor": processor,
-        "threads": torch.get_num_threads(),
+        "processor": processor, "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+        "torch": torch.__version__, "diffusers": diffusers.__version__, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
 
 
 def command_seconds(*, rounds: int = 3, device: str = "cpu") -> dict[str, float]:
@@ -130,13 +127,9 @@ def shift_overhead(
     with torch.no_grad():
         results = paired(calls, rounds=rounds)
     return {
-        "parameters": models.num_parameters(plain),
-        "num_frames": num_frames,
-        "latents": side,
-        "text_length": text_length,
-        "rounds": rounds,
-        **results,
-    }
+        "parameters": models.num_parameters(plain), "num_frames": num_frames, "latents": side, "text_length": text_length,
+        "rounds": rounds, **results,
+    }  # fmt: skip
 
 
 @dataclass

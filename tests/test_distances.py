@@ -196,3 +196,21 @@ def test_averages_count_clips_as_often_as_their_weights_say():
     pairs = rng.uniform(size=(9, 2))
     missed, there = np.repeat(pairs, times, axis=0).sum(axis=0)
     assert distances.found(pairs, times) == pytest.approx(1 - missed / there)
+
+
+def test_what_two_sets_share_does_not_widen_the_interval_of_their_difference():
+    rng, held = np.random.default_rng(12), 0
+    for _ in range(100):
+        shared = rng.standard_normal(60)
+        a, b = shared + 0.1 * rng.standard_normal(60) + 0.05, shared + 0.1 * rng.standard_normal(60)
+        found = distances.difference(a, b, resamples=300)
+        held += found.low <= 0.05 <= found.high
+    assert found.value == pytest.approx(a.mean() - b.mean())
+    assert found.high - found.low < 0.1 < distances.estimate(a).high - distances.estimate(a).low
+    assert held >= 87
+    ratios = distances.difference(np.exp(a), np.exp(b), distances.factor)
+    assert ratios.value == pytest.approx(np.exp(np.abs(a).mean()) - np.exp(np.abs(b).mean()))
+    pairs = rng.uniform(size=(2, 9, 2))
+    assert distances.difference(*pairs, distances.found).value == pytest.approx(
+        np.diff([1 - p[:, 0].sum() / p[:, 1].sum() for p in pairs[::-1]])[0]
+    )

@@ -221,6 +221,24 @@ def test_processes_share_an_evaluation(packed, video_model, tmp_path):
     assert len(list((tmp_path / "evals").glob("?/clips/*.png"))) == 6
 
 
+def test_systems_are_compared_clip_by_clip(system, protocol, video_model, tmp_path):
+    options = dict(num_frames=4, num_inference_steps=1, guidance_scale=3.0, device="cpu")
+    first = evaluate(system, protocol, tmp_path)
+    second = evaluate(systems.open_system(str(video_model), name="more guided", **options), protocol, tmp_path)
+    same, other = evaluation.compared([first, second], tmp_path)
+    assert same == first and all("more" not in record for record in same["records"])
+    clips = [evaluation.Drawn(tmp_path / name / "clips", 4) for name in ("tiny", "more-guided")]
+    flickers = np.array([[metrics.flicker(drawn(k)) for k in range(3)] for drawn in clips])
+    more = {record["measure"]: record["more"] for record in other["records"] if "more" in record}
+    assert more["flicker"]["value"] == pytest.approx(flickers[1].mean() - flickers[0].mean())
+    assert more["flicker"]["low"] <= more["flicker"]["value"] <= more["flicker"]["high"] and more["flicker"]["than"] == "tiny"
+    assert more["denoising_error"]["value"] == more["motion_seen_at_625"]["high"] == 0  # guidance has no part in it
+    assert "retrieval_median_rank" in more and not {"flicker_real", "kd-efficientnet-lite0", "reconstruction_psnr_db"} & more.keys()
+    shown = evaluation.table([same, other])
+    assert "with a sign what is more than of tiny, of the same clips" in shown
+    assert "{value:+.3g} ({low:+.3g} to {high:+.3g})".format(**more["flicker"]) in shown
+
+
 def test_a_compiled_system_draws_the_same(system, protocol, video_model, tmp_path, monkeypatch):
     graphs: list = []
     monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))

@@ -11,6 +11,7 @@ from PIL import Image
 from test_cli import run
 
 from latent_shift import benchmark, evaluation, protocols, report, systems, video
+from latent_shift.evaluation import compared
 
 SWEEP = {
     "processor": "a CPU", "device": "cpu", "torch": "2", "date": "2026-01-01", "dtype": "float32", "limits": {"flops_per_s": 1e11, "bytes_per_s": 1e10},
@@ -83,9 +84,17 @@ def test_the_page_shows_what_there_is(evals, video_model, tmp_path):
     assert f"<td>{energy['value']:.4g} <small>{energy['low']:.4g} to {energy['high']:.4g}</small></td>" in text
     (trained,) = benchmark.runs([video_model.parent])
     assert f"<td>{trained['steps']}</td><td>{trained['loss']:.4f}</td><td></td>" in text
+    energy = next(
+        record for record in compared(results_of(evals), evals / "compare")[1]["records"] if record["measure"] == "motion_energy"
+    )["more"]
+    assert f"{energy['value']:+.3g}, {energy['low']:+.3g} to {energy['high']:+.3g}</small>" in text
     assert "clipsim" in text and "CLIPModel" in text  # what was not measured, and why
     outside = re.sub(r"http://www\.w3\.org/\S+|http://purl\.org/\S+|https://matplotlib\.org/?|http://creativecommons\.org/\S+", "", text)
     assert "http" not in outside
+
+
+def results_of(evals) -> list[dict]:
+    return [json.loads((evals / "compare" / name / "results.json").read_text()) for name in ("b", "a-shift")]
 
 
 def test_stills_are_the_image_model(evals, video_model):

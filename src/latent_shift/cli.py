@@ -240,7 +240,7 @@ def evaluate(
     networks, first = measuring.Weights(given, device=str(zoo.device_of(device))), os.environ.get("RANK", "0") == "0"
     if first:  # who measures
         networks.check()
-    results = []
+    results, where = [], out or Path("evals") / protocol
     for name, _, path in named:
         system = systems.open_system(
             path, name=name or path, num_frames=task.num_frames, fps=task.fps if task.matched else None, height=size, width=size,
@@ -249,7 +249,6 @@ def evaluate(
         )  # fmt: skip
         if noise is None and "shared_noise" in system.settings:
             noise = (system.settings["shared_noise"], system.settings["noise_correlation"])
-        where = out or Path("evals") / protocol
         with Progress(f"{system.name}: clips") as progress:
             results.append(
                 evaluation.evaluate(system, task, where, weights=networks, noise=noise, batch_size=batch_size, progress=progress)
@@ -259,6 +258,7 @@ def evaluate(
         torch.cuda.empty_cache()
     if not first:
         return
+    results = evaluation.compared(results, where)
     print(evaluation.table(results))
     for result in results:
         for measure, reason in result["skipped"].items():

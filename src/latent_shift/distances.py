@@ -204,6 +204,16 @@ def estimate(
     return _between(average(values, np.ones(len(values))), [average(values, each) for each in draws], num)
 
 
+def difference(
+    values_N: np.ndarray, others_N: np.ndarray, average: Callable[[np.ndarray, np.ndarray], float] = mean, *,
+    units_N: np.ndarray | None = None, resamples: int = 1000,
+) -> Estimate:  # fmt: skip
+    """How much more an average is of one set than of another that was taken of the same clips: both are drawn alike, so that what they
+    share does not widen the interval (a paired bootstrap)."""
+    values = np.stack([np.asarray(each, np.float64) for each in (values_N, others_N)], axis=1)
+    return estimate(values, lambda pair, w: average(pair[:, 0], w) - average(pair[:, 1], w), units_N=units_N, resamples=resamples)
+
+
 def _units(num: int, units_N: np.ndarray | None) -> np.ndarray:
     return np.arange(num) if units_N is None else np.unique(units_N, return_inverse=True)[1]
 

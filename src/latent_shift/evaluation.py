@@ -7,6 +7,7 @@
       SYSTEM/clips/000042.png       clip 42, its frames side by side (lossless)
       SYSTEM/stills/000003.png      of the first eight words one frame, by models of this package
       SYSTEM/NAME.npy               what is found of each of its clips
+      SYSTEM/values.npz             of each of its clips, by measures that are an average of them; and which clips are one sample
       SYSTEM/results.json           the records
 
 What stops it costs the batch at hand, or what is being found of 256 clips: the same call goes on. Of several processes (torchrun)
@@ -20,6 +21,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latent_shift import video, zoo
+from latent_shift import distances, video, zoo
 from latent_shift.generation import ClipGeneration
 from latent_shift.measuring import Measuring, Weights
 from latent_shift.protocols import Protocol, same
@@ -87,6 +89,7 @@ def evaluate(
         time.sleep(1)  # the others draw; one that fails takes this process with it (torchrun)
     with torch.compiler.set_stance("force_eager"):
         found = measuring.all()
+    np.savez(folder / "values.npz", **measuring.values, units=measuring.units)  # type: ignore[arg-type]
     result = {"system": settings, "protocol": protocol.told, **found}
     write(folder / "results.json", json.dumps(result, indent=1, allow_nan=False))
     return result
@@ -145,6 +148,23 @@ class Drawn:
         return np.stack(np.split(strip, self.num_frames, axis=1))
 
 
+def compared(results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """The results of one evaluation, where records that are averages of clips have `more`: by how much a system's is more than the first
+    one's, of the same clips, with an interval of its own. What two systems differ by is surer than either, for words, seeds and noise are
+    the same."""
+    first, *others = [np.load(out / _safe(each["system"]["system"]) / "values.npz") for each in results]
+    found = results[:1]
+    for result, ours in zip(results[1:], others, strict=True):
+        records = []
+        for record in result["records"]:
+            if (name := record["measure"]) in ours and name in first:
+                more = distances.difference(ours[name], first[name], getattr(distances, record["average"]), units_N=ours["units"])
+                record = {**record, "more": {"than": results[0]["system"]["system"], **asdict(more)}}
+            records.append(record)
+        found.append({**result, "records": records})
+    return found
+
+
 def _safe(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "system"
 
@@ -181,8 +201,13 @@ def table(results: list[dict[str, Any]]) -> str:
     told = results[0]["protocol"]
     part = "" if told["complete"] else ", a part of the protocol"
     line = f"protocol {told['protocol']}: {told['clips']} clips of {told['num_frames']} frames{part}; in brackets 95 % by bootstrap"
+    if any(record and "more" in record for row in cells for record in row):
+        line += f"; with a sign what is more than of {head[0]}, of the same clips"
     return line + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _shown(record: dict[str, Any] | None) -> str:
-    return "" if record is None else f"{record['value']:.4g} ({record['low']:.4g} to {record['high']:.4g})"
+    if record is None:
+        return ""
+    shown = f"{record['value']:.4g} ({record['low']:.4g} to {record['high']:.4g})"
+    return shown if "more" not in record else shown + "; {value:+.3g} ({low:+.3g} to {high:+.3g})".format(**record["more"])

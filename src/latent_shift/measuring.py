@@ -74,6 +74,7 @@ class Measuring:
         out, folder: of the evaluation and, in it, of the system: where the rows are kept.
         weights: networks to measure with.
         noise: as in `evaluate`.
+        values: of each drawn clip, by the measures that are an average of them: what two systems are told apart by.
     """
 
     system: System
@@ -83,6 +84,7 @@ class Measuring:
     folder: Path
     weights: Weights
     noise: tuple[float, float] | None
+    values: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def made_at(self) -> list[int]:
@@ -240,7 +242,9 @@ class Measuring:
         real: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
         """The record of an average over the drawn clips."""
-        return self.record(measure, distances.estimate(values, average, units_N=self.units), extractor, real=real)
+        self.values[measure] = values
+        found = self.record(measure, distances.estimate(values, average, units_N=self.units), extractor, real=real)
+        return found | {"average": average.__name__}
 
     def record(self, measure: str, estimate: Estimate, extractor: Extractor | Clip | None = None, *, real: bool = False) -> dict[str, Any]:
         return {

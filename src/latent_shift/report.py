@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from latent_shift import video
-from latent_shift.evaluation import Drawn, table_of
+from latent_shift.evaluation import Drawn, compared, table_of
 from latent_shift.plots import plots
 
 LABELS = {  # measure, or how its name begins -> what a reader is told, and where better is: up, down, or where real clips are
@@ -54,16 +54,16 @@ def evaluations(folder: Path) -> list[Shown]:
 
 
 def report(
-    out: Path, compared: Path, *, shown: Sequence[str] = (), ablations: Sequence[Path] = (), training: Path | None = None,
+    out: Path, evaluated: Path, *, shown: Sequence[str] = (), ablations: Sequence[Path] = (), training: Path | None = None,
     classes: Path | None = None, sweep: Path | None = None, rows: int = 8, title: str = "Latent-Shift beside others",
 ) -> Path:  # fmt: skip
     """Write the page.
 
     Args:
         out: its folder.
-        compared: the folder of an evaluation, whose systems stand in columns.
+        evaluated: the folder of an evaluation, whose systems stand in columns.
         shown: names of those of its systems that are shown, from left to right; none: all.
-        ablations: folders of evaluations, each a table of all its systems; the folder compared may be among them.
+        ablations: folders of evaluations, each a table of all its systems; the same folder may be among them.
         training: what `latent-shift bench runs -o` wrote: what the systems learnt, and what it took.
         classes: the folder of an evaluation with protocol classes, whose first system's clips stand in rows by their words.
         sweep: what `latent-shift bench sweep -o` wrote.
@@ -76,14 +76,14 @@ def report(
     Raises:
         ValueError: a folder without results or without a system to be shown, or an evaluation that has fewer clips than rows.
     """
-    found = {each.name: each for each in evaluations(compared)}
+    found = {each.name: each for each in evaluations(evaluated)}
     if unknown := [name for name in shown if name not in found]:
-        raise ValueError(f"{compared}: has no {', '.join(unknown)}; expected {', '.join(found)}")
+        raise ValueError(f"{evaluated}: has no {', '.join(unknown)}; expected {', '.join(found)}")
     systems = [found[name] for name in shown or found]
     protocol = systems[0].result["protocol"]
-    prompts = _prompts(compared)
+    prompts = _prompts(evaluated)
     if rows > len(prompts):
-        raise ValueError(f"{compared} has {len(prompts)} clips a system, {rows} rows asked for")
+        raise ValueError(f"{evaluated} has {len(prompts)} clips a system, {rows} rows asked for")
     (out / "clips").mkdir(parents=True, exist_ok=True)
     columns = [{"name": each.name, "told": _told(each.result)} for each in systems]
     grid = [
@@ -99,8 +99,7 @@ def report(
     ]
     page = _template().render(
         title=title, protocol=protocol, rates=sorted({each.result["system"]["fps"] for each in systems}), columns=columns, grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
-        results=_table([each.result for each in systems]), skipped=_skipped(systems),
-        ablations=[(folder.name.replace("-", " "), _table([each.result for each in evaluations(folder)])) for folder in ablations],
+        results=_table(systems), skipped=_skipped(systems), ablations=[_ablation(folder, systems[0].name) for folder in ablations],
         training=json.loads(training.read_text()) if training else [],
         classes=_classes(classes, out) if classes else [], plots=plots(json.loads(sweep.read_text())) if sweep else [],
         machine=json.loads(sweep.read_text()) if sweep else None,
@@ -156,7 +155,13 @@ def _told(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _table(results: list[dict[str, Any]]) -> dict[str, Any]:
+def _ablation(folder: Path, first: str) -> tuple[str, dict[str, Any]]:
+    """All systems of a folder, compared with the one that the page begins with where it is among them."""
+    return folder.name.replace("-", " "), _table(sorted(evaluations(folder), key=lambda each: each.name != first))
+
+
+def _table(systems: list[Shown]) -> dict[str, Any]:
+    results = compared([each.result for each in systems], systems[0].folder.parent)
     head, names, cells = table_of(results)
     titles = [result["system"]["title"] for result in results]
     return {

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -31,8 +31,19 @@ from latent_shift.latent_vdm import LatentVDMUNet
 from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of
 from latent_shift.terminal import quiet
 
-_WIDTHS: dict[str, Any] = dict(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128)
-_HEADS = (2, 4, 8, 8)
+
+
+class Size(NamedTuple):
+    """Of the U-Nets that are timed. `heads` is how many (in `attention_head_dim` of diffusers' 2D U-Nets, too), ModelScope's U-Net wants
+    how wide they are."""
+
+    widths: dict[str, Any]
+    heads: int | tuple[int, ...]
+    width_of_heads: int
+
+
+_SMALL = Size(dict(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128), (2, 4, 8, 8), 32)
+_FULL = Size(dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768), 8, 64)
 
 
 def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2) -> dict[str, dict[str, float]]:
@@ -104,7 +115,7 @@ def shift_overhead(
         unet: not changed. If it is inflated its own shift is timed. None takes one of widths 64/128/256/256, two layers a block (34 M
             parameters), at 32.
     """
-    unet = unet or UNet2DConditionModel(**_WIDTHS, attention_head_dim=_HEADS)
+    unet = unet or UNet2DConditionModel(**_SMALL.widths, attention_head_dim=_SMALL.heads)
     side = size or int(unet.config.sample_size)
     plain = deflate(copy.deepcopy(unet)).to(device).eval()
     shifted = inflate(copy.deepcopy(plain), shift_of(unet) or Shift())
@@ -149,21 +160,25 @@ class Contender:
 
 def contenders(
     *, text_length: int = 77, device: str = "cpu", dtype: torch.dtype = torch.float32, channels_last: bool = False, compiled: bool = False,
-    only: str | None = None,
+    full: bool = False, only: str | None = None,
 ) -> dict[str, Contender]:  # fmt: skip
-    """U-Nets of the same widths, 64/128/256/256, two layers a block: Latent-Shift's, frame by frame the image model that all of them begin
-    with, the paper's baseline Latent-VDM, AnimateDiff's and ModelScope's; or `only` one of them."""
+    """U-Nets of the same widths, 64/128/256/256, two layers a block, or in `full` those of Stable Diffusion 1.5: Latent-Shift's, frame by
+    frame the image model that all of them begin with, the paper's baseline Latent-VDM, AnimateDiff's and ModelScope's; or `only` one of
+    them."""
+    size = _FULL if full else _SMALL
+    widths, heads, of_heads = size.widths, size.heads, size.width_of_heads
     make: dict[str, Callable[[], torch.nn.Module]] = {
-        "Latent-Shift": lambda: inflate(UNet2DConditionModel(**_WIDTHS, attention_head_dim=_HEADS)),
-        "frame by frame": lambda: UNet2DConditionModel(**_WIDTHS, attention_head_dim=_HEADS),
-        "Latent-VDM": lambda: LatentVDMUNet(**_WIDTHS, attention_head_dim=_HEADS),
-        "AnimateDiff (UNetMotionModel)": lambda: UNetMotionModel(**_WIDTHS, num_attention_heads=_HEADS),
-        "ModelScope (UNet3DConditionModel)": lambda: UNet3DConditionModel(**_WIDTHS, attention_head_dim=32),
+        "Latent-Shift": lambda: inflate(UNet2DConditionModel(**widths, attention_head_dim=heads)),
+        "frame by frame": lambda: UNet2DConditionModel(**widths, attention_head_dim=heads),
+        "Latent-VDM": lambda: LatentVDMUNet(**widths, attention_head_dim=heads),
+        "AnimateDiff (UNetMotionModel)": lambda: UNetMotionModel(**widths, num_attention_heads=heads),
+        "ModelScope (UNet3DConditionModel)": lambda: UNet3DConditionModel(**widths, attention_head_dim=of_heads),
     }
     found = {}
     for name in [only] if only else list(make):
         torch.manual_seed(0)
-        network = make[name]()
+        with torch.device(device):  # random weights are drawn where they stay: at full size minutes on a CPU
+            network = make[name]()
         torch.nn.Module.to(network, device, dtype).eval()
         for parameter in network.parameters() if channels_last else ():
             if parameter.ndim == 4:  # ModelScope's has convolutions over time beside
@@ -174,7 +189,7 @@ def contenders(
 
         def call(clips: int, num_frames: int, side: int, name=name, network=network, run=run) -> Callable[[], object]:
             x = torch.randn(clips * num_frames, 4, side, side, device=device, dtype=dtype)
-            text = torch.randn(clips, text_length, _WIDTHS["cross_attention_dim"], device=device, dtype=dtype)
+            text = torch.randn(clips, text_length, widths["cross_attention_dim"], device=device, dtype=dtype)
             of_frames = text.repeat_interleave(num_frames, dim=0)
             if isinstance(network, UNetMotionModel | UNet3DConditionModel):
                 x = x.unflatten(0, (clips, num_frames)).transpose(1, 2)
@@ -207,11 +222,11 @@ def against_peers(
 def savings(*, num_frames: int = 16, text_length: int = 77, rounds: int = 10, device: str = "cpu") -> dict:
     """A guided step of the 34 M U-Net as the pipeline runs it, against one with the text for each frame, and one in two calls."""
     torch.manual_seed(0)
-    each = inflate(UNet2DConditionModel(**_WIDTHS, attention_head_dim=_HEADS).to(device).eval())
+    each = inflate(UNet2DConditionModel(**_SMALL.widths, attention_head_dim=_SMALL.heads).to(device).eval())
     once = copy.deepcopy(each)
     share_text(once)
     x = torch.randn(num_frames, 4, 32, 32, device=device).repeat(2, 1, 1, 1)
-    text = torch.randn(2, text_length, _WIDTHS["cross_attention_dim"], device=device)
+    text = torch.randn(2, text_length, _SMALL.widths["cross_attention_dim"], device=device)
 
     def call(network: UNet2DConditionModel, x: torch.Tensor, text: torch.Tensor) -> object:
         with frames(network, num_frames):

@@ -22,6 +22,7 @@ class Data(Section):
     aspects: int | None = Field(None, ge=8)  # it is packed in the nearest of the sizes with this factor; unset: in squares
     mirror: bool = False  # clips whose captions name no side also count mirrored
     batch_size: int = Field(16, ge=1)  # crops, images or clips a step and process
+    loaders: int = Field(1, ge=1)  # threads that draw batches ahead; what is drawn does not depend on them
     crop: int = Field(64, ge=8)  # autoencoder: side of the random crops in pixels
     num_frames: int = Field(1, ge=1)  # frames a clip; 1 trains the image model
     strides: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [
@@ -75,12 +76,15 @@ class Diffusion(Section):
     motion_weight: float = Field(1.0, gt=0)  # of the part of the error that changes within a clip, beside the part that stays
     shared_noise: float = Field(0.0, ge=0, lt=1)  # share of the noise's variance that all frames of a clip have in common
     noise_correlation: float = Field(0.0, ge=0, lt=1)  # of the rest, from one frame to the next
+    independent_share: float = Field(0.0, ge=0, le=1)  # of the batches of clips, whose frames' noise is independent all the same
     caption_dropout: float = Field(0.1, ge=0, le=1)  # share of captions emptied, for classifier-free guidance
 
     @model_validator(mode="after")
     def _pure_noise(self) -> Diffusion:
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError("zero_terminal_snr needs prediction v_prediction: from pure noise the noise says nothing")
+        if self.independent_share and not (self.shared_noise or self.noise_correlation):
+            raise ValueError("independent_share has no effect without shared_noise or noise_correlation: leave it out")
         return self
 
 
@@ -217,6 +221,7 @@ _IGNORED = {  # settings that a stage does not read
         "diffusion.motion_weight",
         "diffusion.shared_noise",
         "diffusion.noise_correlation",
+        "diffusion.independent_share",
         "train.sample_shared_noise",
         "train.sample_noise_correlation",
         "data.crop",

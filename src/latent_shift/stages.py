@@ -163,7 +163,8 @@ class DenoiserStage:
         latents = mean + std * rng.standard_normal(mean.shape, np.float32)
         noise = rng.standard_normal(mean.shape, np.float32)
         options = self.config.diffusion
-        if num_frames > 1 and (options.shared_noise or options.noise_correlation):
+        alike = num_frames > 1 and (options.shared_noise or options.noise_correlation)
+        if alike and not (options.independent_share and rng.random() < options.independent_share):
             common = rng.standard_normal(mean[:, :1].shape, np.float32)
             noise = share_noise(noise, common, options.shared_noise, options.noise_correlation)
         timesteps = draw_timesteps(rng, num_clips, options.num_timesteps, shift=options.timestep_shift)

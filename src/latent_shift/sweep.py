@@ -25,7 +25,7 @@ FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 def sweep(
     *, num_frames: Sequence[int] = FRAMES, sides: Sequence[int] = (8, 16, 32, 64), clips: Sequence[int] = (1, 2, 4), side: int = 16,
-    rounds: int = 3, device: str = "cpu", dtype: torch.dtype = torch.float32,
+    full: bool = False, rounds: int = 3, device: str = "cpu", dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:  # fmt: skip
     """Every contender of benchmark.py along three lines: frames of one clip, the size of the latents, and clips at once.
 
@@ -34,6 +34,7 @@ def sweep(
         sides: of the latents, of one clip of 16 frames.
         clips: at once, of 16 frames, at `side`.
         side: of the latents along the other lines.
+        full: U-Nets of the widths of Stable Diffusion 1.5.
         rounds: counted rounds; in each every contender is timed once, in turn.
         device, dtype: where and in what.
 
@@ -46,7 +47,7 @@ def sweep(
     places = (
         [("frames", (1, n, side)) for n in num_frames] + [("side", (1, 16, n)) for n in sides] + [("clips", (n, 16, side)) for n in clips]
     )
-    networks, points = contenders(device=device, dtype=dtype), list[dict[str, Any]]()
+    networks, points = contenders(full=full, device=device, dtype=dtype), list[dict[str, Any]]()
     for line, place in places:
         where = {"line": line, "clips": place[0], "frames": place[1], "side": place[2]}
         able = {name: each for name, each in networks.items() if each.most_frames is None or place[1] <= each.most_frames}
@@ -76,7 +77,7 @@ def sweep(
                     "gib_peak": peaks[name],
                 }
             )  # fmt: skip
-    return {"limits": told, "dtype": str(dtype).removeprefix("torch."), "points": points}
+    return {"limits": told, "full": full, "dtype": str(dtype).removeprefix("torch."), "points": points}
 
 
 class Work(TorchDispatchMode):

@@ -13,11 +13,12 @@ import os
 import signal
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -193,16 +194,17 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
     logged, waited, stop = done, 0.0, 0.0
     seen: defaultdict[str, list[Tensor]] = defaultdict(list)  # stays on the device: reading a number would wait for it
     seen |= {name: [torch.tensor(value, device=device) for value in values] for name, values in pending.items()}
-    with handler(stopping), ThreadPoolExecutor(1) as loader:
-        ahead = loader.submit(draw, done * accumulate)
+    batches = iter(range(done * accumulate, config.optim.steps * accumulate))
+    with handler(stopping), ThreadPoolExecutor(config.data.loaders) as loader:
+        ahead = deque(loader.submit(draw, batch) for batch in islice(batches, config.data.loaders))
         for step in range(done, config.optim.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            for part in range(accumulate):
+            for _ in range(accumulate):
                 start = time.monotonic()
-                batch = ahead.result()
+                batch = ahead.popleft().result()
                 waited += time.monotonic() - start
-                ahead = loader.submit(draw, step * accumulate + part + 1)
+                ahead.extend(loader.submit(draw, number) for number in islice(batches, 1))
                 with accelerator.accumulate(objective), attention_kernel(accelerator.device.type, noise=batch[1]):
                     loss, terms = forward(batch)
                     accelerator.backward(loss)

@@ -20,6 +20,7 @@ OTHERS: dict[str, tuple] = {
     "data.aspects": ("image", 24, {}),
     "data.mirror": ("image", True, {}),
     "data.batch_size": ("image", 3, {}),
+    "data.loaders": ("image", 3, {}),
     "data.crop": ("autoencoder", 16, {}),
     "data.num_frames": ("video", 3, {}),
     "data.strides": ("video", [2], {}),
@@ -47,6 +48,7 @@ OTHERS: dict[str, tuple] = {
     "diffusion.motion_weight": ("video", 3.0, {}),
     "diffusion.shared_noise": ("video", 0.5, {}),
     "diffusion.noise_correlation": ("video", 0.5, {}),
+    "diffusion.independent_share": ("video", 1.0, {"diffusion.shared_noise": 0.5}),
     "diffusion.caption_dropout": ("image", 1.0, {}),
     "optim.steps": ("image", 3, {}),
     "optim.lr": ("image", 1e-4, {}),
@@ -92,11 +94,13 @@ def test_every_setting_is_here():
 
 def outcome(settings: config.Config, run) -> dict[str, object] | str:
     """What a run leaves behind, or why there is none; times apart."""
-    recomputed, compiled = [], []
+    recomputed, compiled, loaders = [], [], []
+    pool = train.ThreadPoolExecutor
     once = torch.utils.checkpoint.checkpoint
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **options: recomputed.append(1) or once(*args, **options))
         patch.setattr(nn.Module, "compile", traced(compiled))
+        patch.setattr(train, "ThreadPoolExecutor", lambda threads: loaders.append(threads) or pool(threads))
         try:
             model = train.train(settings, run)
         except ValueError as error:
@@ -115,6 +119,7 @@ def outcome(settings: config.Config, run) -> dict[str, object] | str:
         "told": (model / "model_index.json").read_text() if (model / "model_index.json").exists() else "",
         "recomputed": len(recomputed),
         "compiled": len(compiled),
+        "loaders": loaders,
     }
 
 

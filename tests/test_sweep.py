@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_cli import run
 
-from latent_shift import benchmark, sweep
+from latent_shift import benchmark, models, sweep
 from latent_shift.shift import temporal_shift
 
 SMALL = dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=32)
@@ -15,8 +15,7 @@ SMALL = dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(benchmark, "_WIDTHS", SMALL)
-    monkeypatch.setattr(benchmark, "_HEADS", (1, 1, 1, 1))
+    monkeypatch.setattr(benchmark, "_SMALL", benchmark.Size(SMALL, (1, 1, 1, 1), 32))
 
 
 def test_every_contender_at_every_place(small, monkeypatch):
@@ -113,3 +112,10 @@ def _cell(result, name):
 def test_whole_clips_are_the_models_own(video_model):
     (row,) = sweep.whole_clips(str(video_model), num_frames=(2,), rounds=1)
     assert row["frames"] == 2 and np.isfinite([row["seconds_a_clip"], row["clips_per_s"]]).all()
+
+
+def test_at_full_size_the_networks_are_those_of_stable_diffusion():
+    """Parameters as published: SD 1.5's U-Net 860 M, which the shift leaves as they are; the others add theirs to it."""
+    sizes = {name: models.num_parameters(each.network) for name, each in benchmark.contenders(full=True, device="meta").items()}
+    assert sizes["Latent-Shift"] == sizes["frame by frame"] == 859_520_964
+    assert all(size > 859_520_964 for name, size in sizes.items() if name not in ("Latent-Shift", "frame by frame"))

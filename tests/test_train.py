@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import tiny_config, traced
 from PIL import Image
 from safetensors.torch import load_file
 
-from latent_shift import checkpoint, data, encode, finetune, stages, train, video, zoo
+from latent_shift import checkpoint, data, encode, finetune, optim, stages, train, video, zoo
 from latent_shift.autoencoder import AutoencoderObjective, to_pixels, whiten
 from latent_shift.config import dump, load
 from latent_shift.latents import LatentStore
@@ -247,6 +248,66 @@ def test_half_precision_is_for_gpus(latents, tmp_path):
         train.train(config, tmp_path / precision, report=lambda row, seen=seen: seen.append(row["loss"]))
     assert losses["fp16"] != losses["no"]
     assert losses["fp16"] == pytest.approx(losses["no"], rel=0.02)
+
+
+def test_a_step_whose_gradients_are_not_finite_is_left_out(latents, tmp_path, monkeypatch):
+    """One bad batch of four changes no weight and no average; a run of nothing else stops, and says what to do."""
+    draw = stages.DenoiserStage.draw
+
+    def bad(stage, rng, bad_ones, **options):
+        first, *rest = draw(stage, rng, **options)
+        return (first * float("nan") if next(numbers) in bad_ones else first, *rest)
+
+    for name, bad_ones in (("three", {1}), ("none", range(4))):
+        numbers = iter(range(10))
+        monkeypatch.setattr(stages.DenoiserStage, "draw", lambda *a, bad_ones=bad_ones, **k: bad(*a, bad_ones, **k))
+        config, rows = tiny_config("video", latents, train={"log_every": 4 if name == "three" else 2, "sample_every": 100}), list[dict]()
+        if name == "none":
+            with pytest.raises(RuntimeError, match=r"of steps 1 to 2 no gradient was finite; try a smaller optim\.lr"):
+                train.train(config, tmp_path / name)
+            return
+        train.train(config, tmp_path / name, report=rows.append)
+        assert rows[-1]["skipped"] == 0.25
+        assert all(np.isfinite(value) for value in rows[-1].values())
+        weights = load_file(tmp_path / name / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_a_step_left_out_leaves(latents, wrapped):
+    """The weights, and what the optimizer remembers; as accelerate wraps it the optimizer itself leaves it out."""
+    config = tiny_config("video", latents, train={} if wrapped else {"shard": True})
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.make(config, [weight])
+    optimizer = AcceleratedOptimizer(optimizer) if wrapped else optimizer
+    for gradient, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (1.0, 0)):
+        weight.grad = torch.full((3,), gradient)
+        before = [each.clone() for each in (weight.detach(), *optimizer.state_dict()["state"].get(0, {}).values())]
+        assert float(optim.step(optimizer, weight.grad.norm(), config)) == skipped
+        after = (weight.detach(), *optimizer.state_dict()["state"][0].values())
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False)) == bool(skipped)
+
+
+def test_batches_do_not_depend_on_who_draws_them(latents, tmp_path):
+    found = {}
+    for loaders in (1, 3):
+        rows: list[dict] = []
+        config = tiny_config("video", latents, data={"loaders": loaders, "image_share": 0.5}, optim={"accumulate": 2})
+        train.train(config, tmp_path / str(loaders), report=rows.append)
+        found[loaders] = [row["loss"] for row in rows]
+    assert found[1] == found[3] and len(set(found[1])) == 4
+
+
+def test_some_batches_may_have_independent_noise(latents):
+    def alike(share: float) -> list[bool]:
+        options = {"shared_noise": 0.9, "independent_share": share}
+        stage = stages.DenoiserStage(tiny_config("video", latents, diffusion=options))
+        noises = [stage.draw(np.random.default_rng(k))[1] for k in range(12)]
+        return [float((noise[:, 0] * noise[:, 1]).mean()) > 0.5 for noise in noises]
+
+    assert all(alike(0.0)) and not any(alike(1.0)) and len(set(alike(0.5))) == 2
+    with pytest.raises(ValueError, match=r"independent_share has no effect without shared_noise or noise_correlation"):
+        tiny_config("video", latents, diffusion={"independent_share": 0.5})
 
 
 def test_a_killed_runs_last_lines_are_not_written_twice(tmp_path):

@@ -32,7 +32,6 @@ from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shif
 from latent_shift.terminal import quiet
 
 
-
 class Size(NamedTuple):
     """Of the U-Nets that are timed. `heads` is how many (in `attention_head_dim` of diffusers' 2D U-Nets, too), ModelScope's U-Net wants
     how wide they are."""

@@ -90,7 +90,9 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
     x_BFCHW = x_NCHW.unflatten(0, (1, -1) if num_frames == -1 else (-1, num_frames))
     if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or x_NCHW.device.type != "cpu"):
         return _shift_functional(x_BFCHW, ahead, back, shift.edge).flatten(0, 1)
-    return _shift_in_one_pass(x_BFCHW, ahead, back, shift.edge, False).flatten(0, 1)
+    # Where nothing is differentiated the function itself: the operator costs the host as much again, on a GPU more than the copies take.
+    one_pass = _shift_in_one_pass if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x_NCHW.requires_grad) else _copy_shifted
+    return one_pass(x_BFCHW, ahead, back, shift.edge, False).flatten(0, 1)
 
 
 def _shift_functional(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Tensor:
@@ -107,8 +109,7 @@ def _shift_functional(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Ten
     return torch.cat([from_before, stays, from_after], dim=2)
 
 
-@torch.library.custom_op("latent_shift::shift", mutates_args=(), schema="(Tensor x, int ahead, int back, str edge, bool adjoint) -> Tensor")
-def _shift_in_one_pass(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, adjoint: bool) -> Tensor:
+def _copy_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, adjoint: bool) -> Tensor:
     """The shift as one pass over memory, every frame's group copied straight to where it goes; or its adjoint, which is the shift the
     other way (and what an end held counts twice)."""
     y_BFCHW = torch.empty_like(x_BFCHW)
@@ -127,6 +128,11 @@ def _shift_in_one_pass(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, adjoi
         y_BFCHW[:, 0, after] += x_BFCHW[:, 0, after]
         y_BFCHW[:, -1, before] += x_BFCHW[:, -1, before]
     return y_BFCHW
+
+
+_shift_in_one_pass = torch.library.custom_op(
+    "latent_shift::shift", _copy_shifted, mutates_args=(), schema="(Tensor x, int ahead, int back, str edge, bool adjoint) -> Tensor"
+)
 
 
 def _remember_settings(ctx, inputs: tuple, output: Tensor) -> None:

@@ -20,7 +20,6 @@ from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +28,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from latent_shift import checkpoint, finetune, memory, models, sharding, zoo
+from latent_shift import checkpoint, finetune, memory, models, optim, sharding, zoo
 from latent_shift.config import Config, dump, load
 from latent_shift.diffusion import attention_kernel
+from latent_shift.optim import learning_rate
 from latent_shift.stages import AutoencoderStage, DenoiserStage, Stage
 from latent_shift.store import write
 
@@ -117,7 +117,7 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
         sharding.shard(objective, stage.model, accelerator)
     trained = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     parameters = list(trained.values())
-    optimizer = _optimizer(config, parameters)
+    optimizer = optim.make(config, parameters)
     if config.train.shard:
         sharding.register(accelerator, objective, optimizer)
     else:
@@ -210,7 +210,7 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         terms["grad_norm"] = sharding.whole(accelerator.clip_grad_norm_(parameters, config.optim.grad_clip))
-                        optimizer.step()
+                        terms["skipped"] = optim.step(optimizer, terms["grad_norm"], config)
                         optimizer.zero_grad()
                 for name, value in {"loss": loss.detach(), **terms}.items():
                     seen[name].append(value)
@@ -223,8 +223,10 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
                 seen["val_loss"] = [validate()]
             if count % config.train.log_every == 0 or validated or last:
                 elapsed, num = time.monotonic() - began, count - logged
-                means = torch.stack([torch.stack(values).float().mean() for values in seen.values()])
+                means = torch.stack([torch.stack(values).float().nanmean() for values in seen.values()])  # of the steps that were taken
                 row = {"step": count, **dict(zip(seen, accelerator.reduce(means, "mean").tolist(), strict=True))}
+                if row["skipped"] == 1:
+                    raise RuntimeError(f"{run}: of steps {logged + 1} to {count} no gradient was finite; {optim.UNSTABLE}")
                 row |= {
                     "lr": group["lr"],
                     "clips_per_s": num * accumulate * config.data.batch_size * world / elapsed,
@@ -328,22 +330,3 @@ def advice(config: Config) -> str:
             shown = " ".join(f"{key}={'true' if value is True else value}" for key, value in option.items())
             told.append(shown + (" in another run folder" if changed.identity() != config.identity() else ""))
     return "try, in this order, " + ", ".join(told or ["a smaller model"])
-
-
-def _optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    options: dict[str, Any] = dict(lr=config.optim.lr, betas=(0.9, config.optim.beta2), weight_decay=config.optim.weight_decay)
-    if config.optim.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options, fused=True)
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(parameters, **options)
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up to `optim.lr`, constant, and a fall to 0 over the last `cooldown_steps`, along a line or half a cosine."""
-    optim = config.optim
-    up = (step + 1) / max(1, optim.warmup_steps)
-    down = min(1.0, (optim.steps - step) / max(1, optim.cooldown_steps))
-    if optim.cooldown == "cosine":
-        down = (1 - np.cos(np.pi * down)) / 2
-    return float(optim.lr * min(1.0, up, down))

@@ -22,6 +22,8 @@ CONTENDERS = (
 )  # fmt: skip
 FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+_OVERWRITES = {torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_}  # what they write over they do not read
+
 
 def sweep(
     *, num_frames: Sequence[int] = FRAMES, sides: Sequence[int] = (8, 16, 32, 64), clips: Sequence[int] = (1, 2, 4), side: int = 16,
@@ -95,7 +97,8 @@ class Work(TorchDispatchMode):
             return made
         counted = memory.FLOPS.get(func._overloadpacket)
         flops = counted(*args, **(kwargs or {}), out_val=made) if counted else 0
-        moved = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, made)) if isinstance(leaf, torch.Tensor))
+        read = args[1:] if func._overloadpacket in _OVERWRITES else args
+        moved = sum(leaf.nbytes for leaf in tree_leaves((read, kwargs, made)) if isinstance(leaf, torch.Tensor))
         self.flops += flops
         self.bytes += moved
         self.seconds += max(flops / self.limits["flops_per_s"], moved / self.limits["bytes_per_s"])

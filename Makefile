@@ -152,7 +152,7 @@ compare: $(RUNS) runs/compare/vdm/model/model_index.json data/emoji-128/store.js
 
 page: docs/results/sweep.json | $(VENV)/.dev
 	$(BIN)/latent-shift report docs/page evals/systems --show shift --show attention --show none --show vdm --show emoji \
-		--ablation evals/parts-of-the-shift --training docs/results/compare-training.json --classes evals/classes --sweep $<
+		--ablation evals/parts-of-the-shift --training docs/results/compare-training.json --classes evals/classes --sweep $< --sweep docs/results/sweep-h200.json
 
 docs/results/sweep.json: | $(VENV)/.dev
 	$(BIN)/latent-shift bench sweep -o $@ --plots docs/results

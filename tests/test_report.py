@@ -56,7 +56,7 @@ def test_the_page_shows_what_there_is(evals, video_model, tmp_path):
     (tmp_path / "training.json").write_text(json.dumps(benchmark.runs([video_model.parent])))
     path = report.report(
         tmp_path / "page", evals / "compare", shown=["b", "a <shift>"], ablations=[evals / "compare"], training=tmp_path / "training.json",
-        classes=evals / "classes", sweep=tmp_path / "sweep.json", rows=2,
+        classes=evals / "classes", sweeps=[tmp_path / "sweep.json"] * 2, rows=2,
     )  # fmt: skip
     text = path.read_text()
     page = Page(text)
@@ -75,10 +75,10 @@ def test_the_page_shows_what_there_is(evals, video_model, tmp_path):
     assert heads[:2] == ["b", "a &lt;shift&gt;"]  # in the order asked for, and escaped
     assert "Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 1" in text
     assert "right caption first \u2191" in text and "flicker, grey levels =" in text and "kd-efficientnet-lite0 \u2193" in text
-    assert len(page.all("figure")) == 4
+    assert len(page.all("figure")) == 2 * 4
     named = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(named) == len(set(named)) > 40  # those of the plots' parts, too
-    assert "Latent-Shift 0.66 at 16 frames" in text and "100 GFLOP/s" in text
+    assert "Latent-Shift 0.66 at 16" in text and "multiplies\n0.1 TFLOP/s" in text
     results = json.loads((evals / "compare" / "b" / "results.json").read_text())
     (energy,) = [record for record in results["records"] if record["measure"] == "motion_energy"]
     assert f"<td>{energy['value']:.4g} <small>{energy['low']:.4g} to {energy['high']:.4g}</small></td>" in text

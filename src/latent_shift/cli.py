@@ -275,7 +275,7 @@ def report(
     ablation: Annotated[list[Path] | None, typer.Option(help="an evaluation, as a table of all its systems; may be repeated")] = None,
     training: Annotated[Path | None, typer.Option(help="what `bench runs -o` wrote, as a table")] = None,
     classes: Annotated[Path | None, typer.Option(help="an evaluation with protocol classes, as rows of clips")] = None,
-    sweep: Annotated[Path | None, typer.Option(help="what `bench sweep -o` wrote, as plots")] = None,
+    sweep: Annotated[list[Path] | None, typer.Option(help="what `bench sweep -o` wrote, as plots; may be repeated")] = None,
     rows: Annotated[int, typer.Option(min=1, help="words shown")] = 8,
     title: str = "Latent-Shift beside others",
 ) -> None:
@@ -283,7 +283,7 @@ def report(
     quiet()
     from latent_shift import report as reporting
 
-    options = dict(training=training, classes=classes, sweep=sweep, rows=rows, title=title)
+    options = dict(training=training, classes=classes, sweeps=sweep or [], rows=rows, title=title)
     print(reporting.report(out, compared, shown=show or [], ablations=ablation or [], **options))  # type: ignore[arg-type]
 
 

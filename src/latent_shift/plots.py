@@ -1,4 +1,5 @@
-"""What `latent-shift bench sweep` found as plots: time, memory and the share of the roofline against frames, of ours and of others."""
+"""What `latent-shift bench sweep` found as plots: time, memory and the share of the roofline against frames, time against size, rate
+against clips at once, of ours and of others."""
 
 from __future__ import annotations
 
@@ -8,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 
-def plots(sweep: dict[str, Any]) -> list[dict[str, str]]:
-    """Time a step and memory against frames, and the share of the roofline.
+def plots(sweep: dict[str, Any], *, name: str = "sweep") -> list[dict[str, str]]:
+    """Time a step, memory and the share of the roofline against frames; time against size, and frames a second against clips at once.
+
+    Args:
+        sweep: what `sweep.sweep` found, on a machine.
+        name: another for each sweep of one page, so that ids in it are apart.
 
     Returns:
         Of each plot `heading`, `svg`, whose ids are its own among the others', and `label`, which says what is to be seen.
@@ -23,43 +28,46 @@ def plots(sweep: dict[str, Any]) -> list[dict[str, str]]:
         raise RuntimeError("plots need matplotlib: pip install 'latent-shift-video[report]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for point in sweep["points"]:
-        if point["line"] == "frames" and "cannot" not in point:
-            lines.setdefault(point["name"], []).append(point)
-    memories: dict[str, list[dict[str, Any]]] = {}
-    for point in sweep.get("memory") or [each for name in lines for each in lines[name]]:
-        if "cannot" not in point and point.get("gib_peak") is not None:
-            memories.setdefault(point["name"], []).append(point)
-    wanted: list[tuple[str, str, dict[str, list[dict[str, Any]]], Any]] = [
-        ("Time of one step", "seconds", lines, lambda point: point["seconds"]),
-        ("Relative to Latent-Shift", "ratio", lines, lambda point: point["ratio"]),
-        ("Share of the roofline", "share", lines, lambda point: point["share_of_the_roofline"]),
-        ("Memory at the peak of one step", "GiB", memories, lambda point: point["gib_peak"]),
+    along = {line: [point for point in sweep["points"] if point["line"] == line] for line in ("frames", "side", "clips")}
+    peaks = sweep.get("memory") or along["frames"]
+    wanted = [
+        ("Time of one step", "seconds", along["frames"], "frames", "frames of the clip", "seconds"),
+        ("Relative to Latent-Shift", "ratio", along["frames"], "frames", "frames of the clip", "ratio"),
+        ("Share of the roofline", "share", along["frames"], "frames", "frames of the clip", "share_of_the_roofline"),
+        ("Memory at the peak of one step", "GiB", peaks, "frames", "frames of the clip", "gib_peak"),
+        ("Time of one step by size", "seconds", along["side"], "side", "side of the latents, 16 frames", "seconds"),
+        ("Frames a second by clips", "frames a second", along["clips"], "clips", "clips of 16 frames at once", "frames_per_s"),
     ]
     found: list[dict[str, str]] = []
-    for heading, unit, series, value in wanted:
+    for heading, unit, points, across, told_across, value in wanted:
+        series: dict[str, list[dict[str, Any]]] = {}
+        for point in points:
+            if point.get(value) is not None:  # a contender cannot go everywhere, and not every machine tells memory here
+                series.setdefault(point["name"], []).append(point)
         if not series:
             continue
-        figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
-        for (name, points), marker in zip(series.items(), "os^Dv", strict=False):
-            axes.plot([point["frames"] for point in points], [value(point) for point in points], marker=marker, label=name)
-        axes.set(xscale="log", xlabel="frames of the clip", ylabel=unit, title=heading)
+        figure, axes = plt.subplots(figsize=(5.2, 4), layout="constrained")
+        for (whose, row), marker in zip(series.items(), "os^Dv", strict=False):
+            axes.plot([point[across] for point in row], [point[value] for point in row], marker=marker, label=whose)
+        axes.set(xscale="log", xlabel=told_across, ylabel=unit, title=heading)
         if unit in ("seconds", "GiB"):
             axes.set_yscale("log")
-        axes.set_xticks(ticks := sorted({point["frames"] for points in series.values() for point in points}), [str(tick) for tick in ticks])
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.set_xticks(ticks := sorted({point[across] for row in series.values() for point in row}), [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small", frameon=False)
+        figure.legend(loc="outside lower center", ncols=2, fontsize="x-small", frameon=False)
         text = io.StringIO()
         with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters, not their outlines
             figure.savefig(text, format="svg", metadata={"Date": None})
         plt.close(figure)
-        svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>plot{len(found)}-", text.getvalue())  # several stand in one page
-        last = {name: points[-1] for name, points in series.items()}
-        told = "; ".join(f"{name} {value(point):.3g} at {point['frames']} frames" for name, point in last.items())
-        found.append({"heading": heading, "svg": svg[svg.index("<svg") :], "label": f"{heading}, {unit}: {told}"})
+        svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-{len(found)}-", text.getvalue())  # several stand in one page
+        last = {whose: row[-1] for whose, row in series.items()}
+        told = "; ".join(f"{whose} {point[value]:.3g} at {point[across]}" for whose, point in last.items())
+        found.append({"heading": heading, "svg": svg[svg.index("<svg") :], "label": f"{heading}, {unit} against {told_across}: {told}"})
     return found
 
 

@@ -55,7 +55,7 @@ def evaluations(folder: Path) -> list[Shown]:
 
 def report(
     out: Path, evaluated: Path, *, shown: Sequence[str] = (), ablations: Sequence[Path] = (), training: Path | None = None,
-    classes: Path | None = None, sweep: Path | None = None, rows: int = 8, title: str = "Latent-Shift beside others",
+    classes: Path | None = None, sweeps: Sequence[Path] = (), rows: int = 8, title: str = "Latent-Shift beside others",
 ) -> Path:  # fmt: skip
     """Write the page.
 
@@ -66,7 +66,7 @@ def report(
         ablations: folders of evaluations, each a table of all its systems; the same folder may be among them.
         training: what `latent-shift bench runs -o` wrote: what the systems learnt, and what it took.
         classes: the folder of an evaluation with protocol classes, whose first system's clips stand in rows by their words.
-        sweep: what `latent-shift bench sweep -o` wrote.
+        sweeps: what `latent-shift bench sweep -o` wrote, one a machine.
         rows: words shown.
         title: of the page.
 
@@ -101,8 +101,8 @@ def report(
         title=title, protocol=protocol, rates=sorted({each.result["system"]["fps"] for each in systems}), columns=columns, grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
         results=_table(systems), skipped=_skipped(systems), ablations=[_ablation(folder, systems[0].name) for folder in ablations],
         training=json.loads(training.read_text()) if training else [],
-        classes=_classes(classes, out) if classes else [], plots=plots(json.loads(sweep.read_text())) if sweep else [],
-        machine=json.loads(sweep.read_text()) if sweep else None,
+        classes=_classes(classes, out) if classes else [],
+        sweeps=[{"machine": found, "plots": plots(found, name=f"sweep{k}")} for k, found in enumerate(json.loads(path.read_text()) for path in sweeps)],
     )  # fmt: skip
     (out / "index.html").write_text(page, encoding="utf-8")
     return out / "index.html"

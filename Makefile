@@ -90,7 +90,7 @@ modes: $(VENV)/.core
 	sed -n '/^```python/,/^```/{/^```/!p}' docs/modes.md | $(BIN)/python -
 
 table: data/emoji-128/store.json
-	$(BIN)/latent-shift eval data/emoji-128 --protocol emoji -o docs/results/emoji.json
+	$(BIN)/latent-shift eval data/emoji-128 --protocol emoji --compile -o docs/results/emoji.json
 
 # The shift against the paper's baseline (Latent-VDM: attention and convolution in time) and against nothing, with the paper's edges
 # and noise: the video stage three times from the same image model, 1,000 steps each, nothing else changed.

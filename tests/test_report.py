@@ -16,11 +16,11 @@ from latent_shift.evaluation import compared
 SWEEP = {
     "processor": "a CPU", "device": "cpu", "torch": "2", "date": "2026-01-01", "dtype": "float32", "limits": {"flops_per_s": 1e11, "bytes_per_s": 1e10},
     "points": [
-        {"line": "frames", "name": name, "frames": n, "seconds": n * k, "ratio": k, "share_of_the_roofline": 0.5}
+        {"line": "frames", "name": name, "frames": n, "side": 16, "seconds": n * k, "ratio": k, "share_of_the_roofline": 0.5}
         for k, name in ((1, "Latent-Shift"), (2, "AnimateDiff (UNetMotionModel)"))
         for n in (1, 16)
     ] + [{"line": "frames", "name": "AnimateDiff (UNetMotionModel)", "frames": 64, "cannot": "at most 32 frames"}],
-    "memory": [{"name": "Latent-Shift", "frames": n, "gib_peak": 0.5 + n / 100} for n in (1, 16)],
+    "memory": [{"name": "Latent-Shift", "frames": n, "side": 16, "gib_peak": 0.5 + n / 100} for n in (1, 16)],
 }  # fmt: skip
 
 

@@ -84,23 +84,29 @@ def test_memory_is_that_of_one_step_alone():
 
 def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        sweep, "memory_of_steps", lambda numbers, **_: [{"name": "Latent-Shift", "frames": number, "gib_peak": 1.0} for number in numbers]
+        sweep,
+        "memory_of_steps",
+        lambda numbers, **given: [
+            {"name": "Latent-Shift", "frames": number, "gib_peak": 1.0, "side": given["side"], "full": given["full"]} for number in numbers
+        ],
     )
     monkeypatch.setattr(sweep, "whole_clips", lambda model, **_: [{"model": model}])
     monkeypatch.setattr(sweep, "contenders", lambda **options: dict([*benchmark.contenders(**options).items()][:2]))
     made = run(
-        "bench", "sweep", "--frames", 2, "--sides", 16, "--clips", 1, "--rounds", 3, "-m", video_model, "-o", tmp_path / "sweep.json",
+        "bench", "sweep", "--frames", 2, "--sides", 16, "--clips", 1, "--side", 8, "--rounds", 3, "-m", video_model, "-o", tmp_path / "sweep.json",
         "--plots", tmp_path / "plots",
     )  # fmt: skip
     result = json.loads((tmp_path / "sweep.json").read_text())
     assert {each["line"] for each in result["points"]} == {"frames", "side", "clips"}
-    assert result["memory"][0]["frames"] == 2 and result["whole clips"] == [{"model": str(video_model)}]
-    assert result["dtype"] == "float32"
+    assert (result["memory"][0]["frames"], result["memory"][0]["side"], result["memory"][0]["full"]) == (2, 8, False)
+    assert result["whole clips"] == [{"model": str(video_model)}]
+    assert (result["dtype"], result["rounds"]) == ("float32", 3)
     image = next(each for each in result["points"] if each["name"] == "frame by frame" and each["line"] == "side")
     assert image["ratio_least"] <= image["ratio"] <= image["ratio_most"]
     assert f"| 1 x 16 frames, 16x16 | {_cell(result, 'Latent-Shift')} | {_cell(result, 'frame by frame')} |" in made
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
-        "sweep-memory-at-the-peak-of-one-step.svg", "sweep-relative-to-latent-shift.svg", "sweep-share-of-the-roofline.svg", "sweep-time-of-one-step.svg",
+        "sweep-frames-a-second-by-clips.svg", "sweep-memory-at-the-peak-of-one-step.svg", "sweep-relative-to-latent-shift.svg",
+        "sweep-share-of-the-roofline.svg", "sweep-time-of-one-step-by-size.svg", "sweep-time-of-one-step.svg",
     ]  # fmt: skip
     assert "Relative to Latent-Shift</text>" in (tmp_path / "plots" / "sweep-relative-to-latent-shift.svg").read_text()
 

@@ -316,7 +316,7 @@ def runs(folders: list[Path]) -> list[dict[str, Any]]:
                 "run": str(folder),
                 "steps": stats[-1]["step"],
                 "parameters": parameters,
-                "loss": float(np.mean([row["loss"] for row in late])),
+                "loss": float(np.mean([row["loss"] for row in late if row["loss"] is not None])),
                 "val_loss": next((row["val_loss"] for row in reversed(stats) if "val_loss" in row), None),
                 "clips_per_s": float(np.median([row["clips_per_s"] for row in stats])),
                 "data_wait_share": sum(row["data_wait_s"] for row in stats) / stats[-1]["seconds"],

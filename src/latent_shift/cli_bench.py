@@ -102,7 +102,7 @@ def sweep(
     )
     result = benchmark.machine(device) | found
     if device == "cpu":
-        result["memory"] = sweeping.memory_of_steps(numbers, dtype=dtype)
+        result["memory"] = sweeping.memory_of_steps(numbers, side=side, full=full, dtype=dtype)
     result["whole clips"] = sweeping.whole_clips(model, device=device, dtype=dtype, rounds=rounds)
     print(sweeping.table(found["points"]))
     if output:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from latent_shift.config import Config
 
-UNSTABLE = "try a smaller optim.lr, or train.precision=no; the checkpoints before are whole, and the same command goes on from them"
+PATIENCE = 50
+"""Steps left out one after the other until a run is given up; a gradient scaler finds its scale in fewer."""
+UNSTABLE = "try a smaller optim.lr, or train.precision=no: with these the run goes on from its checkpoints, which are whole"
 
 
 def make(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -34,19 +36,20 @@ def step(optimizer: torch.optim.Optimizer, norm: Tensor, config: Config) -> Tens
         host need not wait to be told.
     """
     skipped = (~norm.isfinite()).float()
-    if config.optim.optimizer == "adamw" and not config.train.shard and optimizer.scaler is None:  # type: ignore[attr-defined]
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None and config.optim.optimizer == "adamw" and not config.train.shard:
         optimizer.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         optimizer.step()
-    elif not skipped:
+    elif scaler is not None or not skipped:  # a scaler leaves the step out itself, and lowers its scale
         optimizer.step()
     return skipped
 
 
-def learning_rate(config: Config, step: int) -> float:
+def learning_rate(config: Config, done: int) -> float:
     """Linear warm-up to `optim.lr`, constant, and a fall to 0 over the last `cooldown_steps`, along a line or half a cosine."""
     optim = config.optim
-    up = (step + 1) / max(1, optim.warmup_steps)
-    down = min(1.0, (optim.steps - step) / max(1, optim.cooldown_steps))
+    up = (done + 1) / max(1, optim.warmup_steps)
+    down = min(1.0, (optim.steps - done) / max(1, optim.cooldown_steps))
     if optim.cooldown == "cosine":
         down = (1 - np.cos(np.pi * down)) / 2
     return float(optim.lr * min(1.0, up, down))

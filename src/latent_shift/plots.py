@@ -32,11 +32,12 @@ def plots(sweep: dict[str, Any], *, name: str = "sweep") -> list[dict[str, str]]
 
     along = {line: [point for point in sweep["points"] if point["line"] == line] for line in ("frames", "side", "clips")}
     peaks = sweep.get("memory") or along["frames"]
+    frames = f"frames of the clip, latents of {next(point['side'] for point in peaks)}" if peaks else "frames of the clip"
     wanted = [
-        ("Time of one step", "seconds", along["frames"], "frames", "frames of the clip", "seconds"),
-        ("Relative to Latent-Shift", "ratio", along["frames"], "frames", "frames of the clip", "ratio"),
-        ("Share of the roofline", "share", along["frames"], "frames", "frames of the clip", "share_of_the_roofline"),
-        ("Memory at the peak of one step", "GiB", peaks, "frames", "frames of the clip", "gib_peak"),
+        ("Time of one step", "seconds", along["frames"], "frames", frames, "seconds"),
+        ("Relative to Latent-Shift", "ratio", along["frames"], "frames", frames, "ratio"),
+        ("Share of the roofline", "share", along["frames"], "frames", frames, "share_of_the_roofline"),
+        ("Memory at the peak of one step", "GiB", peaks, "frames", frames, "gib_peak"),
         ("Time of one step by size", "seconds", along["side"], "side", "side of the latents, 16 frames", "seconds"),
         ("Frames a second by clips", "frames a second", along["clips"], "clips", "clips of 16 frames at once", "frames_per_s"),
     ]

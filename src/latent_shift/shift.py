@@ -90,7 +90,7 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
     x_BFCHW = x_NCHW.unflatten(0, (1, -1) if num_frames == -1 else (-1, num_frames))
     if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or x_NCHW.device.type != "cpu"):
         return _shift_functional(x_BFCHW, ahead, back, shift.edge).flatten(0, 1)
-    # Where nothing is differentiated the function itself: the operator costs the host as much again, on a GPU more than the copies take.
+    # Where nothing is differentiated the function itself: what registers it as an operator takes the host time at every call.
     one_pass = _shift_in_one_pass if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x_NCHW.requires_grad) else _copy_shifted
     return one_pass(x_BFCHW, ahead, back, shift.edge, False).flatten(0, 1)
 

@@ -79,7 +79,7 @@ def sweep(
                     "gib_peak": peaks[name],
                 }
             )  # fmt: skip
-    return {"limits": told, "full": full, "dtype": str(dtype).removeprefix("torch."), "points": points}
+    return {"limits": told, "full": full, "rounds": rounds, "dtype": str(dtype).removeprefix("torch."), "points": points}
 
 
 class Work(TorchDispatchMode):
@@ -136,13 +136,15 @@ def limits(device: str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: 
     return {"flops_per_s": memory.matrix_rate(device, dtype), "bytes_per_s": rate}
 
 
-def memory_of_steps(num_frames: Sequence[int] = FRAMES, *, side: int = 16, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+def memory_of_steps(
+    num_frames: Sequence[int] = FRAMES, *, side: int = 16, full: bool = False, dtype: torch.dtype = torch.float32
+) -> list[dict[str, Any]]:
     """On a CPU: what a process takes before a step of a contender, its weights among it, and at the step's peak, GiB, each alone."""
-    return [alone(_memory_of_step, name, number, side, dtype) for name in CONTENDERS for number in num_frames]
+    return [alone(_memory_of_step, name, number, side, full, dtype) for name in CONTENDERS for number in num_frames]
 
 
-def _memory_of_step(name: str, num_frames: int, side: int, dtype: torch.dtype) -> dict[str, Any]:
-    one = contenders(only=name, dtype=dtype)[name]
+def _memory_of_step(name: str, num_frames: int, side: int, full: bool, dtype: torch.dtype) -> dict[str, Any]:
+    one = contenders(full=full, only=name, dtype=dtype)[name]
     where = {"name": name, "frames": num_frames, "side": side}
     if one.most_frames is not None and num_frames > one.most_frames:
         return {**where, "cannot": f"at most {one.most_frames} frames"}

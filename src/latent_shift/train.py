@@ -58,7 +58,7 @@ def train(
 
     Raises:
         ValueError: settings or data that do not fit together, or a run folder that holds another model's run or another process.
-        RuntimeError: `train.tracker` without its package; out of memory, with what to lower.
+        RuntimeError: `train.tracker` without its package; out of memory, or no finite gradient for many steps, with what to lower.
         OSError: a checkpoint could not be written; those before it are whole.
     """
     run = Path(run)
@@ -191,7 +191,7 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
 
     stopping, device, ask = threading.Event(), accelerator.device, done + 1
     started = saved = began = time.monotonic()
-    logged, waited, stop = done, 0.0, 0.0
+    logged, waited, stop, bad = done, 0.0, 0.0, torch.zeros((), device=device)
     seen: defaultdict[str, list[Tensor]] = defaultdict(list)  # stays on the device: reading a number would wait for it
     seen |= {name: [torch.tensor(value, device=device) for value in values] for name, values in pending.items()}
     batches = iter(range(done * accumulate, config.optim.steps * accumulate))
@@ -204,13 +204,15 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
                 start = time.monotonic()
                 batch = ahead.popleft().result()
                 waited += time.monotonic() - start
-                ahead.extend(loader.submit(draw, number) for number in islice(batches, 1))
+                if (number := next(batches, None)) is not None:
+                    ahead.append(loader.submit(draw, number))
                 with accelerator.accumulate(objective), attention_kernel(accelerator.device.type, noise=batch[1]):
                     loss, terms = forward(batch)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         terms["grad_norm"] = sharding.whole(accelerator.clip_grad_norm_(parameters, config.optim.grad_clip))
                         terms["skipped"] = optim.step(optimizer, terms["grad_norm"], config)
+                        bad = (bad + 1) * terms["skipped"]
                         optimizer.zero_grad()
                 for name, value in {"loss": loss.detach(), **terms}.items():
                     seen[name].append(value)
@@ -223,10 +225,10 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
                 seen["val_loss"] = [validate()]
             if count % config.train.log_every == 0 or validated or last:
                 elapsed, num = time.monotonic() - began, count - logged
-                means = torch.stack([torch.stack(values).float().nanmean() for values in seen.values()])  # of the steps that were taken
+                means = torch.stack([_mean(values) for values in seen.values()])
                 row = {"step": count, **dict(zip(seen, accelerator.reduce(means, "mean").tolist(), strict=True))}
-                if row["skipped"] == 1:
-                    raise RuntimeError(f"{run}: of steps {logged + 1} to {count} no gradient was finite; {optim.UNSTABLE}")
+                if bad >= optim.PATIENCE:
+                    raise RuntimeError(f"{run}: of the last {int(bad)} steps, to step {count}, no gradient was finite; {optim.UNSTABLE}")
                 row |= {
                     "lr": group["lr"],
                     "clips_per_s": num * accumulate * config.data.batch_size * world / elapsed,
@@ -236,7 +238,7 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
                 }
                 if accelerator.is_main_process:
                     row["seconds"] = seconds + time.monotonic() - started
-                    stats.write(json.dumps(row) + "\n")
+                    stats.write(json.dumps({name: value if np.isfinite(value) else None for name, value in row.items()}) + "\n")
                     stats.flush()
                     accelerator.log(row, step=count)
                     if report:
@@ -269,6 +271,12 @@ def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], No
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return run if stop else run / "model"
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    """Of those that are finite; a step that was left out may have none."""
+    stacked = torch.stack(values).float()
+    return stacked.masked_fill(~stacked.isfinite(), torch.nan).nanmean()
 
 
 @contextmanager

@@ -76,9 +76,9 @@ def test_the_machines_limits_are_plausible():
 
 
 def test_memory_is_that_of_one_step_alone():
-    row = benchmark.alone(sweep._memory_of_step, "frame by frame", 2, 8, torch.float32)
+    row = benchmark.alone(sweep._memory_of_step, "frame by frame", 2, 8, False, torch.float32)
     assert 0.1 < row["gib_before"] <= row["gib_peak"] < 3
-    refused = benchmark.alone(sweep._memory_of_step, "AnimateDiff (UNetMotionModel)", 64, 8, torch.float32)
+    refused = benchmark.alone(sweep._memory_of_step, "AnimateDiff (UNetMotionModel)", 64, 8, False, torch.float32)
     assert refused["cannot"] == "at most 32 frames"
 
 

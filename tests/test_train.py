@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from conftest import tiny_config, traced
 from PIL import Image
 from safetensors.torch import load_file
 
-from latent_shift import checkpoint, data, encode, finetune, optim, stages, train, video, zoo
+from latent_shift import checkpoint, data, encode, finetune, stages, train, video, zoo
 from latent_shift.autoencoder import AutoencoderObjective, to_pixels, whiten
 from latent_shift.config import dump, load
 from latent_shift.latents import LatentStore
@@ -248,62 +247,6 @@ def test_half_precision_is_for_gpus(latents, tmp_path):
         train.train(config, tmp_path / precision, report=lambda row, seen=seen: seen.append(row["loss"]))
     assert losses["fp16"] != losses["no"]
     assert losses["fp16"] == pytest.approx(losses["no"], rel=0.02)
-
-
-@pytest.mark.parametrize("bad_value", [float("nan"), float("inf")])
-def test_a_step_whose_gradients_are_not_finite_is_left_out(bad_value, latents, tmp_path, monkeypatch):
-    """Of four batches the second is bad: what is learnt is what the three others teach, and the statistics are theirs."""
-    draw, batches = stages.DenoiserStage.draw, iter(range(10))
-
-    def bad(*args, **options):
-        first, *rest = draw(*args, **options)
-        return (first * bad_value if next(batches) == 1 else first, *rest)
-
-    monkeypatch.setattr(stages.DenoiserStage, "draw", bad)
-    train.train(tiny_config("video", latents, train={"log_every": 4}), tmp_path)
-    (row,) = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
-    assert row["skipped"] == 0.25 and all(np.isfinite(value) for value in row.values())
-    newest = checkpoint.steps(tmp_path)[-1]
-    for name in ("model", "average"):
-        assert all(tensor.isfinite().all() for tensor in load_file(newest / f"{name}.safetensors").values())
-
-
-def test_a_run_of_such_steps_ends(latents, tmp_path, monkeypatch):
-    """It says so, and its statistics are JSON."""
-    draw = stages.DenoiserStage.draw
-
-    def bad(*args, **options):
-        first, *rest = draw(*args, **options)
-        return (first * torch.nan, *rest)
-
-    monkeypatch.setattr(stages.DenoiserStage, "draw", bad)
-    monkeypatch.setattr(optim, "PATIENCE", 3)
-    with pytest.raises(RuntimeError, match=r"of the last 3 steps, to step 3, no gradient was finite; try a smaller optim\.lr"):
-        train.train(tiny_config("video", latents), tmp_path)
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
-    assert [(row["loss"], row["skipped"]) for row in rows] == [(None, 1), (None, 1)]
-
-
-@pytest.mark.parametrize("kind", ["wrapped", "sharded", "scaled"])
-def test_what_a_step_left_out_leaves(latents, kind):
-    """The weights, and what the optimizer remembers. As accelerate wraps it the optimizer itself leaves it out, or the scaler, which then
-    halves its scale and goes on."""
-    config = tiny_config("video", latents, train={"shard": True} if kind == "sharded" else {})
-    weight = torch.nn.Parameter(torch.ones(3))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if kind == "scaled" else None
-    optimizer = optim.make(config, [weight])
-    optimizer = optimizer if kind == "sharded" else AcceleratedOptimizer(optimizer, scaler=scaler)
-    for gradient, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (1.0, 0)):
-        loss = (weight * gradient).sum()
-        (scaler.scale(loss) if scaler else loss).backward()
-        if scaler:
-            scaler.unscale_(optimizer.optimizer)
-        before = [each.clone() for each in (weight.detach(), *optimizer.state_dict()["state"].get(0, {}).values())]
-        assert float(optim.step(optimizer, weight.grad.norm(), config)) == skipped
-        optimizer.zero_grad()
-        after = (weight.detach(), *optimizer.state_dict()["state"][0].values())
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False)) == bool(skipped)
-    assert not scaler or scaler.get_scale() == 256
 
 
 def test_batches_do_not_depend_on_who_draws_them(latents, tmp_path):

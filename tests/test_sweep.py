@@ -20,13 +20,14 @@ def small(monkeypatch):
 
 def test_every_contender_at_every_place(small, monkeypatch):
     monkeypatch.setattr(sweep, "limits", lambda *_: {"flops_per_s": 1e12, "bytes_per_s": 1e10})
-    result = sweep.sweep(num_frames=(1, 33), sides=(16,), clips=(2,), side=16, rounds=1)
+    result = sweep.sweep(num_frames=(1, 16, 33), sides=(16,), clips=(2,), side=16, rounds=1)
     points = result["points"]
     assert {each["name"] for each in points} == set(sweep.CONTENDERS)
-    assert len(points) == 4 * len(sweep.CONTENDERS)
+    assert len(points) == 5 * len(sweep.CONTENDERS)
     (cannot,) = [each for each in points if "cannot" in each]
     assert (cannot["name"], cannot["frames"], cannot["cannot"]) == ("AnimateDiff (UNetMotionModel)", 33, "at most 32 frames")
     at = {(each["name"], each["line"], each["frames"]): each for each in points if "cannot" not in each}
+    assert all(at[name, "frames", 16] == at[name, "side", 16] | {"line": "frames"} for name in sweep.CONTENDERS)  # one place, timed once
     ours, image = (at[name, "frames", 33] for name in ("Latent-Shift", "frame by frame"))
     assert ours["parameters"] == image["parameters"]
     # The shift multiplies nothing; a text once a clip instead of once a frame multiplies less.

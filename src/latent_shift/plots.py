@@ -44,7 +44,7 @@ def plots(sweep: dict[str, Any], *, name: str = "sweep") -> list[dict[str, str]]
     found: list[dict[str, str]] = []
     for heading, unit, points, across, told_across, value in wanted:
         series: dict[str, list[dict[str, Any]]] = {}
-        for point in points:
+        for point in sorted(points, key=lambda point: point[across]):
             if point.get(value) is not None:  # a contender cannot go everywhere, and not every machine tells memory here
                 series.setdefault(point["name"], []).append(point)
         if not series:

@@ -46,16 +46,20 @@ def sweep(
         `memory_of_steps`). Where a contender cannot go, the reason.
     """
     told, on_gpu = limits(device, dtype), device.startswith("cuda")
-    places = (
-        [("frames", (1, n, side)) for n in num_frames] + [("side", (1, 16, n)) for n in sides] + [("clips", (n, 16, side)) for n in clips]
-    )
+    lines: dict[tuple[int, int, int], list[str]] = {}  # a place that lies on several lines is timed once
+    for line, places in {
+        "frames": [(1, n, side) for n in num_frames], "side": [(1, 16, n) for n in sides], "clips": [(n, 16, side) for n in clips]
+    }.items():  # fmt: skip
+        for place in places:
+            lines.setdefault(place, []).append(line)
     networks, points = contenders(full=full, device=device, dtype=dtype), list[dict[str, Any]]()
-    for line, place in places:
-        where = {"line": line, "clips": place[0], "frames": place[1], "side": place[2]}
+    for place, on in lines.items():
+        wheres = [{"line": line, "clips": place[0], "frames": place[1], "side": place[2]} for line in on]
         able = {name: each for name, each in networks.items() if each.most_frames is None or place[1] <= each.most_frames}
         points += [
-            {**where, "name": name, "cannot": f"at most {networks[name].most_frames} frames"} for name in networks if name not in able
-        ]
+            {**where, "name": name, "cannot": f"at most {networks[name].most_frames} frames"}
+            for where in wheres for name in networks if name not in able
+        ]  # fmt: skip
         calls = {name: each.call(*place) for name, each in able.items()}
         with torch.no_grad():
             works, peaks = {}, {}
@@ -71,14 +75,13 @@ def sweep(
             timed = paired(calls, rounds=rounds, warm_up=1)
         for name, found in timed.items():
             work = works[name]
-            points.append(
-                {
-                    **where, "name": name, "parameters": models.num_parameters(networks[name].network), **found, "flops": work.flops,
-                    "bytes": work.bytes, "share_of_the_matrix_rate": work.flops / found["seconds"] / told["flops_per_s"],
-                    "share_of_the_roofline": work.seconds / found["seconds"], "frames_per_s": place[0] * place[1] / found["seconds"],
-                    "gib_peak": peaks[name],
-                }
-            )  # fmt: skip
+            one = {
+                "name": name, "parameters": models.num_parameters(networks[name].network), **found, "flops": work.flops,
+                "bytes": work.bytes, "share_of_the_matrix_rate": work.flops / found["seconds"] / told["flops_per_s"],
+                "share_of_the_roofline": work.seconds / found["seconds"], "frames_per_s": place[0] * place[1] / found["seconds"],
+                "gib_peak": peaks[name],
+            }  # fmt: skip
+            points += [{**where, **one} for where in wheres]
     return {"limits": told, "full": full, "rounds": rounds, "dtype": str(dtype).removeprefix("torch."), "points": points}
 
 

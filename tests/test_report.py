@@ -81,6 +81,9 @@ def test_the_page_shows_what_there_is(evals, video_model, tmp_path):
     assert "Latent-Shift 0.66 at 16" in text and "multiplies\n0.1 TFLOP/s" in text
     results = json.loads((evals / "compare" / "b" / "results.json").read_text())
     (energy,) = [record for record in results["records"] if record["measure"] == "motion_energy"]
+    (share, alike) = next(record["noise"] for record in results["records"] if record["measure"] == "denoising_error")
+    through = f"real clips through noise that all frames share by {share:.0%}, the rest alike by {alike:.0%} from one to the next."
+    assert text.count(f"2 clips of 4 frames a system, a part of protocol own. Models are shown {through}") == 2  # and of the ablation
     assert f"<td>{energy['value']:.4g} <small>{energy['low']:.4g} to {energy['high']:.4g}</small></td>" in text
     (trained,) = benchmark.runs([video_model.parent])
     assert f"<td>{trained['steps']}</td><td>{trained['loss']:.4f}</td><td></td>" in text

@@ -175,7 +175,10 @@ def _of(results: list[dict[str, Any]]) -> str:
     """What a table's numbers are of."""
     protocol = results[0]["protocol"]
     part = "" if protocol["complete"] else f", a part of protocol {protocol['protocol']}"
-    return f"{protocol['clips']} clips of {protocol['num_frames']} frames a system{part}."
+    told = f"{protocol['clips']} clips of {protocol['num_frames']} frames a system{part}."
+    if noise := next((record["noise"] for record in results[0]["records"] if "noise" in record), None):
+        told += f" Models are shown real clips through noise that all frames share by {noise[0]:.0%}, the rest alike by {noise[1]:.0%} from one to the next."
+    return told
 
 
 def _label(name: str) -> str:

@@ -11,6 +11,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from latent_shift import data, encode, train, video
 from latent_shift.config import Config
 
+ROUNDING = 1e-3 if torch.cuda.is_available() else 0.0
+"""How far apart two runs of the same may be: a GPU's kernels add in another order every time."""
+
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latent_shift import models
-from latent_shift.diffusion import DenoisingObjective, draw_timesteps, noise_schedule, share_noise
+from latent_shift.diffusion import DenoisingObjective, attention_kernel, draw_timesteps, noise_schedule, share_noise
 from latent_shift.shift import frames, inflate, share_text
 
 
@@ -73,6 +73,15 @@ def test_noise_is_as_alike_from_frame_to_frame_as_was_asked_for(share, correlati
     np.testing.assert_allclose(tensors.numpy(), noise)
     if loop:  # it has no first frame
         np.testing.assert_allclose(share_noise(np.roll(own, 1, axis=1), common, share, correlation, loop=True), np.roll(noise, 1, axis=1))
+
+
+@pytest.mark.parametrize(("device", "cudnn", "fused"), [("cuda", False, True), ("cpu", False, False), ("mps", True, True)])
+def test_attention_to_train_with(device, cudnn, fused):
+    """On a GPU all but cuDNN's, on a CPU the plain one where it fits."""
+    with attention_kernel(device, noise=torch.empty(1, 1, 4, 8, 8)):
+        assert (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()) == (cudnn, fused)
+    with attention_kernel(device, noise=torch.empty(1, 1, 4, 64, 64)):
+        assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_schedules():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ROUNDING, tiny_config
 from diffusers import UNet2DConditionModel
 
 import latent_shift as ls
@@ -109,7 +109,7 @@ def test_it_trains_is_saved_and_draws(checkpointing, latents, image_model, tmp_p
         plain = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, optim={"lr": 1e-2})
         others = []
         train.train(plain, tmp_path / "plain", report=others.append)
-        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=1e-5)
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=1e-5 + ROUNDING)
 
 
 def test_text_can_be_shared(network):

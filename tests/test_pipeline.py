@@ -111,6 +111,14 @@ def test_frames_from_the_same_noise_are_the_image_of_it(texts):
     assert not torch.equal(clip, pipe(["red", "blue"], num_inference_steps=3, shared_noise=0.5, generator=seed(0), output_type="pt").frames)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_seed_is_the_same_noise_in_any_dtype(pipe, dtype):
+    drawn = [
+        pipe.prepare_video_latents(1, 3, 32, 32, each, torch.device("cpu"), seed(0), None, 0.5, 0.5) for each in (torch.float32, dtype)
+    ]
+    assert drawn[1].dtype == dtype and torch.equal(drawn[0].to(dtype), drawn[1])
+
+
 def test_a_loop_has_no_seam(pipe):
     """Rolling the noise of a loop rolls the clip; of a clip with ends it does not."""
     noise = torch.randn(1, 4, 4, 4, 4, generator=seed(0))
@@ -195,7 +203,7 @@ def test_saved_and_loaded_it_is_the_same(pipe, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     expected = pipe("red", generator=seed(0)).frames
     pipe.save_pretrained(tmp_path)
-    loaded = load(tmp_path)
+    loaded = load(tmp_path, device="cpu")
     loaded.set_progress_bar_config(disable=True)
     assert shift_of(loaded.unet) == Shift(1 / 4, 1 / 8, "conv2", "hold")
     assert np.array_equal(loaded("red", generator=seed(0)).frames, expected)

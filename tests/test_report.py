@@ -51,7 +51,7 @@ def evals(packed, video_model, tmp_path_factory):
     return folder
 
 
-def test_the_page_shows_what_there_is(evals, video_model, tmp_path):
+def test_the_page_shows_what_there_is(evals, packed, video_model, tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps(SWEEP))
     (tmp_path / "training.json").write_text(json.dumps(benchmark.runs([video_model.parent])))
     path = report.report(
@@ -61,8 +61,8 @@ def test_the_page_shows_what_there_is(evals, video_model, tmp_path):
     text = path.read_text()
     page = Page(text)
     assert page.all("html")[0]["lang"] == "en" and page.all("main")
-    # Two words of two systems, and two classes of four seeds.
-    assert len(page.all("video")) == 2 * 2 + 2 * 4
+    # Two words of two systems and of real clips, and two classes of four seeds.
+    assert len(page.all("video")) == 2 * (2 + 1) + 2 * 4
     for element in (*page.all("video"), *page.all("img")):
         assert (path.parent / element["src"]).exists()
     for element in page.all("video"):
@@ -72,7 +72,10 @@ def test_the_page_shows_what_there_is(evals, video_model, tmp_path):
         assert frames.shape == (4, 128, 128, 3) and fps == pytest.approx(8)
     assert len(page.all("img")) == 4 and all(image["alt"] for image in page.all("img"))
     heads = re.findall(r'<th scope="col">([^<]*)<small>', text)
-    assert heads[:2] == ["b", "a &lt;shift&gt;"]  # in the order asked for, and escaped
+    assert heads[:3] == ["b", "a &lt;shift&gt;", "real clips"]  # in the order asked for, and escaped
+    real = protocols.open_protocol("own", packed, num=2, num_frames=4).real(1)
+    poster = np.asarray(Image.open(path.parent / page.all("video")[5]["poster"]))
+    assert np.array_equal(poster, real[0].repeat(4, axis=0).repeat(4, axis=1))
     assert "Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 1" in text
     assert "right caption first \u2191" in text and "flicker, grey levels =" in text and "kd-efficientnet-lite0 \u2193" in text
     assert len(page.all("figure")) == 2 * 4
@@ -124,7 +127,7 @@ def test_clips_of_two_evaluations_are_kept_apart(evals, tmp_path):
         shutil.copytree(evals / source, tmp_path / name / "same")
     path = report.report(tmp_path / "page", tmp_path / "one" / "same", shown=["a <shift>"], classes=tmp_path / "two" / "same", rows=2)
     files = [path.parent / video["src"] for video in Page(path.read_text()).all("video")]
-    assert len(set(files)) == len(files) == 2 + 8
+    assert len(set(files)) == len(files) == 2 * (1 + 1) + 8
     (first,) = {each.parent for each in files}
     kept = np.stack([evaluation.Drawn(tmp_path / name / "same" / "a-shift" / "clips", 4)(0)[0] for name in ("one", "two")])
     shown = np.stack([np.asarray(Image.open(first / f"{name}-a-shift-000.png")) for name in ("compared", "classes")])

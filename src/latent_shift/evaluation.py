@@ -2,6 +2,7 @@
 
     evals/NAME/
       protocol.json, prompts.json   what is drawn, and the real clips beside it
+      real/clips/000007.png         of the first eight words the real clip, where each has one of its own
       real/NAME.npy                 what is found of each real clip: features, numbers; while it is taken, NAME.parts/
       SYSTEM/system.json            the system's settings
       SYSTEM/clips/000042.png       clip 42, its frames side by side (lossless)
@@ -82,6 +83,7 @@ def evaluate(
     measuring = Measuring(system, protocol, clips, out, folder, weights, noise)
     if rank == 0:
         measuring.of_real_clips()  # before anything is drawn, for one of them may be no good
+        keep_real(measuring, out / "real" / "clips")
     draw(system, protocol, folder, rank=rank, world=world, batch_size=batch_size, progress=progress)
     if rank:
         return {}
@@ -129,6 +131,14 @@ def draw_stills(system: System, protocol: Protocol, folder: Path, *, num: int = 
         if not (path := folder / f"{k:06}.png").exists():
             made = system.pipe(prompt, num_frames=1, generator=zoo.seed(k), return_dict=False, **options)[0][0]
             _keep(zoo.to_uint8(made), path)
+
+
+def keep_real(measuring: Measuring, folder: Path, *, num: int = 8) -> None:
+    """The real clips of the first words, to be looked at beside those that are drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, number in enumerate(measuring.protocol.of[:num] if measuring.protocol.matched else []):
+        if not (path := folder / f"{k:06}.png").exists():
+            _keep(measuring.real(number), path)
 
 
 def _keep(clip: np.ndarray, path: Path) -> None:

@@ -329,7 +329,8 @@ class ClipGeneration(Conditioning, FreeInitMixin):
         """Initial noise `(B, C, F, h, w)` scaled for the scheduler: drawn, or the caller's after a check of its shape.
 
         First what the frames share is drawn, then frame by frame: one frame gets the noise of diffusers' image pipeline, and a
-        longer clip begins as a shorter one (a loop whose noise is correlated does not: its last frame leads into its first).
+        longer clip begins as a shorter one (a loop whose noise is correlated does not: its last frame leads into its first). It is
+        drawn in float32: a seed is the same clip in any dtype, which PyTorch's own half-precision noise is not in every release.
         """
         channels, factor = self.unet.config.in_channels, self.vae_scale_factor
         shape = (num_clips, channels, num_frames, height // factor, width // factor)
@@ -338,7 +339,7 @@ class ClipGeneration(Conditioning, FreeInitMixin):
                 raise ValueError(f"expected one generator or {num_clips}, one for each clip, got {len(generator)}")
             common = 1 if (shared_noise or noise_correlation) and num_frames > 1 else 0
             drawn = (num_clips, common + num_frames, channels, *shape[3:])
-            noise = randn_tensor(drawn, generator=generator, device=device, dtype=dtype)
+            noise = randn_tensor(drawn, generator=generator, device=device, dtype=torch.float32)
             if common:
                 noise = share_noise(noise[:, 1:], noise[:, :1], shared_noise, noise_correlation, loop=loop)
             latents = noise.transpose(1, 2)

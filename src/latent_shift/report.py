@@ -86,10 +86,15 @@ def report(
         raise ValueError(f"{evaluated} has {len(prompts)} clips a system, {rows} rows asked for")
     (out / "clips").mkdir(parents=True, exist_ok=True)
     columns = [{"name": each.name, "told": _told(each.result)} for each in systems]
+    real = Shown({"system": {"system": "real clips", "fps": protocol["fps"]}}, evaluated / "real")
+    kept = len(list((real.folder / "clips").glob("*.png")))
     grid = [
         {
             "words": prompts[k],
-            "cells": [_clip(each, k, protocol["num_frames"], out, "compared", f"{prompts[k]}, by {each.name}") for each in systems],
+            "cells": [
+                _clip(each, k, protocol["num_frames"], out, "compared", f"{prompts[k]}, {each.name}")
+                for each in [*systems, *([real] if k < kept else [])]
+            ],
         }
         for k in range(rows)
     ]
@@ -98,7 +103,7 @@ def report(
         for k in range(rows)
     ]
     page = _template().render(
-        title=title, protocol=protocol, rates=sorted({each.result["system"]["fps"] for each in systems}), columns=columns, grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
+        title=title, protocol=protocol, rates=sorted({each.result["system"]["fps"] for each in systems}), columns=columns, real=kept > 0, grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
         results=_table(systems), skipped=_skipped(systems), ablations=[_ablation(folder, systems[0].name) for folder in ablations],
         training=json.loads(training.read_text()) if training else [],
         classes=_classes(classes, out) if classes else [],

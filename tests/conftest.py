@@ -14,6 +14,18 @@ from latent_shift.config import Config
 ROUNDING = 1e-3 if torch.cuda.is_available() else 0.0
 """How far apart two runs of the same may be: a GPU's kernels add in another order every time."""
 
+
+def alike(a, b) -> bool:
+    """The same tensors, on a CPU to the last bit, on a GPU nearly so beside their largest value; in whatever holds them."""
+    if isinstance(a, torch.Tensor):
+        if not ROUNDING or not a.is_floating_point():
+            return torch.equal(a, b)
+        return a.shape == b.shape and bool((a - b).abs().max() <= ROUNDING * b.abs().max())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    return len(a) == len(b) and all(map(alike, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
 
 

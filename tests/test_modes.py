@@ -194,6 +194,17 @@ def test_a_stream_is_the_whole_clip(texts, scheduler, shared_noise, noise_correl
         next(pipe.stream("red"))
 
 
+def test_a_stream_has_the_noise_of_the_clip_in_half_precision(texts):
+    pipe = sd(texts, backward=0.0, shared_noise=0.5, noise_correlation=0.8).to(torch.bfloat16)
+    shown: list[torch.Tensor] = []
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "num_frames": 4}
+    pipe("red", generator=seed(0), **options)
+    list(pipe.stream("red", generator=seed(0), **options))
+    clip, *frames = shown
+    assert clip.dtype == torch.bfloat16 and torch.equal(clip, torch.cat(frames))
+
+
 def test_prompts_travel(texts):
     pipe = sd(texts)
     latents = torch.randn(1, 4, 6, 4, 4, generator=seed(0))

@@ -122,6 +122,16 @@ def test_the_pages_time_is_that_of_the_clips_shown(evals, tmp_path):
     assert "const frame = 0.25, slack = 0.0625;" in page
 
 
+def test_only_real_clips_that_are_kept_are_shown(evals, tmp_path):
+    shutil.copytree(evals / "compare", tmp_path / "compare")
+    seen = []
+    for number in (0, 1):
+        (tmp_path / "compare" / "real" / "clips" / f"{number:06}.png").unlink()
+        page = report.report(tmp_path / "page", tmp_path / "compare", rows=2).read_text()
+        seen.append(("real clips<small>of the same words" in page, page.count('<span class="quiet">none</span>'), page.count("<video")))
+    assert seen == [(True, 1, 5), (False, 0, 4)]
+
+
 def test_clips_of_two_evaluations_are_kept_apart(evals, tmp_path):
     for name, source in (("one", "compare"), ("two", "classes")):
         shutil.copytree(evals / source, tmp_path / name / "same")

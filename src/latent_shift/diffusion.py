@@ -84,8 +84,8 @@ def attention_kernel(device: str, *, noise: Tensor) -> AbstractContextManager:
     """The attention to train with on noise of the shape of latents.
 
     PyTorch's fused one on a CPU is slow backwards: a step of the emoji U-Net takes 0.51 s with it, 0.41 s without. Above 32x32 latents
-    the matrices it does without would take gigabytes. On a GPU not cuDNN's, whose gradients in half precision can be NaN where the
-    inputs are finite (github.com/pytorch/pytorch/issues/196678, github.com/NVIDIA/cudnn-frontend/issues/160).
+    the matrices it does without would take gigabytes. On a GPU not cuDNN's, of whose gradients in half precision some were seen to
+    be NaN where the inputs are finite (github.com/NVIDIA/cudnn-frontend/issues/160; masked, github.com/pytorch/pytorch/issues/196678).
     """
     if device == "cuda":
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

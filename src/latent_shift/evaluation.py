@@ -135,8 +135,10 @@ def draw_stills(system: System, protocol: Protocol, folder: Path, *, num: int = 
 
 def keep_real(measuring: Measuring, folder: Path, *, num: int = 8) -> None:
     """The real clips of the first words, to be looked at beside those that are drawn."""
+    if not measuring.protocol.matched:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    for k, number in enumerate(measuring.protocol.of[:num] if measuring.protocol.matched else []):
+    for k, number in enumerate(measuring.protocol.of[:num]):
         if not (path := folder / f"{k:06}.png").exists():
             _keep(measuring.real(number), path)
 

@@ -111,8 +111,8 @@ class ClipGeneration(Conditioning, FreeInitMixin):
             eta: the eta of DDIM, ignored by other schedulers (as diffusers does).
             generator: one generator, or one for each clip.
             latents: `(B, C, F, h, w)` initial noise, standard normal.
-            shared_noise: share of the initial noise's variance that all frames have in common; more moves less. None: as trained.
-            noise_correlation: of the rest from one frame to the next; more moves more slowly. None: as trained.
+            shared_noise: share of the initial noise's variance that all frames have in common; more moves less. None: the model's.
+            noise_correlation: of the rest from one frame to the next; more moves more slowly. None: the model's.
             prompt_embeds, negative_prompt_embeds: `(B, L, D)` instead of texts, or `(B, F, L, D)`, one for each frame.
             image, last_image: the first frame of the clip, and its last.
             video: a clip of F frames to make another of.
@@ -238,11 +238,11 @@ class ClipGeneration(Conditioning, FreeInitMixin):
         texts = self._texts(prompt, negative_prompt, None, None, 1, 1, height, width, [], family)
         memories: list[dict] = [{} for _ in range(steps * self.scheduler.order)]
         device, dtype = self._execution_device, texts["prompt_embeds"].dtype
-        draw = lambda: self.prepare_video_latents(1, 1, height, width, dtype, device, generator, None)  # noqa: E731
+        draw = lambda: self.prepare_video_latents(1, 1, height, width, torch.float32, device, generator, None)  # noqa: E731
         common, rest, number = draw() if share or correlation else 0.0, None, 0
         while num_frames is None or number < num_frames:
             rest = drift(draw(), rest, correlation)
-            latents = rest * (1 - share) ** 0.5 + common * share**0.5
+            latents = (rest * (1 - share) ** 0.5 + common * share**0.5).to(dtype)
             timesteps, _ = retrieve_timesteps(self.scheduler, steps, device)
             for index, timestep in enumerate(timesteps):
                 predict = self._predictor(texts, None, memory=memories[index])
@@ -328,7 +328,7 @@ class ClipGeneration(Conditioning, FreeInitMixin):
     ) -> Tensor:  # fmt: skip
         """Initial noise `(B, C, F, h, w)` scaled for the scheduler: drawn, or the caller's after a check of its shape.
 
-        First what the frames share is drawn, then frame by frame: one frame gets the noise of diffusers' image pipeline, and a
+        First what the frames share is drawn, then frame by frame: one frame gets the noise of diffusers' image pipeline (in float32), and a
         longer clip begins as a shorter one (a loop whose noise is correlated does not: its last frame leads into its first). It is
         drawn in float32: a seed is the same clip in any dtype, which PyTorch's own half-precision noise is not in every release.
         """

@@ -1,5 +1,5 @@
-"""Evaluations as a page to look at: the same words in rows, systems in columns, clips that play together, numbers with their intervals,
-and plots. A folder of files with no address outside of it: it opens from a disk.
+"""Evaluations as a page to look at: the same words in rows, systems and real clips in columns, clips that play together, numbers with
+their intervals, and plots. A folder of files with no address outside of it: it opens from a disk.
 
     page/
       index.html        text, tables, plots (SVG) and what makes the clips play together
@@ -87,13 +87,15 @@ def report(
     (out / "clips").mkdir(parents=True, exist_ok=True)
     columns = [{"name": each.name, "told": _told(each.result)} for each in systems]
     real = Shown({"system": {"system": "real clips", "fps": protocol["fps"]}}, evaluated / "real")
-    kept = len(list((real.folder / "clips").glob("*.png")))
+    kept = [(real.folder / "clips" / f"{k:06}.png").exists() for k in range(rows)]
     grid = [
         {
             "words": prompts[k],
             "cells": [
                 _clip(each, k, protocol["num_frames"], out, "compared", f"{prompts[k]}, {each.name}")
-                for each in [*systems, *([real] if k < kept else [])]
+                if each is not real or kept[k]
+                else None
+                for each in [*systems, *([real] if any(kept) else [])]
             ],
         }
         for k in range(rows)
@@ -103,7 +105,7 @@ def report(
         for k in range(rows)
     ]
     page = _template().render(
-        title=title, protocol=protocol, rates=sorted({each.result["system"]["fps"] for each in systems}), columns=columns, real=kept > 0, grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
+        title=title, protocol=protocol, rates=sorted({each.result["system"]["fps"] for each in systems}), columns=columns, real=any(kept), grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
         results=_table(systems), skipped=_skipped(systems), ablations=[_ablation(folder, systems[0].name) for folder in ablations],
         training=json.loads(training.read_text()) if training else [],
         classes=_classes(classes, out) if classes else [],

@@ -46,7 +46,7 @@ def test_all_clips_play_in_step(page):
         if held == 5:
             break
     assert held == 5, clips
-    assert len(clips) == 2 * 2 + 2 * 4
+    assert len(clips) == 2 * (2 + 1) + 2 * 4  # of two systems and of real clips, and of classes
     assert [length for *_, length in clips] == pytest.approx([0.5] * len(clips), abs=0.05)
 
 

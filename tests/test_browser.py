@@ -1,11 +1,13 @@
 """The page in a browser: clips play in step, nothing is missing or asked for outside, keys work. Where there is a Chromium."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
-from test_report import evals  # noqa: F401
+from test_report import SWEEP, evals  # noqa: F401
 
-from latent_shift import report
+from latent_shift import benchmark, report
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -13,12 +15,18 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 
 @pytest.fixture(scope="module")
-def page(evals, tmp_path_factory):  # noqa: F811
-    if not CHROMIUM:
-        pytest.skip("no Chromium on this machine")
-    path = report.report(tmp_path_factory.mktemp("page"), evals / "compare", classes=evals / "classes", rows=2)
+def page(evals, video_model, tmp_path_factory):  # noqa: F811
+    (sweep := tmp_path_factory.mktemp("found") / "sweep.json").write_text(json.dumps(SWEEP))
+    (training := sweep.with_name("training.json")).write_text(json.dumps(benchmark.runs([video_model.parent])))
+    path = report.report(
+        tmp_path_factory.mktemp("page"), evals / "compare", classes=evals / "classes", ablations=[evals / "compare"], training=training,
+        sweeps=[sweep, sweep], rows=2,
+    )  # fmt: skip
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        found = CHROMIUM or driver.chromium.executable_path
+        if not Path(found).exists():
+            pytest.skip("no Chromium on this machine")
+        browser = driver.chromium.launch(executable_path=found, args=FLAGS)
         opened = browser.new_page(viewport={"width": 1000, "height": 900})
         opened.problems, opened.asked = [], []
         opened.on("console", lambda message: opened.problems.append(message.text) if message.type in ("error", "warning") else None)
@@ -53,6 +61,10 @@ def test_all_clips_play_in_step(page):
 def test_nothing_is_missing_or_asked_for_outside(page):
     assert page.problems == []
     assert len(page.asked) > 8 and all(url.startswith(("file:", "data:")) for url in page.asked)
+    drawn = page.evaluate("[...document.querySelectorAll('figure svg')].map(s => [s.getBoundingClientRect().height, s.querySelectorAll('path').length])")
+    assert len(drawn) == 2 * 4 and all(height > 100 and paths > 10 for height, paths in drawn)
+    outside = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert outside <= 0  # wide tables scroll in themselves
     images = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth])")
     assert images and all(complete and width for complete, width in images)
 
@@ -76,5 +88,5 @@ def test_keys_stop_and_step(page):
 
 def test_a_reader_is_told_what_there_is(page):
     told = page.locator("body").aria_snapshot()
-    for words in ('heading "Clips"', 'group "Playing"', 'region "Numbers"', 'columnheader "b', "rowheader"):
+    for words in ('heading "Clips"', 'group "Playing"', 'region "Numbers"', 'columnheader "b', "rowheader", 'img "Time of one step', 'region "compare"'):
         assert words in told, told

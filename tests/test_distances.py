@@ -103,6 +103,29 @@ def test_the_kernel_distance_has_no_bias_and_the_frechet_distance_has():
     kernels = [distances.kernel_estimate(a, b, resamples=2).value for a, b in pairs]
     assert abs(np.mean(kernels)) < 3 * np.std(kernels) / np.sqrt(300)
     assert min(distances.frechet(a, b) for a, b in pairs) > 0.1  # of two sets that are the same in distribution
+    frechet, kernel = (each(*pairs[0], resamples=10) for each in (distances.frechet_estimate, distances.kernel_estimate))
+    assert frechet.biased and not kernel.biased
+
+
+def test_drawn_clips_and_the_real_ones_of_their_captions_are_no_pairs():
+    """What two clips of a caption have in common says nothing of two sets: without bias, and drawn together."""
+    rng, kernel = np.random.default_rng(13), lambda x, y: (x @ y.T / 4 + 1) ** 3
+    a, b, units = rng.standard_normal((6, 4)), rng.standard_normal((3, 4)), np.array([0, 1, 2, 2, 0, 1])
+    apart, others = units[:, None] != units, units[:, None] != np.arange(3)
+    expected = kernel(a, a)[apart].mean() + kernel(b, b)[~np.eye(3, dtype=bool)].mean() - 2 * kernel(a, b)[others].mean()
+    found = distances.kernel_estimate(a, b, units_N=units, units_M=np.arange(3), resamples=50)
+    assert found.value == pytest.approx(expected, rel=1e-10) and found.samples == 3
+    alike, wrong = [], []
+    for _ in range(300):
+        captions = rng.standard_normal((12, 4))
+        x, y = (captions + 0.3 * rng.standard_normal((12, 4)) for _ in range(2))
+        alike.append(distances.kernel_estimate(x, y, units_M=np.arange(12), resamples=2).value)
+        wrong.append(distances.kernel_estimate(x, y, resamples=2).value)
+    assert abs(np.mean(alike)) < 3 * np.std(alike) / np.sqrt(300) < -np.mean(wrong)
+    same = distances.kernel_estimate(captions, captions, units_M=np.arange(12))
+    assert same.value == pytest.approx(0, abs=1e-12) and same.high - same.low == pytest.approx(0, abs=1e-12)
+    some = distances.kernel_estimate(np.repeat(x, 50, axis=0), y, units_N=np.repeat(np.arange(12), 50), units_M=np.arange(12), most=100)
+    assert some.samples == 12 and some.low < some.value < some.high
 
 
 def test_inception_score():

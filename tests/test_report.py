@@ -20,6 +20,7 @@ SWEEP = {
         for k, name in ((1, "Latent-Shift"), (2, "AnimateDiff (UNetMotionModel)"))
         for n in (1, 16)
     ] + [{"line": "frames", "name": "AnimateDiff (UNetMotionModel)", "frames": 64, "cannot": "at most 32 frames"}],
+    "whole clips": [{"model": "emoji", "frames": 16, "seconds_a_clip": 12.34, "clips_per_s": 0.1}],
     "memory": [{"name": "Latent-Shift", "frames": n, "side": 16, "gib_peak": 0.5 + n / 100} for n in (1, 16)],
 }  # fmt: skip
 
@@ -81,6 +82,7 @@ def test_the_page_shows_what_there_is(evals, packed, video_model, tmp_path):
     assert len(page.all("figure")) == 2 * 4
     named = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(named) == len(set(named)) > 40  # those of the plots' parts, too
+    assert text.count("decoding and guidance included: emoji, 16 frames 12.3 s.") == 2
     assert "Latent-Shift 0.66 at 16" in text and "multiplies\n0.1 TFLOP/s" in text
     results = json.loads((evals / "compare" / "b" / "results.json").read_text())
     (energy,) = [record for record in results["records"] if record["measure"] == "motion_energy"]

@@ -91,7 +91,7 @@ def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path)
             {"name": "Latent-Shift", "frames": number, "gib_peak": 1.0, "side": given["side"], "full": given["full"]} for number in numbers
         ],
     )
-    monkeypatch.setattr(sweep, "whole_clips", lambda model, **_: [{"model": model}])
+    monkeypatch.setattr(sweep, "whole_clips", lambda model, **_: [{"model": model, "frames": 8, "seconds_a_clip": 12.34, "clips_per_s": 0.123}])
     monkeypatch.setattr(sweep, "contenders", lambda **options: dict([*benchmark.contenders(**options).items()][:2]))
     made = run(
         "bench", "sweep", "--frames", 2, "--sides", 16, "--clips", 1, "--side", 8, "--rounds", 3, "-m", video_model, "-o", tmp_path / "sweep.json",
@@ -100,7 +100,7 @@ def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path)
     result = json.loads((tmp_path / "sweep.json").read_text())
     assert {each["line"] for each in result["points"]} == {"frames", "side", "clips"}
     assert (result["memory"][0]["frames"], result["memory"][0]["side"], result["memory"][0]["full"]) == (2, 8, False)
-    assert result["whole clips"] == [{"model": str(video_model)}]
+    assert f"| {video_model}, 8 frames | 12.3 | 0.123 |" in made
     assert (result["dtype"], result["rounds"]) == ("float32", 3)
     image = next(each for each in result["points"] if each["name"] == "frame by frame" and each["line"] == "side")
     assert image["ratio_least"] <= image["ratio"] <= image["ratio_most"]

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from test_check import clouds
 from test_cli import run
+from test_extractors import videomae_folder
 
-from latent_shift import data, verification, video
+from latent_shift import data, metrics, verification, video
+from latent_shift.measuring import Weights
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,8 @@ def test_each_way_spoils_what_it_says(clips):
 
 
 def test_measures_tell_what_they_can_see(clips):
-    found = verification.verify(clips, strengths=(0.25, 1.0))
+    found = verification.verify(clips, Weights().of_distances(), strengths=(0.25, 1.0))
+    assert all(metrics.CLIP_MEASURES.keys() < measures.keys() for measures in found.values())
     says = {way: {name: verification.trend(values) for name, values in measures.items()} for way, measures in found.items()}
     assert says["noise"]["kd-efficientnet-lite0"] == says["noise"]["kd-efficientnet-lite0-motion"] == "rises"
     assert says["blur"]["kd-efficientnet-lite0"] == "rises"
@@ -49,14 +52,18 @@ def test_the_trend_is_told():
 
 
 def test_the_command_prints_a_table(tmp_path):
+    videomae = videomae_folder(tmp_path / "videomae")
     rows = []
     for seed in range(4):
         video.write(clouds(12, seed), tmp_path / "clips" / f"{seed}.webp", fps=8)
         rows.append({"file_name": f"{seed}.webp", "text": f"cloud {seed}"})
     (tmp_path / "clips" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data.pack(tmp_path / "clips", tmp_path / "packed", size=32, fps=8)
-    told = run("bench", "measures", tmp_path / "packed", "--num", 4, "--num-frames", 4, "-o", tmp_path / "measures.json")
+    weights = ("--weights", f"videomae={videomae}")
+    told = run("bench", "measures", tmp_path / "packed", "--num", 4, "--num-frames", 4, *weights, "-o", tmp_path / "measures.json")
     found = json.loads((tmp_path / "measures.json").read_text())
+    assert [each["name"] for each in found["extractors"]] == ["videomae", "efficientnet-lite0", "efficientnet-lite0-motion"]
+    assert len(found["measures"]["noise"]["kvd-videomae"]) == 5
     assert set(found["measures"]) == set(verification.WAYS)
     assert found["data"]["clips"] == 4
     energy = found["measures"]["freeze"]["motion_energy"]

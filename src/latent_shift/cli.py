@@ -225,11 +225,6 @@ def evaluate(
 
     from latent_shift import evaluation, measuring, protocols, systems, zoo
 
-    given: dict[str, str] = dict(each.partition("=")[::2] for each in weights or [])
-    if unknown := [each for each in weights or [] if each.partition("=")[0] not in ("i3d", "c3d", "inception", "videomae", "clip")]:
-        raise ValueError(f"--weights {', '.join(unknown)}: expected i3d=PATH, c3d=PATH, inception=PATH, videomae=PATH or clip=PATH")
-    if empty := [kind for kind, path in given.items() if not path]:
-        raise ValueError(f"--weights {', '.join(empty)}: expected KIND=PATH")
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise ValueError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
     # NAME=MODEL; a path that is there may hold the sign itself.
@@ -237,13 +232,13 @@ def evaluate(
     if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.num_frames_of(named[0][2])
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
-    networks, first = measuring.Weights(given, device=str(zoo.device_of(device))), os.environ.get("RANK", "0") == "0"
+    networks, first = measuring.Weights.told(weights or [], device=str(zoo.device_of(device))), os.environ.get("RANK", "0") == "0"
     if first:  # who measures
         networks.check()
     results, where = [], out or Path("evals") / protocol
     for name, _, path in named:
         system = systems.open_system(
-            path, name=name or path, num_frames=task.num_frames, fps=task.fps if task.matched else None, height=size, width=size,
+            path, name=name or path, num_frames=task.num_frames, fps=task.rate, height=size, width=size,
             num_inference_steps=steps, guidance_scale=guidance, device=device, dtype=getattr(torch, dtype) if dtype else None,
             compile=compile,
         )  # fmt: skip

@@ -104,7 +104,7 @@ def sweep(
     if device == "cpu":
         result["memory"] = sweeping.memory_of_steps(numbers, side=side, full=full, dtype=dtype)
     result["whole clips"] = sweeping.whole_clips(model, device=device, dtype=dtype, rounds=rounds)
-    print(sweeping.table(found["points"]))
+    print(sweeping.table(found["points"]), sweeping.table_of_clips(result["whole clips"]), sep="\n\n")
     if output:
         save_json(result, output)
     if plots:
@@ -203,16 +203,20 @@ def measures(
     data: Annotated[Path, typer.Argument(help="a packed data set")],
     num: Annotated[int, typer.Option(min=4, help="clips, one half compared with, one spoilt")] = 80,
     num_frames: Annotated[int, typer.Option(min=4)] = 16,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="KIND=PATH of a network whose distances are asked, too: i3d, inception or videomae; repeated")
+    ] = None,
     output: Output = None,
 ) -> None:
     """Spoil real clips more and more, and see which measures tell."""
     quiet()
     import numpy as np
 
-    from latent_shift import benchmark, protocols, verification
+    from latent_shift import benchmark, measuring, protocols, verification
 
+    extractors = measuring.Weights.told(weights or []).of_distances()
     task = protocols.open_protocol("own", data, num=num, num_frames=num_frames)
-    results = verification.verify(np.stack([task.real(k) for k in range(num)]))
+    results = verification.verify(np.stack([task.real(k) for k in range(num)]), extractors)
     print(verification.table(results))
     if output:
-        save_json(benchmark.machine() | {"data": task.reference, "num_frames": num_frames, "measures": results}, output)
+        save_json(benchmark.machine() | {"data": task.reference, "num_frames": num_frames, "extractors": [each.record() for each in extractors], "measures": results}, output)

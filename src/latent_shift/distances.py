@@ -21,13 +21,15 @@ class Unmeasurable(ValueError):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % interval by bootstrap, from so many independent samples (of two sets, the fewer)."""
+    """A number and its 95 % interval by bootstrap, from so many independent samples (of two sets, the fewer). Where `biased`, the number is
+    larger the fewer samples there are, and its interval says where other samples of as many would bring it, not what more of them would."""
 
     value: float
     low: float
     high: float
     samples: int
     resamples: int
+    biased: bool = False
 
 
 def frechet(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
@@ -50,7 +52,7 @@ def frechet(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
 
 def frechet_estimate(a_NGD: np.ndarray, b_MGD: np.ndarray, *, units_N: np.ndarray | None = None, resamples: int = 40) -> Estimate:
     """`frechet` with its interval, the value and 1.96 deviations of the resampled ones: a resample repeats samples, which makes each of
-    them larger, so only their spread counts.
+    them larger, so only their spread counts. It is `biased`.
 
     Args:
         units_N: which independent sample each of `a` belongs to. None: each is one; those of `b` always.
@@ -60,7 +62,7 @@ def frechet_estimate(a_NGD: np.ndarray, b_MGD: np.ndarray, *, units_N: np.ndarra
     (num, draws), (other, others) = _bootstrap(len(a), resamples, units_N), _bootstrap(len(b), resamples, seed=1)
     _enough(num, other, a)
     value = _frechet(a, b, np.ones(len(a)), np.ones(len(b)))
-    return _around(value, [_frechet(a, b, *each) for each in zip(draws, others, strict=True)], min(num, other))
+    return _around(value, [_frechet(a, b, *each) for each in zip(draws, others, strict=True)], min(num, other), biased=True)
 
 
 def _enough(num: int, other: int, features_NGD: np.ndarray) -> None:
@@ -90,16 +92,19 @@ def _gaussian(features_NGD: np.ndarray, weights_N: np.ndarray, *, rows: int = 81
 
 
 def kernel_estimate(
-    a_NGD: np.ndarray, b_MGD: np.ndarray, *, units_N: np.ndarray | None = None, resamples: int = 1000, most: int = 5000
-) -> Estimate:
+    a_NGD: np.ndarray, b_MGD: np.ndarray, *, units_N: np.ndarray | None = None, units_M: np.ndarray | None = None, resamples: int = 1000,
+    most: int = 5000,
+) -> Estimate:  # fmt: skip
     """Squared maximum mean discrepancy under the kernel (x'y / D + 1)^3, without bias at any number of samples (Binkowski et al. 2018,
-    section 4: KID; of video features KVD, Unterthiner et al. 2018). Nothing is paired with what belongs to the same unit, a frame with
-    another of its clip for one, which is like it.
+    section 4: KID; of video features KVD, Unterthiner et al. 2018). Nothing is paired with what belongs to the same unit, which is like
+    it: no frame with another of its clip and, where both sets are of the same captions, no drawn clip with the real one of its caption
+    (Gretton et al. 2012, lemma 6: what x and y of one pair have to do with each other does not bias it).
 
     Args:
         a_NGD, b_MGD: as in `frechet`.
-        units_N: which independent sample each of `a` belongs to. None: each is one; those of `b` always.
-        resamples: of the bootstrap, from both sets.
+        units_N: which independent sample each of `a` belongs to. None: each is one.
+        units_M: the same of `b`, whose units are those of `a` where they have one number. None: each is one of its own.
+        resamples: of the bootstrap, from both sets; of units of both, which are drawn once for both.
         most: clips taken of each set, at random; the kernel of all against all grows with their square.
 
     Raises:
@@ -108,24 +113,35 @@ def kernel_estimate(
     a, b = _checked(a_NGD, b_MGD)
     rng = np.random.default_rng(0)
     chosen, others = (np.sort(rng.permutation(len(each))[:most]) for each in (a, b))
-    a, b, units_N = a[chosen], b[others], _units(len(a), units_N)[chosen]
-    (num, draws), (other, draws_b) = _bootstrap(len(a), resamples, units_N), _bootstrap(len(b), resamples, seed=1)
-    if min(num, other) < 2:
+    units_a = (np.arange(len(a)) if units_N is None else np.asarray(units_N))[chosen]
+    units_b = others + units_a.max(initial=-1) + 1 if units_M is None else np.asarray(units_M)[others]
+    a, b, units = a[chosen], b[others], _units(len(chosen) + len(others), np.concatenate([units_a, units_b]))
+    units_a, units_b = units[: len(a)], units[len(a) :]
+    if (fewer := min(len(np.unique(units_a)), len(np.unique(units_b)))) < 2:
         raise Unmeasurable("the kernel distance needs two samples or more of each set")
-    within_a, within_b, between = _kernel(a, a), _kernel(b, b), _kernel(a, b)
-    together = _units(len(a), units_N)
-    within_a[together[:, None] == together] = 0
-    np.fill_diagonal(within_b, 0)
+    within_a, within_b, between = _paired(a, units_a, a, units_a), _paired(b, units_b, b, units_b), _paired(a, units_a, b, units_b)
 
     def mmd(u_N: np.ndarray, w_M: np.ndarray) -> float:
-        """With each clip as often as `u` and `w` say; NaN where but one unit is left."""
-        pairs_a, pairs_b = u_N.sum() ** 2 - np.square(np.bincount(together, u_N)).sum(), w_M.sum() ** 2 - np.square(w_M).sum()
-        if not pairs_a or not pairs_b:
-            return np.nan
-        return u_N @ within_a @ u_N / pairs_a + w_M @ within_b @ w_M / pairs_b - 2 * u_N @ between @ w_M / (u_N.sum() * w_M.sum())
+        return within_a(u_N, u_N) + within_b(w_M, w_M) - 2 * between(u_N, w_M)
 
-    drawn = np.array([mmd(*each) for each in zip(draws, draws_b, strict=True)])
-    return _between(mmd(np.ones(len(a)), np.ones(len(b))), drawn[np.isfinite(drawn)], min(num, other))
+    if units_M is None:
+        draws = zip(_bootstrap(len(a), resamples, units_a)[1], _bootstrap(len(b), resamples, units_b, seed=1)[1], strict=True)
+    else:
+        draws = (np.split(each, [len(a)]) for each in _bootstrap(len(units), resamples, units)[1])
+    drawn = np.array([mmd(*each) for each in draws])
+    return _between(mmd(np.ones(len(a)), np.ones(len(b))), drawn[np.isfinite(drawn)], fewer)
+
+
+def _paired(a_NGD: np.ndarray, units_N: np.ndarray, b_MGD: np.ndarray, units_M: np.ndarray) -> Callable[[np.ndarray, np.ndarray], float]:
+    """The kernel's mean over all pairs of two units, as a function of how often each of `a` and of `b` counts; NaN where there are none."""
+    kernel, many = _kernel(a_NGD, b_MGD), 1 + max(units_N.max(), units_M.max())
+    kernel[units_N[:, None] == units_M] = 0
+
+    def mean(u_N: np.ndarray, w_M: np.ndarray) -> float:
+        pairs = u_N.sum() * w_M.sum() - np.bincount(units_N, u_N, many) @ np.bincount(units_M, w_M, many)
+        return float(u_N @ kernel @ w_M / pairs) if pairs else np.nan
+
+    return mean
 
 
 def _kernel(a_NGD: np.ndarray, b_MGD: np.ndarray) -> np.ndarray:
@@ -174,6 +190,7 @@ def _p_log_p(p: np.ndarray) -> np.ndarray:
 
 
 def mean(values_N: np.ndarray, weights_N: np.ndarray) -> Any:
+    """Of `(N,)` a number, of `(N, K)` one of each column."""
     return weights_N @ values_N / weights_N.sum()
 
 
@@ -183,6 +200,7 @@ def factor(ratios_N: np.ndarray, weights_N: np.ndarray) -> float:
 
 
 def median(values_N: np.ndarray, weights_N: np.ndarray) -> float:
+    """Of `(N,)`, each as often as its weight, a whole number."""
     return float(np.median(np.repeat(values_N, weights_N.astype(int))))
 
 
@@ -196,7 +214,17 @@ def estimate(
     values_N: np.ndarray, average: Callable[[np.ndarray, np.ndarray], float] = mean, *, units_N: np.ndarray | None = None,
     resamples: int = 1000,
 ) -> Estimate:  # fmt: skip
-    """An average of a measure of each clip, which counts each as often as its weight says; raises ValueError for one sample alone."""
+    """An average of a measure of each clip, which counts each as often as its weight says.
+
+    Args:
+        values_N: `(N,)`, or `(N, ...)` where the average takes it.
+        average: of values and weights `(N,)`: `mean`, `median`, `factor`, `found`.
+        units_N: which independent sample each belongs to. None: each is one.
+        resamples: of the bootstrap.
+
+    Raises:
+        ValueError: one sample alone.
+    """
     values = np.asarray(values_N, np.float64)
     num, draws = _bootstrap(len(values), resamples, units_N)
     if num < 2:
@@ -231,10 +259,10 @@ def _between(value: float, resampled, samples: int) -> Estimate:
     return Estimate(float(value), float(low), float(high), samples, len(resampled))
 
 
-def _around(value: float, resampled, samples: int) -> Estimate:
+def _around(value: float, resampled, samples: int, *, biased: bool = False) -> Estimate:
     """As far from the value as the resampled ones are from each other: of an estimate that repeated samples move."""
     spread = 1.96 * float(np.std(resampled, ddof=1))
-    return Estimate(float(value), float(value) - spread, float(value) + spread, samples, len(resampled))
+    return Estimate(float(value), float(value) - spread, float(value) + spread, samples, len(resampled), biased)
 
 
 def _checked(a_NGD: np.ndarray, b_MGD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -65,7 +65,7 @@ def evaluate(
     """
     if _safe(system.name) == "real":
         raise ValueError("a system cannot be called real: expected another name for it")
-    if protocol.matched and system.fps != protocol.fps:
+    if protocol.rate not in (None, system.fps):
         raise ValueError(f"{system.name} makes {system.fps:g} frames a second, the real clips have {protocol.fps:g}")
     weights, folder = weights or Weights(), out / _safe(system.name)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -221,5 +221,5 @@ def table(results: list[dict[str, Any]]) -> str:
 def _shown(record: dict[str, Any] | None) -> str:
     if record is None:
         return ""
-    shown = f"{record['value']:.4g} ({record['low']:.4g} to {record['high']:.4g})"
+    shown = f"{record['value']:.4g} ({'biased; ' if record['biased'] else ''}{record['low']:.4g} to {record['high']:.4g})"
     return shown if "more" not in record else shown + "; {value:+.3g} ({low:+.3g} to {high:+.3g})".format(**record["more"])

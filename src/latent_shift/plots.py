@@ -4,6 +4,7 @@ against clips at once, of ours and of others."""
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def plots(sweep: dict[str, Any], *, name: str = "sweep") -> list[dict[str, str]]
         if not series:
             continue
         figure, axes = plt.subplots(figsize=(5.2, 4), layout="constrained")
-        for (whose, row), marker in zip(series.items(), "os^Dv", strict=False):
+        for (whose, row), marker in zip(series.items(), itertools.cycle("os^Dv"), strict=False):
             axes.plot([point[across] for point in row], [point[value] for point in row], marker=marker, label=whose)
         axes.set(xscale="log", xlabel=told_across, ylabel=unit, title=heading)
         if unit in ("seconds", "GiB"):

@@ -14,7 +14,7 @@ from latent_shift.diffusion import share_noise
 from latent_shift.metrics import psnr
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.shift import frames, share_text
-from latent_shift.store import BalancedSampler, Store
+from latent_shift.store import Store
 from latent_shift.zoo import seed
 
 
@@ -80,12 +80,13 @@ def denoising(
 
 @torch.no_grad()
 def reconstruction(vae: AutoencoderKL, store: Store, *, splits: tuple[str, ...], num: int) -> np.ndarray:
-    """PSNR in dB of `num` single frames of `splits` through the autoencoder: `(num,)`."""
+    """PSNR in dB through the autoencoder of one frame of each of `num` concepts of `splits`, drawn at random: `(num,)`."""
     rng = np.random.default_rng(0)
-    sampler = BalancedSampler(store, store.select(splits=splits))
+    indices = rng.permutation(store.select(splits=splits))
+    of_concepts = indices[np.unique(store.index[indices]["concept"], return_index=True)[1]]
     values = []
-    for index in sampler.draw(rng, num):
-        frame = store.draw_window(rng, index, 1)
+    for index in rng.permutation(of_concepts)[:num]:
+        frame = store.draw_window(rng, int(index), 1)
         decoded = vae.decode(vae.encode(to_pixels(torch.from_numpy(frame)).to(vae.device, vae.dtype)).latent_dist.mean).sample
         values.append(psnr(frame, to_frames(decoded).cpu().numpy()))
     return np.array(values)

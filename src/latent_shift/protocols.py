@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ class Protocol:
         name: as in `SOURCES`.
         prompts: the words of clip k, which is drawn with seed k.
         of: what clip k is of. Clips of one caption, or of one video's captions, are no samples apart (distances.py).
-        whole: how many clips all of the protocol are.
+        whole: how many drawn clips all of the protocol are.
         num_frames: that clips must have.
         size: (height, width) at which all clips are measured, drawn and real; of those of another shape the central square.
         fps: of the real clips.
@@ -42,6 +43,7 @@ class Protocol:
         num_real: of real clips.
         real: clip n `(F, H, W, 3) uint8`; where `matched`, that of all clips k with `of[k]` n, else in an order of chance.
         measures: names of measuring.py's.
+        whole_real: how many real clips all of the protocol are. None: as many as there are.
         store: the packed data set they come from, if they do.
     """
 
@@ -57,15 +59,21 @@ class Protocol:
     real: Callable[[int], np.ndarray]
     measures: tuple[str, ...]
     matched: bool = False
+    whole_real: int | None = None
     store: Store | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """Frames a second that drawn clips must have. None: any; published numbers of UCF-101 are of models of every rate."""
+        return None if self.name == "ucf101" else self.fps
 
     @property
     def told(self) -> dict[str, object]:
         """What a result says of it."""
         return {
-            "protocol": self.name, "source": SOURCES[self.name], "clips": len(self.prompts),
-            "complete": len(self.prompts) >= self.whole, "seeds": f"0..{len(self.prompts) - 1}",
-            "prompts_sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(), "num_frames": self.num_frames,
+            "protocol": self.name, "source": SOURCES[self.name], "latent_shift": version("latent-shift-video"), "clips": len(self.prompts),
+            "complete": len(self.prompts) >= self.whole and self.num_real == (self.whole_real or self.num_real), "seeds": f"0..{len(self.prompts) - 1}",
+            "prompts_sha256": _digest(self.prompts), "num_frames": self.num_frames,
             "size": list(self.size), "fps": self.fps, "reference": self.reference,
         }  # fmt: skip
 
@@ -89,6 +97,8 @@ CAPTIONED: dict[str, tuple[int, int, tuple[str, ...]]] = {  # protocol of captio
     "emoji": (100, 1, OF_CAPTIONS),
     "classes": (8, 4, ("motion_error", *TEMPORAL)),
 }  # fmt: skip
+EMOJI_CAPTIONS = "28e9dfda1867f4feb7762642be0036ac503bd66f6b512f4d4574f3c5d0977af0"
+"""Of all captions of protocol emoji, in order: numbers of it are of these and no others."""
 
 
 def open_protocol(
@@ -131,9 +141,11 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
         raise ValueError(f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {wanted} asked for")
     if name == "emoji" and (side, store.info["fps"]) != (128, 8):
         raise ValueError(f"protocol emoji is of 128 pixels at 8 fps, {store.folder} holds {side} at {store.info['fps']:g}")
-    chosen = np.random.default_rng(0).permutation(sorted(plainest.values()))[:wanted].tolist()
+    chosen = np.random.default_rng(0).permutation(sorted(plainest.values())).tolist()
+    if name == "emoji" and _digest(store.records[index].texts[0] for index in chosen[:usual]) != EMOJI_CAPTIONS:
+        raise ValueError(f"{store.folder} holds other captions than the set of recipes/emoji: expected protocol own for others")
     of = list(range(wanted)) * times
-    whole = hashlib.sha256("\n".join(sorted(store.shapes)).encode()).hexdigest()  # shards are named by their pixels
+    whole = _digest(sorted(store.shapes))  # shards are named by their pixels
     return Protocol(
         name, [store.records[chosen[n]].texts[0] for n in of], of, usual * times, num_frames, (side, side), store.info["fps"],
         {"data": "packed data set", "splits": list(splits), "clips": wanted, "sha256": whole}, wanted,
@@ -145,9 +157,11 @@ def _ucf101(name: str, folder: Path, num: int | None) -> Protocol:
     sentences = list(sources.ucf101_sentences().values())
     prompts = (sentences * 100)[: _asked(num, 10_100)]  # class by class in turn: the first so many are of all classes
     records, files = _files(folder, "train", "UCF-101")
+    if not list(folder.rglob("trainlist01.txt")):
+        raise ValueError(f"{folder}: has no trainlist01.txt: expected ucfTrainTestlist beside the videos, which says what is train")
     return Protocol(
-        name, prompts, list(range(len(prompts))), 10_100, 16, SQUARE, 25, _told(folder, records, "UCF-101, train, the first 16 frames"), len(files), lambda k: _clip(files[k]),
-        ("is", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL),
+        name, prompts, list(range(len(prompts))), 10_100, 16, SQUARE, 25, _told(folder, records, "UCF-101, train, the first 16 frames"),
+        len(files), lambda k: _clip(files[k]), ("is", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL), whole_real=9_537,
     )  # fmt: skip
 
 
@@ -168,7 +182,7 @@ def _msrvtt(name: str, folder: Path, num: int | None) -> Protocol:
     return Protocol(
         name, [text for _, text in drawn], [video for video, _ in drawn], whole, 16, SQUARE, 8,
         _told(folder, records, "MSR-VTT, test, the first 16 frames at 8 fps"), len(files), lambda n: _clip(files[n], fps=8),
-        ("clipsim", "fid", "kid", "is-frames", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL),
+        ("clipsim", "fid", "kid", "is-frames", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *TEMPORAL), whole_real=2_990,
     )  # fmt: skip
 
 
@@ -188,8 +202,12 @@ def _files(folder: Path, split: str, kind: str) -> tuple[list[sources.Record], l
 
 
 def _told(folder: Path, records: list[sources.Record], name: str) -> dict[str, object]:
-    listed = "\n".join(f"{record.file_name} {(folder / record.file_name).stat().st_size}" for record in records)
-    return {"data": name, "clips": len(records), "sha256_of_names_and_sizes": hashlib.sha256(listed.encode()).hexdigest()}
+    listed = (f"{record.file_name} {(folder / record.file_name).stat().st_size}" for record in records)
+    return {"data": name, "clips": len(records), "sha256_of_names_and_sizes": _digest(listed)}
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _clip(path: Path, *, fps: float | None = None, num_frames: int = 16) -> np.ndarray:

@@ -123,6 +123,13 @@ def table(points: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def table_of_clips(rows: Sequence[dict[str, Any]]) -> str:
+    """What `whole_clips` found, as Markdown."""
+    head = ["words to a clip", "seconds a clip", "clips a second, four at once"]
+    cells = [[f"{each['model']}, {each['frames']} frames", f"{each['seconds_a_clip']:.3g}", f"{each['clips_per_s']:.3g}"] for each in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * 3, *cells])
+
+
 def limits(device: str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: float = 0.3) -> dict[str, float]:
     """What the machine multiplies, and what it copies: bytes read and written a second, of a gibibyte."""
     source = torch.ones(2**30 // dtype.itemsize, device=device, dtype=dtype)

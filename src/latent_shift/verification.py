@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 
 from latent_shift import distances, metrics
 from latent_shift.distances import Unmeasurable
-from latent_shift.extractors import Extractor, efficientnet
+from latent_shift.extractors import Extractor
 
 
 def noisy(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
@@ -47,29 +47,26 @@ WAYS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] 
     "noise": noisy, "blur": blurred, "shuffle": shuffled, "freeze": frozen,
 }  # fmt: skip
 STRENGTHS = (0.125, 0.25, 0.5, 1.0)
-TEMPORAL = ("motion_energy", "flicker", "persistence", "coherence", "warping_error")
 
 
 def verify(
-    clips: np.ndarray, *, extractors: Sequence[Extractor] | None = None, strengths: Sequence[float] = STRENGTHS
+    clips: np.ndarray, extractors: Sequence[Extractor], *, strengths: Sequence[float] = STRENGTHS
 ) -> dict[str, dict[str, list[float]]]:
     """Every measure of clips that are spoilt more and more, the first value of those that are not.
 
     Args:
         clips: `(N, F, H, W, 3) uint8` real ones; the first half is compared with, the second is spoilt.
-        extractors: for distances; None: EfficientNet-lite0's, of frames and of motion. Frechet distances are left out where there are too
-            few samples.
+        extractors: for distances. Frechet distances are left out where there are too few samples.
         strengths: from 0 to 1.
 
     Returns:
         Way -> measure -> values.
     """
-    extractors = [efficientnet(), efficientnet(motion=True)] if extractors is None else extractors
     kept, spoilt = np.array_split(clips, 2)
     real = [extractor(kept) for extractor in extractors]
 
     def measured(clips: np.ndarray) -> dict[str, float]:
-        found = {name: float(np.mean([metrics.CLIP_MEASURES[name](clip) for clip in clips])) for name in TEMPORAL}
+        found = {name: float(np.mean([metrics.CLIP_MEASURES[name](clip) for clip in clips])) for name in metrics.CLIP_MEASURES}
         for extractor, theirs in zip(extractors, real, strict=True):
             ours = extractor(clips)
             found[extractor.kernel] = distances.kernel_estimate(ours, theirs, resamples=2).value

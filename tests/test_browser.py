@@ -88,5 +88,5 @@ def test_keys_stop_and_step(page):
 
 def test_a_reader_is_told_what_there_is(page):
     told = page.locator("body").aria_snapshot()
-    for words in ('heading "Clips"', 'group "Playing"', 'region "Numbers"', 'columnheader "b', "rowheader", 'img "Time of one step', 'region "compare"'):
+    for words in ('heading "Clips"', 'group "Playing"', 'region "Numbers"', 'columnheader "b', "rowheader", 'img "Time of one step', 'region "Compare"'):
         assert words in told, told

@@ -164,7 +164,7 @@ def _told(result: dict[str, Any]) -> str:
 
 def _ablation(folder: Path, first: str) -> tuple[str, dict[str, Any]]:
     """All systems of a folder, compared with the one that the page begins with where it is among them."""
-    return folder.name.replace("-", " "), _table(sorted(evaluations(folder), key=lambda each: each.name != first))
+    return folder.name.replace("-", " ").capitalize(), _table(sorted(evaluations(folder), key=lambda each: each.name != first))
 
 
 def _table(systems: list[Shown]) -> dict[str, Any]:

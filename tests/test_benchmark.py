@@ -1,16 +1,20 @@
 """The benchmark measures what it says: the right networks, called as their pipelines call them."""
 
+import contextlib
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import traced
+from diffusers import UNet2DConditionModel
 from test_cli import run
 from test_finetune import RECIPE
 
-from latent_shift import benchmark, memory, models, scale, zoo
+from latent_shift import benchmark, memory, models, scale, sweep, zoo
 from latent_shift.config import load
+from latent_shift.shift import Shift, frames, inflate
 
 
 # In bf16 where a CPU has units for it: without them this takes minutes.
@@ -24,14 +28,29 @@ def test_peers_are_of_the_same_widths(options):
     assert all(each["seconds"] > 0 for each in result.values())
 
 
+def test_the_shift_multiplies_nothing_and_moves_little():
+    """The guard against a slow shift that no other work on the machine can hide: at the size of Stable Diffusion 1.5, whose operations are
+    counted and not computed, it reads and writes 1.6 % more than the same U-Net frame by frame; one more copy would be 3 %."""
+    with torch.device("meta"):
+        plain = UNet2DConditionModel(**benchmark._FULL.widths, attention_head_dim=benchmark._FULL.heads).eval()
+        latents, text = torch.empty(16, 4, 32, 32), torch.empty(16, 77, 768)
+    shifted, works = inflate(copy.deepcopy(plain), Shift()), []
+    for network, together in ((plain, contextlib.nullcontext()), (shifted, frames(shifted, 16))):
+        with sweep.Work({"flops_per_s": 1.0, "bytes_per_s": 1.0}) as work, torch.no_grad(), together:
+            network(latents, 500, text)
+        works.append(work)
+    assert works[0].flops == works[1].flops > 1e12
+    assert 1 < works[1].bytes / works[0].bytes < 1.02
+
+
 def test_the_shift_costs_no_more_than_it_may():
-    """The guard against a slow shift: multiplications none, time a few percent of the same U-Net frame by frame (measured alone: 0.4 %).
-    In turn and by the median, so that other work on the machine falls on both; the least of three tries counts."""
+    """And the clock's: a few percent of the same U-Net frame by frame (measured alone: 0.4 %). In turn and by the median, so that other
+    work on the machine falls on both; the least of three tries counts."""
     ratios = []
     for _ in range(3):
         result = benchmark.shift_overhead(num_frames=16, size=16, text_length=8, rounds=5)
         ratios.append([result[name]["ratio"] for name in ("with the shift", "with the shift, one text a clip as the pipeline has it")])
-        if (np.min(ratios, axis=0) < 1.15).all():
+        if (np.min(ratios, axis=0) < 1.1).all():
             return
     raise AssertionError(f"a step with the shift takes {np.min(ratios, axis=0)} of one without")
 

@@ -125,7 +125,8 @@ def test_drawn_clips_and_the_real_ones_of_their_captions_are_no_pairs():
     same = distances.kernel_estimate(captions, captions, units_M=np.arange(12))
     assert same.value == pytest.approx(0, abs=1e-12) and same.high - same.low == pytest.approx(0, abs=1e-12)
     some = distances.kernel_estimate(np.repeat(x, 50, axis=0), y, units_N=np.repeat(np.arange(12), 50), units_M=np.arange(12), most=100)
-    assert some.samples == 12 and some.low < some.value < some.high
+    whole = distances.kernel_estimate(x, y, units_M=np.arange(12))  # a mean over units as they were drawn, not over all of each
+    assert some.samples == 12 and some.low < whole.value < some.high
 
 
 def test_inception_score():

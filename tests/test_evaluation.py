@@ -15,7 +15,7 @@ from test_extractors import clip_folder, scripts  # noqa: F401
 from test_public_sets import msrvtt as make_msrvtt
 from test_public_sets import ucf101 as make_ucf101
 
-from latent_shift import distances, evaluation, extractors, metrics, probing, protocols, systems
+from latent_shift import data, distances, evaluation, extractors, metrics, probing, protocols, systems, video
 from latent_shift.autoencoder import to_pixels
 from latent_shift.diffusion import DenoisingObjective, share_noise
 from latent_shift.evaluation import evaluate
@@ -99,7 +99,9 @@ def test_every_record_says_what_it_was_taken_with(system, protocol, tmp_path):
     assert "StyleGAN-V" not in result["skipped"]["clipsim"] and "CLIPModel" in result["skipped"]["clipsim"]
     shown = evaluation.table([result])
     assert shown.startswith("protocol own: 3 clips of 4 frames; in brackets 95 % by bootstrap")
-    assert f"| motion_energy | {values(result)['motion_energy']:.4g} (" in shown
+    assert f"| motion_energy | {values(result)['motion_energy']:.4g} (" in shown and "biased" not in shown
+    distance["biased"] = True
+    assert f"{distance['value']:.4g} (biased; {distance['low']:.4g} to " in evaluation.table([result])
 
 
 def test_an_evaluation_goes_on_and_shares_its_work(system, protocol, tmp_path, monkeypatch):
@@ -264,6 +266,10 @@ def test_other_settings_protocols_and_clips_are_refused(system, protocol, packed
     result = evaluate(system, protocol, tmp_path)
     with pytest.raises(ValueError, match="was begun with another guidance_scale"):
         evaluate(replace(system, settings={**system.settings, "guidance_scale": 2.0}), protocol, tmp_path)
+    shutil.copytree(tmp_path, older := tmp_path.with_name("older"))
+    (older / "protocol.json").write_text(json.dumps({**protocol.told, "latent_shift": "0.0.1"}))
+    with pytest.raises(ValueError, match="was begun with another latent_shift"):  # whose measures may be others
+        evaluate(system, protocol, older)
     fewer = protocols.open_protocol("own", packed, num=2, num_frames=4)
     with pytest.raises(ValueError, match="was begun with another clips, "):
         evaluate(system, fewer, tmp_path)
@@ -311,6 +317,8 @@ def test_protocols_are_those_of_their_papers(tmp_path, packed):
     assert len(set(protocols.open_protocol("ucf101", ucf, num=101).prompts)) == 101
     assert protocols.open_protocol("ucf101", ucf, num=101).told["complete"] is False
     assert task.real(0).shape[0] == 16 and task.real(0).shape[1] == task.real(0).shape[2]
+    others = hundred(tmp_path / "others")
+    assert len(protocols.open_protocol("own", others).prompts) == 100
     shutil.copytree(ucf, unlisted := tmp_path / "unlisted")
     next(unlisted.rglob("trainlist01.txt")).unlink()
     next(unlisted.rglob("testlist01.txt")).unlink()
@@ -330,6 +338,7 @@ def test_protocols_are_those_of_their_papers(tmp_path, packed):
         (("nope", packed), "unknown protocol 'nope'; expected one of own, emoji, classes, ucf101"),
         (("emoji", packed), "100 asked for"),
         (("ucf101", unlisted), r"has no trainlist01\.txt"),
+        (("emoji", others), "holds other captions than the set of recipes/emoji"),
     ):
         with pytest.raises(ValueError, match=message):
             protocols.open_protocol(*call)
@@ -355,20 +364,36 @@ def test_published_measures_of_public_sets(system, scripts, clip_folder, tmp_pat
     assert record["low"] < record["value"] < record["high"] and record["samples"] == 102
     assert result["skipped"]["fvd"].startswith("3 samples of 400 features: the Frechet distance needs more")
     assert "kvd" in found and "VideoMAE" in result["skipped"]["fvd-videomae"]
+    assert result["skipped"]["flicker"] == "the real clips have 25 frames a second, these 8"  # so what moves cannot be compared
+    with pytest.raises(ValueError, match="clip: nothing here is measured by it; expected i3d, c3d, videomae"):
+        weights.check(protocols.open_protocol("ucf101", tmp_path / "u").measures)
     prompts = protocols.open_protocol("msrvtt-lavie", make_msrvtt(tmp_path / "m", split="test")).prompts
     result = evaluate(longer, small("msrvtt-lavie", tmp_path / "m"), tmp_path / "2", weights=weights)
+    with pytest.raises(ValueError, match="makes 16 frames a second, the real clips have 8"):
+        evaluate(replace(longer, fps=16), small("msrvtt-lavie", tmp_path / "m"), tmp_path / "3")
     expected = weights.open("clip")(np.stack([noise(k) for k in range(len(prompts))]), prompts).mean()
     assert values(result)["clipsim"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_real_clip_that_cannot_be_read_is_told_before_anything_is_drawn(system, scripts, tmp_path):  # noqa: F811
-    data = make_ucf101(tmp_path / "ucf")
-    ucf = protocols.open_protocol("ucf101", data, num=3)
-    for video in data.rglob("*.avi"):
-        video.write_bytes(video.read_bytes()[:1000])
+    folder = make_ucf101(tmp_path / "ucf")
+    ucf = protocols.open_protocol("ucf101", folder, num=3)
+    for file in folder.rglob("*.avi"):
+        file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"\.avi: cannot be decoded"):
         evaluate(system, ucf, tmp_path / "out", weights=Weights({"i3d": str(scripts / "i3d.pt")}))
     assert not list((tmp_path / "out").rglob("clips/*.png"))
+
+
+def hundred(folder):
+    """A packed data set of 100 words that has the form of emoji's."""
+    for k in range(100):
+        clip = np.full((16, 128, 128, 3), k, np.uint8) + np.arange(16, dtype=np.uint8)[:, None, None, None]
+        video.write(clip, folder / "media" / f"{k}.webp", fps=8)
+    rows = [{"file_name": f"{k}.webp", "text": f"grey {k}"} for k in range(100)]
+    (folder / "media" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data.pack(folder / "media", folder / "packed", size=128, fps=8)
+    return folder / "packed"
 
 
 def noise(k: int) -> np.ndarray:

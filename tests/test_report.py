@@ -14,7 +14,7 @@ from latent_shift import benchmark, evaluation, protocols, report, systems, vide
 from latent_shift.evaluation import compared
 
 SWEEP = {
-    "processor": "a CPU", "device": "cpu", "torch": "2", "date": "2026-01-01", "dtype": "float32", "limits": {"flops_per_s": 1e11, "bytes_per_s": 1e10},
+    "processor": "a CPU", "threads": 2, "device": "cpu", "torch": "2", "date": "2026-01-01", "dtype": "float32", "limits": {"flops_per_s": 1e11, "bytes_per_s": 1e10},
     "points": [
         {"line": "frames", "name": name, "frames": n, "side": 16, "seconds": n * k, "ratio": k, "share_of_the_roofline": 0.5}
         for k, name in ((1, "Latent-Shift"), (2, "AnimateDiff (UNetMotionModel)"))
@@ -78,17 +78,21 @@ def test_the_page_shows_what_there_is(evals, packed, video_model, tmp_path):
     poster = np.asarray(Image.open(path.parent / page.all("video")[5]["poster"]))
     assert np.array_equal(poster, real[0].repeat(4, axis=0).repeat(4, axis=1))
     assert "Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 1" in text
-    assert "right caption first \u2191" in text and "flicker, grey levels =" in text and "kd-efficientnet-lite0 \u2193" in text
+    assert "right caption first \u2191" in text and "flicker, grey levels =" in text
+    assert "kernel distance of frames, EfficientNet-lite0 \u2193" in text
+    assert re.search(r'<th scope="row">motion seen at 875 frame by frame</th>', text)  # no aim
+    assert "By a &lt;shift&gt; (Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 3), 4 frames each" in text
     assert len(page.all("figure")) == 2 * 4
     named = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(named) == len(set(named)) > 40  # those of the plots' parts, too
     assert text.count("decoding and guidance included: emoji, 16 frames 12.3 s.") == 2
-    assert "Latent-Shift 0.66 at 16" in text and "multiplies\n0.1 TFLOP/s" in text
+    assert "Latent-Shift 0.66 at 16" in text and "multiplies\n100 GFLOP/s and moves 10 GB/s at most" in text
     results = json.loads((evals / "compare" / "b" / "results.json").read_text())
     (energy,) = [record for record in results["records"] if record["measure"] == "motion_energy"]
     (share, alike) = next(record["noise"] for record in results["records"] if record["measure"] == "denoising_error")
-    through = f"real clips through noise that all frames share by {share:.0%}, the rest alike by {alike:.0%} from one to the next."
-    assert text.count(f"2 clips of 4 frames a system, a part of protocol own. Models are shown {through}") == 2  # and of the ablation
+    through = f"that all frames share by {share:.0%}, the rest alike by {alike:.0%}" if share or alike else "that is independent"
+    said = f"a part of protocol own. Denoising errors and motion seen are of models that are shown real clips through noise {through}"
+    assert text.count(f"2 clips of 4 frames a system, {said}") == 2  # and of the ablation
     assert f"<td>{energy['value']:.4g} <small>{energy['low']:.4g} to {energy['high']:.4g}</small></td>" in text
     (trained,) = benchmark.runs([video_model.parent])
     assert f"<td>{trained['steps']}</td><td>{trained['loss']:.4f}</td><td></td>" in text
@@ -160,9 +164,9 @@ def run_and_read(out, evals, *options) -> str:
 
 
 def test_the_command_and_its_errors(evals, tmp_path):
-    told = run("report", tmp_path / "page", evals / "compare", "--rows", 1, "--title", "mine")
+    told = run("report", tmp_path / "page", evals / "compare", "--rows", 1, "--title", "mine", "--note", "of <mine>")
     assert told.strip() == str(tmp_path / "page" / "index.html")
-    assert "<title>mine</title>" in (tmp_path / "page" / "index.html").read_text()
+    assert "<title>mine</title>" in (text := (tmp_path / "page" / "index.html").read_text()) and "of &lt;mine&gt;</p>" in text
     with pytest.raises(ValueError, match=r"no \*/results\.json"):
         report.report(tmp_path / "page", tmp_path)
     assert "shift&gt;" not in run_and_read(tmp_path, evals, "--show", "b")

@@ -91,7 +91,8 @@ def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path)
             {"name": "Latent-Shift", "frames": number, "gib_peak": 1.0, "side": given["side"], "full": given["full"]} for number in numbers
         ],
     )
-    monkeypatch.setattr(sweep, "whole_clips", lambda model, **_: [{"model": model, "frames": 8, "seconds_a_clip": 12.34, "clips_per_s": 0.123}])
+    row = {"frames": 8, "seconds_a_clip": 12.34, "clips_per_s": 0.123}
+    monkeypatch.setattr(sweep, "whole_clips", lambda model, **_: [{"model": model, **row}])
     monkeypatch.setattr(sweep, "contenders", lambda **options: dict([*benchmark.contenders(**options).items()][:2]))
     made = run(
         "bench", "sweep", "--frames", 2, "--sides", 16, "--clips", 1, "--side", 8, "--rounds", 3, "-m", video_model, "-o", tmp_path / "sweep.json",

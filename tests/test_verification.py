@@ -7,8 +7,9 @@ import pytest
 from test_check import clouds
 from test_cli import run
 from test_extractors import videomae_folder
+from typer.testing import CliRunner
 
-from latent_shift import data, metrics, verification, video
+from latent_shift import cli, data, metrics, verification, video
 from latent_shift.measuring import Weights
 
 
@@ -66,5 +67,7 @@ def test_the_command_prints_a_table(tmp_path):
     assert len(found["measures"]["noise"]["kvd-videomae"]) == 5
     assert set(found["measures"]) == set(verification.WAYS)
     assert found["data"]["clips"] == 4
+    refused = CliRunner().invoke(cli.app, ["bench", "measures", str(tmp_path / "packed"), "--num", "4", "--weights", "c3d=nowhere"])
+    assert "c3d: nothing here is measured by it; expected i3d, inception, videomae" in str(refused.exception)
     energy = found["measures"]["freeze"]["motion_energy"]
     assert f"| motion_energy | freeze | {energy[0]:.4g} |" in told

@@ -234,7 +234,7 @@ def evaluate(
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
     networks, first = measuring.Weights.told(weights or [], device=str(zoo.device_of(device))), os.environ.get("RANK", "0") == "0"
     if first:  # who measures
-        networks.check()
+        networks.check(task.measures)
     results, where = [], out or Path("evals") / protocol
     for name, _, path in named:
         system = systems.open_system(
@@ -273,12 +273,13 @@ def report(
     sweep: Annotated[list[Path] | None, typer.Option(help="what `bench sweep -o` wrote, as plots; may be repeated")] = None,
     rows: Annotated[int, typer.Option(min=1, help="words shown")] = 8,
     title: str = "Latent-Shift beside others",
+    note: Annotated[str, typer.Option(help="what a reader has to know of these systems, at the page's beginning")] = "",
 ) -> None:
     """Write evaluations as a page to look at: clips that play side by side, numbers, plots. It opens from a disk."""
     quiet()
     from latent_shift import report as reporting
 
-    options = dict(training=training, classes=classes, sweeps=sweep or [], rows=rows, title=title)
+    options = dict(training=training, classes=classes, sweeps=sweep or [], rows=rows, title=title, note=note)
     print(reporting.report(out, compared, shown=show or [], ablations=ablation or [], **options))  # type: ignore[arg-type]
 
 

@@ -103,8 +103,8 @@ def sweep(
     result = benchmark.machine(device) | found
     if device == "cpu":
         result["memory"] = sweeping.memory_of_steps(numbers, side=side, full=full, dtype=dtype)
-    result["whole clips"] = sweeping.whole_clips(model, device=device, dtype=dtype, rounds=rounds)
-    print(sweeping.table(found["points"]), sweeping.table_of_clips(result["whole clips"]), sep="\n\n")
+    result["whole clips"] = clips_of_model = sweeping.whole_clips(model, device=device, dtype=dtype, rounds=rounds)
+    print(sweeping.table(found["points"]), sweeping.table_of_clips(clips_of_model), sep="\n\n")
     if output:
         save_json(result, output)
     if plots:
@@ -214,9 +214,12 @@ def measures(
 
     from latent_shift import benchmark, measuring, protocols, verification
 
-    extractors = measuring.Weights.told(weights or []).of_distances()
+    networks = measuring.Weights.told(weights or [])
+    networks.check([name for name, (*_, estimate) in measuring.OF_FEATURES.items() if estimate is measuring.kernel_estimate])
+    extractors = networks.of_distances()
     task = protocols.open_protocol("own", data, num=num, num_frames=num_frames)
     results = verification.verify(np.stack([task.real(k) for k in range(num)]), extractors)
     print(verification.table(results))
     if output:
-        save_json(benchmark.machine() | {"data": task.reference, "num_frames": num_frames, "extractors": [each.record() for each in extractors], "measures": results}, output)
+        told = {"data": task.reference, "num_frames": num_frames, "extractors": [each.record() for each in extractors]}
+        save_json(benchmark.machine() | told | {"measures": results}, output)

@@ -8,7 +8,7 @@ clip, and clips of one unit, such as those of several captions of one video. All
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,8 @@ def kernel_estimate(
     """Squared maximum mean discrepancy under the kernel (x'y / D + 1)^3, without bias at any number of samples (Binkowski et al. 2018,
     section 4: KID; of video features KVD, Unterthiner et al. 2018). Nothing is paired with what belongs to the same unit, which is like
     it: no frame with another of its clip and, where both sets are of the same captions, no drawn clip with the real one of its caption
-    (Gretton et al. 2012, lemma 6: what x and y of one pair have to do with each other does not bias it).
+    (Gretton et al. 2012, lemma 6, of as many x as y: pairs need only have nothing to do with each other, what x and y of one have in
+    common does not bias it).
 
     Args:
         a_NGD, b_MGD: as in `frechet`.
@@ -124,6 +125,7 @@ def kernel_estimate(
     def mmd(u_N: np.ndarray, w_M: np.ndarray) -> float:
         return within_a(u_N, u_N) + within_b(w_M, w_M) - 2 * between(u_N, w_M)
 
+    draws: Iterable[Sequence[np.ndarray]]
     if units_M is None:
         draws = zip(_bootstrap(len(a), resamples, units_a)[1], _bootstrap(len(b), resamples, units_b, seed=1)[1], strict=True)
     else:

@@ -221,5 +221,5 @@ def table(results: list[dict[str, Any]]) -> str:
 def _shown(record: dict[str, Any] | None) -> str:
     if record is None:
         return ""
-    shown = f"{record['value']:.4g} ({'biased; ' if record['biased'] else ''}{record['low']:.4g} to {record['high']:.4g})"
+    shown = f"{record['value']:.4g} ({'biased; ' if record.get('biased') else ''}{record['low']:.4g} to {record['high']:.4g})"
     return shown if "more" not in record else shown + "; {value:+.3g} ({low:+.3g} to {high:+.3g})".format(**record["more"])

@@ -68,8 +68,13 @@ class Weights:
         asked = [(kind, options) for kind, options, estimate in OF_FEATURES.values() if estimate is kernel_estimate]
         return [extractor for kind, options in asked if (extractor := self.open(kind, **options))]
 
-    def check(self) -> None:
-        """Open all that were given, in every way in which they are asked: what is wrong is told before the work, not after."""
+    def check(self, measures: Sequence[str]) -> None:
+        """Open all that were given, in every way in which they are asked: what is wrong is told before the work, not after. Raises
+        ValueError for one that none of `measures` asks for, too."""
+        asked = {"clip" if name == "clipsim" else OF_FEATURES[name][0] for name in measures if name == "clipsim" or name in OF_FEATURES}
+        if idle := sorted(self.paths.keys() - asked):
+            expected = ", ".join(each for each in extractors.GIVEN if each in asked) or "none"
+            raise ValueError(f"--weights {', '.join(idle)}: nothing here is measured by it; expected {expected}")
         for kind, options, _ in OF_FEATURES.values():
             if kind in self.paths:
                 self.open(kind, **options)
@@ -127,12 +132,12 @@ class Measuring:
             return getattr(self, name)()
         kind, options, estimate = OF_FEATURES[name]
         extractor = self._weights(kind, **options)
-        made, options = self.features(extractor), {"units_N": self.units}
+        made, units = self.features(extractor), {"units_N": self.units}
         if estimate is inception_score:
-            return [self.record(name, estimate(made, **options), extractor)]
+            return [self.record(name, estimate(made, **units), extractor)]
         if estimate is kernel_estimate and self.protocol.matched:
-            options["units_M"] = np.arange(self.protocol.num_real)
-        return [self.record(name, estimate(made, self.features(extractor, real=True), **options), extractor, real=True)]
+            units["units_M"] = np.arange(self.protocol.num_real)
+        return [self.record(name, estimate(made, self.features(extractor, real=True), **units), extractor, real=True)]
 
     def of_each_clip(self, name: str) -> list[dict[str, Any]]:
         """A measure that needs no weights, of the drawn clips and of the real ones: what moves a frame, so of frames that last as long."""
@@ -189,7 +194,7 @@ class Measuring:
         return [record | {"noise": list(told)} for record in records]
 
     def reconstruction(self) -> list[dict[str, Any]]:
-        """PSNR of a frame of each held-out concept through the autoencoder, of 200 at most; where none is held out, of all."""
+        """PSNR through the autoencoder of a held-out frame of each concept that has one, of 200 at most; where nothing is held out, of any."""
         store, vae = self.protocol.store, self._ours().vae
         assert store is not None
         splits = tuple(sorted(store.splits - {"train"})) or ("train",)

@@ -93,7 +93,7 @@ OF_CAPTIONS = (
     "kvd-videomae",
 )
 CAPTIONED: dict[str, tuple[int, int, tuple[str, ...]]] = {  # protocol of captions -> how many, clips of each, measures
-    "own": (100, 1, (*OF_CAPTIONS, "fd-efficientnet-lite0", "fvd-videomae")),
+    "own": (100, 1, (*OF_CAPTIONS, "fd-efficientnet-lite0", "fvd-videomae", "fvd", "kvd", "fid", "kid", "is-frames")),
     "emoji": (100, 1, OF_CAPTIONS),
     "classes": (8, 4, ("motion_error", *TEMPORAL)),
 }  # fmt: skip

@@ -25,6 +25,8 @@ from latent_shift.plots import plots
 LABELS = {  # measure, or how its name begins -> what a reader is told, and where better is: up, down, or where real clips are
     "retrieval_top1": ("right caption first", "\u2191"), "retrieval_top5": ("right caption in the first five", "\u2191"),
     "retrieval_median_rank": ("median rank of the right caption", "\u2193"),
+    "kd-efficientnet-lite0": ("kernel distance of frames, EfficientNet-lite0", "\u2193"),
+    "kd-efficientnet-lite0-motion": ("kernel distance of how frames change, EfficientNet-lite0", "\u2193"),
     "motion_energy": ("motion energy, grey levels", "="), "flicker": ("flicker, grey levels", "="), "loop_gap": ("loop gap, steps", "="),
     "persistence": ("persistence of motion", "="), "coherence": ("coherence of frames", "="),
     "warping_error": ("warping error, grey levels", "="), "motion_error": ("motion error, factor", "\u2193"),
@@ -55,7 +57,7 @@ def evaluations(folder: Path) -> list[Shown]:
 
 def report(
     out: Path, evaluated: Path, *, shown: Sequence[str] = (), ablations: Sequence[Path] = (), training: Path | None = None,
-    classes: Path | None = None, sweeps: Sequence[Path] = (), rows: int = 8, title: str = "Latent-Shift beside others",
+    classes: Path | None = None, sweeps: Sequence[Path] = (), rows: int = 8, title: str = "Latent-Shift beside others", note: str = "",
 ) -> Path:  # fmt: skip
     """Write the page.
 
@@ -69,6 +71,7 @@ def report(
         sweeps: what `latent-shift bench sweep -o` wrote, one a machine.
         rows: words shown.
         title: of the page.
+        note: what a reader has to know of these systems, at its beginning.
 
     Returns:
         The page's file.
@@ -105,10 +108,10 @@ def report(
         for k in range(rows)
     ]
     page = _template().render(
-        title=title, protocol=protocol, rates=sorted({each.result["system"]["fps"] for each in systems}), columns=columns, real=any(kept), grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
+        title=title, note=note, protocol=protocol, rates=sorted({each.result["system"]["fps"] for each in systems}), columns=columns, real=any(kept), grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
         results=_table(systems), skipped=_skipped(systems), ablations=[_ablation(folder, systems[0].name) for folder in ablations],
         training=json.loads(training.read_text()) if training else [],
-        classes=_classes(classes, out) if classes else [],
+        **_classes(classes, out),
         sweeps=[{"machine": found, "plots": plots(found, name=f"sweep{k}")} for k, found in enumerate(json.loads(path.read_text()) for path in sweeps)],
     )  # fmt: skip
     (out / "index.html").write_text(page, encoding="utf-8")
@@ -141,16 +144,20 @@ def _enlarged(clip: np.ndarray, side: int = 128) -> np.ndarray:
     return clip.repeat(side // clip.shape[1], axis=1).repeat(side // clip.shape[1], axis=2) if clip.shape[1] < side else clip
 
 
-def _classes(folder: Path, out: Path) -> list[dict[str, Any]]:
+def _classes(folder: Path | None, out: Path) -> dict[str, Any]:
+    if folder is None:
+        return {"classes": [], "classes_told": ""}
     system, prompts = evaluations(folder)[0], _prompts(folder)
     frames = system.result["protocol"]["num_frames"]
     places: dict[str, list[int]] = {}
     for k, words in enumerate(prompts):
         places.setdefault(words, []).append(k)
-    return [
-        {"words": words, "cells": [_clip(system, k, frames, out, "classes", f"{words}, seed {k}") for k in numbers]}
+    rows = [
+        {"words": words, "cells": [_clip(system, k, frames, out, "classes", f"{words}, {system.name}, seed {k}") for k in numbers]}
         for words, numbers in places.items()
     ]
+    told = f"By {system.name} ({_told(system.result)}), {frames} frames each, every class with seeds of its own."
+    return {"classes": rows, "classes_told": told}
 
 
 def _told(result: dict[str, Any]) -> str:
@@ -170,7 +177,7 @@ def _ablation(folder: Path, first: str) -> tuple[str, dict[str, Any]]:
 def _table(systems: list[Shown]) -> dict[str, Any]:
     results = compared([each.result for each in systems], systems[0].folder.parent)
     head, names, cells = table_of(results)
-    titles = [result["system"]["title"] for result in results]
+    titles = [f"{result['system']['title']}, {result['system']['parameters'] / 1e6:.1f} M" for result in results]
     return {
         "head": [*zip(head, titles, strict=False), (head[-1], "")],
         "told": _of(results),
@@ -184,12 +191,15 @@ def _of(results: list[dict[str, Any]]) -> str:
     part = "" if protocol["complete"] else f", a part of protocol {protocol['protocol']}"
     told = f"{protocol['clips']} clips of {protocol['num_frames']} frames a system{part}."
     if noise := next((record["noise"] for record in results[0]["records"] if "noise" in record), None):
-        told += f" Models are shown real clips through noise that all frames share by {noise[0]:.0%}, the rest alike by {noise[1]:.0%} from one to the next."
+        alike = f"that all frames share by {noise[0]:.0%}, the rest alike by {noise[1]:.0%} from one to the next"
+        told += " Denoising errors and motion seen are of models that are shown real clips through noise "
+        told += f"{alike if any(noise) else 'that is independent from frame to frame'}."
     return told
 
 
 def _label(name: str) -> str:
     label, better = LABELS.get(name) or next((told for start, told in LABELS.items() if name.startswith(start)), (None, ""))
+    better = better if not name.endswith("_frame_by_frame") else ""  # what is known without the others, no aim
     return f"{label or name.replace('_', ' ')} {better}".strip()
 
 

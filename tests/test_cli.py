@@ -103,7 +103,7 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
     for option, message in (
         ("i3d=gone.pt", "gone.pt: no such file"),
         ("i4d=x", "--weights i4d=x: expected i3d=PATH"),
-        ("i3d", "--weights i3d: expected KIND=PATH"),
+        ("i3d", "--weights i3d: expected i3d=PATH, c3d=PATH"),
     ):
         with pytest.raises(ValueError, match=message):
             run("eval", "pixels", "-m", "a=runs/v/model", "--num", 2, "--steps", 1, "--weights", option)

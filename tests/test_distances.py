@@ -50,8 +50,8 @@ def test_what_says_nothing_is_refused():
         distances.frechet(rng.standard_normal((8, 8)), rng.standard_normal((20, 8)))
     with pytest.raises(ValueError, match="two sets of the same features"):
         distances.kernel_estimate(rng.standard_normal((8, 8)), rng.standard_normal((8, 7)))
-    with pytest.raises(ValueError, match="two samples"):
-        distances.kernel_estimate(rng.standard_normal((1, 8)), rng.standard_normal((8, 8)))
+    with pytest.raises(ValueError, match="three samples"):
+        distances.kernel_estimate(rng.standard_normal((2, 8)), rng.standard_normal((8, 8)))
     with pytest.raises(distances.Unmeasurable, match="12 clips of 20 features"):  # 96 frames are 12 samples
         distances.frechet_estimate(rng.standard_normal((12, 8, 20)), rng.standard_normal((100, 8, 20)))
     with pytest.raises(distances.Unmeasurable, match="5 clips of 5 classes"):

@@ -239,3 +239,11 @@ def test_the_noise_that_matches_clips_is_found(latents, monkeypatch):
     assert found["diffusion.shared_noise"] == pytest.approx(0.6, abs=0.05)
     assert found["diffusion.noise_correlation"] == pytest.approx(0.8, abs=0.05)
     assert found["correlation 2 apart"] == pytest.approx(0.6 + 0.4 * 0.64, abs=0.03)
+    # What moves evenly is farther apart four frames on than noise of any share and correlation: the nearest has nothing in common.
+    still = np.sin(np.arange(400)[:, None, None, None, None] / 6 + np.linspace(0, 6, 64)) * np.ones((1, 2, 4, 64, 1))
+    monkeypatch.setattr(store, "_open", lambda _: still[: store.num_frames])
+    found = store.likeness(num=50)
+    share, r = found["diffusion.shared_noise"], found["diffusion.noise_correlation"]
+    assert 1 - found["correlation 4 apart"] > 2 * (1 - found["correlation 2 apart"]) and share < 0.05
+    for k in (2, 4):
+        assert share + (1 - share) * r**k == pytest.approx(found[f"correlation {k} apart"], abs=0.1)

@@ -79,7 +79,8 @@ def test_the_page_shows_what_there_is(evals, packed, video_model, tmp_path):
     assert np.array_equal(poster, real[0].repeat(4, axis=0).repeat(4, axis=1))
     assert "Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 1" in text
     assert "right caption first \u2191" in text and "flicker, grey levels =" in text
-    assert "kernel distance of frames, EfficientNet-lite0 \u2193" in text
+    assert report._label("kd-efficientnet-lite0") == "kernel distance of frames, EfficientNet-lite0 \u2193"
+    assert "<li>kd-efficientnet-lite0: the kernel distance needs three samples" in text  # of two clips
     assert re.search(r'<th scope="row">motion seen at 875 frame by frame</th>', text)  # no aim
     assert "By a &lt;shift&gt; (Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 3), 4 frames each" in text
     assert len(page.all("figure")) == 2 * 4

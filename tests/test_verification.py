@@ -55,19 +55,19 @@ def test_the_trend_is_told():
 def test_the_command_prints_a_table(tmp_path):
     videomae = videomae_folder(tmp_path / "videomae")
     rows = []
-    for seed in range(4):
+    for seed in range(6):
         video.write(clouds(12, seed), tmp_path / "clips" / f"{seed}.webp", fps=8)
         rows.append({"file_name": f"{seed}.webp", "text": f"cloud {seed}"})
     (tmp_path / "clips" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data.pack(tmp_path / "clips", tmp_path / "packed", size=32, fps=8)
     weights = ("--weights", f"videomae={videomae}")
-    told = run("bench", "measures", tmp_path / "packed", "--num", 4, "--num-frames", 4, *weights, "-o", tmp_path / "measures.json")
+    told = run("bench", "measures", tmp_path / "packed", "--num", 6, "--num-frames", 4, *weights, "-o", tmp_path / "measures.json")
     found = json.loads((tmp_path / "measures.json").read_text())
     assert [each["name"] for each in found["extractors"]] == ["videomae", "efficientnet-lite0", "efficientnet-lite0-motion"]
     assert len(found["measures"]["noise"]["kvd-videomae"]) == 5
     assert set(found["measures"]) == set(verification.WAYS)
-    assert found["data"]["clips"] == 4
-    refused = CliRunner().invoke(cli.app, ["bench", "measures", str(tmp_path / "packed"), "--num", "4", "--weights", "c3d=nowhere"])
+    assert found["data"]["clips"] == 6
+    refused = CliRunner().invoke(cli.app, ["bench", "measures", str(tmp_path / "packed"), "--num", "6", "--weights", "c3d=nowhere"])
     assert "c3d: nothing here is measured by it; expected i3d, inception, videomae" in str(refused.exception)
     energy = found["measures"]["freeze"]["motion_energy"]
     assert f"| motion_energy | freeze | {energy[0]:.4g} |" in told

@@ -201,7 +201,7 @@ def runs(folders: Annotated[list[Path], typer.Argument(help="run folders")], out
 @app.command()
 def measures(
     data: Annotated[Path, typer.Argument(help="a packed data set")],
-    num: Annotated[int, typer.Option(min=4, help="clips, one half compared with, one spoilt")] = 80,
+    num: Annotated[int, typer.Option(min=6, help="clips, one half compared with, one spoilt")] = 80,
     num_frames: Annotated[int, typer.Option(min=4)] = 16,
     weights: Annotated[
         list[str] | None, typer.Option(help="KIND=PATH of a network whose distances are asked, too: i3d, inception or videomae; repeated")

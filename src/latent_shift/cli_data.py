@@ -54,7 +54,7 @@ def pack(
     shard_mb: Annotated[float, typer.Option(help="megabytes of a shard")] = 64,
     workers: Workers = 2,
 ) -> None:
-    """Decode every file once into shards of frames."""
+    """Decode every file once into shards of frames. What is in the folder of a packed data set is replaced."""
     from latent_shift import data
     from latent_shift.store import Store
 
@@ -70,7 +70,8 @@ def pack(
 
 @app.command()
 def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) -> None:
-    """Measure how alike the frames of the clips are, and say which noise matches."""
+    """Measure how alike the frames of the clips are, and say which noise matches: settings for `train`, as TABLE.KEY=VALUE."""
+    quiet()
     from latent_shift.latents import LatentStore
 
     for name, value in LatentStore(latents).likeness().items():
@@ -88,7 +89,8 @@ def preview(
     split: Annotated[list[str] | None, typer.Option(help="may be repeated; default train")] = None,
     seed: int = 0,
 ) -> None:
-    """Draw clips and stills as training sees them, a row each under its caption; the captions are printed too."""
+    """Draw clips and stills as training sees them, at random and some of them again, a row each under its caption; the captions are printed
+    too."""
     quiet()
     from latent_shift import data, latents, video
 

@@ -109,7 +109,7 @@ def kernel_estimate(
         most: clips taken of each set, at random; the kernel of all against all grows with their square.
 
     Raises:
-        ValueError: other dimensions, what is not finite, or fewer than two samples.
+        ValueError: other dimensions, what is not finite, or fewer than three samples, which have no interval.
     """
     a, b = _checked(a_NGD, b_MGD)
     rng = np.random.default_rng(0)
@@ -118,8 +118,8 @@ def kernel_estimate(
     units_b = others + units_a.max(initial=-1) + 1 if units_M is None else np.asarray(units_M)[others]
     a, b, units = a[chosen], b[others], _units(len(chosen) + len(others), np.concatenate([units_a, units_b]))
     units_a, units_b = units[: len(a)], units[len(a) :]
-    if (fewer := min(len(np.unique(units_a)), len(np.unique(units_b)))) < 2:
-        raise Unmeasurable("the kernel distance needs two samples or more of each set")
+    if (fewer := min(len(np.unique(units_a)), len(np.unique(units_b)))) < 3:
+        raise Unmeasurable("the kernel distance needs three samples or more of each set")
     within_a, within_b, between = _paired(a, units_a, a, units_a), _paired(b, units_b, b, units_b), _paired(a, units_a, b, units_b)
 
     def mmd(u_N: np.ndarray, w_M: np.ndarray) -> float:

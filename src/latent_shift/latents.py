@@ -70,8 +70,9 @@ class LatentStore(Store):
     def likeness(self, *, splits: Iterable[str] = ("train",), num: int = 1000) -> dict[str, float]:
         """How alike the frames of a clip are: correlation of the latents 1, 2, 4 and 8 frames apart, and the noise that matches.
 
-        Noise with the covariance of the clips hides what stays and what moves at the same timesteps. It is found from the differences
-        2 and 4 frames apart: with a share s and a correlation r, frames k apart differ by (1 - s)(1 - r^k) of the variance.
+        Noise with the covariance of the clips hides what stays and what moves at the same timesteps. With a share s and a correlation r its
+        frames k apart differ by (1 - s)(1 - r^k) of the variance; s and r are those that come nearest to the clips' differences 2 and 4
+        frames apart (least squares). What moves evenly differs by more than any such noise.
 
         Args:
             splits: where the clips come from.
@@ -88,11 +89,14 @@ class LatentStore(Store):
         clips = np.stack([self.draw_window(rng, index, 9)[:, 0] for index in chosen]).astype(np.float32)
         variance = clips.var(axis=(0, 1, 3, 4)).mean()
         apart = {k: float(np.square(clips[:, k:] - clips[:, :-k]).mean() / (2 * variance)) for k in (1, 2, 4, 8)}
-        drifts = min(max(apart[4] / max(apart[2], 1e-12) - 1, 0.0), 0.99)  # r^2
+        correlations = np.linspace(0, 0.995, 9_951)
+        of_noise, of_clips = 1 - np.stack([correlations**2, correlations**4]), np.array([[apart[2]], [apart[4]]])
+        own = np.clip((of_noise * of_clips).sum(axis=0) / np.square(of_noise).sum(axis=0), 0.01, 1)  # 1 - s, for each r
+        best = np.square(own * of_noise - of_clips).sum(axis=0).argmin()
         return {
             **{f"correlation {k} apart": 1 - difference for k, difference in apart.items()},
-            "diffusion.shared_noise": min(max(0.0, 1 - apart[2] / (1 - drifts)), 0.99),
-            "diffusion.noise_correlation": drifts**0.5,
+            "diffusion.shared_noise": float(1 - own[best]),
+            "diffusion.noise_correlation": float(correlations[best]),
         }
 
 

@@ -160,6 +160,7 @@ def test_bench_and_models_print_what_they_found(video_model, tmp_path):
         (["train", "absent.toml"], "absent.toml"),
         (["data", "check", "absent"], "absent: no such folder"),
         (["data", "preview", "absent", "a.png"], "not a packed data set"),
+        (["data", "preview", "absent", "a.jpeg"], "a.jpeg: expected one of .mp4"),
         (["generate", "x", "-o", "clip.avi"], "expected one of .mp4"),
         (["generate", "x", "-o", "clip.mp4", "--fps", "0"], "fps must be above 0"),
         (["generate", "x", "-o", "clip.png", "--fps", "4"], "--fps has no effect"),

@@ -94,6 +94,7 @@ def preview(
     quiet()
     from latent_shift import data, latents, video
 
+    video.check_output(out)
     sheet, captions = data.preview(
         latents.open_store(store),
         rows=rows,

@@ -71,6 +71,12 @@ def test_the_numbers_are_those_of_the_kept_clips(system, protocol, packed, tmp_p
     assert found["motion_seen_at_875_frame_by_frame"] == pytest.approx(1 - missed / there)
     assert 0 <= found["retrieval_top1"] <= 1 and "retrieval_top5" not in found  # of three all are among the first five
     assert "reconstruction_psnr_db" not in found and "one clip has no interval" in result["skipped"]["reconstruction"]  # held out is one
+    six = replace(protocol, prompts=protocol.prompts * 2, of=[*range(6)], num_real=6, real=lambda n: protocol.real(n % 3))
+    again = Measuring(system, six, lambda k: drawn(k % 3), tmp_path / "six", tmp_path / "six" / "tiny", Weights(), None)
+    top5 = again.retrieval()[1]
+    rows = [again.features(extractors.efficientnet(), real=each).mean(axis=1) for each in (False, True)]
+    ranks = metrics.retrieval_ranks(*(each / np.linalg.norm(each, axis=1, keepdims=True) for each in rows))
+    assert (top5["measure"], top5["samples"], top5["value"]) == ("retrieval_top5", 6, np.mean(ranks <= 5))
     protocol.store.splits = {"train"}  # as of a set that holds nothing out
     result = evaluate(system, protocol, tmp_path / "train")
     (record,) = [record for record in result["records"] if record["measure"] == "reconstruction_psnr_db"]

@@ -101,6 +101,7 @@ def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path)
     result = json.loads((tmp_path / "sweep.json").read_text())
     assert {each["line"] for each in result["points"]} == {"frames", "side", "clips"}
     assert (result["memory"][0]["frames"], result["memory"][0]["side"], result["memory"][0]["full"]) == (2, 8, False)
+    assert result["whole clips"] == [{"model": str(video_model), **row}]
     assert f"| {video_model}, 8 frames | 12.3 | 0.123 |" in made
     assert (result["dtype"], result["rounds"]) == ("float32", 3)
     image = next(each for each in result["points"] if each["name"] == "frame by frame" and each["line"] == "side")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from latent_shift.terminal import quiet, save_json
+from latent_shift.terminal import markdown, quiet, save_json
 
 app = typer.Typer(help="Time one denoising step with the shift against the same U-Net frame by frame, in turn; or compare more.")
 
@@ -186,14 +186,8 @@ def runs(folders: Annotated[list[Path], typer.Argument(help="run folders")], out
     from latent_shift import benchmark
 
     rows = benchmark.runs(folders)
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-    for row in rows:
-        print(
-            "| "
-            + " | ".join(f"{value:.4g}" if isinstance(value, float) else "" if value is None else f"{value}" for value in row.values())
-            + " |"
-        )
+    shown = lambda value: f"{value:.4g}" if isinstance(value, float) else "" if value is None else f"{value}"  # noqa: E731
+    print(markdown(list(rows[0]), (map(shown, row.values()) for row in rows)))
     if output:
         save_json(rows, output)
 

@@ -139,11 +139,11 @@ def _paired(a_NGD: np.ndarray, units_N: np.ndarray, b_MGD: np.ndarray, units_M: 
     kernel, many = _kernel(a_NGD, b_MGD), 1 + max(units_N.max(), units_M.max())
     kernel[units_N[:, None] == units_M] = 0
 
-    def mean(u_N: np.ndarray, w_M: np.ndarray) -> float:
+    def weighted(u_N: np.ndarray, w_M: np.ndarray) -> float:
         pairs = u_N.sum() * w_M.sum() - np.bincount(units_N, u_N, many) @ np.bincount(units_M, w_M, many)
         return float(u_N @ kernel @ w_M / pairs) if pairs else np.nan
 
-    return mean
+    return weighted
 
 
 def _kernel(a_NGD: np.ndarray, b_MGD: np.ndarray) -> np.ndarray:

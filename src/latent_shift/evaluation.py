@@ -36,6 +36,7 @@ from latent_shift.measuring import Measuring, Weights
 from latent_shift.protocols import Protocol, same
 from latent_shift.store import write
 from latent_shift.systems import System
+from latent_shift.terminal import markdown
 
 Progress = Callable[[int, int], None]
 
@@ -209,13 +210,13 @@ def table_of(results: list[dict[str, Any]]) -> tuple[list[str], list[str], list[
 def table(results: list[dict[str, Any]]) -> str:
     """`table_of` as Markdown, under a line that says what the numbers are of."""
     head, names, cells = table_of(results)
-    rows = [["measure", *head], ["---"] * (len(head) + 1), *([name, *map(_shown, row)] for name, row in zip(names, cells, strict=True))]
+    rows = ([name, *map(_shown, row)] for name, row in zip(names, cells, strict=True))
     told = results[0]["protocol"]
     part = "" if told["complete"] else ", a part of the protocol"
     line = f"protocol {told['protocol']}: {told['clips']} clips of {told['num_frames']} frames{part}; in brackets 95 % by bootstrap"
     if any(record and "more" in record for row in cells for record in row):
         line += f"; with a sign what is more than of {head[0]}, of the same clips"
-    return line + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return line + "\n\n" + markdown(["measure", *head], rows)
 
 
 def _shown(record: dict[str, Any] | None) -> str:

@@ -9,12 +9,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from latent_shift import sources, video
+from latent_shift import __version__, sources, video
 from latent_shift.store import Store, pixels
 
 SOURCES = {
@@ -71,7 +70,7 @@ class Protocol:
     def told(self) -> dict[str, object]:
         """What a result says of it."""
         return {
-            "protocol": self.name, "source": SOURCES[self.name], "latent_shift": version("latent-shift-video"), "clips": len(self.prompts),
+            "protocol": self.name, "source": SOURCES[self.name], "latent_shift": __version__, "clips": len(self.prompts),
             "complete": len(self.prompts) >= self.whole and self.num_real == (self.whole_real or self.num_real), "seeds": f"0..{len(self.prompts) - 1}",
             "prompts_sha256": _digest(self.prompts), "num_frames": self.num_frames,
             "size": list(self.size), "fps": self.fps, "reference": self.reference,

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from latent_shift import memory, models, zoo
 from latent_shift.benchmark import alone, contenders, paired
+from latent_shift.terminal import markdown
 
 CONTENDERS = (
     "Latent-Shift", "frame by frame", "Latent-VDM", "AnimateDiff (UNetMotionModel)", "ModelScope (UNet3DConditionModel)",
@@ -116,18 +117,18 @@ def table(points: Sequence[dict[str, Any]]) -> str:
         where = f"{point['clips']} x {point['frames']} frames, {point['side']}x{point['side']}"
         places.setdefault(where, {})[point["name"]] = point
     names = list(dict.fromkeys(point["name"] for point in points))
-    rows = [["a step of", *names], ["---"] * (len(names) + 1)]
+    rows = []
     for where, found in places.items():
         cells = (found[name] for name in names)
         rows.append([where, *("" if "cannot" in each else f"{each['seconds']:.3g} s ({each['ratio']:.2f})" for each in cells)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(["a step of", *names], rows)
 
 
 def table_of_clips(rows: Sequence[dict[str, Any]]) -> str:
     """What `whole_clips` found, as Markdown."""
     head = ["words to a clip", "seconds a clip", "clips a second, four at once"]
     cells = [[f"{each['model']}, {each['frames']} frames", f"{each['seconds_a_clip']:.3g}", f"{each['clips_per_s']:.3g}"] for each in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * 3, *cells])
+    return markdown(head, cells)
 
 
 def limits(device: str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: float = 0.3) -> dict[str, float]:

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -44,6 +45,11 @@ def quiet() -> None:
     logging.basicConfig(level=logging.WARNING)
     # But not what it says when a prompt is longer than the text encoder reads.
     diffusers.utils.logging.get_logger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").setLevel(logging.WARNING)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def save_json(value: object, path: Path) -> None:

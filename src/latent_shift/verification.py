@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -17,6 +16,7 @@ from PIL import Image, ImageFilter
 from latent_shift import distances, metrics
 from latent_shift.distances import Unmeasurable
 from latent_shift.extractors import Extractor
+from latent_shift.terminal import markdown
 
 
 def noisy(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
@@ -84,15 +84,12 @@ def verify(
 
 def table(results: dict[str, dict[str, list[float]]], strengths: Sequence[float] = STRENGTHS) -> str:
     """Markdown: a row for each measure and way, with an arrow where it only rises or only falls, or stays."""
-    rows: list[list[Any]] = [
-        ["measure", "spoilt by", "whole", *(f"{strength:g}" for strength in strengths), ""],
-        ["---"] * (len(strengths) + 4),
-    ]
+    rows = []
     for name in next(iter(results.values())):
         for way, measures in results.items():
             values = measures[name]
             rows.append([name, way, *(f"{value:.4g}" for value in values), trend(values)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(["measure", "spoilt by", "whole", *(f"{strength:g}" for strength in strengths), ""], rows)
 
 
 def trend(values: Sequence[float], *, tolerance: float = 0.01) -> str:

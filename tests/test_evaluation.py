@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_the_kept_clips(system, protocol, packed, tmp_p
     again = Measuring(system, six, lambda k: drawn(k % 3), tmp_path / "six", tmp_path / "six" / "tiny", Weights(), None)
     top5 = again.retrieval()[1]
     rows = [again.features(extractors.efficientnet(), real=each).mean(axis=1) for each in (False, True)]
-    ranks = metrics.retrieval_ranks(*(each / np.linalg.norm(each, axis=1, keepdims=True) for each in rows))
+    ranks = metrics.retrieval_ranks(*(each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in rows))
     assert (top5["measure"], top5["samples"], top5["value"]) == ("retrieval_top5", 6, np.mean(ranks <= 5))
     protocol.store.splits = {"train"}  # as of a set that holds nothing out
     result = evaluate(system, protocol, tmp_path / "train")

@@ -22,7 +22,7 @@ or take the CUDA build all the same:                                     make CU
 endef
 export NO_CPU_TORCH
 
-.PHONY: demo test faults check format emoji emoji-gpu sheet modes table ablation compare compare-image page bench clean
+.PHONY: demo test faults check format emoji emoji-gpu sheet modes table tables ablation compare compare-image page bench clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -164,6 +164,10 @@ NOTE := shift, attention (the baseline Latent-VDM) and none are small models, tr
 	none and half of their steps on single frames instead of one in five. emoji is the model of the package: larger, trained for hours \
 	and on a GPU, and drawing through noise that is alike from frame to frame; it shows what the shift comes to, not what holding its \
 	ends is worth.
+
+# The tables in README and docs/evaluation.md, anew from docs/results.
+tables: $(VENV)/.core
+	$(BIN)/python docs/tables.py
 
 page: docs/results/sweep.json | $(VENV)/.dev
 	$(BIN)/latent-shift report docs/page evals/systems --show shift --show attention --show none --show vdm --show emoji --note "$(NOTE)" \

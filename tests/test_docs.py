@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import runpy
 import shlex
 import shutil
 import socket
@@ -122,6 +123,13 @@ def test_the_method_example(video_model):
         exec(example, names)
     assert names["epsilon"].shape == (32, 4, 4, 4)
     assert ls.shift_of(names["unet"]) is None
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/evaluation.md"])
+def test_tables_are_of_the_results(name):
+    tables = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+    assert name in tables["PAGES"]
+    assert tables["with_tables"](name) == (ROOT / name).read_text(), "make tables"
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import traced
-from diffusers import UNet2DConditionModel
 from test_cli import run
 from test_finetune import RECIPE
 
-from latent_shift import benchmark, memory, models, scale, sweep, zoo
+from latent_shift import benchmark, contenders, memory, models, scale, sweep, zoo
 from latent_shift.config import load
 from latent_shift.shift import Shift, frames, inflate
 
@@ -32,7 +31,7 @@ def test_the_shift_multiplies_nothing_and_moves_little():
     """The guard against a slow shift that no other work on the machine can hide: at the size of Stable Diffusion 1.5, whose operations are
     counted and not computed, it reads and writes 1.6 % more than the same U-Net frame by frame; one more copy would be 3 %."""
     with torch.device("meta"):
-        plain = UNet2DConditionModel(**benchmark._FULL.widths, attention_head_dim=benchmark._FULL.heads).eval()
+        plain = contenders.FULL.image_unet().eval()
         latents, text = torch.empty(16, 4, 32, 32), torch.empty(16, 77, 768)
     shifted, works = inflate(copy.deepcopy(plain), Shift()), []
     for network, together in ((plain, contextlib.nullcontext()), (shifted, frames(shifted, 16))):

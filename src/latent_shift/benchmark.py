@@ -14,35 +14,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 from latent_shift import families, finetune, memory, models, zoo
 from latent_shift.config import Config, Model
+from latent_shift.contenders import SMALL, contenders
 from latent_shift.diffusion import DenoisingObjective, attention_kernel, noise_schedule
-from latent_shift.latent_vdm import LatentVDMUNet
 from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of
 from latent_shift.terminal import quiet
-
-
-class Size(NamedTuple):
-    """Of the U-Nets that are timed. `heads` is how many (in `attention_head_dim` of diffusers' 2D U-Nets, too), ModelScope's U-Net wants
-    how wide they are."""
-
-    widths: dict[str, Any]
-    heads: int | tuple[int, ...]
-    width_of_heads: int
-
-
-_SMALL = Size(dict(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128), (2, 4, 8, 8), 32)
-_FULL = Size(dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768), 8, 64)
 
 
 def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2) -> dict[str, dict[str, float]]:
@@ -114,7 +100,7 @@ def shift_overhead(
         unet: not changed. If it is inflated its own shift is timed. None takes one of widths 64/128/256/256, two layers a block (34 M
             parameters), at 32.
     """
-    unet = unet or UNet2DConditionModel(**_SMALL.widths, attention_head_dim=_SMALL.heads)
+    unet = unet or SMALL.image_unet()
     side = size or int(unet.config.sample_size)
     plain = deflate(copy.deepcopy(unet)).to(device).eval()
     shifted = inflate(copy.deepcopy(plain), shift_of(unet) or Shift())
@@ -142,70 +128,6 @@ def shift_overhead(
     }  # fmt: skip
 
 
-@dataclass
-class Contender:
-    """A U-Net as its pipeline calls it.
-
-    Attributes:
-        network: with random weights.
-        call: (clips, frames, side of the latents) to a function without arguments, one step of sampling.
-        most_frames: that it can see at once; None: any number.
-    """
-
-    network: torch.nn.Module
-    call: Callable[[int, int, int], Callable[[], object]]
-    most_frames: int | None = None
-
-
-def contenders(
-    *, text_length: int = 77, device: str = "cpu", dtype: torch.dtype = torch.float32, channels_last: bool = False, compiled: bool = False,
-    full: bool = False, only: str | None = None,
-) -> dict[str, Contender]:  # fmt: skip
-    """U-Nets of the same widths, 64/128/256/256, two layers a block, or in `full` those of Stable Diffusion 1.5: Latent-Shift's, frame by
-    frame the image model that all of them begin with, the paper's baseline Latent-VDM, AnimateDiff's and ModelScope's; or `only` one of
-    them."""
-    size = _FULL if full else _SMALL
-    widths, heads, of_heads = size.widths, size.heads, size.width_of_heads
-    make: dict[str, Callable[[], torch.nn.Module]] = {
-        "Latent-Shift": lambda: inflate(UNet2DConditionModel(**widths, attention_head_dim=heads)),
-        "frame by frame": lambda: UNet2DConditionModel(**widths, attention_head_dim=heads),
-        "Latent-VDM": lambda: LatentVDMUNet(**widths, attention_head_dim=heads),
-        "AnimateDiff (UNetMotionModel)": lambda: UNetMotionModel(**widths, num_attention_heads=heads),
-        "ModelScope (UNet3DConditionModel)": lambda: UNet3DConditionModel(**widths, attention_head_dim=of_heads),
-    }
-    found = {}
-    for name in [only] if only else list(make):
-        torch.manual_seed(0)
-        with torch.device(device):  # random weights are drawn where they stay: at full size minutes on a CPU
-            network = make[name]()
-        torch.nn.Module.to(network, device, dtype).eval()
-        for parameter in network.parameters() if channels_last else ():
-            if parameter.ndim == 4:  # ModelScope's has convolutions over time beside
-                parameter.data = parameter.data.to(memory_format=torch.channels_last)
-        if name in ("Latent-Shift", "Latent-VDM"):
-            share_text(network)  # type: ignore[arg-type]
-        run = torch.compile(network) if compiled else network
-
-        def call(clips: int, num_frames: int, side: int, name=name, network=network, run=run) -> Callable[[], object]:
-            x = torch.randn(clips * num_frames, 4, side, side, device=device, dtype=dtype)
-            text = torch.randn(clips, text_length, widths["cross_attention_dim"], device=device, dtype=dtype)
-            of_frames = text.repeat_interleave(num_frames, dim=0)
-            if isinstance(network, UNetMotionModel | UNet3DConditionModel):
-                x = x.unflatten(0, (clips, num_frames)).transpose(1, 2)
-                return lambda: run(x, 500, of_frames if isinstance(network, UNetMotionModel) else text)
-            if name == "frame by frame":
-                return lambda: run(x, 500, of_frames)
-
-            def as_clips() -> object:
-                with frames(network, num_frames):
-                    return run(x, 500, text)
-
-            return as_clips
-
-        found[name] = Contender(network, call, 32 if isinstance(network, UNetMotionModel) else None)  # its table of positions ends there
-    return found
-
-
 def against_peers(
     *, num_frames: int = 16, rounds: int = 5, device: str = "cpu", dtype: torch.dtype = torch.float32, channels_last: bool = False,
     compiled: bool = False, text_length: int = 77,
@@ -221,11 +143,11 @@ def against_peers(
 def savings(*, num_frames: int = 16, text_length: int = 77, rounds: int = 10, device: str = "cpu") -> dict:
     """A guided step of the 34 M U-Net as the pipeline runs it, against one with the text for each frame, and one in two calls."""
     torch.manual_seed(0)
-    each = inflate(UNet2DConditionModel(**_SMALL.widths, attention_head_dim=_SMALL.heads).to(device).eval())
+    each = inflate(SMALL.image_unet().to(device).eval())
     once = copy.deepcopy(each)
     share_text(once)
     x = torch.randn(num_frames, 4, 32, 32, device=device).repeat(2, 1, 1, 1)
-    text = torch.randn(2, text_length, _SMALL.widths["cross_attention_dim"], device=device)
+    text = torch.randn(2, text_length, SMALL.widths["cross_attention_dim"], device=device)
 
     def call(network: UNet2DConditionModel, x: torch.Tensor, text: torch.Tensor) -> object:
         with frames(network, num_frames):

@@ -15,12 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latent_shift import memory, models, zoo
-from latent_shift.benchmark import alone, contenders, paired
+from latent_shift.benchmark import alone, paired
+from latent_shift.contenders import MAKERS, contenders
 from latent_shift.terminal import markdown
 
-CONTENDERS = (
-    "Latent-Shift", "frame by frame", "Latent-VDM", "AnimateDiff (UNetMotionModel)", "ModelScope (UNet3DConditionModel)",
-)  # fmt: skip
 FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 _OVERWRITES = {torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_}  # what they write over they do not read
@@ -30,7 +28,7 @@ def sweep(
     *, num_frames: Sequence[int] = FRAMES, sides: Sequence[int] = (8, 16, 32, 64), clips: Sequence[int] = (1, 2, 4), side: int = 16,
     full: bool = False, rounds: int = 3, device: str = "cpu", dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:  # fmt: skip
-    """Every contender of benchmark.py along three lines: frames of one clip, the size of the latents, and clips at once.
+    """Every one of contenders.py along three lines: frames of one clip, the size of the latents, and clips at once.
 
     Args:
         num_frames: of one clip, at latents of `side`.
@@ -151,7 +149,7 @@ def memory_of_steps(
     num_frames: Sequence[int] = FRAMES, *, side: int = 16, full: bool = False, dtype: torch.dtype = torch.float32
 ) -> list[dict[str, Any]]:
     """On a CPU: what a process takes before a step of a contender, its weights among it, and at the step's peak, GiB, each alone."""
-    return [alone(_memory_of_step, name, number, side, full, dtype) for name in CONTENDERS for number in num_frames]
+    return [alone(_memory_of_step, name, number, side, full, dtype) for name in MAKERS for number in num_frames]
 
 
 def _memory_of_step(name: str, num_frames: int, side: int, full: bool, dtype: torch.dtype) -> dict[str, Any]:

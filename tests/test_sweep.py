@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_cli import run
 
-from latent_shift import benchmark, contenders, models, sweep
+from latent_shift import benchmark, contenders, models, plots, sweep
 from latent_shift.shift import temporal_shift
 
 SMALL = dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=32)
@@ -111,6 +111,8 @@ def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path)
         "sweep-frames-a-second-by-clips.svg", "sweep-memory-at-the-peak-of-one-step.svg", "sweep-relative-to-latent-shift.svg",
         "sweep-share-of-the-roofline.svg", "sweep-time-of-one-step-by-size.svg", "sweep-time-of-one-step.svg",
     ]  # fmt: skip
+    again = plots.save(result, tmp_path / "again")
+    assert [path.read_text() for path in again] == [(tmp_path / "plots" / path.name).read_text() for path in again]  # no ids by chance
     assert "Relative to Latent-Shift</text>" in (tmp_path / "plots" / "sweep-relative-to-latent-shift.svg").read_text()
 
 

@@ -63,7 +63,7 @@ def plots(sweep: dict[str, Any], *, name: str = "sweep") -> list[dict[str, str]]
         axes.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=2, fontsize="x-small", frameon=False)
         text = io.StringIO()
-        with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters, not their outlines
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # letters, not outlines; the same ids each time
             figure.savefig(text, format="svg", metadata={"Date": None})
         plt.close(figure)
         svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-{len(found)}-", text.getvalue())  # several stand in one page

@@ -40,34 +40,39 @@ def more(record: Record, places: int, *, of: bool) -> str:
     return f"**{text}**" if there["low"] > 0 or there["high"] < 0 else text
 
 
-CLIP = [  # label, measure, places: of the clips alone, so of real ones too
-    ("motion energy, grey levels", "motion_energy", 2),
-    ("flicker, grey levels", "flicker", 2),
-    ("persistence", "persistence", 2),
-    ("coherence", "coherence", 3),
-    ("warping error, grey levels", "warping_error", 2),
-    ("loop gap, steps", "loop_gap", 2),
-]
-KERNEL = [
-    ("kernel distance of frames, EfficientNet-lite0", "kd-efficientnet-lite0"),
-    ("kernel distance of how frames change", "kd-efficientnet-lite0-motion"),
-]
+CLIP = {  # of the clips alone, so of real ones too
+    "motion_energy": "motion energy, grey levels",
+    "flicker": "flicker, grey levels",
+    "persistence": "persistence",
+    "coherence": "coherence",
+    "warping_error": "warping error, grey levels",
+    "loop_gap": "loop gap, steps",
+}
+LABELS = CLIP | {
+    "kd-efficientnet-lite0": "kernel distance of frames, EfficientNet-lite0",
+    "kd-efficientnet-lite0-motion": "kernel distance of how frames change",
+    "motion_error": "motion error, factor",
+    "denoising_error": "denoising error of real clips",
+    "denoising_error_of_end_frames": "of their first and last frames",
+    "motion_seen_at_375": "their motion, seen through the noise of timestep 375",
+    "retrieval_top5": "right caption in the first five of 60",
+}
 
 
 def emoji() -> str:
     """`make table`."""
     (records,) = systems_of("emoji").values()
-    rows = [[label, interval(records[name], decimals(3)), ""] for label, name in KERNEL]
+    one = lambda name, places: [LABELS[name], interval(records[name], decimals(places)), ""]  # noqa: E731
+    rows = [one("kd-efficientnet-lite0", 3), one("kd-efficientnet-lite0-motion", 3)]
     rows += [
         ["right caption first of 100", interval(records["retrieval_top1"], percent), "100%"],
         ["right caption in the first five", interval(records["retrieval_top5"], percent), "100%"],
-        ["motion error, factor", interval(records["motion_error"], decimals(2)), "1"],
+        [*one("motion_error", 2)[:2], "1"],
     ]
-    rows += [[label, *(interval(records[name + of], decimals(places)) for of in ("", "_real"))] for label, name, places in CLIP]
-    rows += [
-        ["denoising error of real clips", interval(records["denoising_error"], decimals(4)), ""],
-        ["of their first and last frames", interval(records["denoising_error_of_end_frames"], decimals(4)), ""],
-    ]
+    for name, label in CLIP.items():
+        shown = decimals(3 if name == "coherence" else 2)
+        rows.append([label, *(interval(records[name + of], shown) for of in ("", "_real"))])
+    rows += [one("denoising_error", 4), one("denoising_error_of_end_frames", 4)]
     for timestep in (125, 375, 625, 875):
         seen = [records[f"motion_seen_at_{timestep}{how}"] for how in ("", "_frame_by_frame")]
         label = f"their motion, seen through the noise of timestep {timestep}; of each frame alone"
@@ -90,22 +95,14 @@ def compared() -> str:
         ["loss on held-out clips", *loss_of(names), ""],
         ["parameters", *(f"{sizes[name] / 1e6:.2f} M" for name in names), ""],
     ]
-    for label, measure, places in (
-        ("denoising error of real clips", "denoising_error", 3),
-        ("of their first and last frames", "denoising_error_of_end_frames", 3),
-        ("their motion, seen through the noise of timestep 375", "motion_seen_at_375", 3),
-        ("motion error, factor", "motion_error", 3),
-        ("flicker, grey levels", "flicker", 2),
-        ("warping error, grey levels", "warping_error", 2),
-        ("persistence", "persistence", 3),
-        ("coherence", "coherence", 3),
-        ("loop gap, steps", "loop_gap", 3),
-        ("right caption in the first five of 60", "retrieval_top5", 3),
-    ):
+    for measure, places in {
+        "denoising_error": 3, "denoising_error_of_end_frames": 3, "motion_seen_at_375": 3, "motion_error": 3, "flicker": 2, "warping_error": 2,
+        "persistence": 3, "coherence": 3, "loop_gap": 3, "retrieval_top5": 3,
+    }.items():  # fmt: skip
         first, *others = (systems[name][measure] for name in names)
         real = systems["shift"].get(f"{measure}_real")
         beside = [f"{record['value']:.{places}f}; {more(record, places, of=True)}" for record in others]
-        rows.append([label, interval(first, decimals(places)), *beside, f"{real['value']:.{places}f}" if real else ""])
+        rows.append([LABELS[measure], interval(first, decimals(places)), *beside, f"{real['value']:.{places}f}" if real else ""])
     return markdown(["measure", "shift", "shift, ends held", "attention", "no shift", "real clips"], rows)
 
 
@@ -152,19 +149,15 @@ def beside() -> str:
     names, systems = ("shift", "attention", "none", "vdm", "emoji"), systems_of("systems")
     sizes = {found["system"]["system"]: found["system"]["parameters"] for found in result("systems")}
     rows = [["parameters", *(f"{sizes[name] / 1e6:.1f} M" for name in names), ""]]
-    for label, measure, places, real in (
-        *((label, name, 2, "") for label, name in KERNEL),
-        ("right caption in the first five of 60", "retrieval_top5", 2, "1"),
-        ("motion error, factor", "motion_error", 2, "1"),
-        ("flicker, grey levels", "flicker", 1, None),
-        ("warping error, grey levels", "warping_error", 1, None),
-        ("persistence", "persistence", 2, None),
-        ("coherence", "coherence", 3, None),
-        ("loop gap, steps", "loop_gap", 2, None),
-    ):
+    for measure, places in {
+        "kd-efficientnet-lite0": 2, "kd-efficientnet-lite0-motion": 2, "retrieval_top5": 2, "motion_error": 2, "flicker": 1, "warping_error": 1,
+        "persistence": 2, "coherence": 3, "loop_gap": 2,
+    }.items():  # fmt: skip
         shown = decimals(places)
+        real = systems["shift"].get(f"{measure}_real")
+        best = "1" if measure in ("retrieval_top5", "motion_error") else ""
         cells = [interval(systems[name][measure], shown) for name in names]
-        rows.append([label, *cells, interval(systems["shift"][f"{measure}_real"], shown) if real is None else real])
+        rows.append([LABELS[measure], *cells, interval(real, shown) if real else best])
     return markdown(["measure", "shift", "Latent-VDM", "no shift", "VDM", "`emoji`", "real clips"], rows)
 
 
@@ -272,8 +265,9 @@ def with_tables(page: str) -> str:
     """The page, each table in it that has the head of one of ours replaced by ours."""
     text = (ROOT / page).read_text()
     for table in PAGES[page]:
-        head = table().split("\n", 1)[0]
-        text, found = re.subn(rf"^{re.escape(head)}\n(?:\|.*\|$\n?)+", lambda _, made=table(): f"{made}\n", text, flags=re.MULTILINE)
+        made = table()
+        head = made.split("\n", 1)[0]
+        text, found = re.subn(rf"^{re.escape(head)}\n(?:\|.*\|$\n?)+", lambda _, made=made: f"{made}\n", text, flags=re.MULTILINE)
         if found != 1:
             raise ValueError(f"{page} has {found} tables that begin with {head}")
     return text

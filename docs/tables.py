@@ -81,9 +81,9 @@ def emoji() -> str:
     return markdown(["measure", "emoji", "real clips"], rows)
 
 
-def loss_of(names: Iterable[str]) -> list[str]:
+def loss_of(names: Iterable[str], training: str = "compare-training") -> list[str]:
     """On held-out clips, of runs of `make compare`."""
-    runs = {Path(run["run"]).name: run for run in result("compare-training")}
+    runs = {Path(run["run"]).name: run for run in result(training)}
     return [f"{runs[name]['val_loss']:.4f}" for name in names]
 
 
@@ -122,26 +122,43 @@ PARTS = {
 }
 
 
+COLUMNS = {
+    "denoising error": ("denoising_error", 3),
+    "of end frames": ("denoising_error_of_end_frames", 3),
+    "motion seen at 375": ("motion_seen_at_375", 3),
+    "motion error": ("motion_error", 3),
+    "flicker": ("flicker", 2),
+    "warping error": ("warping_error", 2),
+    "loop gap": ("loop_gap", 3),
+    "right caption in five": ("retrieval_top5", 3),
+}
+
+
+def measured(name: str, models: Iterable[str]) -> list[list[str]]:
+    """Of each model the loss and the measures: of the first the values, of the others what is more than the first's."""
+    systems, rows = systems_of(name), list[list[str]]()
+    for loss, model in zip(loss_of(models, f"{name}-training"), models, strict=True):
+        found = [(systems[model][measure], places) for measure, places in COLUMNS.values()]
+        rows.append([loss, *(more(record, places, of=False) if rows else f"{record['value']:.{places}f}" for record, places in found)])
+    return rows
+
+
+HEADS = ["loss on held-out clips", *COLUMNS]
+
+
 def parts() -> str:
     """`make compare`: every part of the shift."""
-    columns = {
-        "denoising error": ("denoising_error", 3),
-        "of end frames": ("denoising_error_of_end_frames", 3),
-        "motion seen at 375": ("motion_seen_at_375", 3),
-        "motion error": ("motion_error", 3),
-        "flicker": ("flicker", 2),
-        "warping error": ("warping_error", 2),
-        "loop gap": ("loop_gap", 3),
-        "right caption in five": ("retrieval_top5", 3),
-    }
-    systems, rows = systems_of("compare"), list[list[str]]()
-    for (name, label), loss in zip(PARTS.items(), loss_of(PARTS), strict=True):
-        records = [(systems[name][measure], places) for measure, places in columns.values()]
-        cells = [more(record, places, of=False) if rows else f"{record['value']:.{places}f}" for record, places in records]
-        rows.append([label, loss, *cells])
-    real = [f"{systems['shift'][f'{name}_real']['value']:.2f}" for name in ("flicker", "warping_error", "loop_gap")]
-    rows.append(["real clips", "", "", "", "", "1", *real, ""])
-    return markdown(["what is changed", "loss on held-out clips", *columns], rows)
+    rows = [[label, *cells] for label, cells in zip(PARTS.values(), measured("compare", PARTS), strict=True)]
+    real = [f"{systems_of('compare')['shift'][f'{name}_real']['value']:.2f}" for name in ("flicker", "warping_error", "loop_gap")]
+    return markdown(["what is changed", *HEADS], [*rows, ["real clips", "", "", "", "", "1", *real, ""]])
+
+
+def again() -> str:
+    """`make compare` in float32; what was trained anew in bf16."""
+    models = [model for model in PARTS if model in systems_of("compare-bf16")]
+    both = zip(models, measured("compare", models), measured("compare-bf16", models), strict=True)
+    rows = [[PARTS[model], *map("; ".join, zip(*cells, strict=True))] for model, *cells in both]
+    return markdown(["what is changed, in float32; in bf16", *HEADS], rows)
 
 
 def beside() -> str:
@@ -257,7 +274,7 @@ def training_memory() -> str:
 
 PAGES = {
     "README.md": (emoji, compared, overhead, swept, peers, swept_at_full_size, long_clips, training_memory),
-    "docs/evaluation.md": (spoilt, parts, beside),
+    "docs/evaluation.md": (spoilt, parts, again, beside),
 }
 
 

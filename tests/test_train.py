@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import tempfile
 from pathlib import Path
@@ -124,6 +125,11 @@ def test_the_precision_is_that_of_the_device(latents, tmp_path, monkeypatch, cap
     assert "no units for bf16" in caplog.text
     assert zoo.precision_of("auto", torch.device("cuda")) == "bf16"  # of a machine that is elsewhere
     assert zoo.precision_of("fp16", torch.device("cpu")) == "fp16"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads what Linux says of an x86")
+def test_units_for_bf16_are_those_the_processor_has():
+    assert zoo.has_bf16_units() == ("avx512_bf16" in Path("/proc/cpuinfo").read_text().split())
 
 
 def test_a_checkpoint_that_was_left_out_does_not_push_out_whole_ones(latents, tmp_path):

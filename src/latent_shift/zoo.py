@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import os
+import platform
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -53,7 +54,7 @@ def device_of(name: str | torch.device | None = None) -> torch.device:
 
 def precision_of(name: str, device: torch.device) -> str:
     """What train.precision means on a device: "auto" is bf16 where there are units for it, on older GPUs fp16, else float32 ("no"). A
-    CPU without them takes 50 times as long for a product of matrices in bf16 as in float32 (AVX2, PyTorch 2.13)."""
+    CPU without them takes longer for a product of matrices in bf16 than in float32 (50 times with AVX2, PyTorch 2.13)."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -62,8 +63,11 @@ def precision_of(name: str, device: torch.device) -> str:
 
 
 def has_bf16_units() -> bool:
-    """Whether this CPU multiplies in bf16 (oneDNN's own answer)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether this CPU multiplies in bf16. oneDNN says yes of every x86 with AVX-512, where it may only imitate it, and of some
+    without, where it has no gradients."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def load(

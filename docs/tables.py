@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,9 @@ def emoji() -> str:
     return markdown(["measure", "emoji", "real clips"], rows)
 
 
-def loss_of(names: Iterable[str], training: str = "compare-training") -> list[str]:
+def loss_of(names: Iterable[str], of: str = "compare") -> list[str]:
     """On held-out clips, of runs of `make compare`."""
-    runs = {Path(run["run"]).name: run for run in result(training)}
+    runs = {Path(run["run"]).name: run for run in result(f"{of}-training")}
     return [f"{runs[name]['val_loss']:.4f}" for name in names]
 
 
@@ -134,10 +134,10 @@ COLUMNS = {
 }
 
 
-def measured(name: str, models: Iterable[str]) -> list[list[str]]:
+def measured(name: str, models: Collection[str]) -> list[list[str]]:
     """Of each model the loss and the measures: of the first the values, of the others what is more than the first's."""
     systems, rows = systems_of(name), list[list[str]]()
-    for loss, model in zip(loss_of(models, f"{name}-training"), models, strict=True):
+    for loss, model in zip(loss_of(models, name), models, strict=True):
         found = [(systems[model][measure], places) for measure, places in COLUMNS.values()]
         rows.append([loss, *(more(record, places, of=False) if rows else f"{record['value']:.{places}f}" for record, places in found)])
     return rows
@@ -154,10 +154,11 @@ def parts() -> str:
 
 
 def again() -> str:
-    """`make compare` in float32; what was trained anew in bf16."""
+    """`make compare` in float32; what was trained anew in bf16; and the first of them, trained anew in float32."""
     models = [model for model in PARTS if model in systems_of("compare-bf16")]
     both = zip(models, measured("compare", models), measured("compare-bf16", models), strict=True)
     rows = [[PARTS[model], *map("; ".join, zip(*cells, strict=True))] for model, *cells in both]
+    rows.insert(1, ["the first again, in float32", *measured("compare-float32", ["shift"])[0]])
     return markdown(["what is changed, in float32; in bf16", *HEADS], rows)
 
 

@@ -252,6 +252,11 @@ def test_systems_are_compared_clip_by_clip(system, protocol, video_model, tmp_pa
     shown = evaluation.table([same, other])
     assert "with a sign what is more than of tiny, of the same clips" in shown
     assert "{value:+.3g} ({low:+.3g} to {high:+.3g})".format(**more["flicker"]) in shown
+    lacking = evaluation.lacking([same, {**other, "skipped": {**other["skipped"], "denoising": "there is a reason"}}])
+    assert lacking == [
+        *(f"no {name}: {reason}" for name, reason in same["skipped"].items()),
+        "no denoising of more guided: there is a reason",
+    ]
 
 
 def test_a_compiled_system_draws_the_same(system, protocol, video_model, tmp_path, monkeypatch):

@@ -255,9 +255,8 @@ def evaluate(
         return
     results = evaluation.compared(results, where)
     print(evaluation.table(results))
-    for result in results:
-        for measure, reason in result["skipped"].items():
-            print(f"{result['system']['system']}: no {measure}: {reason}")
+    for line in evaluation.lacking(results):
+        print(line)
     if output:
         save_json(results, output)
 

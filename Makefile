@@ -158,12 +158,12 @@ compare: $(RUNS) runs/compare/vdm/model/model_index.json data/emoji-128/store.js
 	$(BIN)/latent-shift eval data/emoji-128 --protocol classes -m emoji --out evals/classes
 	$(MAKE) page
 
-NOTE := shift, attention (the baseline Latent-VDM) and none are small models, trained for 600 steps from one image model, vdm (Video \
-	Diffusion Models, in pixels) for as many multiplications as shift. Where single parts of the shift are changed, seed-1 is shift \
-	trained again with other random numbers, and what differs by no more than it says nothing, bold or not. no-stills and half-stills had \
-	none and half of their steps on single frames instead of one in five. emoji is the model of the package: larger, trained for hours \
-	and on a GPU, and drawing through noise that is alike from frame to frame; it shows what the shift comes to, not what holding its \
-	ends is worth.
+NOTE := shift, attention (the baseline Latent-VDM) and none are small models, trained for 600 steps from one image model; vdm (Video \
+	Diffusion Models, in pixels) was trained with as many multiplications as shift. seed-1 is shift trained again with other random \
+	numbers: where single parts of the shift are changed, a difference no larger than that of seed-1 means nothing, bold or not. no-stills \
+	and half-stills spent none and half of their steps on single frames instead of one in five. emoji is the model of the package: larger, \
+	trained for hours and on a GPU, and sampling from noise that is correlated between frames; it shows what the shift can reach, not what \
+	holding its ends is worth.
 
 # The tables in README and docs/evaluation.md, anew from docs/results.
 tables: $(VENV)/.core
@@ -172,6 +172,12 @@ tables: $(VENV)/.core
 page: docs/results/sweep.json | $(VENV)/.dev
 	$(BIN)/latent-shift report docs/page evals/systems --show shift --show attention --show none --show vdm --show emoji --note "$(NOTE)" \
 		--ablation evals/parts-of-the-shift --training docs/results/compare-training.json --classes evals/classes --sweep $< --sweep docs/results/sweep-h200.json
+
+# What README shows of it, by a Chromium.
+docs/page.png: docs/page/index.html
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=4000 --window-size=1100,1500 --screenshot=$@ \
+		"file://$(abspath $<)"
+	$(BIN)/python -c "from PIL import Image; Image.open('$@').convert('RGB').quantize(128).save('$@', optimize=True)"
 
 docs/results/sweep.json: | $(VENV)/.dev
 	$(BIN)/latent-shift bench sweep -o $@ --plots docs/results

@@ -108,6 +108,9 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
     ):
         with pytest.raises(ValueError, match=message):
             run("eval", "pixels", "-m", "a=runs/v/model", "--num", 2, "--steps", 1, "--weights", option)
+    with pytest.raises(ValueError, match="--noise: protocol classes shows models no real clips through noise"):
+        run("eval", "pixels", "-m", "a=runs/v/model", "--protocol", "classes", "--num", 2, "--noise", 0, 0)
+    assert "Invalid value for '--batch-size'" in runner.invoke(cli.app, ["eval", "pixels", "--batch-size", "0"]).output
     (tmp_path / "prompts.txt").write_text("# two prompts\na red square\nblue\n")
     run("sheet", "prompts.txt", "sheet.png", "sheet.webp", "-m", "runs/v/model", "--steps", 1, "--device", "cpu")
     assert video.read("sheet.png")[0].shape == (1, 2 * (32 + 14), 4 * 32 + 3 * 2, 3)
@@ -141,14 +144,23 @@ def test_every_way_of_generating(video_model, media, tmp_path, monkeypatch):
     assert not np.array_equal(seen["chunk"], seen["long"])
 
 
-def test_bench_and_models_print_what_they_found(video_model, tmp_path):
+def test_bench_and_models_print_what_they_found(video_model, tmp_path, monkeypatch):
     result = json.loads(run("bench", "--frames", 4, "--size", 8, "--rounds", 2, "-o", tmp_path / "bench.json"))
     assert result == json.loads((tmp_path / "bench.json").read_text())
     assert result["frame by frame"]["ratio"] == 1
     assert result["with the shift"]["seconds"] > 0
     assert result["parameters"] > 30e6
     assert "emoji" in run("models")
+    times: list[list[str]] = []
+    started = subprocess.run
+
+    def recorded(words, **options):
+        times.append(words)
+        return started(words, **options)
+
+    monkeypatch.setattr(subprocess, "run", recorded)
     own = json.loads(run("bench", "-m", video_model, "--rounds", 1, "--frames", 2, "--commands"))
+    assert [words[words.index("-m", 3) + 1] for words in times if "generate" in words] == [str(video_model)]  # its command, not emoji's
     assert (own["latents"], own["text_length"], own["model"]) == (4, 20, str(video_model))
     assert own["parameters"] < 1e6
     assert 0 < own["commands, seconds"]["latent-shift --help"] < own["commands, seconds"]["latent-shift generate"]
@@ -160,6 +172,7 @@ def test_bench_and_models_print_what_they_found(video_model, tmp_path):
         (["generate", "x", "-m", "emjoi"], "did you mean 'emoji'"),
         (["train", "absent.toml"], "absent.toml"),
         (["data", "check", "absent"], "absent: no such folder"),
+        (["bench", "--rounds", "3", "-m", "emoji", "peers"], "bench peers: its options come after it, not before it: --rounds, --model"),
         (["data", "preview", "absent", "a.png"], "not a packed data set"),
         (["data", "preview", "absent", "a.jpeg"], "a.jpeg: expected one of .mp4"),
         (["generate", "x", "-o", "clip.avi"], "expected one of .mp4"),

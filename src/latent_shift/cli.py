@@ -204,7 +204,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="KIND=PATH of a network to measure with: i3d, c3d, inception, videomae or clip; may be repeated"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="clips at once")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="clips at once")] = 5,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="the networks by torch.compile: minutes at first, every clip sooner")] = False,
     noise: Annotated[
@@ -232,6 +232,8 @@ def evaluate(
     if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.num_frames_of(named[0][2])
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
+    if noise is not None and "denoising" not in task.measures:
+        raise ValueError(f"--noise: protocol {protocol} shows models no real clips through noise; expected own or emoji")
     networks, first = measuring.Weights.told(weights or [], device=str(zoo.device_of(device))), os.environ.get("RANK", "0") == "0"
     if first:  # who measures
         networks.check(task.measures)
@@ -255,8 +257,8 @@ def evaluate(
         return
     results = evaluation.compared(results, where)
     print(evaluation.table(results))
-    for line in evaluation.lacking(results):
-        print(line)
+    for measure, reason in evaluation.lacking(results):
+        print(f"no {measure}: {reason}")
     if output:
         save_json(results, output)
 

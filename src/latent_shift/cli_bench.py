@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from click.core import ParameterSource
 
 from latent_shift.terminal import markdown, quiet, save_json
 
@@ -30,7 +31,10 @@ def shift(
     commands: Annotated[bool, typer.Option("--commands", help="also time whole commands, loading included")] = False,
     output: Output = None,
 ) -> None:
-    if context.invoked_subcommand is not None:
+    if command := context.invoked_subcommand:
+        given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+        if given:
+            raise ValueError(f"bench {command}: its options come after it, not before it: --{', --'.join(given)}")
         return
     quiet()
     from latent_shift import benchmark, zoo
@@ -43,7 +47,7 @@ def shift(
     result = benchmark.machine(device) | {"model": model}
     result |= benchmark.shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, **own)
     if commands:
-        result["commands, seconds"] = benchmark.command_seconds(rounds=min(rounds, 3), device=device)
+        result["commands, seconds"] = benchmark.command_seconds(model or "emoji", rounds=min(rounds, 3), device=device)
     _show(result, output)
 
 

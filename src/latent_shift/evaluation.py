@@ -219,14 +219,16 @@ def table(results: list[dict[str, Any]]) -> str:
     return line + "\n\n" + markdown(["measure", *head], rows)
 
 
-def lacking(results: list[dict[str, Any]]) -> list[str]:
-    """What was not measured and why, a line each; of which systems, where it is not all."""
+def lacking(results: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What was not measured and why: of all systems, or with the names of those that it was not measured of."""
     systems: dict[tuple[str, str], list[str]] = {}
     for result in results:
         for measure, reason in result["skipped"].items():
             systems.setdefault((measure, reason), []).append(result["system"]["system"])
-    of = {key: f" of {', '.join(names)}" if len(names) < len(results) else "" for key, names in systems.items()}
-    return [f"no {measure}{of[measure, reason]}: {reason}" for measure, reason in systems]
+    return [
+        (measure if len(names) == len(results) else f"{measure} of {', '.join(names)}", reason)
+        for (measure, reason), names in systems.items()
+    ]
 
 
 def _shown(record: dict[str, Any] | None) -> str:

@@ -46,7 +46,7 @@ class Extractor:
         run: `(B, F, H, W, 3) uint8` to `(B or N, D)`.
         num_frames: that it must be given; None: any number.
         least_frames: that it must be given.
-        frechet, kernel: what the distances of these features are called.
+        frechet, kernel: what the distances of these features are called; empty: they are classes' probabilities, which have none.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Extractor:
     preprocessing: str
     of: Literal["clip", "frame"]
     run: Callable[[Tensor], Tensor]
-    frechet: str
-    kernel: str
+    frechet: str = ""
+    kernel: str = ""
     num_frames: int | None = None
     least_frames: int = 1
 
@@ -95,7 +95,7 @@ def c3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
     network = _script(path, device)
     run = lambda clips: network(_scripted(clips, device))  # noqa: E731
     _try(run, 101, "c3d", path, probabilities=True)
-    return Extractor("c3d-ucf101", digest(path), "0..255, scaled by the file itself", "clip", run, "fd-c3d", "kd-c3d", 16)
+    return Extractor("c3d-ucf101", digest(path), "0..255, scaled by the file itself", "clip", run, num_frames=16)
 
 
 def inception(path: str | Path, *, device: str | torch.device = "cpu", probabilities: bool = False) -> Extractor:
@@ -106,7 +106,8 @@ def inception(path: str | Path, *, device: str | torch.device = "cpu", probabili
     run = lambda clips: network(_images(clips).to(device), **option)  # noqa: E731
     _try(run, 1008 if probabilities else 2048, "inception", path, probabilities=probabilities)
     name = "inception-2015-12-05" + ("-classes" if probabilities else "")  # features of both may lie in one folder
-    return Extractor(name, digest(path), "0..255, scaled to 299x299 by the file itself", "frame", run, "fid", "kid")
+    names = ("", "") if probabilities else ("fid", "kid")
+    return Extractor(name, digest(path), "0..255, scaled to 299x299 by the file itself", "frame", run, *names)
 
 
 def videomae(folder: str | Path, *, device: str | torch.device = "cpu") -> Extractor:

@@ -81,18 +81,11 @@ SQUARE = (256, 256)
 """Of public sets: the size of the paper's clips, and of those it is compared with."""
 TEMPORAL = ("motion_energy", "flicker", "persistence", "coherence", "warping_error", "loop_gap")
 OF_CAPTIONS = (
-    "kd-efficientnet-lite0",
-    "kd-efficientnet-lite0-motion",
-    "retrieval",
-    "motion_error",
-    *TEMPORAL,
-    "denoising",
-    "reconstruction",
-    "clipsim",
-    "kvd-videomae",
-)
+    "kd-efficientnet-lite0", "kd-efficientnet-lite0-motion", "retrieval", "motion_error", *TEMPORAL, "denoising", "reconstruction",
+    "clipsim", "kvd-videomae", "fd-efficientnet-lite0", "fvd-videomae", "fvd", "kvd", "fid", "kid", "is-frames",
+)  # fmt: skip
 CAPTIONED: dict[str, tuple[int, int, tuple[str, ...]]] = {  # protocol of captions -> how many, clips of each, measures
-    "own": (100, 1, (*OF_CAPTIONS, "fd-efficientnet-lite0", "fvd-videomae", "fvd", "kvd", "fid", "kid", "is-frames")),
+    "own": (100, 1, OF_CAPTIONS),
     "emoji": (100, 1, OF_CAPTIONS),
     "classes": (8, 4, ("motion_error", *TEMPORAL)),
 }  # fmt: skip

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from latent_shift import video
-from latent_shift.evaluation import Drawn, compared, table_of
+from latent_shift.evaluation import Drawn, compared, lacking, table_of
 from latent_shift.plots import plots
 
 LABELS = {  # measure, or how its name begins -> what a reader is told, and where better is: up, down, or where real clips are
@@ -109,7 +109,7 @@ def report(
     ]
     page = _template().render(
         title=title, note=note, protocol=protocol, rates=sorted({each.result["system"]["fps"] for each in systems}), columns=columns, real=any(kept), grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
-        results=_table(systems), skipped=_skipped(systems), ablations=[_ablation(folder, systems[0].name) for folder in ablations],
+        results=_table(systems), skipped=lacking([each.result for each in systems]), ablations=[_ablation(folder, systems[0].name) for folder in ablations],
         training=json.loads(training.read_text()) if training else [],
         **_classes(classes, out),
         sweeps=[{"machine": found, "plots": plots(found, name=f"sweep{k}")} for k, found in enumerate(json.loads(path.read_text()) for path in sweeps)],
@@ -191,8 +191,8 @@ def _of(results: list[dict[str, Any]]) -> str:
     part = "" if protocol["complete"] else f", a part of protocol {protocol['protocol']}"
     told = f"{protocol['clips']} clips of {protocol['num_frames']} frames a system{part}."
     if noise := next((record["noise"] for record in results[0]["records"] if "noise" in record), None):
-        alike = f"that all frames share by {noise[0]:.0%}, the rest alike by {noise[1]:.0%} from one to the next"
-        told += " Denoising errors and motion seen are of models that are shown real clips through noise "
+        alike = f"of which frames share {noise[0]:.0%}; the rest has correlation {noise[1]:g} from frame to frame"
+        told += " For denoising errors and motion seen, models are shown real clips under noise "
         told += f"{alike if any(noise) else 'that is independent from frame to frame'}."
     return told
 
@@ -201,18 +201,6 @@ def _label(name: str) -> str:
     label, better = LABELS.get(name) or next((told for start, told in LABELS.items() if name.startswith(start)), (None, ""))
     better = better if not name.endswith("_frame_by_frame") else ""  # what is known without the others, no aim
     return f"{label or name.replace('_', ' ')} {better}".strip()
-
-
-def _skipped(systems: list[Shown]) -> list[tuple[str, str]]:
-    """What no system was measured by, and why; what some were not is told with their name."""
-    every: dict[tuple[str, str], list[str]] = {}
-    for each in systems:
-        for measure, reason in each.result["skipped"].items():
-            every.setdefault((measure, reason), []).append(each.name)
-    return [
-        (measure if len(names) == len(systems) else f"{measure} of {', '.join(names)}", reason)
-        for (measure, reason), names in every.items()
-    ]
 
 
 def _template():

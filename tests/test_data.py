@@ -50,6 +50,20 @@ def test_frames_are_those_on_screen_at_the_new_rate(tmp_path, suffix, fps, expec
     assert rate == fps
 
 
+@pytest.mark.parametrize("fps", [None, 5, 20, 4, 3])
+def test_the_first_frames_are_those_of_the_whole_and_no_more_is_decoded(tmp_path, monkeypatch, fps):
+    path = video.write(counting_clip(20), tmp_path / "clip.mp4", fps=10)
+    whole, rate = video.read(path, fps=fps)
+    decode, decoded = video._decode_video, []
+    monkeypatch.setattr(video, "_decode_video", lambda file: (decoded.append(0) or each for each in decode(file)))
+    for num_frames in range(1, 44):
+        decoded.clear()
+        first, of = video.read(path, fps=fps, num_frames=num_frames)
+        assert np.array_equal(first, whole[:num_frames]) and of == pytest.approx(rate)
+        seconds = num_frames / (fps or 10)
+        assert len(decoded) == min(max(2, np.ceil(seconds * 10 - 1e-6)), 20)
+
+
 def test_an_mp4_plays_in_browsers(tmp_path):
     path = video.write(counting_clip(5, size=33), tmp_path / "odd.mp4", fps=8)
     with av.open(str(path)) as container:

@@ -204,12 +204,12 @@ def _digest(lines: Iterable[str]) -> str:
 
 def _clip(path: Path, *, fps: float | None = None, num_frames: int = 16) -> np.ndarray:
     """The first frames of a real video, its largest centred square; raises ValueError for a shorter one."""
-    frames, _ = video.read(path, fps=fps)
+    frames, _ = video.read(path, fps=fps, num_frames=num_frames)
     if len(frames) < num_frames:
         raise ValueError(f"{path}: {len(frames)} frames, {num_frames} wanted")
     side = min(frames.shape[1:3])
     top, left = ((length - side) // 2 for length in frames.shape[1:3])
-    return frames[:num_frames, top : top + side, left : left + side]
+    return frames[:, top : top + side, left : left + side]
 
 
 def same(told: dict[str, object], path: Path) -> None:

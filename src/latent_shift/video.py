@@ -34,6 +34,7 @@ def read(
     fps: float | None = None,
     size: int | Sequence[tuple[int, int]] | None = None,
     background: tuple[int, int, int] = (255, 255, 255),
+    num_frames: int | None = None,
 ) -> tuple[np.ndarray, float]:
     """Decode a video, animation or still, turned upright where the file says how it was held.
 
@@ -44,6 +45,7 @@ def read(
         size: side of the square wanted, in pixels, or `(height, width)`s of which the one nearest in shape is taken: the largest
             centred piece of that shape is cut out and resized. None keeps the size.
         background: RGB laid behind transparent pixels.
+        num_frames: the first so many wanted, what comes after them is not decoded; None: all.
 
     Returns:
         `(F, H, W, 3) uint8` frames and their frame rate (0.0 for a still).
@@ -68,6 +70,8 @@ def read(
                 frames += [_fit(image, size)] * repeats
             elif not frames:
                 frames.append(_fit(image, size))
+            if num_frames is not None and num_decoded > 1 and (num_decoded if fps is None else end * fps) >= num_frames:
+                break
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except BROKEN as error:
@@ -78,7 +82,7 @@ def read(
         return frames[0][None], 0.0
     # A last slot on screen for less than half its time would double the first frame of a loop: drop it.
     keep = len(frames) if fps is None else max(1, round(end * fps))
-    return np.stack(frames[:keep]), fps or num_decoded / end
+    return np.stack(frames[:keep][:num_frames]), fps or num_decoded / end
 
 
 def write(frames: np.ndarray, path: str | Path, *, fps: float = 8) -> Path:

@@ -154,12 +154,10 @@ def parts() -> str:
 
 
 def again() -> str:
-    """`make compare` in float32; what was trained anew in bf16; and the first of them, trained anew in float32."""
-    models = [model for model in PARTS if model in systems_of("compare-bf16")]
-    both = zip(models, measured("compare", models), measured("compare-bf16", models), strict=True)
-    rows = [[PARTS[model], *map("; ".join, zip(*cells, strict=True))] for model, *cells in both]
-    rows.insert(1, ["the first again, in float32", *measured("compare-float32", ["shift"])[0]])
-    return markdown(["what is changed, in float32; in bf16", *HEADS], rows)
+    """`make compare` on two machines, of another clone the second."""
+    both = zip(PARTS.values(), measured("compare", PARTS), measured("compare-again", PARTS), strict=True)
+    rows = [[label, *map("; ".join, zip(*cells, strict=True))] for label, *cells in both]
+    return markdown(["what is changed, first; trained again", *HEADS], rows)
 
 
 def beside() -> str:

@@ -81,7 +81,9 @@ def generate(
     if free_init:
         pipe.enable_free_init(num_iters=free_init)
     side, rate = size or pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.call_defaults["fps"]
-    pictures = {name: files.read(path, size=side, num_frames=1)[0][0] for name, path in (("image", image), ("last_image", last_image)) if path}
+    pictures = {
+        name: files.read(path, size=side, num_frames=1)[0][0] for name, path in (("image", image), ("last_image", last_image)) if path
+    }
     if video:
         pictures["video"] = files.read(video, fps=rate, size=side, num_frames=num_frames)[0]
     if mask:

@@ -154,7 +154,7 @@ def parts() -> str:
 
 
 def again() -> str:
-    """`make compare` on two machines, of another clone the second."""
+    """`make compare`, and its trainings and evaluation in another clone on another machine."""
     both = zip(PARTS.values(), measured("compare", PARTS), measured("compare-again", PARTS), strict=True)
     rows = [[label, *map("; ".join, zip(*cells, strict=True))] for label, *cells in both]
     return markdown(["what is changed, first; trained again", *HEADS], rows)

@@ -96,10 +96,9 @@ def test_scripted_networks_are_called_as_published(scripts):
 
 
 def test_other_networks_are_refused(scripts, tmp_path):
-    with pytest.raises(ValueError, match="cannot be called as the TorchScript file i3d"):
-        extractors.i3d(scripts / "c3d.pt")
-    with pytest.raises(ValueError, match="cannot be called as the TorchScript file i3d"):
-        extractors.i3d(scripts / "inception.pt")
+    for name in ("c3d", "inception"):
+        with pytest.raises(ValueError, match="cannot be called as the TorchScript file i3d"):
+            extractors.i3d(scripts / f"{name}.pt")
     torch.jit.script(Narrow()).save(str(tmp_path / "narrow.pt"))
     with pytest.raises(ValueError, match=r"gives features of shape \(1, 399\), expected 400 of each; expected the TorchScript file i3d"):
         extractors.i3d(tmp_path / "narrow.pt")

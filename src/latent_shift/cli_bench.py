@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from click.core import ParameterSource
 
 from latent_shift.terminal import markdown, quiet, save_json
 
@@ -32,7 +31,8 @@ def shift(
     output: Output = None,
 ) -> None:
     if command := context.invoked_subcommand:
-        given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
         if given:
             raise ValueError(f"bench {command}: its options come after it, not before it: --{', --'.join(given)}")
         return

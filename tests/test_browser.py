@@ -58,8 +58,8 @@ def state(page) -> list[list]:
 
 
 SIGHT = """[...document.querySelectorAll('video')].map(v => {
-    const box = v.getBoundingClientRect();
-    return {sight: box.bottom > 0 && box.top < innerHeight && box.right > 0 && box.left < innerWidth, at: v.currentTime, paused: v.paused,
+    const box = v.getBoundingClientRect(), table = v.closest('.wide').getBoundingClientRect();
+    return {sight: box.bottom > 0 && box.top < innerHeight && box.right > table.left && box.left < table.right, at: v.currentTime, paused: v.paused,
             drawn: v.getVideoPlaybackQuality().totalVideoFrames};
 })"""
 

@@ -110,11 +110,31 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
             run("eval", "pixels", "-m", "a=runs/v/model", "--num", 2, "--steps", 1, "--weights", option)
     with pytest.raises(ValueError, match="--noise: protocol classes shows models no real clips through noise"):
         run("eval", "pixels", "-m", "a=runs/v/model", "--protocol", "classes", "--num", 2, "--noise", 0, 0)
-    assert "Invalid value for '--batch-size'" in runner.invoke(cli.app, ["eval", "pixels", "--batch-size", "0"]).output
+    with pytest.raises(ValueError, match="--model: two systems have one name"):
+        run("eval", "pixels", "-m", "runs/v/model", "-m", "runs/v/model", "--num", 2)
     (tmp_path / "prompts.txt").write_text("# two prompts\na red square\nblue\n")
     run("sheet", "prompts.txt", "sheet.png", "sheet.webp", "-m", "runs/v/model", "--steps", 1, "--device", "cpu")
     assert video.read("sheet.png")[0].shape == (1, 2 * (32 + 14), 4 * 32 + 3 * 2, 3)
     assert video.read("sheet.webp")[0].shape == (4, 32, 2 * 32 + 2, 3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "eval pixels --batch-size 0", "eval pixels --num-frames 1", "generate red --steps 0", "generate red --free-init 0",
+        "generate red --num-frames -1", "data pack media pixels --workers 0", "data pack media pixels --size -1",
+        "data preview pixels a.png --rows 0", "encode pixels latents --autoencoder emoji --texts emoji --workers 0", "bench --rounds 0",
+        "bench sweep --frames 0",
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused_by_the_name_of_their_option(words):
+    result = runner.invoke(cli.app, words.split())
+    assert (result.exit_code, f"Invalid value for '{words.split()[-2]}'" in result.output) == (2, True), result.output
+
+
+def test_help_shows_flags_without_values():
+    told = runner.invoke(cli.app, ["generate", "--help"]).output
+    assert "--loop " in told and "<bool>" not in told and "BOOLEAN" not in told
 
 
 def test_every_way_of_generating(video_model, media, tmp_path, monkeypatch):

@@ -186,6 +186,13 @@ def test_latents_never_lie_over_the_pixels_or_beside_another_autoencoder(shards,
         LatentStore(tmp_path / "latents")
 
 
+def test_sides_that_the_autoencoder_would_cut_are_refused(media, autoencoder, texts, tmp_path):
+    data.pack(media, tmp_path / "pixels", size=33, fps=8)
+    with pytest.raises(ValueError, match="frames of 33 pixels: the autoencoder needs multiples of 8"):
+        encode.encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts)
+    assert not (tmp_path / "latents").exists()
+
+
 def test_no_part_of_a_pattern_is_written_over(shards, autoencoder, texts, tmp_path):
     for name in "ab":
         shutil.copytree(shards, tmp_path / name)

@@ -206,7 +206,7 @@ def test_mistakes_are_told(checkpoint, media, tmp_path):
     scratch = {"stage": "autoencoder", "data": {"path": str(media)}, "model": {"size": "tiny"}, "optim": {"steps": 1000, "lr": 1e-3}}
     with pytest.raises(ValueError, match=r"a folder of videos needs data\.size"):
         finetune.prepare(config.Config.model_validate(scratch), tmp_path / "3")
-    with pytest.raises(ValueError, match=r"no_such: expected one of emoji, or a folder"):
+    with pytest.raises(ValueError, match=r"no_such: expected one of emoji, or a folder that is there"):
         finetune.prepare(resolved("no_such", media), tmp_path / "4")
     with pytest.raises(ValueError, match=r"with model\.place=end .*conv2 shifts and takes no LoRA"):
         train.train(resolved(checkpoint, media, "lora.rank=2", "model.place=end"), tmp_path / "2b")

@@ -201,5 +201,5 @@ def test_what_is_no_system_is_refused(tmp_path):
     ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a DDPMPipeline; expected a Stable Diffusion folder or one of AnimateDiffPipeline"):
         systems.open_system(str(tmp_path), device="cpu")
-    with pytest.raises(ValueError, match="expected one of emoji, or a folder"):
+    with pytest.raises(ValueError, match="expected one of emoji, or a folder that is there"):
         systems.open_system(str(tmp_path / "gone"), device="cpu")

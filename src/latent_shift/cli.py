@@ -11,10 +11,12 @@ import typer
 from latent_shift import cli_bench, cli_data
 from latent_shift.terminal import Progress, quiet, save_json
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Text to video by Latent-Shift.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help="Text to video by Latent-Shift."
+)
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_bench.app, name="bench")
-models_app = typer.Typer()
+models_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(models_app, name="models")
 
 
@@ -24,15 +26,22 @@ def generate(
     model: Annotated[
         str, typer.Option("--model", "-m", help="a name (see `latent-shift models`), a diffusers folder, a .safetensors file")
     ] = "emoji",
-    output: Annotated[list[Path] | None, typer.Option("--output", "-o", help=".mp4 .webm .gif .webp .png; may be repeated")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="frames; 1 makes an image")] = None,
-    steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option("--output", "-o", help=".mp4 .webm .gif .webp .png; may be repeated; default: the words and .mp4 (.png) here"),
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="frames; 1 makes an image")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance scale; 1 is off")] = None,
     negative: Annotated[str | None, typer.Option(help="what to guide away from")] = None,
-    size: Annotated[int | None, typer.Option(help="side in pixels")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="side in pixels")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same clip")] = 0,
-    shared_noise: Annotated[float | None, typer.Option(help="share of the noise common to all frames, 0 to 1: more moves less")] = None,
-    noise_correlation: Annotated[float | None, typer.Option(help="of the rest from frame to frame, below 1: more is slower")] = None,
+    shared_noise: Annotated[
+        float | None, typer.Option(help="share of the noise that all frames have in common, 0 to 1; the more, the less moves")
+    ] = None,
+    noise_correlation: Annotated[
+        float | None, typer.Option(help="of the rest of the noise from frame to frame, 0 to below 1; the more, the slower")
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="frames a second of the file")] = None,
     loop: Annotated[bool, typer.Option("--loop", help="the last frame runs on into the first")] = False,
     image: Annotated[Path | None, typer.Option(help="a picture: the first frame")] = None,
@@ -41,9 +50,14 @@ def generate(
     mask: Annotated[Path | None, typer.Option(help="a picture or video: white is made anew, black stays")] = None,
     strength: Annotated[float | None, typer.Option(help="how far the video or picture is left behind, up to 1")] = None,
     then: Annotated[list[str] | None, typer.Option(help="FRAME:WORDS, what to show from there; may be repeated")] = None,
-    chunk: Annotated[int | None, typer.Option(help="frames at once: long clips at constant memory")] = None,
-    halo: Annotated[int | None, typer.Option(help="frames a chunk sees on either side; fewer is faster, all is exact")] = None,
-    free_init: Annotated[int | None, typer.Option(help="times to start again from what was made (FreeInit)")] = None,
+    chunk: Annotated[int | None, typer.Option(min=1, help="frames at once: long clips at constant memory")] = None,
+    halo: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="neighbouring frames that a chunk sees on either side; default: all that matter, which is exact; fewer are faster"
+        ),
+    ] = None,
+    free_init: Annotated[int | None, typer.Option(min=1, help="times to start again from what was made (FreeInit)")] = None,
     scheduler: Annotated[str | None, typer.Option(help="of diffusers: DDIM, EulerDiscrete, UniPCMultistep, LCM, ...")] = None,
     lora: Annotated[Path | None, typer.Option(help="a LoRA file")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
@@ -164,12 +178,12 @@ def encode(
     autoencoder: Annotated[str, typer.Option(help="a model's name, or an AutoencoderKL or pipeline folder")],
     texts: Annotated[str, typer.Option(help="a model's name, or a folder with tokenizer/ and text_encoder/")],
     stride: Annotated[
-        list[int] | None, typer.Option(help="also captions for clips of every second frame (2), ...; may be repeated")
+        list[int] | None, typer.Option(min=1, help="also captions for clips of every second frame (2), ...; may be repeated")
     ] = None,
     mirror: Annotated[bool, typer.Option("--mirror", help="also the mirror image of clips whose captions name no side")] = False,
-    batch_size: Annotated[int | None, typer.Option(help="frames at once; default: as their size allows")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="frames at once; default: as their size allows")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    workers: Annotated[int, typer.Option(help="processes; on a CPU each with one thread")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="processes; on a CPU each with one thread")] = 1,
     ray: Annotated[str | None, typer.Option(help="address of a Ray cluster that shares the work: auto, local, host:port")] = None,
 ) -> None:
     """Encode packed frames and captions once, for the image and video stages. What was stopped goes on."""
@@ -182,7 +196,7 @@ def encode(
             packed, out, autoencoder=zoo.folder(autoencoder), texts=zoo.folder(texts), mirror=mirror, strides=[1, *(stride or [])], batch_size=batch_size,
             device=zoo.device_of(device), workers=workers, ray=ray, progress=progress,
         )  # fmt: skip
-    print(f"{out}: {store.num_frames} frames, {store.num_captions} captions")
+    print(f"{out}: {store.num_frames} frames, {store.num_captions} captions with the empty one")
 
 
 @app.command("eval")
@@ -196,10 +210,10 @@ def evaluate(
     ] = None,
     protocol: Annotated[str, typer.Option(help="own, emoji, classes, ucf101, msrvtt-mav or msrvtt-lavie")] = "own",
     num: Annotated[int | None, typer.Option(min=1, help="clips, the first of the protocol's; default: all (own: at most 100)")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="of own: frames a clip; default: the first model's")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=2, help="of own: frames a clip; default: the first model's")] = None,
     split: Annotated[list[str] | None, typer.Option(help="of own: where captions come from; may be repeated; default train")] = None,
-    size: Annotated[int | None, typer.Option(help="side in pixels at which is drawn; default: each system's own")] = None,
-    steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="side in pixels at which is drawn; default: each system's own")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: on a GPU what each was published in")] = None,
     weights: Annotated[
@@ -233,6 +247,9 @@ def evaluate(
     named = [("", "", each) if Path(each).exists() or "=" not in each else each.partition("=") for each in model or ["emoji"]]
     if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.num_frames_of(named[0][2])
+    names = [name or path for name, _, path in named]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--model: two systems have one name: expected NAME=MODEL with different names, got {', '.join(names)}")
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
     if noise is not None and "denoising" not in task.measures:
         raise ValueError(f"--noise: protocol {protocol} shows models no real clips through noise; expected own or emoji")
@@ -294,8 +311,8 @@ def sheet(
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="a name or a diffusers folder")] = "emoji",
     seed: Annotated[int, typer.Option(help="the seed of every clip")] = 0,
-    columns: Annotated[int, typer.Option(help="frames shown of each clip, or clips in a row")] = 8,
-    steps: Annotated[int | None, typer.Option(help="sampling steps")] = None,
+    columns: Annotated[int, typer.Option(min=1, help="frames shown of each clip, or clips in a row")] = 8,
+    steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:

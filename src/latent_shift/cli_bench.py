@@ -10,10 +10,12 @@ import typer
 
 from latent_shift.terminal import markdown, quiet, save_json
 
-app = typer.Typer(help="Time one denoising step with the shift against the same U-Net frame by frame, in turn; or compare more.")
+app = typer.Typer(
+    rich_markup_mode=None, help="Time one denoising step with the shift against the same U-Net frame by frame, in turn; or compare more."
+)
 
-Frames = Annotated[int, typer.Option(help="frames a clip")]
-Rounds = Annotated[int, typer.Option(help="counted rounds; of commands 3 at most")]
+Frames = Annotated[int, typer.Option(min=1, help="frames a clip")]
+Rounds = Annotated[int, typer.Option(min=1, help="counted rounds; of commands 3 at most")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="take this model's U-Net instead of the 34 M one")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")]
@@ -23,7 +25,7 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="also write 
 def shift(
     context: typer.Context,
     frames: Frames = 16,
-    size: Annotated[int | None, typer.Option(help="side of the latents; default: the model's, else 32")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="side of the latents; default: the model's, else 32")] = None,
     rounds: Rounds = 10,
     model: Model = None,
     device: Device = "cpu",
@@ -73,14 +75,14 @@ def peers(frames: Frames = 16, rounds: Rounds = 5, device: Device = "cpu", outpu
 
 @app.command()
 def sweep(
-    frames: Annotated[list[int] | None, typer.Option(help="frames a clip; may be repeated; default 1, 2, 4, ... 256")] = None,
-    sides: Annotated[list[int] | None, typer.Option(help="of the latents; may be repeated; default 8, 16, 32, 64")] = None,
-    clips: Annotated[list[int] | None, typer.Option(help="at once; may be repeated; default 1, 2, 4")] = None,
+    frames: Annotated[list[int] | None, typer.Option(min=1, help="frames a clip; may be repeated; default 1, 2, 4, ... 256")] = None,
+    sides: Annotated[list[int] | None, typer.Option(min=1, help="of the latents; may be repeated; default 8, 16, 32, 64")] = None,
+    clips: Annotated[list[int] | None, typer.Option(min=1, help="at once; may be repeated; default 1, 2, 4")] = None,
     rounds: Rounds = 3,
     device: Device = "cpu",
     half: Annotated[bool, typer.Option("--half", help="bfloat16 instead of float32")] = False,
     full: Annotated[bool, typer.Option("--full", help="U-Nets as wide as Stable Diffusion 1.5's, for a GPU")] = False,
-    side: Annotated[int, typer.Option(help="of the latents where frames and clips grow")] = 16,
+    side: Annotated[int, typer.Option(min=1, help="of the latents where frames and clips grow")] = 16,
     model: Annotated[str, typer.Option("--model", "-m", help="of the whole clips")] = "emoji",
     plots: Annotated[Path | None, typer.Option(help="also draw plots (.svg) in this folder")] = None,
     output: Output = None,
@@ -157,9 +159,9 @@ def training(
 
 @app.command("encode")
 def encoding(
-    workers: Annotated[list[int] | None, typer.Option(help="processes; may be repeated; default 1 and 2")] = None,
-    shards: Annotated[int, typer.Option(help="of 128 frames")] = 40,
-    size: Annotated[int, typer.Option(help="side of the frames in pixels")] = 128,
+    workers: Annotated[list[int] | None, typer.Option(min=1, help="processes; may be repeated; default 1 and 2")] = None,
+    shards: Annotated[int, typer.Option(min=1, help="of 128 frames")] = 40,
+    size: Annotated[int, typer.Option(min=8, help="side of the frames in pixels")] = 128,
     model: Annotated[str, typer.Option("--model", "-m", help="whose autoencoder")] = "emoji",
     ray: Annotated[str | None, typer.Option(help="address of a Ray cluster whose workers are timed: local, auto, host:port")] = None,
     output: Output = None,
@@ -174,7 +176,7 @@ def encoding(
 
 
 @app.command()
-def index(clips: Annotated[int, typer.Option(help="records")] = 100_000, output: Output = None) -> None:
+def index(clips: Annotated[int, typer.Option(min=1, help="records")] = 100_000, output: Output = None) -> None:
     """Time what an index of many clips costs, and drawing from it."""
     quiet()
     from latent_shift import benchmark

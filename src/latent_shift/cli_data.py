@@ -9,7 +9,7 @@ import typer
 
 from latent_shift.terminal import Progress, quiet
 
-app = typer.Typer(no_args_is_help=True, help="Look at and prepare folders of captioned videos.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at and prepare folders of captioned videos.")
 
 Folder = Annotated[
     str,
@@ -18,16 +18,16 @@ Folder = Annotated[
         "UCF-101; MSR-VTT"
     ),
 ]
-Workers = Annotated[int, typer.Option(help="processes that decode")]
+Workers = Annotated[int, typer.Option(min=1, help="processes that decode")]
 
 
 @app.command()
 def check(
     folder: Folder,
     frames: Annotated[int, typer.Option(min=1, help="frames a clip must have")] = 16,
-    fps: float = 8,
+    fps: Annotated[float, typer.Option(min=0.1, help="frames a second to look at")] = 8,
     aspects: Annotated[
-        int | None, typer.Option(help="look at whole frames, packed with this factor, instead of their central squares")
+        int | None, typer.Option(min=1, help="look at whole frames, packed with this factor, instead of their central squares")
     ] = None,
     workers: Workers = 2,
 ) -> None:
@@ -45,13 +45,13 @@ def check(
 def pack(
     folder: Folder,
     out: Annotated[Path, typer.Argument(help="where the packed frames go")],
-    size: Annotated[int, typer.Option(help="side in pixels")] = 128,
-    fps: Annotated[float, typer.Option(help="frames a second to keep")] = 8,
+    size: Annotated[int, typer.Option(min=8, help="side in pixels")] = 128,
+    fps: Annotated[float, typer.Option(min=0.1, help="frames a second to keep")] = 8,
     aspects: Annotated[
-        int | None, typer.Option(help="keep shapes: sizes with this factor instead of squares (64 for Stable Diffusion)")
+        int | None, typer.Option(min=1, help="keep shapes: sizes with this factor instead of squares (64 for Stable Diffusion)")
     ] = None,
     split_cuts: Annotated[bool, typer.Option("--split-cuts", help="make one clip of each scene")] = False,
-    shard_mb: Annotated[float, typer.Option(help="megabytes of a shard")] = 64,
+    shard_mb: Annotated[float, typer.Option(min=1, help="megabytes of a shard")] = 64,
     workers: Workers = 2,
 ) -> None:
     """Decode every file once into shards of frames. What is in the folder of a packed data set is replaced."""
@@ -75,22 +75,21 @@ def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")
     from latent_shift.latents import LatentStore
 
     for name, value in LatentStore(latents).likeness().items():
-        print(f"{name:28} {value:.3f}")
+        print(f"{name}={value:.3f}")
 
 
 @app.command()
 def preview(
     store: Annotated[Path, typer.Argument(help="a packed data set, or an encoded one")],
     out: Annotated[Path, typer.Argument(help="a .png")],
-    rows: int = 8,
-    columns: int = 8,
+    rows: Annotated[int, typer.Option(min=1, help="clips")] = 8,
+    columns: Annotated[int, typer.Option(min=1, help="frames of each")] = 8,
     num_frames: Annotated[int | None, typer.Option(min=1, help="as training with this data.num_frames draws them; default: all")] = None,
     stride: Annotated[int, typer.Option(min=1, help="every second frame (2), ...")] = 1,
     split: Annotated[list[str] | None, typer.Option(help="may be repeated; default train")] = None,
     seed: int = 0,
 ) -> None:
-    """Draw clips and stills as training sees them, at random and some of them again, a row each under its caption; the captions are printed
-    too."""
+    """Draw clips and stills as training draws them, at random, so some may come twice: a row each under its caption. Captions are printed."""
     quiet()
     from latent_shift import data, latents, video
 

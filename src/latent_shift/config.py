@@ -168,7 +168,10 @@ class Config(Section):
         if self.lora and (self.stage == "autoencoder" or self.model.init is None):
             raise ValueError("lora trains additions to a denoiser's weights: expected stage image or video, and model.init")
         if self.optim.warmup_steps + self.optim.cooldown_steps > self.optim.steps:
-            raise ValueError("optim.warmup_steps and optim.cooldown_steps together are more than optim.steps")
+            warmup, cooldown = self.optim.warmup_steps, self.optim.cooldown_steps
+            raise ValueError(
+                f"optim.warmup_steps={warmup} and optim.cooldown_steps={cooldown} together are more than optim.steps={self.optim.steps}"
+            )
         return self
 
     def with_settings(self, settings: dict[str, object]) -> Config | None:

@@ -104,7 +104,7 @@ def encode(
         The new store. Latents are scaled by the autoencoder's `scaling_factor`, as the U-Net sees them.
 
     Raises:
-        ValueError: not a store of pixels, or `out` is one of the folders read.
+        ValueError: not a store of pixels, sides that are not multiples of the autoencoder's factor, or `out` is one of the folders read.
         RuntimeError: a worker died.
     """
     source, out, texts = pixels(packed), Path(out).absolute(), Path(texts)  # machines of a cluster have other working folders
@@ -112,9 +112,11 @@ def encode(
         raise ValueError(f"{out}: is read from; expected another folder for the latents")
     if any(stride < 1 for stride in strides):
         raise ValueError(f"strides must be 1 or more, got {list(strides)}")
-    begin(out)
     encoder = Encoder(autoencoder, batch_size, device)
     factor = 2 ** (len(encoder.vae.config.block_out_channels) - 1)
+    if odd := {side for shape in source.shapes.values() for side in shape[1:3] if side % factor}:
+        raise ValueError(f"{packed} has frames of {', '.join(map(str, sorted(odd)))} pixels: the autoencoder needs multiples of {factor}")
+    begin(out)
     encoder.vae.save_pretrained(out / "autoencoder")
     for name in ("tokenizer", "text_encoder"):
         shutil.copytree(texts / name, out / name, dirs_exist_ok=True)

@@ -135,7 +135,9 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
         raise ValueError(f"protocol emoji is of 128 pixels at 8 fps, {store.folder} holds {side} at {store.info['fps']:g}")
     chosen = np.random.default_rng(0).permutation(sorted(plainest.values())).tolist()
     if name == "emoji" and _digest(store.records[index].texts[0] for index in chosen[:usual]) != EMOJI_CAPTIONS:
-        raise ValueError(f"{store.folder} holds other captions than the set of recipes/emoji: expected protocol own for others")
+        raise ValueError(
+            f"{store.folder} holds other captions than the set of recipes/emoji: expected protocol own for others (`make data/emoji-128/store.json` makes that set)"
+        )
     of = list(range(wanted)) * times
     whole = _digest(sorted(store.shapes))  # shards are named by their pixels
     return Protocol(
@@ -216,4 +218,4 @@ def same(told: dict[str, object], path: Path) -> None:
     """Raise ValueError unless the folder of an evaluation that was begun has the same protocol."""
     if path.exists() and (before := json.loads(path.read_text())) != json.loads(json.dumps(told)):
         different = [key for key in told if json.loads(json.dumps(told[key])) != before.get(key)]
-        raise ValueError(f"{path.parent} was begun with another {', '.join(different)}: expected the same, or another folder")
+        raise ValueError(f"{path.parent} was begun with another {', '.join(different)}: expected the same, or another folder (--out)")

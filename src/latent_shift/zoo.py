@@ -37,7 +37,7 @@ def folder(model: str | Path) -> Path:
     if not path.is_dir():
         nearest = difflib.get_close_matches(str(model), MODELS, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"{model}: expected one of {', '.join(MODELS)}, or a folder{hint}")
+        raise ValueError(f"{model}: expected one of {', '.join(MODELS)}, or a folder that is there{hint}")
     return path
 
 

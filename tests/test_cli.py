@@ -122,7 +122,7 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
     "words",
     [
         "eval pixels --batch-size 0", "eval pixels --num-frames 1", "generate red --steps 0", "generate red --free-init 0",
-        "generate red --num-frames -1", "data pack media pixels --workers 0", "data pack media pixels --size -1",
+        "generate red --num-frames -1", "generate red --fps 0", "data pack media pixels --workers 0", "data pack media pixels --size -1",
         "data preview pixels a.png --rows 0", "encode pixels latents --autoencoder emoji --texts emoji --workers 0", "bench --rounds 0",
         "bench sweep --frames 0",
     ],
@@ -196,7 +196,7 @@ def test_bench_and_models_print_what_they_found(video_model, tmp_path, monkeypat
         (["data", "preview", "absent", "a.png"], "not a packed data set"),
         (["data", "preview", "absent", "a.jpeg"], "a.jpeg: expected one of .mp4"),
         (["generate", "x", "-o", "clip.avi"], "expected one of .mp4"),
-        (["generate", "x", "-o", "clip.mp4", "--fps", "0"], "fps must be above 0"),
+        (["generate", "x", "-o", "clip.gif", "--fps", "60"], "a .gif shows at most 50 frames a second"),
         (["generate", "x", "-o", "clip.png", "--fps", "4"], "--fps has no effect"),
         (["generate", "x", "--loop", "--num-frames", "1"], "--loop has no effect"),
         (["generate", "x", "--then", "lion"], "--then: expected FRAME:WORDS"),

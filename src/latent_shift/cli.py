@@ -28,7 +28,7 @@ def generate(
     ] = "emoji",
     output: Annotated[
         list[Path] | None,
-        typer.Option("--output", "-o", help=".mp4 .webm .gif .webp .png; may be repeated; default: the words and .mp4 (.png) here"),
+        typer.Option("--output", "-o", help=".mp4 .webm .gif .webp .png; may be repeated; default: here, named by the words"),
     ] = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="frames; 1 makes an image")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
@@ -42,7 +42,7 @@ def generate(
     noise_correlation: Annotated[
         float | None, typer.Option(help="of the rest of the noise from frame to frame, 0 to below 1; the more, the slower")
     ] = None,
-    fps: Annotated[float | None, typer.Option(help="frames a second of the file")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="frames a second of the file")] = None,
     loop: Annotated[bool, typer.Option("--loop", help="the last frame runs on into the first")] = False,
     image: Annotated[Path | None, typer.Option(help="a picture: the first frame")] = None,
     last_image: Annotated[Path | None, typer.Option(help="a picture: the last frame")] = None,

@@ -154,10 +154,10 @@ def parts() -> str:
 
 
 def again() -> str:
-    """`make compare`, and its trainings and evaluation in another clone on another machine."""
-    both = zip(PARTS.values(), measured("compare", PARTS), measured("compare-again", PARTS), strict=True)
+    """`make compare`, and an earlier run of its trainings and evaluation on another machine."""
+    both = zip(PARTS.values(), measured("compare", PARTS), measured("compare-earlier", PARTS), strict=True)
     rows = [[label, *map("; ".join, zip(*cells, strict=True))] for label, *cells in both]
-    return markdown(["what is changed, first; trained again", *HEADS], rows)
+    return markdown(["what is changed, above; earlier", *HEADS], rows)
 
 
 def beside() -> str:

@@ -147,9 +147,9 @@ def train(
         device, precision = zoo.device_of(), finetune.DTYPES[ready.train.precision]
         needs = memory.of_run(ready, device.type)
         seconds = needs.flops / memory.matrix_rate(device, precision)
-        print(
-            f"{needs}\ntime: at least {seconds:.2g} s a step, {ready.optim.steps * seconds / 3600:.2g} h in all ({needs.flops / 1e12:.2g} TFLOP)"
-        )
+        hours = ready.optim.steps * seconds / 3600
+        whole = f"{hours:.2g} h" if hours >= 1 else f"{60 * hours:.2g} min"
+        print(f"{needs}\ntime: at least {seconds:.2g} s a step, {whole} in all ({needs.flops / 1e12:.2g} TFLOP)")
 
     bar = progress.Progress(
         progress.TextColumn(resolved.stage),

@@ -157,7 +157,7 @@ def again() -> str:
     """`make compare`, and an earlier run of its trainings and evaluation on another machine."""
     both = zip(PARTS.values(), measured("compare", PARTS), measured("compare-earlier", PARTS), strict=True)
     rows = [[label, *map("; ".join, zip(*cells, strict=True))] for label, *cells in both]
-    return markdown(["what is changed, above; earlier", *HEADS], rows)
+    return markdown(["what is changed, this run; earlier run", *HEADS], rows)
 
 
 def beside() -> str:

@@ -110,8 +110,8 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
             run("eval", "pixels", "-m", "a=runs/v/model", "--num", 2, "--steps", 1, "--weights", option)
     with pytest.raises(ValueError, match="--noise: protocol classes shows models no real clips through noise"):
         run("eval", "pixels", "-m", "a=runs/v/model", "--protocol", "classes", "--num", 2, "--noise", 0, 0)
-    with pytest.raises(ValueError, match="--model: two systems have one name"):
-        run("eval", "pixels", "-m", "runs/v/model", "-m", "runs/v/model", "--num", 2)
+    with pytest.raises(ValueError, match="--model: two systems have one folder"):
+        run("eval", "pixels", "-m", "a b=runs/v/model", "-m", "a-b=runs/v/model", "--num", 2)
     (tmp_path / "prompts.txt").write_text("# two prompts\na red square\nblue\n")
     run("sheet", "prompts.txt", "sheet.png", "sheet.webp", "-m", "runs/v/model", "--steps", 1, "--device", "cpu")
     assert video.read("sheet.png")[0].shape == (1, 2 * (32 + 14), 4 * 32 + 3 * 2, 3)
@@ -121,7 +121,9 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "words",
     [
-        "eval pixels --batch-size 0", "eval pixels --num-frames 1", "generate red --steps 0", "generate red --free-init 0",
+        "eval pixels --batch-size 0", "eval pixels --num-frames 1", "generate red --steps 0", "generate red --free-init 1", "generate red --shared-noise 2",
+        "generate red --strength 1.5", "generate red --chunk 0", "sheet a.txt a.png --columns 0", "data pack media pixels --aspects 1",
+        "encode pixels latents --autoencoder emoji --texts emoji --stride 0", "bench index --clips 0", "bench encode --shards 0",
         "generate red --num-frames -1", "generate red --fps 0", "data pack media pixels --workers 0", "data pack media pixels --size -1",
         "data preview pixels a.png --rows 0", "encode pixels latents --autoencoder emoji --texts emoji --workers 0", "bench --rounds 0",
         "bench sweep --frames 0",

@@ -151,6 +151,10 @@ def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents
     assert isinstance(stages.DenoiserStage(of_variant).model, UNet2DConditionModel)  # an image model, whatever edge it is given
     with pytest.raises(ValueError, match=r"was made of .* delete it or choose another folder"):
         finetune.prepare(resolved(checkpoint, media, "data.size=16"), tmp_path)
+    for setting in ("data.size=20", "data.aspects=12"):
+        with pytest.raises(ValueError, match=f"{setting}: the autoencoder of .* needs a multiple of 8"):
+            finetune.prepare(resolved(checkpoint, media, setting), tmp_path / "7")
+    assert not (tmp_path / "7").exists()
     shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents" / "shards").iterdir()}
     finetune.prepare(resolved(checkpoint, media, "data.strides=[1, 2]"), tmp_path)  # the captions alone are made anew
     assert Store(tmp_path / "latents").info["strides"] == [1, 2]

@@ -37,10 +37,11 @@ def generate(
     size: Annotated[int | None, typer.Option(min=8, help="side in pixels")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same clip")] = 0,
     shared_noise: Annotated[
-        float | None, typer.Option(help="share of the noise that all frames have in common, 0 to 1; the more, the less moves")
+        float | None, typer.Option(min=0, max=1, help="share of the noise that all frames have in common, 0 to 1; the more, the less moves")
     ] = None,
     noise_correlation: Annotated[
-        float | None, typer.Option(help="of the rest of the noise from frame to frame, 0 to below 1; the more, the slower")
+        float | None,
+        typer.Option(min=0, max=0.9999, help="of the rest of the noise from frame to frame, 0 to below 1; the more, the slower"),
     ] = None,
     fps: Annotated[float | None, typer.Option(min=0.1, help="frames a second of the file")] = None,
     loop: Annotated[bool, typer.Option("--loop", help="the last frame runs on into the first")] = False,
@@ -48,7 +49,7 @@ def generate(
     last_image: Annotated[Path | None, typer.Option(help="a picture: the last frame")] = None,
     video: Annotated[Path | None, typer.Option(help="a video to make another of")] = None,
     mask: Annotated[Path | None, typer.Option(help="a picture or video: white is made anew, black stays")] = None,
-    strength: Annotated[float | None, typer.Option(help="how far the video or picture is left behind, up to 1")] = None,
+    strength: Annotated[float | None, typer.Option(min=0, max=1, help="how far the video or picture is left behind, up to 1")] = None,
     then: Annotated[list[str] | None, typer.Option(help="FRAME:WORDS, what to show from there; may be repeated")] = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="frames at once: long clips at constant memory")] = None,
     halo: Annotated[
@@ -57,7 +58,7 @@ def generate(
             min=0, help="neighbouring frames that a chunk sees on either side; default: all that matter, which is exact; fewer are faster"
         ),
     ] = None,
-    free_init: Annotated[int | None, typer.Option(min=1, help="times to start again from what was made (FreeInit)")] = None,
+    free_init: Annotated[int | None, typer.Option(min=2, help="times to sample, each from what the one before made (FreeInit)")] = None,
     scheduler: Annotated[str | None, typer.Option(help="of diffusers: DDIM, EulerDiscrete, UniPCMultistep, LCM, ...")] = None,
     lora: Annotated[Path | None, typer.Option(help="a LoRA file")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
@@ -210,7 +211,7 @@ def evaluate(
     ] = None,
     protocol: Annotated[str, typer.Option(help="own, emoji, classes, ucf101, msrvtt-mav or msrvtt-lavie")] = "own",
     num: Annotated[int | None, typer.Option(min=1, help="clips, the first of the protocol's; default: all (own: at most 100)")] = None,
-    num_frames: Annotated[int | None, typer.Option(min=2, help="of own: frames a clip; default: the first model's")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=2, help="of own and classes: frames a clip; default: the first model's")] = None,
     split: Annotated[list[str] | None, typer.Option(help="of own: where captions come from; may be repeated; default train")] = None,
     size: Annotated[int | None, typer.Option(min=8, help="side in pixels at which is drawn; default: each system's own")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
@@ -248,8 +249,8 @@ def evaluate(
     if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.num_frames_of(named[0][2])
     names = [name or path for name, _, path in named]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--model: two systems have one name: expected NAME=MODEL with different names, got {', '.join(names)}")
+    if len(set(map(evaluation.folder_name, names))) < len(names):
+        raise ValueError(f"--model: two systems have one folder: expected NAME=MODEL with different names, got {', '.join(names)}")
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
     if noise is not None and "denoising" not in task.measures:
         raise ValueError(f"--noise: protocol {protocol} shows models no real clips through noise; expected own or emoji")

@@ -25,9 +25,9 @@ Workers = Annotated[int, typer.Option(min=1, help="processes that decode")]
 def check(
     folder: Folder,
     frames: Annotated[int, typer.Option(min=1, help="frames a clip must have")] = 16,
-    fps: Annotated[float, typer.Option(min=0.1, help="frames a second to look at")] = 8,
+    fps: Annotated[float, typer.Option(min=0.001, help="frames a second to look at")] = 8,
     aspects: Annotated[
-        int | None, typer.Option(min=1, help="look at whole frames, packed with this factor, instead of their central squares")
+        int | None, typer.Option(min=8, help="look at whole frames, packed with this factor, instead of their central squares")
     ] = None,
     workers: Workers = 2,
 ) -> None:
@@ -46,12 +46,12 @@ def pack(
     folder: Folder,
     out: Annotated[Path, typer.Argument(help="where the packed frames go")],
     size: Annotated[int, typer.Option(min=8, help="side in pixels")] = 128,
-    fps: Annotated[float, typer.Option(min=0.1, help="frames a second to keep")] = 8,
+    fps: Annotated[float, typer.Option(min=0.001, help="frames a second to keep")] = 8,
     aspects: Annotated[
-        int | None, typer.Option(min=1, help="keep shapes: sizes with this factor instead of squares (64 for Stable Diffusion)")
+        int | None, typer.Option(min=8, help="keep shapes: sizes with this factor instead of squares (64 for Stable Diffusion)")
     ] = None,
     split_cuts: Annotated[bool, typer.Option("--split-cuts", help="make one clip of each scene")] = False,
-    shard_mb: Annotated[float, typer.Option(min=1, help="megabytes of a shard")] = 64,
+    shard_mb: Annotated[float, typer.Option(min=0.001, help="megabytes of a shard")] = 64,
     workers: Workers = 2,
 ) -> None:
     """Decode every file once into shards of frames. What is in the folder of a packed data set is replaced."""
@@ -75,7 +75,7 @@ def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")
     from latent_shift.latents import LatentStore
 
     for name, value in LatentStore(latents).likeness().items():
-        print(f"{name}={value:.3f}")
+        print(f"{name}={value:.3f}" if "." in name else f"{name}: {value:.3f}")
 
 
 @app.command()
@@ -87,7 +87,7 @@ def preview(
     num_frames: Annotated[int | None, typer.Option(min=1, help="as training with this data.num_frames draws them; default: all")] = None,
     stride: Annotated[int, typer.Option(min=1, help="every second frame (2), ...")] = 1,
     split: Annotated[list[str] | None, typer.Option(help="may be repeated; default train")] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Draw clips and stills as training draws them, at random, so some may come twice: a row each under its caption. Captions are printed."""
     quiet()

@@ -115,7 +115,9 @@ def encode(
     encoder = Encoder(autoencoder, batch_size, device)
     factor = 2 ** (len(encoder.vae.config.block_out_channels) - 1)
     if odd := {side for shape in source.shapes.values() for side in shape[1:3] if side % factor}:
-        raise ValueError(f"{packed} has frames of {', '.join(map(str, sorted(odd)))} pixels: the autoencoder needs multiples of {factor}")
+        raise ValueError(
+            f"{packed} has frames of {', '.join(map(str, sorted(odd)))} pixels: the autoencoder needs multiples of {factor}, to be packed at"
+        )
     begin(out)
     encoder.vae.save_pretrained(out / "autoencoder")
     for name in ("tokenizer", "text_encoder"):

@@ -64,11 +64,11 @@ def evaluate(
             the system's name is that of the real clips' folder; or a real clip cannot be read, told before anything is drawn where
             features are taken of all of them.
     """
-    if _safe(system.name) == "real":
+    if folder_name(system.name) == "real":
         raise ValueError("a system cannot be called real: expected another name for it")
     if protocol.rate not in (None, system.fps):
         raise ValueError(f"{system.name} makes {system.fps:g} frames a second, the real clips have {protocol.fps:g}")
-    weights, folder = weights or Weights(), out / _safe(system.name)
+    weights, folder = weights or Weights(), out / folder_name(system.name)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     settings = {"system": system.name, "title": system.title, "parameters": system.parameters, "fps": system.fps, **system.settings}
@@ -165,7 +165,7 @@ def compared(results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     """The results of one evaluation, where records that are averages of clips have `more`: by how much a system's is more than the first
     one's, of the same clips, with an interval of its own. What two systems differ by is surer than either, for words, seeds and noise are
     the same."""
-    first, *others = [np.load(out / _safe(each["system"]["system"]) / "values.npz") for each in results]
+    first, *others = [np.load(out / folder_name(each["system"]["system"]) / "values.npz") for each in results]
     found = results[:1]
     for result, ours in zip(results[1:], others, strict=True):
         records = []
@@ -178,7 +178,7 @@ def compared(results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _safe(name: str) -> str:
+def folder_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "system"
 
 

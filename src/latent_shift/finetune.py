@@ -53,7 +53,7 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
         progress: opens a progress bar of a name.
 
     Raises:
-        ValueError: no such data or model, a family that is not trained here, a `data.size` that has no effect, a run folder that
+        ValueError: no such data or model, a family that is not trained here, a `data.size` that has no effect or that the autoencoder would cut, a run folder that
             holds what was made of something else, a split that the data has not, or a model that learnt something else before.
     """
     bar = progress or (lambda name: nullcontext())
@@ -75,9 +75,12 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
         splits = splits_of(videos)
         if splits is not None and (unknown := {*config.data.splits, *config.data.val_splits} - splits):
             raise ValueError(f"{videos}: has no split {', '.join(sorted(unknown))}; expected {', '.join(sorted(splits))}")
+        size, settings = config.data.size or _size_of(init), config.data
+        name, side = ("size", size) if settings.aspects is None else ("aspects", settings.aspects)
+        if stage != "autoencoder" and init is not None and side % (factor := _factor_of(init)):
+            raise ValueError(f"data.{name}={side}: the autoencoder of {config.model.init} needs a multiple of {factor}")
         if _to_make(path, "store.json", made_of):
             with bar("packing") as each:
-                size, settings = config.data.size or _size_of(init), config.data
                 problems = data.pack(videos, path, size=size, fps=settings.fps, aspects=settings.aspects, workers=workers, progress=each)
             for name, reason in problems:
                 log.warning("%s: left out, %s", name, reason)
@@ -189,10 +192,15 @@ def _as_folder(init: str, base: Path) -> Path:
 def _size_of(init: str | None) -> int:
     if init is None or not (Path(init) / "unet").is_dir():
         raise ValueError("a folder of videos needs data.size, the side in pixels to pack it at")
-    unet, vae = (json.loads((Path(init) / part / "config.json").read_text()) for part in ("unet", "vae"))
+    unet = _read(Path(init) / "unet" / "config.json")
     if not isinstance(unet["sample_size"], int):
         raise ValueError(f"{init} draws {unet['sample_size']} latents, clips are packed as squares: give their side as data.size")
-    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return unet["sample_size"] * _factor_of(init)
+
+
+def _factor_of(init: str) -> int:
+    """Pixels to a side of a latent."""
+    return 2 ** (len(_read(Path(init) / "vae" / "config.json")["block_out_channels"]) - 1)
 
 
 def add_lora(unet: UNet2DConditionModel, lora: Lora, *, dtype: torch.dtype) -> None:

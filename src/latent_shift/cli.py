@@ -41,9 +41,9 @@ def generate(
     ] = None,
     noise_correlation: Annotated[
         float | None,
-        typer.Option(min=0, max=0.9999, help="of the rest of the noise from frame to frame, 0 to below 1; the more, the slower"),
+        typer.Option(min=0, max=1, help="of the rest of the noise from frame to frame, 0 to below 1; the more, the slower"),
     ] = None,
-    fps: Annotated[float | None, typer.Option(min=0.1, help="frames a second of the file")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.001, help="frames a second of the file")] = None,
     loop: Annotated[bool, typer.Option("--loop", help="the last frame runs on into the first")] = False,
     image: Annotated[Path | None, typer.Option(help="a picture: the first frame")] = None,
     last_image: Annotated[Path | None, typer.Option(help="a picture: the last frame")] = None,
@@ -245,12 +245,13 @@ def evaluate(
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise ValueError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
     # NAME=MODEL; a path that is there may hold the sign itself.
-    named = [("", "", each) if Path(each).exists() or "=" not in each else each.partition("=") for each in model or ["emoji"]]
+    given = [("", "", each) if Path(each).exists() or "=" not in each else each.partition("=") for each in model or ["emoji"]]
+    named = [(name or path, path) for name, _, path in given]
+    if len({evaluation.folder_name(name) for name, _ in named}) < len(named):
+        told = ", ".join(name for name, _ in named)
+        raise ValueError(f"--model: two systems have one folder: expected NAME=MODEL with different names, got {told}")
     if protocol in ("own", "classes") and num_frames is None:
-        num_frames = systems.num_frames_of(named[0][2])
-    names = [name or path for name, _, path in named]
-    if len(set(map(evaluation.folder_name, names))) < len(names):
-        raise ValueError(f"--model: two systems have one folder: expected NAME=MODEL with different names, got {', '.join(names)}")
+        num_frames = systems.num_frames_of(named[0][1])
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
     if noise is not None and "denoising" not in task.measures:
         raise ValueError(f"--noise: protocol {protocol} shows models no real clips through noise; expected own or emoji")
@@ -258,9 +259,9 @@ def evaluate(
     if first:  # who measures
         networks.check(task.measures)
     results, where = [], out or Path("evals") / protocol
-    for name, _, path in named:
+    for name, path in named:
         system = systems.open_system(
-            path, name=name or path, num_frames=task.num_frames, fps=task.rate, height=size, width=size,
+            path, name=name, num_frames=task.num_frames, fps=task.rate, height=size, width=size,
             num_inference_steps=steps, guidance_scale=guidance, device=device, dtype=getattr(torch, dtype) if dtype else None,
             compile=compile,
         )  # fmt: skip

@@ -179,6 +179,7 @@ def compared(results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
 
 
 def folder_name(name: str) -> str:
+    """That of a system, in the folder of an evaluation."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "system"
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from latent_shift.terminal import markdown, quiet
+from latent_shift.files import markdown_table
+from latent_shift.runtime import quiet_libraries
 
 ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]
@@ -78,7 +79,7 @@ def emoji() -> str:
         label = f"their motion, seen through the noise of timestep {timestep}; of each frame alone"
         rows.append([label, "; ".join(interval(record, percent) for record in seen), "100%"])
     rows.append(["reconstruction PSNR, dB", interval(records["reconstruction_psnr_db"], decimals(1)), ""])
-    return markdown(["measure", "emoji", "real clips"], rows)
+    return markdown_table(["measure", "emoji", "real clips"], rows)
 
 
 def loss_of(names: Iterable[str], of: str = "compare") -> list[str]:
@@ -103,7 +104,7 @@ def compared() -> str:
         real = systems["shift"].get(f"{measure}_real")
         beside = [f"{record['value']:.{places}f}; {more(record, places, of=True)}" for record in others]
         rows.append([LABELS[measure], interval(first, decimals(places)), *beside, f"{real['value']:.{places}f}" if real else ""])
-    return markdown(["measure", "shift", "shift, ends held", "attention", "no shift", "real clips"], rows)
+    return markdown_table(["measure", "shift", "shift, ends held", "attention", "no shift", "real clips"], rows)
 
 
 PARTS = {
@@ -150,14 +151,14 @@ def parts() -> str:
     """`make compare`: every part of the shift."""
     rows = [[label, *cells] for label, cells in zip(PARTS.values(), measured("compare", PARTS), strict=True)]
     real = [f"{systems_of('compare')['shift'][f'{name}_real']['value']:.2f}" for name in ("flicker", "warping_error", "loop_gap")]
-    return markdown(["what is changed", *HEADS], [*rows, ["real clips", "", "", "", "", "1", *real, ""]])
+    return markdown_table(["what is changed", *HEADS], [*rows, ["real clips", "", "", "", "", "1", *real, ""]])
 
 
 def again() -> str:
     """`make compare`, and an earlier run of its trainings and evaluation on another machine."""
     both = zip(PARTS.values(), measured("compare", PARTS), measured("compare-earlier", PARTS), strict=True)
     rows = [[label, *map("; ".join, zip(*cells, strict=True))] for label, *cells in both]
-    return markdown(["what is changed, this run; earlier run", *HEADS], rows)
+    return markdown_table(["what is changed, this run; earlier run", *HEADS], rows)
 
 
 def beside() -> str:
@@ -174,12 +175,12 @@ def beside() -> str:
         best = "1" if measure in ("retrieval_top5", "motion_error") else ""
         cells = [interval(systems[name][measure], shown) for name in names]
         rows.append([LABELS[measure], *cells, interval(real, shown) if real else best])
-    return markdown(["measure", "shift", "Latent-VDM", "no shift", "VDM", "`emoji`", "real clips"], rows)
+    return markdown_table(["measure", "shift", "Latent-VDM", "no shift", "VDM", "`emoji`", "real clips"], rows)
 
 
 def spoilt() -> str:
     """`latent-shift bench measures`."""
-    from latent_shift.verification import trend
+    from latent_shift.evaluation.sensitivity import trend
 
     ways = result("measures")["measures"]
     measures = [name for name in ways["noise"] if not name.startswith("fd-")]
@@ -188,7 +189,7 @@ def spoilt() -> str:
         way = trend(values)
         return f"{way}: {values[0]:.3g}" if way == "stays" else f"{way or 'up and down'}: {values[0]:.3g} → {values[-1]:.3g}"
 
-    return markdown(["measure", *ways], ([name, *(cell(ways[way][name]) for way in ways)] for name in measures))
+    return markdown_table(["measure", *ways], ([name, *(cell(ways[way][name]) for way in ways)] for name in measures))
 
 
 def overhead() -> str:
@@ -198,7 +199,9 @@ def overhead() -> str:
     for name, label in (("bench", "34 M U-Net, 32x32 latents"), ("bench-emoji", "emoji's U-Net, 23 M, 16x16 latents")):
         first, *others = (result(name)[way] for way in ways)
         rows.append([label, f"{first['seconds']:.3g} s", *(f"{found['seconds']:.3g} s ({found['ratio']:.3f})" for found in others)])
-    return markdown(["a denoising step of 16 frames", "frame by frame", "with the shift", "with the shift, as the pipeline runs it"], rows)
+    return markdown_table(
+        ["a denoising step of 16 frames", "frame by frame", "with the shift", "with the shift, as the pipeline runs it"], rows
+    )
 
 
 def timed(point: Record, unit: str = "s") -> str:
@@ -219,7 +222,7 @@ def swept() -> str:
         cells.insert(4, f"{memory[name, 256]['gib_peak']:.2f}" if "gib_peak" in memory[name, 256] else "")
         rows.append([name, f"{points[(name, *lines[0])]['parameters'] / 1e6:.1f} M", *cells])
     heads = [f"{frames} frame{'s' if frames > 1 else ''}, {side}x{side}" for _, frames, side in lines]
-    return markdown(["a denoising step", "parameters", *heads[:4], "its peak, GiB", *heads[4:]], rows)
+    return markdown_table(["a denoising step", "parameters", *heads[:4], "its peak, GiB", *heads[4:]], rows)
 
 
 def swept_at_full_size() -> str:
@@ -238,7 +241,7 @@ def swept_at_full_size() -> str:
         cells = [timed(points[(name, *at)], "ms") for at in shown.values()]
         share = f"{large['share_of_the_matrix_rate'] * 100:.0f} %"
         rows.append([name, f"{large['parameters'] / 1e6:.0f} M", *cells, f"{large['gib_peak']:.1f}", share])
-    return markdown(["a denoising step", "parameters", *shown, "its peak, GiB", "of the matrix rate"], rows)
+    return markdown_table(["a denoising step", "parameters", *shown, "its peak, GiB", "of the matrix rate"], rows)
 
 
 def peers() -> str:
@@ -252,7 +255,7 @@ def peers() -> str:
         ]
         for name, first in next(iter(ways.values())).items()
     ]
-    return markdown(["a denoising step, 16 frames", "parameters", *ways], rows)
+    return markdown_table(["a denoising step, 16 frames", "parameters", *ways], rows)
 
 
 def long_clips() -> str:
@@ -261,14 +264,14 @@ def long_clips() -> str:
     frames = sorted({at for _, at in found})
     modes = {"whole": "whole", "chunks": "`chunk=16, halo=4`", "stream": "`pipe.stream`, frames decoded"}
     rows = ([label, *(found.get((mode, at), "") for at in frames)] for mode, label in modes.items())
-    return markdown(["peak memory, GiB", *(f"{at} frames" for at in frames)], rows)
+    return markdown_table(["peak memory, GiB", *(f"{at} frames" for at in frames)], rows)
 
 
 def training_memory() -> str:
     """`latent-shift bench memory`: training SD 1.5."""
     found = result("memory")["training SD 1.5, 16 frames of 512x512, GiB"]
     rows = ([way, *(f"{value:.1f}" for value in counts.values())] for way, counts in found.items())
-    return markdown(["memory of a training step, GiB", *next(iter(found.values()))], rows)
+    return markdown_table(["memory of a training step, GiB", *next(iter(found.values()))], rows)
 
 
 PAGES = {
@@ -290,6 +293,6 @@ def with_tables(page: str) -> str:
 
 
 if __name__ == "__main__":
-    quiet()
+    quiet_libraries()
     for page in PAGES:
         (ROOT / page).write_text(with_tables(page))

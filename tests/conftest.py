@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from latent_shift import data, encode, train, video
+from latent_shift import video
 from latent_shift.config import Config
+from latent_shift.data.encode import encode
+from latent_shift.data.pack import pack
+from latent_shift.training.loop import train
 
 ROUNDING = 1e-3 if torch.cuda.is_available() else 0.0
 """How far apart two runs of the same may be: a GPU's kernels add in another order every time."""
@@ -52,7 +55,7 @@ def media(tmp_path_factory):
 @pytest.fixture(scope="session")
 def packed(media, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
-    assert data.pack(media, folder, size=32, fps=8) == []
+    assert pack(media, folder, size=32, fps=8) == []
     return folder
 
 
@@ -102,22 +105,22 @@ def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
 
 @pytest.fixture(scope="session")
 def autoencoder(packed, tmp_path_factory):
-    return train.train(tiny_config("autoencoder", packed, train={"sample_every": 2}), tmp_path_factory.mktemp("autoencoder"))
+    return train(tiny_config("autoencoder", packed, train={"sample_every": 2}), tmp_path_factory.mktemp("autoencoder"))
 
 
 @pytest.fixture(scope="session")
 def latents(packed, autoencoder, texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
-    encode.encode(packed, folder, autoencoder=autoencoder, texts=texts, batch_size=8)
+    encode(packed, folder, autoencoder=autoencoder, texts=texts, batch_size=8)
     return folder
 
 
 @pytest.fixture(scope="session")
 def image_model(latents, tmp_path_factory):
-    return train.train(tiny_config("image", latents, train={"sample_every": 2}), tmp_path_factory.mktemp("image"))
+    return train(tiny_config("image", latents, train={"sample_every": 2}), tmp_path_factory.mktemp("image"))
 
 
 @pytest.fixture(scope="session")
 def video_model(latents, image_model, tmp_path_factory):
     config = tiny_config("video", latents, model={"init": str(image_model)}, train={"sample_every": 2})
-    return train.train(config, tmp_path_factory.mktemp("video"))
+    return train(config, tmp_path_factory.mktemp("video"))

@@ -24,23 +24,27 @@ import numpy as np
 import torch
 from conftest import make_media, make_texts, tiny_config
 
-from latent_shift import checkpoint, data, encode, models, train
 from latent_shift.config import Config
-from latent_shift.terminal import quiet
+from latent_shift.data.encode import encode
+from latent_shift.data.pack import pack
+from latent_shift.models import sizes
+from latent_shift.runtime import quiet_libraries
+from latent_shift.training import checkpoint
+from latent_shift.training.loop import train
 
 STEPS = 20
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["latent_shift.train", "transformers.models.clip.modeling_clip", "pytest"])  # a run begins at once
+context.set_forkserver_preload(["latent_shift.training.loop", "transformers.models.clip.modeling_clip", "pytest"])  # a run begins at once
 
 
 def prepare(folder: Path) -> Config:
     """The data of the runs, and their settings."""
     make_media(folder / "media")
-    data.pack(folder / "media", folder / "pixels", size=32, fps=8, shard_mb=0.05)
+    pack(folder / "media", folder / "pixels", size=32, fps=8, shard_mb=0.05)
     torch.manual_seed(0)
-    models.autoencoder("tiny").save_pretrained(folder / "autoencoder")
+    sizes.autoencoder("tiny").save_pretrained(folder / "autoencoder")
     make_texts(folder / "texts")
-    encode.encode(folder / "pixels", folder / "latents", autoencoder=folder / "autoencoder", texts=folder / "texts")
+    encode(folder / "pixels", folder / "latents", autoencoder=folder / "autoencoder", texts=folder / "texts")
     settings = {"checkpoint_minutes": 1e-9, "sample_steps": 1, "sample_every": 10, "log_every": 3}
     return tiny_config("video", folder / "latents", steps=STEPS, train=settings)
 
@@ -63,7 +67,7 @@ def _train(config: Config, run: Path, file_bytes: int | None) -> None:
     if file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     try:
-        train.train(config, run)
+        train(config, run)
     except (ValueError, OSError, RuntimeError) as error:  # as the command does
         print(error, flush=True)
         sys.exit(2)
@@ -247,7 +251,7 @@ def encoding_killed(config: Config, out: Path, kills: int) -> str:
 
 
 def _encode(folder: Path, out: Path) -> None:
-    encode.encode(folder / "pixels", out, autoencoder=folder / "autoencoder", texts=folder / "texts")
+    encode(folder / "pixels", out, autoencoder=folder / "autoencoder", texts=folder / "texts")
 
 
 FAULTS: list[Callable[[Config, Path, int], str]] = [
@@ -257,7 +261,7 @@ FAULTS: list[Callable[[Config, Path, int], str]] = [
 
 
 def main(kills: int) -> None:
-    quiet()
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         config, runs = prepare(Path(folder)), Path(folder)
         finish(config, runs / "whole")

@@ -11,15 +11,22 @@ from conftest import traced
 from test_cli import run
 from test_finetune import RECIPE
 
-from latent_shift import benchmark, contenders, memory, models, scale, sweep, zoo
+from latent_shift.benchmark import networks, step, sweep
+from latent_shift.benchmark.step import shift_overhead
+from latent_shift.benchmark.throughput import encoding, index
+from latent_shift.benchmark.timing import alone
+from latent_shift.benchmark.training import resuming, runs, training_memory, training_step
 from latent_shift.config import load
+from latent_shift.models import sizes
+from latent_shift.runtime import has_bf16_units, peak_memory_gib
 from latent_shift.shift import Shift, frames, inflate
+from latent_shift.training import memory
 
 
 # In bf16 where a CPU has units for it: without them this takes minutes.
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16 if zoo.has_bf16_units() else torch.float32, "channels_last": True}])
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16 if has_bf16_units() else torch.float32, "channels_last": True}])
 def test_peers_are_of_the_same_widths(options):
-    result = benchmark.against_peers(num_frames=2, text_length=8, rounds=1, **options)
+    result = step.against_peers(num_frames=2, text_length=8, rounds=1, **options)
     ours, image, attention, animatediff, modelscope = result.values()
     assert image["parameters"] < attention["parameters"]
     assert (ours["ratio"], ours["parameters"]) == (1, image["parameters"])
@@ -31,7 +38,7 @@ def test_the_shift_multiplies_nothing_and_moves_little():
     """The guard against a slow shift that no other work on the machine can hide: at the size of Stable Diffusion 1.5, whose operations are
     counted and not computed, it reads and writes 1.6 % more than the same U-Net frame by frame; one more copy would be 3 %."""
     with torch.device("meta"):
-        plain = contenders.FULL.image_unet().eval()
+        plain = networks.FULL.image_unet().eval()
         latents, text = torch.empty(16, 4, 32, 32), torch.empty(16, 77, 768)
     shifted, works = inflate(copy.deepcopy(plain), Shift()), []
     for network, together in ((plain, contextlib.nullcontext()), (shifted, frames(shifted, 16))):
@@ -47,7 +54,7 @@ def test_the_shift_costs_no_more_than_it_may():
     work on the machine falls on both; the least of three tries counts."""
     ratios = []
     for _ in range(3):
-        result = benchmark.shift_overhead(num_frames=16, size=16, text_length=8, rounds=5)
+        result = shift_overhead(num_frames=16, size=16, text_length=8, rounds=5)
         ratios.append([result[name]["ratio"] for name in ("with the shift", "with the shift, one text a clip as the pipeline has it")])
         if (np.min(ratios, axis=0) < 1.1).all():
             return
@@ -59,14 +66,14 @@ def test_the_ways_of_a_guided_step_give_the_same_numbers(monkeypatch):
         made = [call() for call in calls.values()]
         return [torch.cat([each.sample for each in out]) if isinstance(out, list) else out.sample for out in made]
 
-    monkeypatch.setattr(benchmark, "paired", outputs)
-    once, each, twice = benchmark.savings(num_frames=2, text_length=8)
+    monkeypatch.setattr(step, "paired", outputs)
+    once, each, twice = step.savings(num_frames=2, text_length=8)
     torch.testing.assert_close(each, once, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(twice, once, atol=1e-4, rtol=1e-4)
 
 
 def test_long_clips_are_measured_in_processes_of_their_own(video_model):
-    whole, chunks, stream = benchmark.long_clips(str(video_model), num_frames=(3,))
+    whole, chunks, stream = step.long_clips(str(video_model), num_frames=(3,))
     assert [each["mode"] for each in (whole, chunks, stream)] == ["whole", "chunks", "stream"]
     assert all(0.1 < each["gib_peak"] < 8 for each in (whole, chunks, stream))
 
@@ -74,13 +81,13 @@ def test_long_clips_are_measured_in_processes_of_their_own(video_model):
 def test_the_peak_is_that_of_the_process_alone():
     """Not that of the one that started it, which has had this."""
     ballast = b"1" * 1_500_000_000
-    assert benchmark.alone(memory.peak) < 1
+    assert alone(peak_memory_gib) < 1
     del ballast
 
 
 def test_checkpointing_and_loras_take_less_memory():
     """At the size of Stable Diffusion 1.5, of which no byte is taken."""
-    result = benchmark.training_memory()
+    result = training_memory()
     totals = [each["total"] for each in result.values()]
     assert len(totals) == 4
     assert result["LoRA of rank 32, checkpointing"]["total"] == min(totals)
@@ -90,8 +97,8 @@ def test_checkpointing_and_loras_take_less_memory():
 
 def test_what_is_estimated_is_the_recipe(monkeypatch):
     asked = []
-    monkeypatch.setattr(benchmark.memory, "estimate", lambda config, unet, **shape: asked.append(config) or memory.Estimate(0, 0, 0, 0, 0))
-    benchmark.training_memory()
+    monkeypatch.setattr(step.memory, "estimate", lambda config, unet, **shape: asked.append(config) or memory.Estimate(0, 0, 0, 0, 0))
+    training_memory()
     recipe = load(RECIPE)
     for config in asked:
         assert config.model.model_copy(update={"init": recipe.model.init}) == recipe.model
@@ -104,8 +111,8 @@ def test_the_command_prints_one_of_them(monkeypatch, tmp_path):
     def against_peers(**options):
         return {"options": sorted(map(str, options))}
 
-    monkeypatch.setattr(benchmark, "against_peers", against_peers)
-    monkeypatch.setattr(benchmark, "savings", lambda **options: options)
+    monkeypatch.setattr(step, "against_peers", against_peers)
+    monkeypatch.setattr(step, "savings", lambda **options: options)
     result = json.loads(run("bench", "peers", "--frames", 3, "-o", tmp_path / "peers.json"))
     assert result == json.loads((tmp_path / "peers.json").read_text())
     assert len([name for name in result if name.startswith(("float32", "bfloat16"))]) == 4
@@ -117,35 +124,35 @@ def test_runs_are_told_side_by_side(image_model, video_model, tmp_path):
     assert len(told.strip().splitlines()) == 4
     image, clips = json.loads((tmp_path / "runs.json").read_text())
     rows = [json.loads(line) for line in (video_model.parent / "stats.jsonl").read_text().splitlines()]
-    assert image["parameters"] == clips["parameters"] == models.num_parameters(models.unet("tiny"))
+    assert image["parameters"] == clips["parameters"] == sizes.num_parameters(sizes.unet("tiny"))
     assert clips["steps"] == 4 and clips["val_loss"] is None
     assert clips["loss"] == pytest.approx((rows[2]["loss"] + rows[3]["loss"]) / 2)
     assert clips["gib_peak"] == max(row["gib_peak"] for row in rows) > 0.1
     assert 0 < clips["data_wait_share"] < 1
     with pytest.raises(ValueError, match="not the folder of a run that is done"):
-        benchmark.runs([tmp_path])
+        runs([tmp_path])
 
 
 def test_training_and_encoding_are_timed(video_model, monkeypatch):
     graphs: list = []
     monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))
-    found = benchmark.training_step(str(video_model), clips=2, num_frames=4, rounds=1)
+    found = training_step(str(video_model), clips=2, num_frames=4, rounds=1)
     assert list(found) == ["8 images", *(f"2 clips of 4 frames, {name}" for name in ("shift", "none", "attention", "shift, compiled"))]
     assert len(graphs) == 1
     assert found["8 images"]["ratio"] == 1 and all(row["seconds"] > 0 for row in found.values())
-    alone, two = scale.encoding(str(video_model), shards=4, frames_a_shard=4, size=32)
+    alone, two = encoding(str(video_model), shards=4, frames_a_shard=4, size=32)
     assert (alone["workers"], two["workers"], alone["efficiency"]) == (1, 2, 1)
     assert two["frames_per_s"] > 0 and two["seconds"] > two["seconds_before_the_first"]
 
 
 def test_going_on_with_a_run_is_timed(video_model):
-    found = scale.resuming("tiny", model=str(video_model), num_frames=2, batch_size=1)
+    found = resuming("tiny", model=str(video_model), num_frames=2, batch_size=1)
     # The parts are timed in processes of their own: on a machine with other work they need not add up.
     assert set(found) == {"seconds", "of_these_imports", "seconds_a_step", "seconds_of_a_first_start"}
     assert all(value > 0 for value in found.values())
 
 
 def test_an_index_is_timed():
-    found = scale.index(300, num_frames=2, clips_a_shard=50, clips_a_part=200)
+    found = index(300, num_frames=2, clips_a_shard=50, clips_a_part=200)
     assert (found["clips"], found["parts"], found["shards"]) == (300, 2, 6)
     assert all(value >= 0 for value in found.values())

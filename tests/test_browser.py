@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from test_report import SWEEP, evals  # noqa: F401
 
-from latent_shift import benchmark, report
+from latent_shift.benchmark.training import runs
+from latent_shift.report import page
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -39,8 +40,8 @@ def opened(browser, path):
 @pytest.fixture(scope="module")
 def page(browser, evals, video_model, tmp_path_factory):  # noqa: F811
     (sweep := tmp_path_factory.mktemp("found") / "sweep.json").write_text(json.dumps(SWEEP))
-    (training := sweep.with_name("training.json")).write_text(json.dumps(benchmark.runs([video_model.parent])))
-    path = report.report(
+    (training := sweep.with_name("training.json")).write_text(json.dumps(runs([video_model.parent])))
+    path = page.report(
         tmp_path_factory.mktemp("page"), evals / "compare", classes=evals / "classes", ablations=[evals / "compare"], training=training,
         sweeps=[sweep, sweep], rows=2,
     )  # fmt: skip

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from test_data import counting_clip
 
-from latent_shift import data, video
-from latent_shift.check import check
-from latent_shift.store import Store
+from latent_shift import video
+from latent_shift.data.check import check
+from latent_shift.data.pack import pack
+from latent_shift.data.store import Store
 
 
 def clouds(num_frames: int, seed: int, size: int = 64) -> np.ndarray:
@@ -75,7 +76,7 @@ def test_what_differs_in_colour_or_in_a_detail_is_no_copy(tmp_path):
 
 def test_a_watermark_on_later_clips_counts(tmp_path):
     """What is found does not depend on the order of the clips."""
-    from latent_shift import check as module
+    from latent_shift.data.check import check
 
     mark = np.zeros((1, 64, 64, 3), bool)
     mark[:, 48:56, 8:40:4] = True
@@ -83,7 +84,7 @@ def test_a_watermark_on_later_clips_counts(tmp_path):
     for name, frames in stills.items():
         video.write(frames, tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
-    found = dict(module.check(tmp_path)[1])
+    found = dict(check(tmp_path)[1])
     assert list(found) == [str(tmp_path)] and "fixed overlay" in found[str(tmp_path)]
 
 
@@ -91,7 +92,7 @@ def test_cuts_are_told_from_fast_motion(tmp_path):
     cut = np.concatenate([clouds(10, 2), clouds(10, 3)])
     fast = np.stack([clouds(1, seed)[0] for seed in range(10, 30)])
     assert problems(tmp_path, cut=cut, fast=fast) == {"cut.mp4": "a cut to another scene at 1.2 s"}
-    data.pack(tmp_path, tmp_path / "store", size=64, fps=8, split_cuts=True)
+    pack(tmp_path, tmp_path / "store", size=64, fps=8, split_cuts=True)
     parts = [(record.file_name, record.num_frames) for record in Store(tmp_path / "store").records]
     assert parts == [("cut.mp4#0", 10), ("cut.mp4#1", 10), ("fast.mp4", 20)]
 

@@ -10,15 +10,16 @@ import pytest
 from conftest import tiny_config
 from typer.testing import CliRunner
 
-from latent_shift import cli, video
+from latent_shift import video
+from latent_shift.cli import main
 from latent_shift.config import dump
-from latent_shift.store import Store
+from latent_shift.data.store import Store
 
 runner = CliRunner()
 
 
 def run(*words) -> str:
-    result = runner.invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    result = runner.invoke(main.app, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -130,12 +131,12 @@ def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch)
     ],
 )  # fmt: skip
 def test_numbers_that_mean_nothing_are_refused_by_the_name_of_their_option(words):
-    result = runner.invoke(cli.app, words.split())
+    result = runner.invoke(main.app, words.split())
     assert (result.exit_code, f"Invalid value for '{words.split()[-2]}'" in result.output) == (2, True), result.output
 
 
 def test_help_shows_flags_without_values():
-    told = runner.invoke(cli.app, ["generate", "--help"]).output
+    told = runner.invoke(main.app, ["generate", "--help"]).output
     assert "--loop " in told and "<bool>" not in told and "BOOLEAN" not in told
 
 
@@ -213,7 +214,7 @@ def test_bench_and_models_print_what_they_found(video_model, tmp_path, monkeypat
 def test_errors_are_a_line_and_an_exit_code(words, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["latent-shift", *words])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main.main()
     assert stopped.value.code == 1
     assert message in capsys.readouterr().err
 

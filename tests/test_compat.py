@@ -15,20 +15,20 @@ from PIL import Image
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from latent_shift import models
-from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift.models import sizes
+from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
+from latent_shift.runtime import seed
 from latent_shift.shift import Shift, deflate, frames, inflate
-from latent_shift.zoo import seed
 
 
 @pytest.fixture
 def pipe(texts):
     torch.manual_seed(0)
     made = LatentShiftPipeline(
-        models.autoencoder("tiny").eval(),
+        sizes.autoencoder("tiny").eval(),
         CLIPTextModel.from_pretrained(texts / "text_encoder"),
         CLIPTokenizer.from_pretrained(texts / "tokenizer"),
-        models.unet("tiny", sample_size=4).eval(),
+        sizes.unet("tiny", sample_size=4).eval(),
         DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
         latent_shift={"num_frames": 4, "num_inference_steps": 2, "guidance_scale": 3.0},
     )
@@ -43,7 +43,7 @@ def clip(pipe, **arguments) -> torch.Tensor:
 @pytest.fixture
 def lora(pipe, tmp_path):
     """A LoRA file of attention and convolutions, as diffusers' training scripts write it."""
-    network = models.unet("tiny", sample_size=4)
+    network = sizes.unet("tiny", sample_size=4)
     torch.manual_seed(1)
     network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(network))
@@ -79,7 +79,7 @@ def test_inflating_after_a_lora_says_so_where_it_cannot_work(pipe, lora):
 
 
 def models_with_lora_on_conv2():
-    network = models.unet("tiny", sample_size=4)
+    network = sizes.unet("tiny", sample_size=4)
     network.add_adapter(LoraConfig(r=2, target_modules=["conv2"]))
     return network
 

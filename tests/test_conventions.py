@@ -8,9 +8,9 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from test_modes import quiet, sd, xl_components
 
-from latent_shift.pipeline import LatentShiftPipeline, LatentShiftXLPipeline
+from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline, LatentShiftXLPipeline
+from latent_shift.runtime import seed
 from latent_shift.shift import shift_of
-from latent_shift.zoo import seed
 
 SETTINGS = {"num_frames": 3, "num_inference_steps": 2, "guidance_scale": 3.0}
 

@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from latent_shift import data, video
-from latent_shift.latents import LatentStore
-from latent_shift.store import Store
+from latent_shift import video
+from latent_shift.data.latents import LatentStore
+from latent_shift.data.pack import pack, preview
+from latent_shift.data.store import Store
 
 
 def counting_clip(num_frames: int, size: int = 32) -> np.ndarray:
@@ -183,11 +184,11 @@ def test_captions_keep_their_letters_and_empty_ones_are_none(tmp_path):
     video.write(counting_clip(16), tmp_path / "a.mp4")
     rows = [{"file_name": "a.mp4", "text": "one\u2028line"}, {"file_name": "a.mp4", "text": ["", "a"]}, {"file_name": "a.mp4", "text": " "}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    assert data.pack(tmp_path, tmp_path / "store", size=16, fps=8) == [("a.mp4", "no caption")]
+    assert pack(tmp_path, tmp_path / "store", size=16, fps=8) == [("a.mp4", "no caption")]
     assert sorted(record.texts for record in Store(tmp_path / "store").records) == [("a",), ("one\u2028line",)]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.mp4", "text": "a"}\n')
     with pytest.raises(ValueError, match=r"none of 1 files can be used; the first: gone.mp4: .*no such file"):
-        data.pack(tmp_path, tmp_path / "other", size=16, fps=8)
+        pack(tmp_path, tmp_path / "other", size=16, fps=8)
 
 
 def test_packing_leaves_broken_files_out_and_says_so(media, tmp_path):
@@ -195,21 +196,21 @@ def test_packing_leaves_broken_files_out_and_says_so(media, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"x")
     names = ["red.webp", "broken.mp4", "gone.mp4"]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": name}) for name in names))
-    left_out = data.pack(tmp_path, tmp_path / "store", size=16, fps=8)
+    left_out = pack(tmp_path, tmp_path / "store", size=16, fps=8)
     assert [name for name, _ in left_out] == ["broken.mp4", "gone.mp4"]
     assert [record.file_name for record in Store(tmp_path / "store").records] == ["red.webp"]  # nothing takes their place
 
 
 def test_a_preview_shows_clips_and_names_them(packed):
-    sheet, captions = data.preview(Store(packed), rows=3, columns=5)
+    sheet, captions = preview(Store(packed), rows=3, columns=5)
     assert sheet.shape == (3 * (32 + 14), 5 * 32 + 4 * 2, 3)
     assert set(captions) <= {text for record in Store(packed).records for text in record.texts}
-    sheet, captions = data.preview(Store(packed), rows=6, columns=4, num_frames=11, stride=2)
+    sheet, captions = preview(Store(packed), rows=6, columns=4, num_frames=11, stride=2)
     long = [record for record in Store(packed).records if record.split == "train" and (record.num_frames >= 21 or record.loop)]
     assert sheet.shape[0] == 6 * (32 + 14) and 0 < len(long) < len(Store(packed).records)
     assert set(captions) <= {f"{text}, 4 fps" for record in long for text in record.texts}
     with pytest.raises(ValueError, match="no record to train on"):
-        data.preview(Store(packed), splits=("nowhere",))
+        preview(Store(packed), splits=("nowhere",))
     every, second = (Store(packed).draw_pixels(np.random.default_rng(1), 0, 4, stride=stride) for stride in (1, 2))
     assert np.array_equal(every[[0, 2]], second[:2])
 
@@ -224,5 +225,5 @@ def test_a_preview_of_latents_shows_what_they_decode_to(packed, latents, autoenc
         sampled = posterior.mean + posterior.std * torch.from_numpy(rng.standard_normal(posterior.mean.shape, np.float32))
         expected = ((vae.decode(sampled).sample.permute(0, 2, 3, 1) + 1) * 127.5).clamp(0, 255).numpy()
     assert np.abs(frames - expected).max() < 3 < expected.std()
-    captions = data.preview(LatentStore(latents), rows=4, columns=4, stride=2)[1]
+    captions = preview(LatentStore(latents), rows=4, columns=4, stride=2)[1]
     assert all(caption.endswith(", 4 fps") for caption in captions)

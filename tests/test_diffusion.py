@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from latent_shift import models
-from latent_shift.diffusion import DenoisingObjective, attention_kernel, draw_timesteps, noise_schedule, share_noise
+from latent_shift.diffusion import draw_timesteps, noise_schedule, share_noise
+from latent_shift.models import sizes
 from latent_shift.shift import frames, inflate, share_text
+from latent_shift.training.objectives import DenoisingObjective, attention_kernel
 
 
 def batch(num_frames: int = 3):
@@ -18,7 +19,7 @@ def batch(num_frames: int = 3):
 @pytest.fixture
 def unet():
     torch.manual_seed(0)
-    unet = inflate(models.unet("tiny", sample_size=4).eval())
+    unet = inflate(sizes.unet("tiny", sample_size=4).eval())
     share_text(unet)
     return unet
 
@@ -53,7 +54,7 @@ def test_single_frames_train_the_image_network(unet):
     latents, noise, timesteps, text = batch(num_frames=1)
     loss, _ = DenoisingObjective(unet, noise_schedule())(latents, noise, timesteps, text)
     noisy = noise_schedule().add_noise(latents[:, 0], noise[:, 0], timesteps)
-    predicted = models.unet("tiny", sample_size=4)
+    predicted = sizes.unet("tiny", sample_size=4)
     predicted.load_state_dict(unet.state_dict())
     torch.testing.assert_close(loss, (predicted(noisy, timesteps, text).sample - noise[:, 0]).square().mean())
 

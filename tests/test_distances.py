@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from latent_shift import distances
+from latent_shift.evaluation import statistics
 
 
 def exactly(rng, num: int, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
@@ -25,10 +25,10 @@ def test_frechet_is_the_closed_form_of_gaussians():
     means, deviations = rng.standard_normal((2, 5)), rng.uniform(0.2, 3, (2, 5))
     a, b = (exactly(rng, 40, mean, np.diag(deviation**2)) for mean, deviation in zip(means, deviations, strict=True))
     expected = np.square(means[0] - means[1]).sum() + np.square(deviations[0] - deviations[1]).sum()
-    assert distances.frechet(a, b) == pytest.approx(expected, rel=1e-9)
-    assert distances.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert statistics.frechet(a, b) == pytest.approx(expected, rel=1e-9)
+    assert statistics.frechet(a, a) == pytest.approx(0, abs=1e-9)
     shared = np.linalg.qr(rng.standard_normal((5, 5)))[0]  # both turned alike: nothing changes
-    assert distances.frechet(a @ shared, b @ shared) == pytest.approx(expected, rel=1e-9)
+    assert statistics.frechet(a @ shared, b @ shared) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("num", "other", "dims"), [(60, 200, 10), (500, 65, 64)])
@@ -39,29 +39,29 @@ def test_frechet_is_what_a_matrix_root_gives(num, other, dims):
     s_a, s_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = scipy.linalg.sqrtm(s_a @ s_b)
     expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(s_a + s_b - 2 * root.real)
-    assert distances.frechet(a.astype(np.float32), b.astype(np.float32)) == pytest.approx(expected, rel=1e-4)
-    assert distances.frechet(a, b) == pytest.approx(expected, rel=1e-7)
-    assert distances.frechet(a, b) == pytest.approx(distances.frechet(b, a))
+    assert statistics.frechet(a.astype(np.float32), b.astype(np.float32)) == pytest.approx(expected, rel=1e-4)
+    assert statistics.frechet(a, b) == pytest.approx(expected, rel=1e-7)
+    assert statistics.frechet(a, b) == pytest.approx(statistics.frechet(b, a))
 
 
 def test_what_says_nothing_is_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="8 samples of 8 features: the Frechet distance needs more than features"):
-        distances.frechet(rng.standard_normal((8, 8)), rng.standard_normal((20, 8)))
+        statistics.frechet(rng.standard_normal((8, 8)), rng.standard_normal((20, 8)))
     with pytest.raises(ValueError, match="two sets of the same features"):
-        distances.kernel_estimate(rng.standard_normal((8, 8)), rng.standard_normal((8, 7)))
+        statistics.kernel_estimate(rng.standard_normal((8, 8)), rng.standard_normal((8, 7)))
     with pytest.raises(ValueError, match="three samples"):
-        distances.kernel_estimate(rng.standard_normal((2, 8)), rng.standard_normal((8, 8)))
-    with pytest.raises(distances.Unmeasurable, match="12 clips of 20 features"):  # 96 frames are 12 samples
-        distances.frechet_estimate(rng.standard_normal((12, 8, 20)), rng.standard_normal((100, 8, 20)))
-    with pytest.raises(distances.Unmeasurable, match="5 clips of 5 classes"):
-        distances.inception_score(np.eye(5))
-    with pytest.raises(distances.Unmeasurable, match="one clip has no interval"):
-        distances.estimate(np.ones(1))
+        statistics.kernel_estimate(rng.standard_normal((2, 8)), rng.standard_normal((8, 8)))
+    with pytest.raises(statistics.Unmeasurable, match="12 clips of 20 features"):  # 96 frames are 12 samples
+        statistics.frechet_estimate(rng.standard_normal((12, 8, 20)), rng.standard_normal((100, 8, 20)))
+    with pytest.raises(statistics.Unmeasurable, match="5 clips of 5 classes"):
+        statistics.inception_score(np.eye(5))
+    with pytest.raises(statistics.Unmeasurable, match="one clip has no interval"):
+        statistics.estimate(np.ones(1))
     with pytest.raises(ValueError, match="not finite"):
-        distances.frechet(np.full((20, 2), np.nan), rng.standard_normal((20, 2)))
+        statistics.frechet(np.full((20, 2), np.nan), rng.standard_normal((20, 2)))
     with pytest.raises(ValueError, match="row of probabilities"):
-        distances.inception_score(rng.standard_normal((4, 3)))
+        statistics.inception_score(rng.standard_normal((4, 3)))
 
 
 def test_the_kernel_distance_is_its_double_sum():
@@ -70,7 +70,7 @@ def test_the_kernel_distance_is_its_double_sum():
     kernel = lambda x, y: (float(x @ y) / 4 + 1) ** 3  # noqa: E731
     within = [sum(kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1)) for x in (a, b)]
     between = sum(kernel(x, y) for x in a for y in b) / 35
-    found = distances.kernel_estimate(a, b)
+    found = statistics.kernel_estimate(a, b)
     assert found.value == pytest.approx(sum(within) - 2 * between, rel=1e-10)
     assert found.low < found.value < found.high
 
@@ -82,17 +82,17 @@ def test_frames_of_a_clip_are_no_pair_of_the_kernel_distance():
     pairs = lambda p, q, apart: np.mean(  # noqa: E731
         [kernel(x, y) for i, u in enumerate(p) for j, w in enumerate(q) if not (apart and i == j) for x in u for y in w]
     )
-    found = distances.kernel_estimate(a, b)
+    found = statistics.kernel_estimate(a, b)
     assert found.value == pytest.approx(pairs(a, a, True) + pairs(b, b, True) - 2 * pairs(a, b, False), rel=1e-10)
     alike = [rng.standard_normal((2, 12, 1, 4)).repeat(8, axis=2) for _ in range(300)]  # clips whose frames stand still
-    alone, together = ([distances.kernel_estimate(*pair.reshape(2, -1, rows, 4), resamples=2).value for pair in alike] for rows in (1, 8))
+    alone, together = ([statistics.kernel_estimate(*pair.reshape(2, -1, rows, 4), resamples=2).value for pair in alike] for rows in (1, 8))
     assert abs(np.mean(together)) < 3 * np.std(together) / np.sqrt(300) < np.mean(alone)
 
 
 def test_of_many_groups_some_are_taken():
     rng = np.random.default_rng(7)
     a, b = rng.standard_normal((2000, 2, 6)), 1.3 * rng.standard_normal((2000, 2, 6))
-    every, some = (distances.kernel_estimate(a, b, resamples=40, most=most) for most in (5000, 400))
+    every, some = (statistics.kernel_estimate(a, b, resamples=40, most=most) for most in (5000, 400))
     assert every.value != some.value and some.low < every.value < some.high
     assert some.high - some.low > 1.5 * (every.high - every.low)
 
@@ -100,10 +100,10 @@ def test_of_many_groups_some_are_taken():
 def test_the_kernel_distance_has_no_bias_and_the_frechet_distance_has():
     rng = np.random.default_rng(3)
     pairs = [rng.standard_normal((2, 12, 4)) for _ in range(300)]
-    kernels = [distances.kernel_estimate(a, b, resamples=2).value for a, b in pairs]
+    kernels = [statistics.kernel_estimate(a, b, resamples=2).value for a, b in pairs]
     assert abs(np.mean(kernels)) < 3 * np.std(kernels) / np.sqrt(300)
-    assert min(distances.frechet(a, b) for a, b in pairs) > 0.1  # of two sets that are the same in distribution
-    frechet, kernel = (each(*pairs[0], resamples=10) for each in (distances.frechet_estimate, distances.kernel_estimate))
+    assert min(statistics.frechet(a, b) for a, b in pairs) > 0.1  # of two sets that are the same in distribution
+    frechet, kernel = (each(*pairs[0], resamples=10) for each in (statistics.frechet_estimate, statistics.kernel_estimate))
     assert frechet.biased and not kernel.biased
 
 
@@ -113,33 +113,33 @@ def test_drawn_clips_and_the_real_ones_of_their_captions_are_no_pairs():
     a, b, units = rng.standard_normal((6, 4)), rng.standard_normal((3, 4)), np.array([0, 1, 2, 2, 0, 1])
     apart, others = units[:, None] != units, units[:, None] != np.arange(3)
     expected = kernel(a, a)[apart].mean() + kernel(b, b)[~np.eye(3, dtype=bool)].mean() - 2 * kernel(a, b)[others].mean()
-    found = distances.kernel_estimate(a, b, units_N=units, units_M=np.arange(3), resamples=50)
+    found = statistics.kernel_estimate(a, b, units_N=units, units_M=np.arange(3), resamples=50)
     assert found.value == pytest.approx(expected, rel=1e-10) and found.samples == 3
     alike, wrong = [], []
     for _ in range(300):
         captions = rng.standard_normal((12, 4))
         x, y = (captions + 0.3 * rng.standard_normal((12, 4)) for _ in range(2))
-        alike.append(distances.kernel_estimate(x, y, units_M=np.arange(12), resamples=2).value)
-        wrong.append(distances.kernel_estimate(x, y, resamples=2).value)
+        alike.append(statistics.kernel_estimate(x, y, units_M=np.arange(12), resamples=2).value)
+        wrong.append(statistics.kernel_estimate(x, y, resamples=2).value)
     assert abs(np.mean(alike)) < 3 * np.std(alike) / np.sqrt(300) < -np.mean(wrong)
-    same = distances.kernel_estimate(captions, captions, units_M=np.arange(12))
+    same = statistics.kernel_estimate(captions, captions, units_M=np.arange(12))
     assert same.value == pytest.approx(0, abs=1e-12) and same.high - same.low == pytest.approx(0, abs=1e-12)
-    some = distances.kernel_estimate(np.repeat(x, 50, axis=0), y, units_N=np.repeat(np.arange(12), 50), units_M=np.arange(12), most=100)
-    whole = distances.kernel_estimate(x, y, units_M=np.arange(12))  # a mean over units as they were drawn, not over all of each
+    some = statistics.kernel_estimate(np.repeat(x, 50, axis=0), y, units_N=np.repeat(np.arange(12), 50), units_M=np.arange(12), most=100)
+    whole = statistics.kernel_estimate(x, y, units_M=np.arange(12))  # a mean over units as they were drawn, not over all of each
     assert some.samples == 12 and some.low < whole.value < some.high
 
 
 def test_inception_score():
     classes = np.eye(5)[np.arange(20) % 5]
-    assert distances.inception_score(classes).value == pytest.approx(5)
-    assert distances.inception_score(np.full((20, 5), 0.2)).value == pytest.approx(1)
+    assert statistics.inception_score(classes).value == pytest.approx(5)
+    assert statistics.inception_score(np.full((20, 5), 0.2)).value == pytest.approx(1)
     p = np.random.default_rng(0).dirichlet(np.ones(5), 30)
     expected = np.exp(np.mean([scipy.stats.entropy(row, p.mean(axis=0)) for row in p]))
-    found = distances.inception_score(p)
+    found = statistics.inception_score(p)
     assert found.value == pytest.approx(expected)
     assert found.low < found.value < found.high and found.samples == 30
     frames = np.repeat(p[:, None], 4, axis=1)
-    together, alone = distances.inception_score(frames), distances.inception_score(frames.reshape(-1, 5))
+    together, alone = statistics.inception_score(frames), statistics.inception_score(frames.reshape(-1, 5))
     assert together.value == pytest.approx(expected) and together.samples == 30
     assert together.high - together.low > 1.5 * (alone.high - alone.low)
 
@@ -147,9 +147,9 @@ def test_inception_score():
 def test_the_interval_of_an_inception_score_holds_that_of_many_samples():
     rng, held = np.random.default_rng(8), 0
     draw = lambda num: 0.9 * np.eye(6)[rng.integers(6, size=num)] + 0.1 / 6  # noqa: E731
-    truth = distances.inception_score(draw(200_000), resamples=2).value
+    truth = statistics.inception_score(draw(200_000), resamples=2).value
     for _ in range(100):
-        found = distances.inception_score(draw(80))
+        found = statistics.inception_score(draw(80))
         held += found.low <= truth <= found.high
     assert held >= 85
 
@@ -157,19 +157,19 @@ def test_the_interval_of_an_inception_score_holds_that_of_many_samples():
 def test_many_rows_are_taken_some_at_once():
     rng = np.random.default_rng(9)
     features, counts = rng.standard_normal((20, 2, 5)), rng.integers(0, 4, 20)
-    mean, root = distances._gaussian(features, counts, rows=7)
+    mean, root = statistics._gaussian(features, counts, rows=7)
     every = np.repeat(features, counts, axis=0).reshape(-1, 5)
     np.testing.assert_allclose(mean, every.mean(axis=0))
     np.testing.assert_allclose(root.T @ root, np.cov(every, rowvar=False))
     a, b = rng.standard_normal((9, 3, 4)), rng.standard_normal((8, 3, 4))
     whole = ((a.reshape(27, 4) @ b.reshape(24, 4).T / 4 + 1) ** 3).reshape(9, 3, 8, 3).mean(axis=(1, 3))
-    np.testing.assert_allclose(distances._kernel(a, b), whole)
+    np.testing.assert_allclose(statistics._kernel(a, b), whole)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     rng, held = np.random.default_rng(4), 0
     for _ in range(200):
-        found = distances.estimate(rng.exponential(size=60), resamples=300)
+        found = statistics.estimate(rng.exponential(size=60), resamples=300)
         held += found.low <= 1 <= found.high
     assert 175 <= held <= 198  # 95 % less what a bootstrap of 60 skewed samples falls short
 
@@ -177,13 +177,13 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 def test_frames_of_a_clip_are_drawn_together():
     rng = np.random.default_rng(5)
     a, b = (rng.standard_normal((30, 1, 3)) + 0.01 * rng.standard_normal((30, 8, 3)) for _ in range(2))
-    alone, together = distances.frechet_estimate(a.reshape(240, 3), b.reshape(240, 3)), distances.frechet_estimate(a, b)
+    alone, together = statistics.frechet_estimate(a.reshape(240, 3), b.reshape(240, 3)), statistics.frechet_estimate(a, b)
     assert alone.value == pytest.approx(together.value)
     assert together.high - together.low > 1.5 * (alone.high - alone.low)  # 30 clips, not 240 samples
 
 
 def test_a_median_has_an_interval_too():
-    found = distances.estimate(np.arange(101), distances.median)
+    found = statistics.estimate(np.arange(101), statistics.median)
     assert found.value == 50
     assert 30 < found.low < 50 < found.high < 70
 
@@ -194,11 +194,11 @@ def test_clips_of_one_unit_are_drawn_together_and_never_paired():
     units, words = np.repeat(np.arange(30), 20), rng.standard_normal((30, 3))
     order = rng.permutation(600)
     units, x = units[order], (words[units] + 0.1 * rng.standard_normal((600, 3)))[order]
-    apart, together = distances.estimate(x[:, 0]), distances.estimate(x[:, 0], units_N=units)
+    apart, together = statistics.estimate(x[:, 0]), statistics.estimate(x[:, 0], units_N=units)
     assert (apart.samples, together.samples) == (600, 30) and apart.value == together.value
     assert 3 < (together.high - together.low) / (apart.high - apart.low) < 6  # the root of twenty
     other = rng.standard_normal((600, 3))
-    for measure in (distances.frechet_estimate, distances.kernel_estimate):
+    for measure in (statistics.frechet_estimate, statistics.kernel_estimate):
         apart, together = measure(x, other, resamples=40), measure(x, other, units_N=units, resamples=40)
         assert together.samples == 30 and together.high - together.low > 1.5 * (apart.high - apart.low), measure
     kernel = (x @ x.T / 3 + 1) ** 3
@@ -206,7 +206,7 @@ def test_clips_of_one_unit_are_drawn_together_and_never_paired():
     expected = kernel[units[:, None] != units].mean() + (within.sum() - np.trace(within)) / (600 * 599) - 2 * between
     assert together.value == pytest.approx(expected)
     p = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
-    apart, together = distances.inception_score(p), distances.inception_score(p, units_N=units)
+    apart, together = statistics.inception_score(p), statistics.inception_score(p, units_N=units)
     assert together.value == apart.value and together.high - together.low > 2 * (apart.high - apart.low)
 
 
@@ -214,12 +214,12 @@ def test_averages_count_clips_as_often_as_their_weights_say():
     rng = np.random.default_rng(11)
     x, times = rng.uniform(0.5, 2, 9), rng.integers(0, 3, 9)
     often = np.repeat(x, times)
-    assert distances.mean(x, times) == pytest.approx(often.mean())
-    assert distances.median(x, times) == pytest.approx(np.median(often))
-    assert distances.factor(x, times) == pytest.approx(np.exp(np.abs(np.log(often)).mean()))
+    assert statistics.mean(x, times) == pytest.approx(often.mean())
+    assert statistics.median(x, times) == pytest.approx(np.median(often))
+    assert statistics.factor(x, times) == pytest.approx(np.exp(np.abs(np.log(often)).mean()))
     pairs = rng.uniform(size=(9, 2))
     missed, there = np.repeat(pairs, times, axis=0).sum(axis=0)
-    assert distances.found(pairs, times) == pytest.approx(1 - missed / there)
+    assert statistics.found(pairs, times) == pytest.approx(1 - missed / there)
 
 
 def test_what_two_sets_share_does_not_widen_the_interval_of_their_difference():
@@ -227,14 +227,14 @@ def test_what_two_sets_share_does_not_widen_the_interval_of_their_difference():
     for _ in range(100):
         shared = rng.standard_normal(60)
         a, b = shared + 0.1 * rng.standard_normal(60) + 0.05, shared + 0.1 * rng.standard_normal(60)
-        found = distances.difference(a, b, resamples=300)
+        found = statistics.difference(a, b, resamples=300)
         held += found.low <= 0.05 <= found.high
     assert found.value == pytest.approx(a.mean() - b.mean())
-    assert found.high - found.low < 0.1 < distances.estimate(a).high - distances.estimate(a).low
+    assert found.high - found.low < 0.1 < statistics.estimate(a).high - statistics.estimate(a).low
     assert held >= 87
-    ratios = distances.difference(np.exp(a), np.exp(b), distances.factor)
+    ratios = statistics.difference(np.exp(a), np.exp(b), statistics.factor)
     assert ratios.value == pytest.approx(np.exp(np.abs(a).mean()) - np.exp(np.abs(b).mean()))
     pairs = rng.uniform(size=(2, 9, 2))
-    assert distances.difference(*pairs, distances.found).value == pytest.approx(
+    assert statistics.difference(*pairs, statistics.found).value == pytest.approx(
         np.diff([1 - p[:, 0].sum() / p[:, 1].sum() for p in pairs[::-1]])[0]
     )

@@ -9,8 +9,8 @@ import torch
 from conftest import tiny_config
 from safetensors.torch import load_file
 
-from latent_shift import checkpoint
 from latent_shift.config import dump
+from latent_shift.training import checkpoint
 
 
 def launch(config, run, *, processes):

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import latent_shift as ls
-from latent_shift import cli, data
+from latent_shift.cli import main
+from latent_shift.data.pack import pack
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,7 +62,7 @@ def test_every_command(name, least, media, image_model, tmp_path, monkeypatch):
     (tmp_path / "docs" / "modes").mkdir(parents=True)
     shutil.copy(ROOT / "docs" / "modes" / "mask.png", "docs/modes")
     if name == "docs/evaluation.md":
-        data.pack(media, "data/mine", size=128, fps=8)
+        pack(media, "data/mine", size=128, fps=8)
         shutil.copytree(ROOT / "src" / "latent_shift" / "weights" / "emoji", "runs/emoji-mine/model")
     commands = [
         line for block in blocks("bash", (ROOT / name).read_text()) for line in block.splitlines() if line.startswith("latent-shift")
@@ -69,7 +70,7 @@ def test_every_command(name, least, media, image_model, tmp_path, monkeypatch):
     assert len(commands) >= least
     for line in commands:
         words = quick(shlex.split(line, comments=True)[1:])
-        result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+        result = CliRunner().invoke(main.app, words, catch_exceptions=False)
         assert result.exit_code == 0, (line, result.output)
         outputs = [word for flag, word in itertools.pairwise(words) if flag == "-o"]
         assert all((tmp_path / output).exists() for output in outputs), line

@@ -14,11 +14,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from latent_shift import data, encode
-from latent_shift.autoencoder import to_pixels
+from latent_shift.data import encode as encoding
+from latent_shift.data.encode import encode
+from latent_shift.data.latents import LatentStore
+from latent_shift.data.pack import pack
+from latent_shift.data.store import Store
 from latent_shift.diffusion import share_noise
-from latent_shift.latents import LatentStore
-from latent_shift.store import Store
+from latent_shift.models.autoencoder import to_pixels
 
 
 def everything(folder):
@@ -31,7 +33,7 @@ def everything(folder):
 def shards(media, tmp_path_factory):
     """The clips of `media` in several small shards."""
     folder = tmp_path_factory.mktemp("shards")
-    data.pack(media, folder, size=32, fps=8, shard_mb=0.05)
+    pack(media, folder, size=32, fps=8, shard_mb=0.05)
     assert len(Store(folder).shapes) == 4
     return folder
 
@@ -40,7 +42,7 @@ def shards(media, tmp_path_factory):
 def once(shards, autoencoder, texts, tmp_path_factory):
     """What one process makes of `shards`, mirrored too."""
     folder = tmp_path_factory.mktemp("once")
-    encode.encode(shards, folder, autoencoder=autoencoder, texts=texts, mirror=True)
+    encode(shards, folder, autoencoder=autoencoder, texts=texts, mirror=True)
     return folder
 
 
@@ -84,8 +86,8 @@ def test_mirror_images_but_of_what_names_a_side(media, shards, once, autoencoder
     ):  # fmt: skip
         (tmp_path / f"{name}.webp").write_bytes((media / "red.webp").read_bytes())
         (tmp_path / f"{name}.txt").write_text(caption)
-    data.pack(tmp_path, tmp_path / "pixels", size=32, fps=8)
-    store = encode.encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts, mirror=True)
+    pack(tmp_path, tmp_path / "pixels", size=32, fps=8)
+    store = encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts, mirror=True)
     assert [record.file_name for record in store.records] == [*(f"{name}.webp" for name in "abcdefgh"), "c.webp"]
     assert not np.array_equal(store.window(2, 0, 1), store.window(8, 0, 1))
 
@@ -95,10 +97,10 @@ def test_other_settings_make_other_shards(shards, once, autoencoder, texts, tmp_
     with torch.no_grad():
         vae.encoder.conv_in.bias[0] += 1e-3
     vae.save_pretrained(tmp_path / "autoencoder")
-    encode.encode(shards, tmp_path / "out", autoencoder=autoencoder, texts=texts)
+    encode(shards, tmp_path / "out", autoencoder=autoencoder, texts=texts)
     plain = set(LatentStore(tmp_path / "out").shapes)
     assert plain < set(LatentStore(once).shapes)  # the mirror images are other shards, what is not mirrored is the same
-    encode.encode(shards, tmp_path / "out", autoencoder=tmp_path / "autoencoder", texts=texts)
+    encode(shards, tmp_path / "out", autoencoder=tmp_path / "autoencoder", texts=texts)
     other = set(LatentStore(tmp_path / "out").shapes)
     assert not other & plain
     assert {path.stem for path in (tmp_path / "out" / "shards").iterdir()} == other
@@ -106,9 +108,7 @@ def test_other_settings_make_other_shards(shards, once, autoencoder, texts, tmp_
 
 def test_any_number_of_processes_makes_the_same(shards, once, autoencoder, texts, tmp_path):
     done = []
-    encode.encode(
-        shards, tmp_path / "two", autoencoder=autoencoder, texts=texts, mirror=True, workers=2, progress=lambda *both: done.append(both)
-    )
+    encode(shards, tmp_path / "two", autoencoder=autoencoder, texts=texts, mirror=True, workers=2, progress=lambda *both: done.append(both))
     assert everything(tmp_path / "two") == everything(once)
     assert done == [(number, 8) for number in range(1, 9)]
 
@@ -167,7 +167,7 @@ def test_a_cluster_that_loses_a_machine_makes_the_same(shards, once, autoencoder
 
     try:
         out = tmp_path / "out"
-        encode.encode(shards, out, autoencoder=autoencoder, texts=texts, mirror=True, workers=2, ray=cluster.address, progress=progress)
+        encode(shards, out, autoencoder=autoencoder, texts=texts, mirror=True, workers=2, ray=cluster.address, progress=progress)
         assert everything(out) == everything(once)
         assert done == list(range(1, 9))
     finally:
@@ -176,20 +176,20 @@ def test_a_cluster_that_loses_a_machine_makes_the_same(shards, once, autoencoder
 
 def test_latents_never_lie_over_the_pixels_or_beside_another_autoencoder(shards, once, autoencoder, texts, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is read from; expected another folder"):
-        encode.encode(shards, shards, autoencoder=autoencoder, texts=texts)
-    encode.encode(shards, tmp_path / "latents", autoencoder=autoencoder, texts=texts)
+        encode(shards, shards, autoencoder=autoencoder, texts=texts)
+    encode(shards, tmp_path / "latents", autoencoder=autoencoder, texts=texts)
     (tmp_path / "latents" / "texts.json").unlink()
-    monkeypatch.setattr(encode.text, "embed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(encoding.text, "embed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        encode.encode(shards, tmp_path / "latents", autoencoder=autoencoder, texts=texts)
+        encode(shards, tmp_path / "latents", autoencoder=autoencoder, texts=texts)
     with pytest.raises(ValueError, match="not a packed data set"):
         LatentStore(tmp_path / "latents")
 
 
 def test_sides_that_the_autoencoder_would_cut_are_refused(media, autoencoder, texts, tmp_path):
-    data.pack(media, tmp_path / "pixels", size=33, fps=8)
+    pack(media, tmp_path / "pixels", size=33, fps=8)
     with pytest.raises(ValueError, match="frames of 33 pixels: the autoencoder needs multiples of 8"):
-        encode.encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts)
+        encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts)
     assert not (tmp_path / "latents").exists()
 
 
@@ -197,20 +197,20 @@ def test_no_part_of_a_pattern_is_written_over(shards, autoencoder, texts, tmp_pa
     for name in "ab":
         shutil.copytree(shards, tmp_path / name)
     with pytest.raises(ValueError, match="is read from; expected another folder"):
-        encode.encode(tmp_path / "*", tmp_path / "b", autoencoder=autoencoder, texts=texts)
+        encode(tmp_path / "*", tmp_path / "b", autoencoder=autoencoder, texts=texts)
     assert Store(tmp_path / "b").info["dtype"] == "uint8"
     with pytest.raises(ValueError, match="strides must be 1 or more"):
-        encode.encode(tmp_path / "a", tmp_path / "out", autoencoder=autoencoder, texts=texts, strides=[1, 0])
+        encode(tmp_path / "a", tmp_path / "out", autoencoder=autoencoder, texts=texts, strides=[1, 0])
 
 
 def test_workers_share_the_gpus():
-    assert [encode.device_of_worker("cuda", number, 2) for number in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    assert encode.device_of_worker("cuda:1", 0, 2) == "cuda:1"
-    assert encode.device_of_worker("cpu", 3, 0) == "cpu"
+    assert [encoding.device_of_worker("cuda", number, 2) for number in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert encoding.device_of_worker("cuda:1", 0, 2) == "cuda:1"
+    assert encoding.device_of_worker("cpu", 3, 0) == "cpu"
 
 
 def test_captions_that_are_embedded_are_not_embedded_again(shards, once, autoencoder, texts, tmp_path, monkeypatch):
-    asked, embed = [], encode.text.embed
+    asked, embed = [], encoding.text.embed
 
     def counted(tokenizer, text_encoder, captions):
         asked.extend(captions)
@@ -218,14 +218,14 @@ def test_captions_that_are_embedded_are_not_embedded_again(shards, once, autoenc
             raise KeyboardInterrupt
         return embed(tokenizer, text_encoder, captions)
 
-    monkeypatch.setattr(encode, "CAPTIONS_NOTED", 1)
-    monkeypatch.setattr(encode.text, "embed", counted)
+    monkeypatch.setattr(encoding, "CAPTIONS_NOTED", 1)
+    monkeypatch.setattr(encoding.text, "embed", counted)
     with pytest.raises(KeyboardInterrupt):
-        encode.encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, batch_size=1)
+        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, batch_size=1)
     first = asked[1:4]  # before them the null prompt, to see the shape of an embedding
     asked.clear()
-    monkeypatch.setattr(encode.text, "embed", lambda *args: asked.extend(args[2]) or embed(*args))
-    store = encode.encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, batch_size=1)
+    monkeypatch.setattr(encoding.text, "embed", lambda *args: asked.extend(args[2]) or embed(*args))
+    store = encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, batch_size=1)
     captions = json.loads((tmp_path / "texts.json").read_text(encoding="utf-8"))["captions"]
     assert captions == [*first, *asked[1:]] and store.num_captions == len(captions)
     assert np.array_equal(store.embed(captions), LatentStore(once).embed(captions))

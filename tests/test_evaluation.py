@@ -15,15 +15,20 @@ from test_extractors import clip_folder, scripts  # noqa: F401
 from test_public_sets import msrvtt as make_msrvtt
 from test_public_sets import ucf101 as make_ucf101
 
-from latent_shift import data, distances, evaluation, extractors, metrics, probing, protocols, systems, video
-from latent_shift.autoencoder import to_pixels
-from latent_shift.diffusion import DenoisingObjective, share_noise
-from latent_shift.evaluation import evaluate
-from latent_shift.measuring import Measuring, Weights
+from latent_shift import video
+from latent_shift.data.pack import pack
+from latent_shift.data.store import Store
+from latent_shift.diffusion import share_noise
+from latent_shift.evaluation import clip_metrics, denoising, features, protocols, statistics, systems
+from latent_shift.evaluation.evaluate import Drawn, compared, draw, evaluate
+from latent_shift.evaluation.measures import Measuring, Weights
+from latent_shift.evaluation.tables import lacking, table
+from latent_shift.models.autoencoder import to_pixels
+from latent_shift.models.text import embed
+from latent_shift.pipelines.loading import load
+from latent_shift.runtime import seed
 from latent_shift.shift import Shift, inflate
-from latent_shift.store import Store
-from latent_shift.text import embed
-from latent_shift.zoo import load, seed
+from latent_shift.training.objectives import DenoisingObjective
 
 
 @pytest.fixture
@@ -42,28 +47,28 @@ def values(result):
 
 def test_the_numbers_are_those_of_the_kept_clips(system, protocol, packed, tmp_path):
     result = evaluate(system, protocol, tmp_path)
-    found, drawn = values(result), evaluation.Drawn(tmp_path / "tiny" / "clips", 4)
+    found, drawn = values(result), Drawn(tmp_path / "tiny" / "clips", 4)
     clips = np.stack([drawn(k) for k in range(3)])
     assert clips.shape == (3, 4, 32, 32, 3)
     again = np.concatenate([system.generate([prompt], [k]) for k, prompt in enumerate(protocol.prompts)])
     assert np.abs(clips.astype(int) - again).max() <= 1  # each has its own seed, whatever it was drawn with; a batch may round otherwise
     real = np.stack([protocol.real(k) for k in range(3)])
     assert all(any(np.array_equal(clip, Store(packed).window(index, 0, 4)) for index in range(3)) for clip in real)
-    for name, measure in metrics.CLIP_MEASURES.items():
+    for name, measure in clip_metrics.CLIP_MEASURES.items():
         assert found[name] == pytest.approx(np.mean([measure(clip) for clip in clips])), name
         assert found[name + "_real"] == pytest.approx(np.mean([measure(clip) for clip in real])), name
-    energies = [np.array([metrics.motion_energy(clip) for clip in each]) + 0.1 for each in (clips, real)]
+    energies = [np.array([clip_metrics.motion_energy(clip) for clip in each]) + 0.1 for each in (clips, real)]
     assert found["motion_error"] == pytest.approx(np.exp(np.abs(np.log(energies[0] / energies[1])).mean()))
-    of_clips = [extractors.efficientnet(motion=True)(each) for each in (clips, real)]
-    assert found["kd-efficientnet-lite0-motion"] == pytest.approx(distances.kernel_estimate(*of_clips, units_M=np.arange(3)).value)
-    of_frames = [extractors.efficientnet()(each) for each in (clips, real)]
-    assert found["kd-efficientnet-lite0"] == pytest.approx(distances.kernel_estimate(*of_frames, units_M=np.arange(3)).value)
-    ranks = metrics.retrieval_ranks(
+    of_clips = [features.efficientnet(motion=True)(each) for each in (clips, real)]
+    assert found["kd-efficientnet-lite0-motion"] == pytest.approx(statistics.kernel_estimate(*of_clips, units_M=np.arange(3)).value)
+    of_frames = [features.efficientnet()(each) for each in (clips, real)]
+    assert found["kd-efficientnet-lite0"] == pytest.approx(statistics.kernel_estimate(*of_frames, units_M=np.arange(3)).value)
+    ranks = clip_metrics.retrieval_ranks(
         *(rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12) for rows in (each.mean(axis=1) for each in of_frames))
     )
     assert found["retrieval_top1"] == np.mean(ranks == 1) and found["retrieval_median_rank"] == np.median(ranks)
     seen = [
-        probing.denoising(system.pipe, clip, prompt, noise=(0, 0), number=k)
+        denoising.denoising(system.pipe, clip, prompt, noise=(0, 0), number=k)
         for k, (clip, prompt) in enumerate(zip(real, protocol.prompts, strict=True))
     ]
     assert found["denoising_error"] == pytest.approx(np.mean([errors for errors, _ in seen]))
@@ -74,13 +79,13 @@ def test_the_numbers_are_those_of_the_kept_clips(system, protocol, packed, tmp_p
     six = replace(protocol, prompts=protocol.prompts * 2, of=[*range(6)], num_real=6, real=lambda n: protocol.real(n % 3))
     again = Measuring(system, six, lambda k: drawn(k % 3), tmp_path / "six", tmp_path / "six" / "tiny", Weights(), None)
     top5 = again.retrieval()[1]
-    rows = [again.features(extractors.efficientnet(), real=each).mean(axis=1) for each in (False, True)]
-    ranks = metrics.retrieval_ranks(*(each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in rows))
+    rows = [again.features(features.efficientnet(), real=each).mean(axis=1) for each in (False, True)]
+    ranks = clip_metrics.retrieval_ranks(*(each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in rows))
     assert (top5["measure"], top5["samples"], top5["value"]) == ("retrieval_top5", 6, np.mean(ranks <= 5))
     protocol.store.splits = {"train"}  # as of a set that holds nothing out
     result = evaluate(system, protocol, tmp_path / "train")
     (record,) = [record for record in result["records"] if record["measure"] == "reconstruction_psnr_db"]
-    expected = probing.reconstruction(system.pipe.vae, Store(packed), splits=("train",), num=3)
+    expected = denoising.reconstruction(system.pipe.vae, Store(packed), splits=("train",), num=3)
     assert (record["value"], record["samples"]) == (pytest.approx(expected.mean()), 3)
     assert (record["reference"]["splits"], record["reference"]["clips"], record["seeds"]) == (["train"], 3, None)
     assert {"motion_seen_at_125", "motion_seen_at_875", "motion_seen_at_875_frame_by_frame"} <= found.keys()
@@ -98,16 +103,16 @@ def test_every_record_says_what_it_was_taken_with(system, protocol, tmp_path):
         assert (record["made_at"], record["seeds"]) == own
         assert record["resamples"] > 1 and record["samples"] > 1
     (distance,) = [record for record in result["records"] if record["measure"] == "kd-efficientnet-lite0-motion"]
-    assert distance["extractor"]["sha256"] == extractors.efficientnet().sha256
+    assert distance["extractor"]["sha256"] == features.efficientnet().sha256
     assert distance["reference"]["clips"] == 3 and len(distance["reference"]["sha256"]) == 64
-    assert result["system"]["weights"] == extractors.digest(system.pipe.config._name_or_path)
+    assert result["system"]["weights"] == features.digest(system.pipe.config._name_or_path)
     assert result["skipped"]["fd-efficientnet-lite0"].startswith("3 clips of 1280 features")
     assert "StyleGAN-V" not in result["skipped"]["clipsim"] and "CLIPModel" in result["skipped"]["clipsim"]
-    shown = evaluation.table([result])
+    shown = table([result])
     assert shown.startswith("protocol own: 3 clips of 4 frames; in brackets 95 % by bootstrap")
     assert f"| motion_energy | {values(result)['motion_energy']:.4g} (" in shown and "biased" not in shown
     distance["biased"] = True
-    assert f"{distance['value']:.4g} (biased; {distance['low']:.4g} to " in evaluation.table([result])
+    assert f"{distance['value']:.4g} (biased; {distance['low']:.4g} to " in table([result])
 
 
 def test_an_evaluation_goes_on_and_shares_its_work(system, protocol, tmp_path, monkeypatch):
@@ -128,9 +133,9 @@ def test_an_evaluation_goes_on_and_shares_its_work(system, protocol, tmp_path, m
     assert evaluate(broken, protocol, tmp_path) == first
     assert len(calls) == 3 and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == features
     for rank in (1, 0):  # of two processes each draws its own
-        evaluation.draw(system, protocol, tmp_path / "shared", rank=rank, world=2)
+        draw(system, protocol, tmp_path / "shared", rank=rank, world=2)
         assert len(list((tmp_path / "shared" / "clips").iterdir())) == (1 if rank else 3)
-    a, b = (evaluation.Drawn(tmp_path / name / "clips", 4) for name in ("tiny", "shared"))
+    a, b = (Drawn(tmp_path / name / "clips", 4) for name in ("tiny", "shared"))
     assert all(np.abs(a(k).astype(int) - b(k)).max() <= 1 for k in range(3))
 
 
@@ -172,9 +177,9 @@ def test_clips_of_one_caption_are_one_sample(system, packed, tmp_path):
     records = {record["measure"]: record for record in result["records"]}
     assert all(record["samples"] == 2 for record in records.values())
     assert (records["flicker"]["clips"], records["flicker_real"]["clips"], records["flicker"]["reference"]) == (8, 2, None)
-    assert records["flicker_real"]["value"] == pytest.approx(np.mean([metrics.flicker(task.real(n)) for n in (0, 1)]))
-    drawn = evaluation.Drawn(tmp_path / "tiny" / "clips", 4)
-    energies = np.array([[metrics.motion_energy(clip) + 0.1 for clip in (drawn(k), task.real(k % 2))] for k in range(8)])
+    assert records["flicker_real"]["value"] == pytest.approx(np.mean([clip_metrics.flicker(task.real(n)) for n in (0, 1)]))
+    drawn = Drawn(tmp_path / "tiny" / "clips", 4)
+    energies = np.array([[clip_metrics.motion_energy(clip) + 0.1 for clip in (drawn(k), task.real(k % 2))] for k in range(8)])
     assert records["motion_error"]["value"] == pytest.approx(np.exp(np.abs(np.log(energies[:, 0] / energies[:, 1])).mean()))
 
 
@@ -240,20 +245,20 @@ def test_systems_are_compared_clip_by_clip(system, protocol, video_model, tmp_pa
     options = dict(num_frames=4, num_inference_steps=1, guidance_scale=3.0, device="cpu")
     first = evaluate(system, protocol, tmp_path)
     second = evaluate(systems.open_system(str(video_model), name="more guided", **options), protocol, tmp_path)
-    same, other = evaluation.compared([first, second], tmp_path)
+    same, other = compared([first, second], tmp_path)
     assert same == first and all("more" not in record for record in same["records"])
-    clips = [evaluation.Drawn(tmp_path / name / "clips", 4) for name in ("tiny", "more-guided")]
-    flickers = np.array([[metrics.flicker(drawn(k)) for k in range(3)] for drawn in clips])
+    clips = [Drawn(tmp_path / name / "clips", 4) for name in ("tiny", "more-guided")]
+    flickers = np.array([[clip_metrics.flicker(drawn(k)) for k in range(3)] for drawn in clips])
     more = {record["measure"]: record["more"] for record in other["records"] if "more" in record}
     assert more["flicker"]["value"] == pytest.approx(flickers[1].mean() - flickers[0].mean())
     assert more["flicker"]["low"] <= more["flicker"]["value"] <= more["flicker"]["high"] and more["flicker"]["than"] == "tiny"
     assert more["denoising_error"]["value"] == more["motion_seen_at_625"]["high"] == 0  # guidance has no part in it
     assert "retrieval_median_rank" in more and not {"flicker_real", "kd-efficientnet-lite0", "reconstruction_psnr_db"} & more.keys()
-    shown = evaluation.table([same, other])
+    shown = table([same, other])
     assert "with a sign what is more than of tiny, of the same clips" in shown
     assert "{value:+.3g} ({low:+.3g} to {high:+.3g})".format(**more["flicker"]) in shown
-    lacking = evaluation.lacking([same, {**other, "skipped": {**other["skipped"], "denoising": "there is a reason"}}])
-    assert lacking == [*same["skipped"].items(), ("denoising of more guided", "there is a reason")]
+    reasons = lacking([same, {**other, "skipped": {**other["skipped"], "denoising": "there is a reason"}}])
+    assert reasons == [*same["skipped"].items(), ("denoising of more guided", "there is a reason")]
 
 
 def test_a_compiled_system_draws_the_same(system, protocol, video_model, tmp_path, monkeypatch):
@@ -265,7 +270,7 @@ def test_a_compiled_system_draws_the_same(system, protocol, video_model, tmp_pat
     assert not graphs
     second = evaluate(compiled, protocol, tmp_path / "compiled", batch_size=3)
     assert len(graphs) == 1  # of the clips; none of stills and probing
-    a, b = (evaluation.Drawn(tmp_path / name / "tiny" / "clips", 4) for name in ("plain", "compiled"))
+    a, b = (Drawn(tmp_path / name / "tiny" / "clips", 4) for name in ("plain", "compiled"))
     assert all(np.abs(a(k).astype(int) - b(k)).max() <= 1 for k in range(3))
     assert values(second) == pytest.approx(values(first), rel=0.02, abs=0.02)
 
@@ -287,14 +292,14 @@ def test_other_settings_protocols_and_clips_are_refused(system, protocol, packed
     with pytest.raises(ValueError, match="makes clips of 4 frames, protocol own is of 6 frames"):
         evaluate(system, longer, tmp_path / "longer")
     with pytest.raises(ValueError, match="results of different clips cannot stand in one table"):
-        evaluation.table([result, evaluate(system, fewer, tmp_path / "fewer")])
+        table([result, evaluate(system, fewer, tmp_path / "fewer")])
     other = json.loads(json.dumps(result))
     for record in other["records"]:
         record["extractor"] = record["extractor"] and {**record["extractor"], "sha256": "another"}
     with pytest.raises(ValueError, match="was taken with different weights"):
-        evaluation.table([result, other])
+        table([result, other])
     with pytest.raises(ValueError, match="denoising_error was taken through different noise"):
-        evaluation.table([result, evaluate(replace(system, name="b"), protocol, tmp_path, noise=(0.5, 0.5))])
+        table([result, evaluate(replace(system, name="b"), protocol, tmp_path, noise=(0.5, 0.5))])
     with pytest.raises(ValueError, match="a system cannot be called real"):  # where the features of real clips lie
         evaluate(replace(system, name="real"), protocol, tmp_path)
 
@@ -306,7 +311,7 @@ def test_clips_of_another_size_are_measured_at_the_protocols(system, protocol, t
     result = evaluate(replace(system, generate=small), protocol, tmp_path)
     (record,) = [record for record in result["records"] if record["measure"] == "motion_energy"]
     assert (record["made_at"], record["measured_at"]) == ([16, 16], [32, 32])
-    drawn = evaluation.Drawn(tmp_path / "tiny" / "clips", 4)
+    drawn = Drawn(tmp_path / "tiny" / "clips", 4)
     assert drawn(0).shape == (4, 16, 16, 3)
 
 
@@ -370,7 +375,7 @@ def test_published_measures_of_public_sets(system, scripts, clip_folder, tmp_pat
     (tmp_path / "u").mkdir()
     result = evaluate(longer, small("ucf101", make_ucf101(tmp_path / "u"), num=102), tmp_path / "1", weights=weights)
     found, (record,) = values(result), [record for record in result["records"] if record["measure"] == "is"]
-    assert found["is"] == pytest.approx(distances.inception_score(weights.open("c3d")(np.stack([noise(k) for k in range(102)]))).value)
+    assert found["is"] == pytest.approx(statistics.inception_score(weights.open("c3d")(np.stack([noise(k) for k in range(102)]))).value)
     assert record["low"] < record["value"] < record["high"] and record["samples"] == 102
     assert result["skipped"]["fvd"].startswith("3 samples of 400 features: the Frechet distance needs more")
     assert "kvd" in found and "VideoMAE" in result["skipped"]["fvd-videomae"]
@@ -402,7 +407,7 @@ def hundred(folder):
         video.write(clip, folder / "media" / f"{k}.webp", fps=8)
     rows = [{"file_name": f"{k}.webp", "text": f"grey {k}"} for k in range(100)]
     (folder / "media" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data.pack(folder / "media", folder / "packed", size=128, fps=8)
+    pack(folder / "media", folder / "packed", size=128, fps=8)
     return folder / "packed"
 
 
@@ -416,7 +421,7 @@ def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video
     pipe = load(video_model)
     pipe.scheduler.register_to_config(prediction_type=prediction)
     clip = Store(packed).window(0, 0, 4)
-    errors, seen = probing.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=1)
+    errors, seen = denoising.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=1)
     objective = DenoisingObjective(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config))
     latents = pipe.vae.encode(to_pixels(torch.from_numpy(clip))).latent_dist.mean * pipe.vae.config.scaling_factor
     own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for generator in [seed(0)] for n in (4, 1))
@@ -440,13 +445,13 @@ def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video
         return made
 
     pipe.unet.forward = knowing
-    errors, seen = probing.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=1)
+    errors, seen = denoising.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=1)
     assert errors.mean() == pytest.approx(0, abs=1e-6)
     assert seen[500].missed == pytest.approx(0, abs=1e-4 * moving)
     pipe.unet.forward = real_call
-    with_it = probing.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=2)[1]
+    with_it = denoising.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=2)[1]
     inflate(pipe.unet, Shift(0, 0))
-    without = probing.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=2)[1]
+    without = denoising.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=2)[1]
     for timestep, motion in without.items():  # a model without a shift sees no more of frames together
         assert motion.missed == pytest.approx(motion.missed_alone, rel=1e-4)
         assert with_it[timestep].missed_alone == pytest.approx(motion.missed_alone, rel=1e-4)

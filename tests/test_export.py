@@ -6,8 +6,8 @@ import torch
 from conftest import tiny_config
 from test_shift import inputs, tiny_unet
 
-from latent_shift import train
 from latent_shift.shift import Shift, frames, inflate
+from latent_shift.training.loop import train
 
 
 @pytest.mark.parametrize("edge", ["zero", "wrap"])
@@ -35,7 +35,7 @@ def test_onnx_keeps_the_number_of_frames_free(edge, tmp_path):
 def test_tensorboard_gets_the_statistics(packed, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train.train(tiny_config("autoencoder", packed, steps=2, train={"tracker": "tensorboard"}), tmp_path)
+    train(tiny_config("autoencoder", packed, steps=2, train={"tracker": "tensorboard"}), tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]

@@ -18,9 +18,9 @@ from transformers import (
     VideoMAEModel,
 )
 
-from latent_shift import extractors
-from latent_shift.distances import Unmeasurable
-from latent_shift.measuring import Weights
+from latent_shift.evaluation import features
+from latent_shift.evaluation.measures import Weights
+from latent_shift.evaluation.statistics import Unmeasurable
 
 
 def clips(num: int = 3, num_frames: int = 16, side: int = 40) -> np.ndarray:
@@ -72,23 +72,23 @@ def test_scripted_networks_are_called_as_published(scripts):
     """StyleGAN-V's files take clips (B, 3, F, H, W) of float32 in 0..255, StyleGAN2-ADA's images (N, 3, H, W) of uint8; sizes and ranges
     they change themselves."""
     some = clips()
-    i3d = extractors.i3d(scripts / "i3d.pt")
+    i3d = features.i3d(scripts / "i3d.pt")
     assert (i3d.frechet, i3d.kernel, i3d.of) == ("fvd", "kvd", "clip")
     red = [[some[clip, frame, y, x, 0] for frame in range(4) for y in range(10) for x in range(10)] for clip in range(3)]
     np.testing.assert_array_equal(i3d(some, batch_size=2), np.array(red, np.float32)[:, None])
-    inception = extractors.inception(scripts / "inception.pt")
+    inception = features.inception(scripts / "inception.pt")
     planes = [
         [[some[clip, frame, y, x, channel] for channel in range(3) for y in range(28) for x in range(28)][:2048] for frame in range(16)]
         for clip in range(3)
     ]
     np.testing.assert_array_equal(inception(some), np.array(planes, np.float32))
-    probabilities = extractors.inception(scripts / "inception.pt", probabilities=True)
+    probabilities = features.inception(scripts / "inception.pt", probabilities=True)
     powers = np.exp(np.array(planes, np.float64)[..., :1008] / 50)
     np.testing.assert_allclose(probabilities(some), powers / powers.sum(axis=2, keepdims=True), rtol=1e-4)
     assert inception.name != probabilities.name  # their features lie in one folder
     red = [[some[clip, frame, y, x, 0] for frame in range(4) for y in range(6) for x in range(6)][:101] for clip in range(3)]
     powers = np.exp(np.array(red, np.float64) / 50)
-    np.testing.assert_allclose(extractors.c3d(scripts / "c3d.pt")(some)[:, 0], powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
+    np.testing.assert_allclose(features.c3d(scripts / "c3d.pt")(some)[:, 0], powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
     with pytest.raises(ValueError, match="sees clips of 16 frames, these have 8"):
         i3d(clips(num_frames=8))
     with pytest.raises(ValueError, match=r"expected clips \(B, F, H, W, 3\) uint8"):
@@ -98,18 +98,18 @@ def test_scripted_networks_are_called_as_published(scripts):
 def test_other_networks_are_refused(scripts, tmp_path):
     for name in ("c3d", "inception"):
         with pytest.raises(ValueError, match="cannot be called as the TorchScript file i3d"):
-            extractors.i3d(scripts / f"{name}.pt")
+            features.i3d(scripts / f"{name}.pt")
     torch.jit.script(Narrow()).save(str(tmp_path / "narrow.pt"))
     with pytest.raises(ValueError, match=r"gives features of shape \(1, 399\), expected 400 of each; expected the TorchScript file i3d"):
-        extractors.i3d(tmp_path / "narrow.pt")
+        features.i3d(tmp_path / "narrow.pt")
     with pytest.raises(ValueError, match="no such file"):
-        extractors.i3d(tmp_path / "gone.pt")
+        features.i3d(tmp_path / "gone.pt")
     (tmp_path / "text.pt").write_text("x")
     with pytest.raises(ValueError, match="expected a TorchScript file"):
-        extractors.c3d(tmp_path / "text.pt")
+        features.c3d(tmp_path / "text.pt")
     torch.jit.script(Logits()).save(str(tmp_path / "logits.pt"))
     with pytest.raises(ValueError, match="gives what are no probabilities; expected the TorchScript file c3d_ucf101"):
-        extractors.c3d(tmp_path / "logits.pt")
+        features.c3d(tmp_path / "logits.pt")
 
 
 def videomae_config() -> VideoMAEConfig:
@@ -132,7 +132,7 @@ def videomae_folder(folder):
 def test_videomae_is_what_its_classifier_sees(tmp_path):
     """The shorter side to 32, the middle, ImageNet's mean and deviation."""
     network = VideoMAEForVideoClassification.from_pretrained(videomae_folder(tmp_path)).eval()
-    found = extractors.videomae(tmp_path)
+    found = features.videomae(tmp_path)
     assert (found.num_frames, found.frechet) == (4, "fvd-videomae")
     some = np.random.default_rng(0).integers(0, 256, (2, 4, 40, 60, 3), np.uint8)
     mean, std = (torch.tensor(each) for each in IMAGENET.values())
@@ -146,7 +146,7 @@ def test_videomae_is_what_its_classifier_sees(tmp_path):
 def test_a_videomae_that_was_not_fine_tuned_is_refused(tmp_path):
     VideoMAEModel(videomae_config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="VideoMAEForVideoClassification"):
-        extractors.videomae(tmp_path)
+        features.videomae(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def clip_folder(texts, tmp_path_factory):
 
 
 def test_clipsim_is_the_mean_of_clips_own_logits(clip_folder):
-    found, some, prompts = extractors.Clip(clip_folder), clips(2, 3), ["red", "a green square"]
+    found, some, prompts = features.Clip(clip_folder), clips(2, 3), ["red", "a green square"]
     network, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPImageProcessorPil.from_pretrained(clip_folder)
     tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
     for clip, prompt, value in zip(some, prompts, found(some, prompts), strict=True):
@@ -179,7 +179,7 @@ def test_clipsim_is_the_mean_of_clips_own_logits(clip_folder):
 
 def test_features_of_a_package_and_their_change():
     some = clips(2, 4, 32)
-    frames, motion = extractors.efficientnet(), extractors.efficientnet(motion=True)
+    frames, motion = features.efficientnet(), features.efficientnet(motion=True)
     each = frames(some)
     assert each.shape == (2, 4, 1280)
     expected = np.concatenate([each.mean(axis=1), np.abs(np.diff(each, axis=1)).mean(axis=1)], axis=1)
@@ -192,18 +192,18 @@ def test_features_of_a_package_and_their_change():
 
 
 def test_a_hash_tells_weights_apart(scripts, clip_folder, tmp_path):
-    assert extractors.digest(scripts / "i3d.pt") != extractors.digest(scripts / "c3d.pt")
-    before = extractors.digest(clip_folder)
-    assert before == extractors.digest(clip_folder)
+    assert features.digest(scripts / "i3d.pt") != features.digest(scripts / "c3d.pt")
+    before = features.digest(clip_folder)
+    assert before == features.digest(clip_folder)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.json").write_text("1")
-    one = extractors.digest(tmp_path)
+    one = features.digest(tmp_path)
     (tmp_path / "a" / "x.json").write_text("2")
-    assert extractors.digest(tmp_path) != one
+    assert features.digest(tmp_path) != one
 
 
 def test_what_is_not_at_hand_says_where_it_comes_from(scripts):
     weights = Weights({"i3d": str(scripts / "i3d.pt")})
     assert weights.open("i3d") is weights.open("i3d")
     assert weights.open("c3d") is None
-    assert "StyleGAN-V" in extractors.missing("c3d")
+    assert "StyleGAN-V" in features.missing("c3d")

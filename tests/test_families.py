@@ -10,8 +10,9 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
-from latent_shift import families
-from latent_shift.zoo import describe, load, seed
+from latent_shift.pipelines import single_file
+from latent_shift.pipelines.loading import describe, load
+from latent_shift.runtime import seed
 
 SMALL_TEXTS = [
     dict(hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, projection_dim=width) for width in (32, 48)
@@ -21,7 +22,7 @@ SMALL_TEXTS = [
 @pytest.fixture
 def small(monkeypatch):
     """The families with the layout they have, narrow."""
-    for name, family in families.FAMILIES.items():
+    for name, family in single_file.FAMILIES.items():
         levels = 3 if name == "sdxl" else 4
         unet = {**family.unet, "block_out_channels": (32, 32, 64, 64)[:levels], "layers_per_block": 1, "sample_size": 8}
         unet |= {
@@ -37,12 +38,12 @@ def small(monkeypatch):
             }
         vae = {**family.vae, "block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}
         texts = tuple({**text, **small} for text, small in zip(family.texts, SMALL_TEXTS, strict=False))
-        monkeypatch.setitem(families.FAMILIES, name, replace(family, unet=unet, vae=vae, texts=texts))
+        monkeypatch.setitem(single_file.FAMILIES, name, replace(family, unet=unet, vae=vae, texts=texts))
 
 
 def test_the_configurations_are_those_of_the_published_models():
     """Parameters as the model cards say: 860 M, 865 M (866), 2.6 B."""
-    counts = {name: [sum(p.numel() for p in part.parameters()) for part in _parts(name)] for name in families.FAMILIES}
+    counts = {name: [sum(p.numel() for p in part.parameters()) for part in _parts(name)] for name in single_file.FAMILIES}
     assert counts == {
         "sd1": [859_520_964, 83_653_863, 123_060_480],
         "sd2": [865_910_724, 83_653_863, 340_387_840],
@@ -51,21 +52,21 @@ def test_the_configurations_are_those_of_the_published_models():
 
 
 def _parts(name):
-    pipe = families.blank(name, config_only=True)
+    pipe = single_file.blank(name, config_only=True)
     return [pipe.unet, pipe.vae, pipe.text_encoder, *([pipe.text_encoder_2] if name == "sdxl" else [])]
 
 
 def test_the_tokenizer_is_clips():
-    tokenizer = families.tokenizer()
+    tokenizer = single_file.tokenizer()
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenizer("An astronaut riding a horse, 4k!").input_ids == tokenizer("an  astronaut riding a horse, 4k!").input_ids
-    assert families.tokenizer("!")("", padding="max_length").input_ids == [49406, 49407, *[0] * 75]
+    assert single_file.tokenizer("!")("", padding="max_length").input_ids == [49406, 49407, *[0] * 75]
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
 def test_a_single_file_is_the_model_it_was_made_of(name, small, tmp_path):
     torch.manual_seed(0)
-    pipe = families.blank(name)
+    pipe = single_file.blank(name)
     save_file({key: value.contiguous() for key, value in original_layout.of(pipe, name).items()}, tmp_path / "model.safetensors")
     loaded = load(tmp_path / "model.safetensors", device="cpu")
     assert type(loaded) is type(pipe)
@@ -76,7 +77,7 @@ def test_a_single_file_is_the_model_it_was_made_of(name, small, tmp_path):
     torch.testing.assert_close(loaded("a cat", generator=seed(0), **arguments).frames, expected)
     assert loaded.scheduler.config.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
     told = describe(tmp_path / "model.safetensors")
-    assert told["family"] == families.FAMILIES[name].title
+    assert told["family"] == single_file.FAMILIES[name].title
     assert told["unet"] == f"{sum(p.numel() for p in pipe.unet.parameters()) / 1e6:,.1f} M parameters"
     # What is saved, diffusers opens and makes the same image with.
     loaded.save_pretrained(tmp_path / "folder")
@@ -95,7 +96,7 @@ def test_a_single_file_is_the_model_it_was_made_of(name, small, tmp_path):
 
 
 def test_what_a_file_says_of_its_prediction_counts(small, tmp_path):
-    tensors = {key: value.contiguous() for key, value in original_layout.of(families.blank("sdxl"), "sdxl").items()}
+    tensors = {key: value.contiguous() for key, value in original_layout.of(single_file.blank("sdxl"), "sdxl").items()}
     save_file({**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "v.safetensors")
     scheduler = load(tmp_path / "v.safetensors", device="cpu").scheduler
     assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == ("v_prediction", True)
@@ -104,7 +105,7 @@ def test_what_a_file_says_of_its_prediction_counts(small, tmp_path):
 
 
 def test_a_folder_that_has_only_a_variant(small, tmp_path):
-    pipe = families.blank("sd1", dtype=torch.float16)
+    pipe = single_file.blank("sd1", dtype=torch.float16)
     pipe.save_pretrained(tmp_path, variant="fp16")
     assert load(tmp_path, device="cpu").unet.dtype == torch.float32
     assert load(tmp_path, device="cpu", variant="fp16").unet.dtype == torch.float32
@@ -129,7 +130,7 @@ def test_a_file_that_is_something_else_is_told_what_it_is(tensor, message, tmp_p
 
 @pytest.mark.parametrize(("part", "message"), [("cond_stage_model", "no text encoder"), ("first_stage_model", "no autoencoder")])
 def test_a_file_without_a_part(part, message, small, tmp_path):
-    tensors = {key: value.contiguous() for key, value in original_layout.of(families.blank("sd1"), "sd1").items()}
+    tensors = {key: value.contiguous() for key, value in original_layout.of(single_file.blank("sd1"), "sd1").items()}
     save_file({key: value for key, value in tensors.items() if not key.startswith(part)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "x.safetensors", device="cpu")
@@ -152,7 +153,7 @@ def test_files_that_cannot_be_opened(tmp_path):
 
 
 def test_folders_that_lack_something(small, tmp_path):
-    pipe = families.blank("sd1")
+    pipe = single_file.blank("sd1")
     pipe.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model_index\.json; it holds a UNet2DConditionModel alone"):
         load(tmp_path / "unet", device="cpu")

@@ -16,9 +16,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latent_shift import config, data, finetune, memory, models, stages, train, zoo
+from latent_shift import config
+from latent_shift.benchmark.hardware import matrix_rate
+from latent_shift.data import pack
+from latent_shift.data.store import Store
+from latent_shift.models import sizes
+from latent_shift.pipelines import loading
+from latent_shift.pipelines.lora import load_lora
+from latent_shift.runtime import seed
 from latent_shift.shift import Shift, shift_of
-from latent_shift.store import Store
+from latent_shift.training import memory, prepare, stages
+from latent_shift.training.loop import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "finetune-sd15.toml"
 TINY = ["data.num_frames=4", "optim.steps=3", "optim.warmup_steps=1", "optim.accumulate=2", "optim.lr=1e-2", "train.precision=no",
@@ -30,7 +38,7 @@ def checkpoint(texts, tmp_path_factory):
     """A Stable Diffusion folder as people have them: made and saved by diffusers alone."""
     torch.manual_seed(0)
     pipe = StableDiffusionPipeline(
-        vae=models.autoencoder("tiny"), unet=models.unet("tiny", sample_size=4), text_encoder=CLIPTextModel.from_pretrained(texts / "text_encoder"),
+        vae=sizes.autoencoder("tiny"), unet=sizes.unet("tiny", sample_size=4), text_encoder=CLIPTextModel.from_pretrained(texts / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(texts / "tokenizer"), safety_checker=None, feature_extractor=None,
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), requires_safety_checker=False,
     )  # fmt: skip
@@ -48,7 +56,7 @@ def image(folder, **changes):
     pipe.set_progress_bar_config(disable=True)
     for name, value in changes.items():
         getattr(pipe, name)(value)
-    return pipe("red", num_inference_steps=2, generator=zoo.seed(0), output_type="np").images
+    return pipe("red", num_inference_steps=2, generator=seed(0), output_type="np").images
 
 
 def test_the_recipe_makes_a_video_model_of_a_checkpoint_and_a_folder(checkpoint, media, tmp_path):
@@ -56,7 +64,7 @@ def test_the_recipe_makes_a_video_model_of_a_checkpoint_and_a_folder(checkpoint,
     assert "memory of a training step: " in printed
     model = tmp_path / "run" / "model"
     assert printed.splitlines()[-1] == str(model)
-    pipe = zoo.load(model)
+    pipe = loading.load(model)
     assert shift_of(pipe.unet) == Shift(edge="hold")
     assert pipe.call_defaults == {
         "num_frames": 4, "fps": 8, "shared_noise": 0.5, "noise_correlation": 0.7, "num_inference_steps": 2, "guidance_scale": 7.5,
@@ -67,12 +75,12 @@ def test_the_recipe_makes_a_video_model_of_a_checkpoint_and_a_folder(checkpoint,
 
 def test_a_lora_is_small_goes_on_exactly_and_loads_in_diffusers(checkpoint, media, tmp_path):
     settings = resolved(checkpoint, media, "lora.rank=2")
-    whole = train.train(settings, tmp_path / "whole") / "pytorch_lora_weights.safetensors"
+    whole = train(settings, tmp_path / "whole") / "pytorch_lora_weights.safetensors"
     part = settings.model_copy(update={"optim": settings.optim.model_copy(update={"steps": 2})})
-    train.train(part, tmp_path / "part")
+    train(part, tmp_path / "part")
     saved = load_file(next((tmp_path / "part" / "checkpoints").glob("*/model.safetensors")))
     assert all(".lora_" in name for name in saved)
-    again = train.train(settings, tmp_path / "part") / "pytorch_lora_weights.safetensors"
+    again = train(settings, tmp_path / "part") / "pytorch_lora_weights.safetensors"
     weights, before = load_file(again), load_file(whole)
     assert weights.keys() == before.keys()
     for name, tensor in before.items():
@@ -81,7 +89,7 @@ def test_a_lora_is_small_goes_on_exactly_and_loads_in_diffusers(checkpoint, medi
     (name, tensor), *others = load_file(newest).items()
     save_file({f"{name[:-1]}_": tensor, **dict(others)}, newest, metadata={"format": "pt"})  # as many bytes
     with pytest.raises(ValueError, match=r"expected the .* trained tensors of this run"):
-        train.train(settings, tmp_path / "part")
+        train(settings, tmp_path / "part")
     convolutions = [tensor for name, tensor in weights.items() if "resnets.0.conv1.lora" in name]
     assert convolutions
     assert all(tensor.any() for tensor in convolutions)  # the second matrix starts at zero: it has learnt
@@ -93,76 +101,76 @@ def test_a_lora_brings_its_shift_and_size(checkpoint, media, tmp_path, place):
     settings = resolved(
         checkpoint, media, "lora.rank=2", "model.forward=0.25", f"model.place={place}", "data.size=16", 'lora.modules=["to_q", "conv1"]'
     )
-    file = train.train(settings, tmp_path) / "pytorch_lora_weights.safetensors"
+    file = train(settings, tmp_path) / "pytorch_lora_weights.safetensors"
     with safe_open(file, "pt") as opened:
         told = json.loads(opened.metadata()["latent_shift"])
-    pipe = zoo.load(checkpoint)
-    zoo.add_lora(pipe, file)
+    pipe = loading.load(checkpoint)
+    load_lora(pipe, file)
     assert shift_of(pipe.unet) == Shift(forward=0.25, place=place, edge="hold")
     assert pipe.unet.config.sample_size == 2
     assert pipe.call_defaults["num_frames"] == told["num_frames"] == 4
-    plain = zoo.load(checkpoint)
+    plain = loading.load(checkpoint)
     clip, without = (
-        each("red", height=16, width=16, num_inference_steps=2, generator=zoo.seed(0), num_frames=4, output_type="latent").frames
+        each("red", height=16, width=16, num_inference_steps=2, generator=seed(0), num_frames=4, output_type="latent").frames
         for each in (pipe, plain)
     )
     assert not torch.allclose(clip, without, atol=1e-3)
     with pytest.raises(ValueError, match=r"a pickle file can run any program"):
-        zoo.add_lora(pipe, tmp_path / "lora.ckpt")
+        load_lora(pipe, tmp_path / "lora.ckpt")
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_model_under_a_lora_is_frozen_and_as_small_as_the_precision(checkpoint, media, tmp_path, precision):
-    settings = finetune.prepare(resolved(checkpoint, media, "lora.rank=2", f"train.precision={precision}"), tmp_path)
+    settings = prepare.prepare(resolved(checkpoint, media, "lora.rank=2", f"train.precision={precision}"), tmp_path)
     unet = stages.DenoiserStage(settings).model
     dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in unet.parameters()}
     assert dtypes == {(True, torch.float32), (False, {"no": torch.float32, "bf16": torch.bfloat16}[precision])}
     if precision == "bf16":
-        assert train.train(settings, tmp_path / "run").exists()
+        assert train(settings, tmp_path / "run").exists()
         assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
 
 
 def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents, tmp_path, monkeypatch):
     """A folder of videos, a store of pixels, a store of latents; a checkpoint that is a variant."""
-    made = finetune.prepare(resolved(checkpoint, media), tmp_path)
+    made = prepare.prepare(resolved(checkpoint, media), tmp_path)
     assert (made.data.path, made.model.init) == (str(tmp_path / "latents"), str(checkpoint))
     before = (tmp_path / "latents" / "store.json").stat().st_mtime_ns
-    assert finetune.prepare(resolved(checkpoint, media), tmp_path) == finetune.prepare(made, tmp_path) == made
+    assert prepare.prepare(resolved(checkpoint, media), tmp_path) == prepare.prepare(made, tmp_path) == made
     assert (tmp_path / "latents" / "store.json").stat().st_mtime_ns == before
     assert set(Store(tmp_path / "pixels").shapes.values()) == {(61, 32, 32, 3)}  # the model's size
 
-    of_pixels = finetune.prepare(resolved(checkpoint, packed), tmp_path / "2")
+    of_pixels = prepare.prepare(resolved(checkpoint, packed), tmp_path / "2")
     assert of_pixels.data.path == str(tmp_path / "2" / "latents")
     assert not (tmp_path / "2" / "pixels").exists()
-    assert finetune.prepare(resolved(checkpoint, latents), tmp_path / "3").data.path == str(latents)
+    assert prepare.prepare(resolved(checkpoint, latents), tmp_path / "3").data.path == str(latents)
     assert not (tmp_path / "3").exists()
     with pytest.raises(ValueError, match=r"data\.size, data\.fps, data\.aspects have no effect: .* is packed already"):
-        finetune.prepare(resolved(checkpoint, packed, "data.size=16"), tmp_path / "4")
+        prepare.prepare(resolved(checkpoint, packed, "data.size=16"), tmp_path / "4")
     with pytest.raises(ValueError, match=r"data\.mirror have no effect: .* is encoded already"):
-        finetune.prepare(resolved(checkpoint, latents, "data.mirror=true"), tmp_path / "4")
-    mirrored = finetune.prepare(resolved(checkpoint, packed, "data.mirror=true"), tmp_path / "4")
+        prepare.prepare(resolved(checkpoint, latents, "data.mirror=true"), tmp_path / "4")
+    mirrored = prepare.prepare(resolved(checkpoint, packed, "data.mirror=true"), tmp_path / "4")
     assert len(Store(mirrored.data.path).records) == 2 * len(Store(packed).records)
     assert set(Store(finetune_path(checkpoint, media, tmp_path / "5")).shapes.values()) == {(61, 16, 16, 3)}
 
     half = tmp_path / "half"
     StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None).to(torch.float16).save_pretrained(half, variant="fp16")
-    of_variant = finetune.prepare(resolved(half, latents), tmp_path / "6")
+    of_variant = prepare.prepare(resolved(half, latents), tmp_path / "6")
     assert of_variant.model.init == str(tmp_path / "6" / "base")
     assert isinstance(stages.DenoiserStage(of_variant).model, UNet2DConditionModel)  # an image model, whatever edge it is given
     with pytest.raises(ValueError, match=r"was made of .* delete it or choose another folder"):
-        finetune.prepare(resolved(checkpoint, media, "data.size=16"), tmp_path)
+        prepare.prepare(resolved(checkpoint, media, "data.size=16"), tmp_path)
     for setting in ("data.size=20", "data.aspects=12"):
         with pytest.raises(ValueError, match=f"{setting}: the autoencoder of .* needs a multiple of 8"):
-            finetune.prepare(resolved(checkpoint, media, setting), tmp_path / "7")
+            prepare.prepare(resolved(checkpoint, media, setting), tmp_path / "7")
     assert not (tmp_path / "7").exists()
     shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents" / "shards").iterdir()}
-    finetune.prepare(resolved(checkpoint, media, "data.strides=[1, 2]"), tmp_path)  # the captions alone are made anew
+    prepare.prepare(resolved(checkpoint, media, "data.strides=[1, 2]"), tmp_path)  # the captions alone are made anew
     assert Store(tmp_path / "latents").info["strides"] == [1, 2]
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents" / "shards").iterdir()} == shards
     monkeypatch.setenv("RANK", "1")  # what the first process has made is there for the others
-    assert finetune.prepare(resolved(checkpoint, media), tmp_path) == made
+    assert prepare.prepare(resolved(checkpoint, media), tmp_path) == made
     ready, told = tmp_path / "ready", threading.Event()
-    waiting = threading.Thread(target=lambda: (finetune._to_make(ready, "store.json", {"data": 1}, told.is_set), told.set()))
+    waiting = threading.Thread(target=lambda: (prepare._to_make(ready, "store.json", {"data": 1}, told.is_set), told.set()))
     waiting.start()
     ready.mkdir()
     (tmp_path / "ready.json").write_text('{"data": 1}')
@@ -175,21 +183,21 @@ def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents
 
 
 def finetune_path(checkpoint, media, run_folder):
-    finetune.prepare(resolved(checkpoint, media, "data.size=16"), run_folder)
+    prepare.prepare(resolved(checkpoint, media, "data.size=16"), run_folder)
     return run_folder / "pixels"
 
 
 def test_mistakes_are_told_before_anything_is_packed(checkpoint, video_model, media, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "pack", lambda *_, **__: pytest.fail("the data was packed"))
+    monkeypatch.setattr(pack, "pack", lambda *_, **__: pytest.fail("the data was packed"))
     for options, message in (
         (["data.splits=['trian']"], "has no split trian; expected train, val_concept"),
         (["data.val_splits=['test']"], "has no split test"),
         (["diffusion.prediction=v_prediction"], r"diffusion\.prediction is v_prediction, but .* was trained with epsilon"),
     ):
         with pytest.raises(ValueError, match=message):
-            train.train(resolved(checkpoint, media, *options), tmp_path / "run")
+            train(resolved(checkpoint, media, *options), tmp_path / "run")
     with pytest.raises(ValueError, match=r"model\.temporal is none, but .* was trained with shift: set it to that"):
-        train.train(resolved(video_model, media, "model.temporal=none", "model.edge=zero"), tmp_path / "run")
+        train(resolved(video_model, media, "model.temporal=none", "model.edge=zero"), tmp_path / "run")
     for options, message in (
         (["lora.rank=2", "model.place=end"], "conv2 shifts and takes no LoRA"),
         (["lora.rank=2", "lora.modules=[]"], "at least 1 item"),
@@ -204,25 +212,25 @@ def test_mistakes_are_told(checkpoint, media, tmp_path):
     with pytest.raises(ValueError, match=r"lora trains additions to a denoiser's weights: expected stage image or video, and model\.init"):
         config.Config.model_validate({"stage": "image", "data": {"path": "x"}, "model": {"size": "tiny"}, "lora": {"rank": 2}, "optim": {"steps": 1000, "lr": 1e-3}})  # fmt: skip
     with pytest.raises(ValueError, match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that"):
-        train.train(resolved(checkpoint, media, "diffusion.prediction=v_prediction"), tmp_path / "1")
+        train(resolved(checkpoint, media, "diffusion.prediction=v_prediction"), tmp_path / "1")
     with pytest.raises(ValueError, match=r"Target modules .*nothing.* not found"):
-        train.train(resolved(checkpoint, media, "lora.rank=2", 'lora.modules=["nothing"]'), tmp_path / "2")
+        train(resolved(checkpoint, media, "lora.rank=2", 'lora.modules=["nothing"]'), tmp_path / "2")
     scratch = {"stage": "autoencoder", "data": {"path": str(media)}, "model": {"size": "tiny"}, "optim": {"steps": 1000, "lr": 1e-3}}
     with pytest.raises(ValueError, match=r"a folder of videos needs data\.size"):
-        finetune.prepare(config.Config.model_validate(scratch), tmp_path / "3")
+        prepare.prepare(config.Config.model_validate(scratch), tmp_path / "3")
     with pytest.raises(ValueError, match=r"no_such: expected one of emoji, or a folder that is there"):
-        finetune.prepare(resolved("no_such", media), tmp_path / "4")
+        prepare.prepare(resolved("no_such", media), tmp_path / "4")
     with pytest.raises(ValueError, match=r"with model\.place=end .*conv2 shifts and takes no LoRA"):
-        train.train(resolved(checkpoint, media, "lora.rank=2", "model.place=end"), tmp_path / "2b")
+        train(resolved(checkpoint, media, "lora.rank=2", "model.place=end"), tmp_path / "2b")
     double = tmp_path / "xl"
     shutil.copytree(checkpoint, double)
     (double / "text_encoder_2").mkdir()
     with pytest.raises(ValueError, match="the family of Stable Diffusion XL is generated with, not trained"):
-        finetune.prepare(resolved(double, media), tmp_path / "5")
+        prepare.prepare(resolved(double, media), tmp_path / "5")
     wrong = resolved(checkpoint, media, "lora.rank=3")
-    train.train(wrong, tmp_path / "6")
+    train(wrong, tmp_path / "6")
     with pytest.raises(ValueError, match=r"holds a run with another lora"):
-        train.train(resolved(checkpoint, media, "lora.rank=4"), tmp_path / "6")
+        train(resolved(checkpoint, media, "lora.rank=4"), tmp_path / "6")
 
 
 def test_the_estimate_counts_what_autograd_keeps(checkpoint, media, tmp_path):
@@ -238,10 +246,10 @@ def test_the_estimate_counts_what_autograd_keeps(checkpoint, media, tmp_path):
     assert live.now <= 4_100  # x.grad and z
 
     def of(*overrides):
-        return memory.of_run(finetune.prepare(resolved(checkpoint, media, *overrides), tmp_path))
+        return memory.of_run(prepare.prepare(resolved(checkpoint, media, *overrides), tmp_path))
 
     plain, frozen = of(), of("lora.rank=2")
-    number = models.num_parameters(models.unet("tiny"))
+    number = sizes.num_parameters(sizes.unet("tiny"))
     assert plain.weights == 4 * number
     assert of("optim.optimizer=adamw").optimizer == 4 * plain.optimizer
     assert of("optim.accumulate=1").step < plain.step  # the gradients of the batch before
@@ -254,7 +262,7 @@ def test_the_estimate_counts_what_autograd_keeps(checkpoint, media, tmp_path):
 
 
 def test_a_fake_step_takes_what_a_real_one_takes(checkpoint, media, tmp_path):
-    ready = finetune.prepare(resolved(checkpoint, media, "train.gradient_checkpointing=false"), tmp_path)
+    ready = prepare.prepare(resolved(checkpoint, media, "train.gradient_checkpointing=false"), tmp_path)
     stage = stages.DenoiserStage(ready)
     rng = np.random.default_rng(0)
     batch = next(batch for batch in iter(lambda: stage.draw(rng), None) if batch[0].shape[1] > 1)
@@ -268,11 +276,11 @@ def test_a_fake_step_takes_what_a_real_one_takes(checkpoint, media, tmp_path):
 
 
 def test_multiplications_are_counted_as_a_real_step_does_them(checkpoint, media, tmp_path):
-    settings = finetune.prepare(resolved(checkpoint, media, "data.batch_size=2", "train.gradient_checkpointing=false"), tmp_path)
+    settings = prepare.prepare(resolved(checkpoint, media, "data.batch_size=2", "train.gradient_checkpointing=false"), tmp_path)
     stage = stages.DenoiserStage(settings)
     stage.objective.train()
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
         stage.objective(*stage.draw(np.random.default_rng(0)))[0].backward()
     accumulated = settings.optim.accumulate
     assert memory.of_run(settings, "cpu").flops == pytest.approx(accumulated * counted.get_total_flops(), rel=0.01)
-    assert memory.matrix_rate("cpu", torch.float32, seconds=0.01) > 1e9
+    assert matrix_rate("cpu", torch.float32, seconds=0.01) > 1e9

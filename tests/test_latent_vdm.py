@@ -7,15 +7,17 @@ from conftest import ROUNDING, tiny_config
 from diffusers import UNet2DConditionModel
 
 import latent_shift as ls
-from latent_shift import models, train, zoo
-from latent_shift.latent_vdm import LatentVDMUNet, TemporalAttention
+from latent_shift.models import sizes
+from latent_shift.models.baselines import LatentVDMUNet, TemporalAttention
+from latent_shift.pipelines import loading
 from latent_shift.shift import reach, share_text, streaming
+from latent_shift.training.loop import train
 
 
 @pytest.fixture
 def image():
     torch.manual_seed(0)
-    return models.unet("tiny", sample_size=8).eval()
+    return sizes.unet("tiny", sample_size=8).eval()
 
 
 @pytest.fixture
@@ -95,20 +97,20 @@ def test_it_trains_is_saved_and_draws(checkpointing, latents, image_model, tmp_p
     options = {"gradient_checkpointing": checkpointing, "sample_every": 2, "sample_steps": 1}
     rows = []
     config = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, optim={"lr": 1e-2}, train=options)
-    pipe = zoo.load(train.train(config, tmp_path / "run", report=rows.append))
+    pipe = loading.load(train(config, tmp_path / "run", report=rows.append))
     assert isinstance(pipe.unet, LatentVDMUNet)
     assert any(parameter.any() for name, parameter in pipe.unet.named_parameters() if "over_time.to_out.weight" in name)
     clip = pipe("a red square", num_inference_steps=2, generator=ls.seed(0)).frames
-    again = zoo.load(tmp_path / "run" / "model")("a red square", num_inference_steps=2, generator=ls.seed(0)).frames
+    again = loading.load(tmp_path / "run" / "model")("a red square", num_inference_steps=2, generator=ls.seed(0)).frames
     assert clip.shape == (1, 4, 32, 32, 3) and np.array_equal(clip, again)
     with pytest.raises(ValueError, match="it has no loops"):
         pipe("a red square", loop=True)
     going_on = tiny_config("video", latents, steps=1, model={"init": str(tmp_path / "run" / "model"), "temporal": "attention"})
-    train.train(going_on, tmp_path / "on")
+    train(going_on, tmp_path / "on")
     if checkpointing:
         plain = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, optim={"lr": 1e-2})
         others = []
-        train.train(plain, tmp_path / "plain", report=others.append)
+        train(plain, tmp_path / "plain", report=others.append)
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=1e-5 + ROUNDING)
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_check import clouds
 
-from latent_shift import metrics, probing
-from latent_shift.autoencoder import to_frames, to_pixels
-from latent_shift.store import Store
-from latent_shift.zoo import load
+from latent_shift.data.store import Store
+from latent_shift.evaluation import clip_metrics, denoising
+from latent_shift.models.autoencoder import to_frames, to_pixels
+from latent_shift.pipelines.loading import load
 
 
 def moving_square(step: int) -> np.ndarray:
@@ -22,62 +22,62 @@ def moving_square(step: int) -> np.ndarray:
 
 def test_psnr():
     a = np.full((4, 4, 3), 100, np.uint8)
-    assert metrics.psnr(a, a) == float("inf")
-    assert metrics.psnr(a, a + 5) == pytest.approx(20 * np.log10(255 / 5))
+    assert clip_metrics.psnr(a, a) == float("inf")
+    assert clip_metrics.psnr(a, a + 5) == pytest.approx(20 * np.log10(255 / 5))
 
 
 def test_motion_coherence_and_flicker():
     still, slow, fast = (moving_square(step) for step in (0, 1, 3))
     noise = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
-    assert metrics.motion_energy(still) == 0
+    assert clip_metrics.motion_energy(still) == 0
     # A step of one pixel changes two columns of eight pixels out of 32x32 by 240.
-    assert metrics.motion_energy(slow) == pytest.approx(240 * 16 / 1024)
-    assert metrics.motion_energy(fast) == pytest.approx(3 * metrics.motion_energy(slow))
-    assert metrics.coherence(still) == pytest.approx(1)
-    assert 1 > metrics.coherence(slow) > metrics.coherence(fast) > metrics.coherence(noise)
+    assert clip_metrics.motion_energy(slow) == pytest.approx(240 * 16 / 1024)
+    assert clip_metrics.motion_energy(fast) == pytest.approx(3 * clip_metrics.motion_energy(slow))
+    assert clip_metrics.coherence(still) == pytest.approx(1)
+    assert 1 > clip_metrics.coherence(slow) > clip_metrics.coherence(fast) > clip_metrics.coherence(noise)
     ramp = np.repeat(np.arange(6, dtype=np.uint8) * 20, 12).reshape(6, 2, 2, 3)
-    assert metrics.flicker(ramp) == 0
+    assert clip_metrics.flicker(ramp) == 0
     blink = np.array([0, 100] * 3, np.uint8).repeat(12).reshape(6, 2, 2, 3)
-    assert metrics.flicker(blink) == 2 * metrics.motion_energy(blink)
+    assert clip_metrics.flicker(blink) == 2 * clip_metrics.motion_energy(blink)
 
 
 def test_motion_that_leads_somewhere_persists():
     noise = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
-    assert metrics.persistence(noise) == pytest.approx(1, abs=0.05)
+    assert clip_metrics.persistence(noise) == pytest.approx(1, abs=0.05)
     ramp = np.repeat(np.arange(12, dtype=np.uint8) * 20, 12).reshape(12, 2, 2, 3)
-    assert metrics.persistence(ramp) == pytest.approx(4, rel=1e-3)
-    assert metrics.persistence(np.zeros((6, 2, 2, 3), np.uint8)) == 1
+    assert clip_metrics.persistence(ramp) == pytest.approx(4, rel=1e-3)
+    assert clip_metrics.persistence(np.zeros((6, 2, 2, 3), np.uint8)) == 1
 
 
 def test_ranks_are_those_of_a_sort():
     rng = np.random.default_rng(0)
     generated, real = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.standard_normal((2, 20, 8)))
     expected = [1 + list(np.argsort(-(real @ row))).index(k) for k, row in enumerate(generated)]
-    assert list(metrics.retrieval_ranks(generated, real)) == expected
-    assert (metrics.retrieval_ranks(real, real) == 1).all()
+    assert list(clip_metrics.retrieval_ranks(generated, real)) == expected
+    assert (clip_metrics.retrieval_ranks(real, real) == 1).all()
 
 
 def test_a_loop_closes_as_it_moves():
     turning = np.stack([np.roll(moving_square(0)[0], 8 * k, axis=1) for k in range(4)])  # once round in four frames
-    assert metrics.loop_gap(turning) == pytest.approx(1, abs=1e-3)
-    assert metrics.loop_gap(moving_square(1)) == pytest.approx(5, rel=1e-2)
-    assert metrics.loop_gap(np.zeros((6, 2, 2, 3), np.uint8)) == 1
+    assert clip_metrics.loop_gap(turning) == pytest.approx(1, abs=1e-3)
+    assert clip_metrics.loop_gap(moving_square(1)) == pytest.approx(5, rel=1e-2)
+    assert clip_metrics.loop_gap(np.zeros((6, 2, 2, 3), np.uint8)) == 1
 
 
 def test_what_moves_is_not_new_and_what_is_new_is():
     """A drifting picture is all motion; one that is drawn anew, or flickers, is not."""
     drift, anew = clouds(8, 0), np.stack([clouds(1, k)[0] for k in range(8)])
     light = (drift.astype(int) + 20 * (np.arange(8) % 2)[:, None, None, None]).clip(0, 255).astype(np.uint8)
-    assert metrics.warping_error(np.repeat(drift[:1], 8, axis=0)) == pytest.approx(0, abs=1e-3)
-    assert metrics.warping_error(drift) < 0.35 * metrics.motion_energy(drift)
-    assert metrics.warping_error(light) > 10
-    assert metrics.warping_error(anew) > 3 * metrics.warping_error(drift)
+    assert clip_metrics.warping_error(np.repeat(drift[:1], 8, axis=0)) == pytest.approx(0, abs=1e-3)
+    assert clip_metrics.warping_error(drift) < 0.35 * clip_metrics.motion_energy(drift)
+    assert clip_metrics.warping_error(light) > 10
+    assert clip_metrics.warping_error(anew) > 3 * clip_metrics.warping_error(drift)
 
 
 def test_flow_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(RuntimeError, match=r"latent-shift-video\[eval\]"):
-        metrics.warping_error(moving_square(1))
+        clip_metrics.warping_error(moving_square(1))
 
 
 def test_reconstruction_is_the_psnr_of_held_out_frames(packed, video_model):
@@ -89,14 +89,14 @@ def test_reconstruction_is_the_psnr_of_held_out_frames(packed, video_model):
         pixels = to_pixels(torch.from_numpy(clip))
         with torch.no_grad():
             made = [to_frames(vae.decode(vae.encode(one[None]).latent_dist.mean).sample).numpy() for one in pixels]
-        return {round(metrics.psnr(frame, again[0]), 2) for frame, again in zip(clip, made, strict=True)}
+        return {round(clip_metrics.psnr(frame, again[0]), 2) for frame, again in zip(clip, made, strict=True)}
 
     for split in ("train", "val_concept"):
         indices = store.select(splits=(split,)).tolist()
         concepts = {store.records[index].concept: set[float]() for index in indices}
         for index in indices:
             concepts[store.records[index].concept] |= of_frames(index)
-        values = probing.reconstruction(vae, store, splits=(split,), num=9)
+        values = denoising.reconstruction(vae, store, splits=(split,), num=9)
         assert len(values) == len(concepts)
         found = [{concept for concept, every in concepts.items() if round(value, 2) in every} for value in values]
         assert set.union(*found) == set(concepts) and all(found), split

@@ -14,10 +14,10 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from latent_shift import models, text
-from latent_shift.pipeline import LatentShiftPipeline, LatentShiftXLPipeline
+from latent_shift.models import sizes, text
+from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline, LatentShiftXLPipeline
+from latent_shift.runtime import seed
 from latent_shift.shift import Shift, inflate, reach
-from latent_shift.zoo import seed
 
 
 def quiet(pipe):
@@ -27,14 +27,14 @@ def quiet(pipe):
 
 def sd(texts, **latent_shift):
     torch.manual_seed(0)
-    unet = models.unet("tiny", sample_size=4).eval()
+    unet = sizes.unet("tiny", sample_size=4).eval()
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     tokenizer, encoder = (
         CLIPTokenizer.from_pretrained(texts / "tokenizer"),
         CLIPTextModel.from_pretrained(texts / "text_encoder"),
     )
     settings = {"num_frames": 6, "num_inference_steps": 3, "guidance_scale": 3.0, **latent_shift}
-    return quiet(LatentShiftPipeline(models.autoencoder("tiny").eval(), encoder, tokenizer, unet, scheduler, latent_shift=settings))
+    return quiet(LatentShiftPipeline(sizes.autoencoder("tiny").eval(), encoder, tokenizer, unet, scheduler, latent_shift=settings))
 
 
 def xl_components(texts) -> dict:
@@ -49,7 +49,7 @@ def xl_components(texts) -> dict:
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16 + 6 * 8,
     )  # fmt: skip
     return dict(
-        vae=models.autoencoder("tiny").eval(),
+        vae=sizes.autoencoder("tiny").eval(),
         text_encoder=CLIPTextModel(config).eval(),
         text_encoder_2=CLIPTextModelWithProjection(config).eval(),
         tokenizer=CLIPTokenizer.from_pretrained(texts / "tokenizer"),

@@ -9,7 +9,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from conftest import tiny_config
 from safetensors.torch import load_file
 
-from latent_shift import checkpoint, optim, stages, train
+from latent_shift.training import checkpoint, optimizer, stages
+from latent_shift.training.loop import train
+from latent_shift.training.optimizer import make, step
 
 
 @pytest.mark.parametrize("bad_value", [float("nan"), float("inf")])
@@ -22,7 +24,7 @@ def test_a_step_whose_gradients_are_not_finite_is_left_out(bad_value, latents, t
         return (first * bad_value if next(batches) == 1 else first, *rest)
 
     monkeypatch.setattr(stages.DenoiserStage, "draw", bad)
-    train.train(tiny_config("video", latents, train={"log_every": 4}), tmp_path)
+    train(tiny_config("video", latents, train={"log_every": 4}), tmp_path)
     (row,) = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     assert row["skipped"] == 0.25 and all(np.isfinite(value) for value in row.values())
     newest = checkpoint.steps(tmp_path)[-1]
@@ -39,9 +41,9 @@ def test_a_run_of_such_steps_ends(latents, tmp_path, monkeypatch):
         return (first * torch.nan, *rest)
 
     monkeypatch.setattr(stages.DenoiserStage, "draw", bad)
-    monkeypatch.setattr(optim, "PATIENCE", 3)
+    monkeypatch.setattr(optimizer, "PATIENCE", 3)
     with pytest.raises(RuntimeError, match=r"of the last 3 steps, to step 3, no gradient was finite; try a smaller optim\.lr"):
-        train.train(tiny_config("video", latents), tmp_path)
+        train(tiny_config("video", latents), tmp_path)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     assert [(row["loss"], row["skipped"]) for row in rows] == [(None, 1), (None, 1)]
 
@@ -53,16 +55,16 @@ def test_what_a_step_left_out_leaves(latents, kind):
     config = tiny_config("video", latents, train={"shard": True} if kind == "sharded" else {})
     weight = torch.nn.Parameter(torch.ones(3))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if kind == "scaled" else None
-    optimizer = optim.make(config, [weight])
-    optimizer = optimizer if kind == "sharded" else AcceleratedOptimizer(optimizer, scaler=scaler)
+    adamw = make(config, [weight])
+    adamw = adamw if kind == "sharded" else AcceleratedOptimizer(adamw, scaler=scaler)
     for gradient, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (1.0, 0)):
         loss = (weight * gradient).sum()
         (scaler.scale(loss) if scaler else loss).backward()
         if scaler:
-            scaler.unscale_(optimizer.optimizer)
-        before = [each.clone() for each in (weight.detach(), *optimizer.state_dict()["state"].get(0, {}).values())]
-        assert float(optim.step(optimizer, weight.grad.norm(), config)) == skipped
-        optimizer.zero_grad()
-        after = (weight.detach(), *optimizer.state_dict()["state"][0].values())
+            scaler.unscale_(adamw.optimizer)
+        before = [each.clone() for each in (weight.detach(), *adamw.state_dict()["state"].get(0, {}).values())]
+        assert float(step(adamw, weight.grad.norm(), config)) == skipped
+        adamw.zero_grad()
+        after = (weight.detach(), *adamw.state_dict()["state"][0].values())
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False)) == bool(skipped)
     assert not scaler or scaler.get_scale() == 256

@@ -19,10 +19,12 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
-from latent_shift import models
-from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift.models import sizes
+from latent_shift.pipelines.loading import load
+from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
+from latent_shift.runtime import seed
 from latent_shift.shift import Shift, inflate, shift_of
-from latent_shift.zoo import load, seed, to_uint8
+from latent_shift.video import to_uint8
 
 SCHEDULERS = [
     DDIMScheduler,
@@ -37,10 +39,10 @@ SCHEDULERS = [
 def components(texts) -> dict:
     torch.manual_seed(0)
     return dict(
-        vae=models.autoencoder("tiny").eval(),
+        vae=sizes.autoencoder("tiny").eval(),
         text_encoder=CLIPTextModel.from_pretrained(texts / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(texts / "tokenizer"),
-        unet=models.unet("tiny", sample_size=4).eval(),
+        unet=sizes.unet("tiny", sample_size=4).eval(),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
         safety_checker=None,
         feature_extractor=None,

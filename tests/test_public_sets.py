@@ -9,7 +9,7 @@ from test_finetune import RECIPE, TINY, checkpoint  # noqa: F401 (a fixture)
 from test_sources import write_shard
 
 from latent_shift import video
-from latent_shift.latents import LatentStore
+from latent_shift.data.latents import LatentStore
 
 RECIPES = RECIPE.parent
 SMALL = [*TINY, "optim.optimizer=adamw", "data.batch_size=2", "data.size=32"]

@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 from test_cli import run
 
-from latent_shift import benchmark, evaluation, protocols, report, systems, video
-from latent_shift.evaluation import compared
+from latent_shift import video
+from latent_shift.benchmark.training import runs
+from latent_shift.evaluation import evaluate, protocols, systems
+from latent_shift.evaluation.evaluate import compared
+from latent_shift.report.page import _enlarged, _label, report
 
 SWEEP = {
     "processor": "a CPU", "threads": 2, "device": "cpu", "torch": "2", "date": "2026-01-01", "dtype": "float32", "limits": {"flops_per_s": 1e11, "bytes_per_s": 1e10},
@@ -46,16 +49,16 @@ def evals(packed, video_model, tmp_path_factory):
         system = systems.open_system(
             str(video_model), name=name, num_frames=4, num_inference_steps=1, guidance_scale=guidance, device="cpu"
         )
-        evaluation.evaluate(system, task, folder / "compare")
+        evaluate.evaluate(system, task, folder / "compare")
     classes = protocols.open_protocol("classes", packed, num=2, num_frames=4)
-    evaluation.evaluate(system, classes, folder / "classes")
+    evaluate.evaluate(system, classes, folder / "classes")
     return folder
 
 
 def test_the_page_shows_what_there_is(evals, packed, video_model, tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps(SWEEP))
-    (tmp_path / "training.json").write_text(json.dumps(benchmark.runs([video_model.parent])))
-    path = report.report(
+    (tmp_path / "training.json").write_text(json.dumps(runs([video_model.parent])))
+    path = report(
         tmp_path / "page", evals / "compare", shown=["b", "a <shift>"], ablations=[evals / "compare"], training=tmp_path / "training.json",
         classes=evals / "classes", sweeps=[tmp_path / "sweep.json"] * 2, rows=2,
     )  # fmt: skip
@@ -79,7 +82,7 @@ def test_the_page_shows_what_there_is(evals, packed, video_model, tmp_path):
     assert np.array_equal(poster, real[0].repeat(4, axis=0).repeat(4, axis=1))
     assert "Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 1" in text
     assert "right caption first \u2191" in text and "flicker, grey levels =" in text
-    assert report._label("kd-efficientnet-lite0") == "kernel distance of frames, EfficientNet-lite0 \u2193"
+    assert _label("kd-efficientnet-lite0") == "kernel distance of frames, EfficientNet-lite0 \u2193"
     assert "<li>kd-efficientnet-lite0: the kernel distance needs three samples" in text  # of two clips
     assert re.search(r'<th scope="row">motion seen at 875 frame by frame</th>', text)  # no aim
     assert "By a &lt;shift&gt; (Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 3), 4 frames each" in text
@@ -95,7 +98,7 @@ def test_the_page_shows_what_there_is(evals, packed, video_model, tmp_path):
     said = f"a part of protocol own. For denoising errors and motion seen, models are shown real clips under noise {noise} from frame to frame."
     assert text.count(f"2 clips of 4 frames a system, {said}") == 2  # and of the ablation
     assert f"<td>{energy['value']:.4g} <small>{energy['low']:.4g} to {energy['high']:.4g}</small></td>" in text
-    (trained,) = benchmark.runs([video_model.parent])
+    (trained,) = runs([video_model.parent])
     assert f"<td>{trained['steps']}</td><td>{trained['loss']:.4f}</td><td></td>" in text
     energy = next(
         record for record in compared(results_of(evals), evals / "compare")[1]["records"] if record["measure"] == "motion_energy"
@@ -124,7 +127,7 @@ def test_the_pages_time_is_that_of_the_clips_shown(evals, tmp_path):
     result = json.loads(path.read_text())
     result["system"]["fps"] = 4.0
     path.write_text(json.dumps(result))
-    page = report.report(tmp_path / "page", tmp_path / "compare", rows=1).read_text()
+    page = report(tmp_path / "page", tmp_path / "compare", rows=1).read_text()
     assert "4 frames at 4 or 8 fps" in re.sub(r"\s+", " ", page)
     assert "const frame = 0.25, slack = 0.03125;" in page
 
@@ -134,7 +137,7 @@ def test_only_real_clips_that_are_kept_are_shown(evals, tmp_path):
     seen = []
     for number in (0, 1):
         (tmp_path / "compare" / "real" / "clips" / f"{number:06}.png").unlink()
-        page = report.report(tmp_path / "page", tmp_path / "compare", rows=2).read_text()
+        page = report(tmp_path / "page", tmp_path / "compare", rows=2).read_text()
         seen.append(("real clips<small>of the same words" in page, page.count('<span class="quiet">none</span>'), page.count("<video")))
     assert seen == [(True, 1, 5), (False, 0, 4)]
 
@@ -142,21 +145,21 @@ def test_only_real_clips_that_are_kept_are_shown(evals, tmp_path):
 def test_clips_of_two_evaluations_are_kept_apart(evals, tmp_path):
     for name, source in (("one", "compare"), ("two", "classes")):
         shutil.copytree(evals / source, tmp_path / name / "same")
-    path = report.report(tmp_path / "page", tmp_path / "one" / "same", shown=["a <shift>"], classes=tmp_path / "two" / "same", rows=2)
+    path = report(tmp_path / "page", tmp_path / "one" / "same", shown=["a <shift>"], classes=tmp_path / "two" / "same", rows=2)
     files = [path.parent / video["src"] for video in Page(path.read_text()).all("video")]
     assert len(set(files)) == len(files) == 2 * (1 + 1) + 8
     (first,) = {each.parent for each in files}
-    kept = np.stack([evaluation.Drawn(tmp_path / name / "same" / "a-shift" / "clips", 4)(0)[0] for name in ("one", "two")])
+    kept = np.stack([evaluate.Drawn(tmp_path / name / "same" / "a-shift" / "clips", 4)(0)[0] for name in ("one", "two")])
     shown = np.stack([np.asarray(Image.open(first / f"{name}-a-shift-000.png")) for name in ("compared", "classes")])
     np.testing.assert_array_equal(shown, kept.repeat(4, axis=1).repeat(4, axis=2))
 
 
 def test_small_clips_are_shown_as_whole_pixels():
     clip = np.arange(2 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 64, 64, 3)
-    large = report._enlarged(clip)
+    large = _enlarged(clip)
     assert large.shape == (2, 128, 128, 3)
     np.testing.assert_array_equal(large[:, ::2, 1::2], clip)
-    assert report._enlarged(large) is large
+    assert _enlarged(large) is large
 
 
 def run_and_read(out, evals, *options) -> str:
@@ -169,9 +172,9 @@ def test_the_command_and_its_errors(evals, tmp_path):
     assert told.strip() == str(tmp_path / "page" / "index.html")
     assert "<title>mine</title>" in (text := (tmp_path / "page" / "index.html").read_text()) and "of &lt;mine&gt;</p>" in text
     with pytest.raises(ValueError, match=r"no \*/results\.json"):
-        report.report(tmp_path / "page", tmp_path)
+        report(tmp_path / "page", tmp_path)
     assert "shift&gt;" not in run_and_read(tmp_path, evals, "--show", "b")
     with pytest.raises(ValueError, match="has no c; expected a <shift>, b"):
-        report.report(tmp_path / "page", evals / "compare", shown=["b", "c"])
+        report(tmp_path / "page", evals / "compare", shown=["b", "c"])
     with pytest.raises(ValueError, match="has 2 clips a system, 3 rows asked for"):
-        report.report(tmp_path / "page", evals / "compare", rows=3)
+        report(tmp_path / "page", evals / "compare", rows=3)

@@ -4,15 +4,15 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 
-from latent_shift import models
-from latent_shift.sampling import in_chunks
+from latent_shift.models import sizes
+from latent_shift.pipelines.denoise import in_chunks
 from latent_shift.shift import Shift, frames, inflate, reach, share_text, streaming
 
 
 @pytest.fixture(scope="module")
 def unet():
     torch.manual_seed(0)
-    return models.unet("tiny", sample_size=4).eval().double()
+    return sizes.unet("tiny", sample_size=4).eval().double()
 
 
 TEXT = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_frames_that_come_one_by_one_are_those_of_the_whole_clip(unet, edge, pla
 
 @pytest.mark.parametrize("shift", [None, Shift(), Shift(backward=0, edge="wrap")])
 def test_only_a_causal_network_streams(shift):
-    network = models.unet("tiny", sample_size=4)
+    network = sizes.unet("tiny", sample_size=4)
     if shift:
         inflate(network, shift)
     with pytest.raises(ValueError, match="expected Shift\\(backward=0"), streaming(network, {}):

@@ -9,7 +9,10 @@ from conftest import tiny_config, traced
 from safetensors.torch import load_file
 from torch import nn
 
-from latent_shift import checkpoint, config, encode, train
+from latent_shift import config
+from latent_shift.data.encode import encode
+from latent_shift.training import checkpoint, loop
+from latent_shift.training.loop import train
 
 # key: (stage, another value, settings that both runs have beside it)
 OTHERS: dict[str, tuple] = {
@@ -95,14 +98,14 @@ def test_every_setting_is_here():
 def outcome(settings: config.Config, run) -> dict[str, object] | str:
     """What a run leaves behind, or why there is none; times apart."""
     recomputed, compiled, loaders = [], [], []
-    pool = train.ThreadPoolExecutor
+    pool = loop.ThreadPoolExecutor
     once = torch.utils.checkpoint.checkpoint
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **options: recomputed.append(1) or once(*args, **options))
         patch.setattr(nn.Module, "compile", traced(compiled))
-        patch.setattr(train, "ThreadPoolExecutor", lambda threads: loaders.append(threads) or pool(threads))
+        patch.setattr(loop, "ThreadPoolExecutor", lambda threads: loaders.append(threads) or pool(threads))
         try:
-            model = train.train(settings, run)
+            model = train(settings, run)
         except ValueError as error:
             return str(error)
     rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
@@ -132,11 +135,11 @@ def test_the_setting_counts(key, media, packed, latents, image_model, autoencode
     stage, value, beside = OTHERS[key]
     path = packed if stage == "autoencoder" else latents
     if key == "data.strides":
-        path = encode.encode(packed, tmp_path / "latents", autoencoder=autoencoder, texts=texts, strides=[1, 2]).folder
+        path = encode(packed, tmp_path / "latents", autoencoder=autoencoder, texts=texts, strides=[1, 2]).folder
     if key.removeprefix("data.") in config.PACKING:  # of a folder that is packed and encoded first
         path, beside = media, {"model.init": ...}
     if key == "data.path":
-        value = str(encode.encode(packed, tmp_path / "mirrored", autoencoder=autoencoder, texts=texts, mirror=True).folder)
+        value = str(encode(packed, tmp_path / "mirrored", autoencoder=autoencoder, texts=texts, mirror=True).folder)
     value = {"stage": "video", "model.init": str(image_model)}.get(key, value)
 
     def run(name: str, changes: dict[str, object]) -> object:

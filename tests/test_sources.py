@@ -14,13 +14,16 @@ import pytest
 from test_data import counting_clip
 from typer.testing import CliRunner
 
-from latent_shift import check, data, sources, video
-from latent_shift.cli import app
-from latent_shift.store import Store
+from latent_shift import video
+from latent_shift.cli.main import app
+from latent_shift.data import readers
+from latent_shift.data.check import check
+from latent_shift.data.pack import pack
+from latent_shift.data.store import Store
 
 
 def records(path):
-    return [record for record, _ in sources.read(path)]
+    return [record for record, _ in readers.read(path)]
 
 
 def test_media_beside_their_captions(tmp_path):
@@ -28,17 +31,17 @@ def test_media_beside_their_captions(tmp_path):
     (tmp_path / "sub" / "a.txt").write_text("a cat\nthe same cat\n")
     video.write(counting_clip(16), tmp_path / "b.webm")
     assert [(record.file_name, record.texts) for record in records(tmp_path)] == [("b.webm", ()), ("sub/a.mp4", ("a cat", "the same cat"))]
-    counts, problems = check.check(tmp_path)
+    counts, problems = check(tmp_path)
     assert counts == {"clips": 1, "stills": 0, "concepts": 2}
     assert problems == [("b.webm", "no caption")]
     (tmp_path / "sub" / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8 text"):
-        sources.read(tmp_path)
+        readers.read(tmp_path)
     (tmp_path / "sub" / "a.txt").unlink()
     with pytest.raises(ValueError, match=r"expected metadata.jsonl or metadata.csv, .tar shards, UCF-101, MSR-VTT, or media files"):
-        sources.read(tmp_path)
+        readers.read(tmp_path)
     with pytest.raises(ValueError, match="gone: no such folder"):
-        sources.read(tmp_path / "gone")
+        readers.read(tmp_path / "gone")
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "clips.jsonl", "clips.csv"])
@@ -54,56 +57,56 @@ def test_tables(tmp_path, name):
             writer.writerows(rows)
         else:
             file.write("\n".join(map(json.dumps, rows)))
-    cat, dog = sources.read(tmp_path if name.startswith("metadata") else tmp_path / name)
-    assert cat == (sources.Record("sub/a.mp4", ("a cat, seen",), "cat", "val", True), tmp_path / "sub" / "a.mp4")
-    assert dog == (sources.Record("b.mp4", ("a dog",), "a dog"), tmp_path / "b.mp4")
+    cat, dog = readers.read(tmp_path if name.startswith("metadata") else tmp_path / name)
+    assert cat == (readers.Record("sub/a.mp4", ("a cat, seen",), "cat", "val", True), tmp_path / "sub" / "a.mp4")
+    assert dog == (readers.Record("b.mp4", ("a dog",), "a dog"), tmp_path / "b.mp4")
 
 
 def test_lines_of_tables_are_checked(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "a"}\n{"file_name": "b.mp4"}\n')
     with pytest.raises(ValueError, match=r"metadata.jsonl:2: expected file_name and text, got .*b.mp4"):
-        sources.read(tmp_path)
+        readers.read(tmp_path)
     (tmp_path / "list.csv").write_text("file_name,caption\na.mp4,a\n")
     with pytest.raises(ValueError, match=r"list.csv:2: expected file_name and text"):
-        sources.read(tmp_path / "list.csv")
+        readers.read(tmp_path / "list.csv")
     with pytest.raises(ValueError, match=r"none.csv: no such file"):
-        sources.read(tmp_path / "none.csv")
+        readers.read(tmp_path / "none.csv")
 
 
 def test_empty_cells_are_left_out_and_logs_are_no_annotations(tmp_path):
     """pandas writes null where a table has no value."""
     row = {"file_name": "a.mp4", "text": "x", "concept": None, "split": None, "loop": None}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
-    ((record, _),) = sources.read(tmp_path)
-    assert record == sources.Record("a.mp4", ("x",), "x")
+    ((record, _),) = readers.read(tmp_path)
+    assert record == readers.Record("a.mp4", ("x",), "x")
     for name, value in (("file_name", 5), ("split", 3), ("loop", 2)):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({**row, name: value}))
         with pytest.raises(ValueError, match=r"metadata\.jsonl:1: expected file_name and text"):
-            sources.read(tmp_path)
+            readers.read(tmp_path)
     (tmp_path / "metadata.jsonl").rename(tmp_path / "log.json")
     (tmp_path / "log.json").write_text('{"info": 1}\n{"info": 2}\n')
     video.write(np.zeros((2, 8, 8, 3), np.uint8), tmp_path / "b.mp4")
     (tmp_path / "b.txt").write_text("y")
-    assert [record.file_name for record, _ in sources.read(tmp_path)] == ["b.mp4"]
-    assert sources.splits_of(tmp_path) == {"train"}
-    assert sources.splits_of("x-{0..3}.tar") is None
+    assert [record.file_name for record, _ in readers.read(tmp_path)] == ["b.mp4"]
+    assert readers.splits_of(tmp_path) == {"train"}
+    assert readers.splits_of("x-{0..3}.tar") is None
 
 
 def test_captions_in_a_csv_are_whole(tmp_path):
     table = tmp_path / "list.csv"
     table.write_text('file_name,text\na.mp4,"one, two\nthree"\nb.mp4,\nc.mp4,line\u2028separator\n')
-    assert [record.texts for record, _ in sources.read(table)] == [("one, two\nthree",), (), ("line\u2028separator",)]
+    assert [record.texts for record, _ in readers.read(table)] == [("one, two\nthree",), (), ("line\u2028separator",)]
     table.write_text("file_name,text\na.mp4,a cat, seen from above, by day\n")
     with pytest.raises(ValueError, match="2 more columns than the head; a comma in a caption needs quotes"):
-        sources.read(table)
+        readers.read(table)
 
 
 def test_what_is_no_source_is_said_to_be_none(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match=r"clip.mp4: expected a folder, a .jsonl or .csv table or .tar shards"):
-        sources.read(tmp_path / "clip.mp4")
+        readers.read(tmp_path / "clip.mp4")
     with pytest.raises(ValueError, match=r"none: no such folder"):
-        sources.read(tmp_path / "none")
+        readers.read(tmp_path / "none")
 
 
 def write_shard(path, samples):
@@ -139,19 +142,19 @@ def shards(tmp_path, clip):
 
 
 def test_shards(shards, tmp_path):
-    found = list(sources.read(shards))
+    found = list(readers.read(shards))
     assert [record.texts for record, _ in found[:2]] == [("a counter",), ("counting", "numbers")]
     assert all(isinstance(media, bytes) for _, media in found[:2])
     assert found[2][1].startswith("no media among")
     compressed = tmp_path / "web.tar.gz"
     compressed.write_bytes(gzip.compress((shards / "web-000.tar").read_bytes()))
-    assert [(record.texts, media) for record, media in sources.read(compressed)] == [(record.texts, media) for record, media in found[:3]]
+    assert [(record.texts, media) for record, media in readers.read(compressed)] == [(record.texts, media) for record, media in found[:3]]
     for caption in ([None, 3, " x "], 5, None):
         (shards / "bad").mkdir(exist_ok=True)
         write_shard(shards / "bad" / "0.tar", {"0": {".json": json.dumps({"caption": caption}).encode(), ".mp4": b""}})
-        ((record, _),) = sources.read(shards / "bad")
+        ((record, _),) = readers.read(shards / "bad")
         assert record.texts == (("x",) if isinstance(caption, list) else ())
-    problems = data.pack(shards, tmp_path / "store", size=16, fps=8)
+    problems = pack(shards, tmp_path / "store", size=16, fps=8)
     assert [(name.rpartition("shards/")[2], reason) for name, reason in problems] == [
         ("web-000.tar/sub/002", "no media among .first.mp4, .first.txt"),
         ("web-001.tar/003", "no media among .txt"),
@@ -166,13 +169,13 @@ def test_shards_by_address_and_range(shards):
     files = fsspec.filesystem("memory")
     for path in shards.glob("*.tar"):
         files.pipe(f"/web/{path.name}", path.read_bytes())
-    there = list(sources.read("memory://web/web-{000..001}.tar"))
-    here = list(sources.read(shards / "web-{000..001}.tar"))
+    there = list(readers.read("memory://web/web-{000..001}.tar"))
+    here = list(readers.read(shards / "web-{000..001}.tar"))
     assert [(record.texts, media) for record, media in there] == [(record.texts, media) for record, media in here]
     assert len(there) == 6
     told = CliRunner().invoke(app, ["data", "check", f"file://{shards}/web-{{000..001}}.tar"])
     assert told.output.splitlines()[-1] == "3 clips, 0 stills, 6 concepts, 5 with problems"
-    assert sources.expand("a{1..2}-{08..10}.tar") == [f"a{i}-{j}.tar" for i in (1, 2) for j in ("08", "09", "10")]
+    assert readers.expand("a{1..2}-{08..10}.tar") == [f"a{i}-{j}.tar" for i in (1, 2) for j in ("08", "09", "10")]
 
 
 def test_shards_from_a_server_that_may_break_off(shards):
@@ -193,13 +196,13 @@ def test_shards_from_a_server_that_may_break_off(shards):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         address = f"http://127.0.0.1:{server.server_port}/web-{{000..001}}.tar"
-        broken = list(sources.read(address))
+        broken = list(readers.read(address))
         cut.clear()
-        whole = list(sources.read(address))
+        whole = list(readers.read(address))
     finally:
         server.shutdown()
         server.server_close()
-    here = list(sources.read(shards / "web-{000..001}.tar"))
+    here = list(readers.read(shards / "web-{000..001}.tar"))
     assert [(record.texts, media) for record, media in whole] == [(record.texts, media) for record, media in here]
     assert isinstance(broken[-1][1], str) and broken[-1][1].startswith("the shard cannot be read on: ")
     assert [media for _, media in broken[:-1]] == [media for _, media in whole[: len(broken) - 1]]
@@ -209,18 +212,18 @@ def test_a_broken_shard_is_told_and_the_others_count(shards):
     whole = (shards / "web-000.tar").read_bytes()
     (shards / "web-000.tar").write_bytes(whole[: len(whole) // 2])
     (shards / "web-002.tar").write_bytes(b"no tar at all")
-    found = list(sources.read(shards))
+    found = list(readers.read(shards))
     reasons = [(record.file_name.rpartition("/")[2], media) for record, media in found if isinstance(media, str) and "shard" in media]
     assert [name for name, _ in reasons] == ["web-000.tar", "web-002.tar"]
     assert any(record.texts == ("loud",) for record, _ in found)
-    ((_, reason),) = list(sources.read(shards / "web-{7..7}.tar"))
+    ((_, reason),) = list(readers.read(shards / "web-{7..7}.tar"))
     assert reason.startswith("the shard cannot be read on: [Errno 2]")
     with pytest.raises(ValueError, match="Protocol not known: nowhere"):
-        list(sources.read("nowhere://web.tar"))
+        list(readers.read("nowhere://web.tar"))
 
 
 def test_ucf101_as_it_is_unpacked(tmp_path):
-    sentences = sources.ucf101_sentences()
+    sentences = readers.ucf101_sentences()
     assert len(sentences) == 101
     assert len(set(sentences.values())) == 101
     for action, group in (("ApplyEyeMakeup", 1), ("ApplyEyeMakeup", 8), ("YoYo", 9)):
@@ -245,7 +248,7 @@ def test_ucf101_as_it_is_unpacked(tmp_path):
         ("HandstandPushups", (sentences["HandstandPushups"],))
     ]
     stands.unlink()
-    assert check.check(tmp_path, min_frames=2) == (
+    assert check(tmp_path, min_frames=2) == (
         {"clips": 3, "stills": 0, "concepts": 2},
         [(record.file_name, f"shows what {found[0].file_name} shows") for record in found[1:]],
     )
@@ -253,7 +256,7 @@ def test_ucf101_as_it_is_unpacked(tmp_path):
     other.parent.mkdir()
     other.write_bytes(b"")
     reason = ("UCF-101/Sleeping/v_Sleeping_g01_c01.avi", "Sleeping is none of the 101 classes")
-    assert reason in check.check(tmp_path, min_frames=2)[1]
+    assert reason in check(tmp_path, min_frames=2)[1]
 
 
 def test_msrvtt_as_it_is_unpacked(tmp_path):
@@ -278,5 +281,5 @@ def test_msrvtt_as_it_is_unpacked(tmp_path):
         ("video2", ("two",), "val"),
         ("videos/all/video10.mp4", ("ten",), "test"),
     ]
-    assert data.pack(tmp_path, tmp_path / "store", size=16, fps=8, workers=2) == [("video2", "no such video")]
+    assert pack(tmp_path, tmp_path / "store", size=16, fps=8, workers=2) == [("video2", "no such video")]
     assert np.array_equal(Store(tmp_path / "store").window(0, 0, 1).shape, (1, 16, 16, 3))

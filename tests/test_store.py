@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from latent_shift import data, encode, finetune, video
-from latent_shift.latents import LatentStore
-from latent_shift.sources import Record
-from latent_shift.stages import DenoiserStage
-from latent_shift.store import BalancedSampler, Store, StoreWriter
+from latent_shift import video
+from latent_shift.data.encode import encode
+from latent_shift.data.latents import LatentStore
+from latent_shift.data.pack import pack, sizes_of
+from latent_shift.data.readers import Record
+from latent_shift.data.sampler import BalancedSampler
+from latent_shift.data.store import Store, StoreWriter
+from latent_shift.training import prepare
+from latent_shift.training.stages import DenoiserStage
 
 
 @pytest.fixture
@@ -30,9 +34,9 @@ def test_a_store_gives_back_what_was_packed(media, packed, tmp_path):
         frames, _ = video.read(media / record.file_name, fps=8, size=32)
         assert np.array_equal(store.window(index, 0, len(frames)), frames)
     assert (store.info["fps"], store.num_frames) == (8, 61)
-    assert data.pack(media, tmp_path / "two", size=32, fps=8, workers=2) == []
+    assert pack(media, tmp_path / "two", size=32, fps=8, workers=2) == []
     assert Store(tmp_path / "two").shapes == store.shapes  # named by what is in them: the same frames in the same order
-    assert data.pack(media, tmp_path / "two", size=32, fps=8, shard_mb=0.05) == []
+    assert pack(media, tmp_path / "two", size=32, fps=8, shard_mb=0.05) == []
     small = Store(tmp_path / "two")
     assert len(small.shapes) > 1 == len(store.shapes)
     assert sorted(path.stem for path in (small.folder / "shards").iterdir()) == sorted(small.shapes)  # what it was before is gone
@@ -76,18 +80,18 @@ def test_clips_of_one_size_are_drawn_together_and_concepts_equally_often(sizes):
 
 
 def test_shapes_are_kept_in_sizes_of_one_area(tmp_path):
-    sizes = data.sizes_of(64, 16)
+    sizes = sizes_of(64, 16)
     assert (64, 64) in sizes and (32, 64) not in sizes
     assert all(height % 16 == 0 == width % 16 and height * width <= 64**2 and 0.5 <= height / width <= 2 for height, width in sizes)
     assert {(width, height) for height, width in sizes} & set(sizes) >= {(64, 64)}
     with pytest.raises(ValueError, match="no size of at most 32x32 pixels has the factor 64"):
-        data.sizes_of(32, 64)
+        sizes_of(32, 64)
     wide = np.zeros((8, 90, 160, 3), np.uint8)
     wide[:, :, 80:] = 200
     for name, frames in (("wide", wide), ("tall", wide.transpose(0, 2, 1, 3)), ("square", wide[:, :, 35:125])):
         video.write(frames, tmp_path / f"{name}.webp", fps=8)
         (tmp_path / f"{name}.txt").write_text(name)
-    assert data.pack(tmp_path, tmp_path / "store", size=64, fps=8, aspects=16) == []
+    assert pack(tmp_path, tmp_path / "store", size=64, fps=8, aspects=16) == []
     store = Store(tmp_path / "store")
     shapes = {record.texts[0]: store.shape(index)[:2] for index, record in enumerate(store.records)}
     assert shapes == {"square": (64, 64), "tall": (80, 48), "wide": (48, 80)}
@@ -97,13 +101,13 @@ def test_shapes_are_kept_in_sizes_of_one_area(tmp_path):
 
 def test_several_stores_are_read_as_one(media, packed, sizes, autoencoder, texts, tmp_path):
     for name in ("b", "a"):
-        data.pack(media, tmp_path / "parts" / name, size=32, fps=8, shard_mb=0.05 if name == "b" else 64)
-        encode.encode(tmp_path / "parts" / name, tmp_path / "latents" / name, autoencoder=autoencoder, texts=texts)
+        pack(media, tmp_path / "parts" / name, size=32, fps=8, shard_mb=0.05 if name == "b" else 64)
+        encode(tmp_path / "parts" / name, tmp_path / "latents" / name, autoencoder=autoencoder, texts=texts)
     # A third one, with a caption and a split that the others have not.
     writer = StoreWriter(tmp_path / "parts" / "c")
     writer.add(Record("c.mp4", ("a grey square",), "grey", split="test"), np.full((9, 32, 32, 3), 99, np.uint8))
     writer.close(dtype="uint8", fps=8, size=32, source="c")
-    encode.encode(tmp_path / "parts" / "c", tmp_path / "latents" / "c", autoencoder=autoencoder, texts=texts)
+    encode(tmp_path / "parts" / "c", tmp_path / "latents" / "c", autoencoder=autoencoder, texts=texts)
 
     one, both = Store(packed), Store(tmp_path / "parts" / "[ab]")
     assert [record.file_name for record in both.records] == 2 * [record.file_name for record in one.records]
@@ -115,7 +119,7 @@ def test_several_stores_are_read_as_one(media, packed, sizes, autoencoder, texts
     assert every.splits == one.splits | {"test"} and every.num_frames == 2 * 61 + 9
     assert every.select(splits=["test"]).tolist() == [len(both.records)]
     config = tiny_config("video", tmp_path / "latents" / "*", data={"splits": ["train", "test"]})
-    clips, _, _, _ = DenoiserStage(finetune.prepare(config, tmp_path / "run")).draw(np.random.default_rng(0))
+    clips, _, _, _ = DenoiserStage(prepare.prepare(config, tmp_path / "run")).draw(np.random.default_rng(0))
     assert clips.shape == (config.data.batch_size, 4, 4, 4, 4)
     for part in every.folders:  # each caption is that of its own store
         store = LatentStore(part)
@@ -124,12 +128,12 @@ def test_several_stores_are_read_as_one(media, packed, sizes, autoencoder, texts
     draws = np.bincount(BalancedSampler(every, every.select(splits=every.splits)).draw(np.random.default_rng(0), 4000), minlength=7)
     assert draws[-1] == pytest.approx(4000 / len({record.concept for record in every.records}), rel=0.1)  # concepts, not stores
 
-    encode.encode(tmp_path / "parts" / "*", tmp_path / "whole", autoencoder=autoencoder, texts=texts)
+    encode(tmp_path / "parts" / "*", tmp_path / "whole", autoencoder=autoencoder, texts=texts)
     assert len(LatentStore(tmp_path / "whole").records) == len(every.records)
     (tmp_path / "parts" / "c" / "store.json").unlink()
     with pytest.raises(ValueError, match="c: not a packed data set"):
         Store(tmp_path / "parts" / "*")
-    data.pack(media, tmp_path / "parts" / "c", size=32, fps=4)
+    pack(media, tmp_path / "parts" / "c", size=32, fps=4)
     with pytest.raises(ValueError, match=r"c: fps is 4, but 8 in .*a: expected stores made alike"):
         Store(tmp_path / "parts" / "*")
 
@@ -145,13 +149,13 @@ def test_what_is_not_the_stores_is_left_alone(packed, tmp_path):
     shutil.copytree(packed, good)
     before = sorted((path.name, path.stat().st_size) for path in good.rglob("*"))
     with pytest.raises(ValueError, match="none of 2 files can be used"):
-        data.pack(str(tmp_path / "nothere-{0..1}.tar"), good, size=32, fps=8)
+        pack(str(tmp_path / "nothere-{0..1}.tar"), good, size=32, fps=8)
     assert sorted((path.name, path.stat().st_size) for path in good.rglob("*")) == before
     (good / "notes.md").write_text("mine")
     with pytest.raises(ValueError, match=r"holds notes\.md"):
-        data.pack(tmp_path, good, size=32, fps=8)
+        pack(tmp_path, good, size=32, fps=8)
     with pytest.raises(ValueError, match="fps must be above 0"):
-        data.pack(tmp_path, tmp_path / "new", size=32, fps=0)
+        pack(tmp_path, tmp_path / "new", size=32, fps=0)
 
 
 def test_damaged_stores_are_refused(packed, tmp_path):

@@ -7,7 +7,10 @@ import pytest
 import torch
 from test_cli import run
 
-from latent_shift import benchmark, contenders, models, plots, sweep
+from latent_shift.benchmark import networks, sweep
+from latent_shift.benchmark.timing import alone
+from latent_shift.models import sizes
+from latent_shift.report import plots
 from latent_shift.shift import temporal_shift
 
 SMALL = dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention_dim=32)
@@ -15,19 +18,19 @@ SMALL = dict(sample_size=8, block_out_channels=(32, 32, 32, 32), cross_attention
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(contenders, "SMALL", contenders.Size(SMALL, (1, 1, 1, 1), 32))
+    monkeypatch.setattr(networks, "SMALL", networks.Size(SMALL, (1, 1, 1, 1), 32))
 
 
 def test_every_contender_at_every_place(small, monkeypatch):
     monkeypatch.setattr(sweep, "limits", lambda *_: {"flops_per_s": 1e12, "bytes_per_s": 1e10})
     result = sweep.sweep(num_frames=(1, 16, 33), sides=(16,), clips=(2,), side=16, rounds=1)
     points = result["points"]
-    assert {each["name"] for each in points} == set(contenders.MAKERS)
-    assert len(points) == 5 * len(contenders.MAKERS)
+    assert {each["name"] for each in points} == set(networks.MAKERS)
+    assert len(points) == 5 * len(networks.MAKERS)
     (cannot,) = [each for each in points if "cannot" in each]
     assert (cannot["name"], cannot["frames"], cannot["cannot"]) == ("AnimateDiff (UNetMotionModel)", 33, "at most 32 frames")
     at = {(each["name"], each["line"], each["frames"]): each for each in points if "cannot" not in each}
-    assert all(at[name, "frames", 16] == at[name, "side", 16] | {"line": "frames"} for name in contenders.MAKERS)  # one place, timed once
+    assert all(at[name, "frames", 16] == at[name, "side", 16] | {"line": "frames"} for name in networks.MAKERS)  # one place, timed once
     ours, image = (at[name, "frames", 33] for name in ("Latent-Shift", "frame by frame"))
     assert ours["parameters"] == image["parameters"]
     # The shift multiplies nothing; a text once a clip instead of once a frame multiplies less.
@@ -61,13 +64,13 @@ def test_work_is_counted_operation_by_operation():
 
 
 def test_the_call_is_the_networks_own(small):
-    found = contenders.contenders(text_length=4)
+    found = networks.contenders(text_length=4)
     with torch.no_grad():
         clips = {name: each.call(2, 3, 8)() for name, each in found.items()}
     for name, made in clips.items():
         in_time = name.startswith(("AnimateDiff", "ModelScope"))
         assert tuple(made.sample.shape) == ((2, 4, 3, 8, 8) if in_time else (6, 4, 8, 8)), name
-    assert set(contenders.contenders(only="Latent-VDM")) == {"Latent-VDM"}
+    assert set(networks.contenders(only="Latent-VDM")) == {"Latent-VDM"}
 
 
 def test_the_machines_limits_are_plausible():
@@ -77,9 +80,9 @@ def test_the_machines_limits_are_plausible():
 
 
 def test_memory_is_that_of_one_step_alone():
-    row = benchmark.alone(sweep._memory_of_step, "frame by frame", 2, 8, False, torch.float32)
+    row = alone(sweep._memory_of_step, "frame by frame", 2, 8, False, torch.float32)
     assert 0.1 < row["gib_before"] <= row["gib_peak"] < 3
-    refused = benchmark.alone(sweep._memory_of_step, "AnimateDiff (UNetMotionModel)", 64, 8, False, torch.float32)
+    refused = alone(sweep._memory_of_step, "AnimateDiff (UNetMotionModel)", 64, 8, False, torch.float32)
     assert refused["cannot"] == "at most 32 frames"
 
 
@@ -93,7 +96,7 @@ def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path)
     )
     row = {"frames": 8, "seconds_a_clip": 12.34, "clips_per_s": 0.123}
     monkeypatch.setattr(sweep, "whole_clips", lambda model, **_: [{"model": model, **row}])
-    monkeypatch.setattr(sweep, "contenders", lambda **options: dict([*contenders.contenders(**options).items()][:2]))
+    monkeypatch.setattr(sweep, "contenders", lambda **options: dict([*networks.contenders(**options).items()][:2]))
     made = run(
         "bench", "sweep", "--frames", 2, "--sides", 16, "--clips", 1, "--side", 8, "--rounds", 3, "-m", video_model, "-o", tmp_path / "sweep.json",
         "--plots", tmp_path / "plots",
@@ -128,6 +131,6 @@ def test_whole_clips_are_the_models_own(video_model):
 
 def test_at_full_size_the_networks_are_those_of_stable_diffusion():
     """Parameters as published: SD 1.5's U-Net 860 M, which the shift leaves as they are; the others add theirs to it."""
-    sizes = {name: models.num_parameters(each.network) for name, each in contenders.contenders(full=True, device="meta").items()}
-    assert sizes["Latent-Shift"] == sizes["frame by frame"] == 859_520_964
-    assert all(size > 859_520_964 for name, size in sizes.items() if name not in ("Latent-Shift", "frame by frame"))
+    counts = {name: sizes.num_parameters(each.network) for name, each in networks.contenders(full=True, device="meta").items()}
+    assert counts["Latent-Shift"] == counts["frame by frame"] == 859_520_964
+    assert all(size > 859_520_964 for name, size in counts.items() if name not in ("Latent-Shift", "frame by frame"))

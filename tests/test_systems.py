@@ -26,9 +26,10 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from latent_shift import evaluation, metrics, models, protocols, systems
+from latent_shift.evaluation import clip_metrics, evaluate, protocols, systems
+from latent_shift.models import sizes
+from latent_shift.pipelines.loading import load
 from latent_shift.shift import Shift, inflate
-from latent_shift.zoo import load
 
 
 def t5(kind=T5EncoderModel, config=T5Config):
@@ -44,12 +45,12 @@ def clip_texts(texts):
 
 
 def animatediff(texts):
-    unet = models.unet("tiny", sample_size=4)
+    unet = sizes.unet("tiny", sample_size=4)
     adapter = MotionAdapter(
         block_out_channels=unet.config.block_out_channels, motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=2
     )
     return AnimateDiffPipeline(
-        vae=models.autoencoder("tiny"), unet=unet, motion_adapter=adapter, scheduler=DDIMScheduler(clip_sample=False), **clip_texts(texts)
+        vae=sizes.autoencoder("tiny"), unet=unet, motion_adapter=adapter, scheduler=DDIMScheduler(clip_sample=False), **clip_texts(texts)
     )
 
 
@@ -58,7 +59,7 @@ def modelscope(texts):
         sample_size=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32, attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
     )  # fmt: skip
-    return TextToVideoSDPipeline(vae=models.autoencoder("tiny"), unet=unet, scheduler=DDIMScheduler(clip_sample=False), **clip_texts(texts))
+    return TextToVideoSDPipeline(vae=sizes.autoencoder("tiny"), unet=unet, scheduler=DDIMScheduler(clip_sample=False), **clip_texts(texts))
 
 
 def cogvideox(texts, **options):
@@ -140,14 +141,14 @@ def test_a_peer_is_evaluated_by_a_protocol_of_16_frames(kind, texts, packed, tmp
     task = protocols.open_protocol("own", packed, num=2)
     options = dict(num_frames=16, fps=task.fps, height=32, width=64, num_inference_steps=1, guidance_scale=1.0)
     system = systems.open_system(str(tmp_path / "peer"), name="peer", device="cpu", **options)
-    result = evaluation.evaluate(system, task, tmp_path / "evals")
+    result = evaluate.evaluate(system, task, tmp_path / "evals")
     asked = {"CogVideoXPipeline": 17, "WanPipeline": 33, "LTXPipeline": 49}.get(kind, 16)  # at 8, 16, 24 fps with 4, 4, 8 frames a latent
     assert (system.fps, system.settings["num_frames"]) == (8, asked)
-    clip = evaluation.Drawn(tmp_path / "evals" / "peer" / "clips", 16)(0)
+    clip = evaluate.Drawn(tmp_path / "evals" / "peer" / "clips", 16)(0)
     assert clip.shape == (16, 32, 64, 3)  # as drawn; measured is its middle
     records = {record["measure"]: record for record in result["records"]}
-    middle = [evaluation.Drawn(tmp_path / "evals" / "peer" / "clips", 16)(k)[:, :, 16:48] for k in (0, 1)]
-    assert records["motion_energy"]["value"] == pytest.approx(np.mean([metrics.motion_energy(clip) for clip in middle]))
+    middle = [evaluate.Drawn(tmp_path / "evals" / "peer" / "clips", 16)(k)[:, :, 16:48] for k in (0, 1)]
+    assert records["motion_energy"]["value"] == pytest.approx(np.mean([clip_metrics.motion_energy(clip) for clip in middle]))
     assert (records["motion_energy"]["made_at"], records["motion_energy"]["measured_at"]) == ([32, 64], [32, 32])
     assert "is asked of models of this package" in result["skipped"]["denoising"]
 

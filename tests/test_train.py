@@ -14,12 +14,19 @@ from conftest import ROUNDING, alike, tiny_config, traced
 from PIL import Image
 from safetensors.torch import load_file
 
-from latent_shift import checkpoint, data, encode, finetune, stages, train, video, zoo
-from latent_shift.autoencoder import AutoencoderObjective, to_pixels, whiten
+from latent_shift import video
 from latent_shift.config import dump, load
-from latent_shift.latents import LatentStore
-from latent_shift.pipeline import LatentShiftPipeline
-from latent_shift.store import Store
+from latent_shift.data.encode import encode
+from latent_shift.data.latents import LatentStore
+from latent_shift.data.pack import pack
+from latent_shift.data.store import Store
+from latent_shift.models.autoencoder import to_pixels, whiten
+from latent_shift.pipelines import loading
+from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
+from latent_shift.runtime import has_bf16_units, precision_of
+from latent_shift.training import checkpoint, loop, prepare, stages
+from latent_shift.training.loop import train
+from latent_shift.training.objectives import AutoencoderObjective
 
 
 def test_a_run_folder_holds_settings_statistics_samples_and_the_model(video_model):
@@ -45,7 +52,7 @@ def test_it_learns(packed, tmp_path):
     """Forty steps of the smallest autoencoder: the loss falls by half."""
     config = tiny_config("autoencoder", packed, steps=40, optim={"lr": 1e-2}, loss={"kl": 1e-6})
     rows = []
-    train.train(config, tmp_path, report=rows.append)
+    train(config, tmp_path, report=rows.append)
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
 
@@ -54,14 +61,14 @@ def test_resume_is_exact(stage, packed, latents, tmp_path):
     """Six steps in one go, and three + three from the checkpoint: the same weights, averages and optimizer, on a CPU bit for bit."""
     options = {"seed": 3, "log_every": 2}  # stopped between two lines of statistics
     config = tiny_config(stage, packed if stage == "autoencoder" else latents, steps=6, train=options)
-    train.train(config, tmp_path / "whole")
-    train.train(config, tmp_path / "parts", report=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 2 else None)
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "parts", report=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 2 else None)
     assert checkpoint.steps(tmp_path / "parts")[-1].name == "step-00000002"
     with pytest.MonkeyPatch.context() as patch:  # at an odd step, too
-        patch.setattr(train, "learning_rate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or train_rate(*_))
-        train.train(config, tmp_path / "parts")
+        patch.setattr(loop, "learning_rate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or train_rate(*_))
+        train(config, tmp_path / "parts")
     assert checkpoint.steps(tmp_path / "parts")[-1].name == "step-00000003"
-    train.train(config, tmp_path / "parts")
+    train(config, tmp_path / "parts")
     whole, parts = (checkpoint.steps(tmp_path / run)[-1] for run in ("whole", "parts"))
     assert whole.name == parts.name == "step-00000006"
     for name in ("model.safetensors", "average.safetensors"):
@@ -74,14 +81,14 @@ def test_resume_is_exact(stage, packed, latents, tmp_path):
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=ROUNDING, abs=0)
 
 
-train_rate = train.learning_rate
+train_rate = loop.learning_rate
 
 
 def test_every_validation_is_logged(latents, tmp_path):
     config = tiny_config(
         "video", latents, steps=10, data={"val_splits": ["train"]}, train={"validate_every": 3, "val_batches": 1, "log_every": 5}
     )
-    train.train(config, tmp_path)
+    train(config, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 5, 6, 9, 10]
     assert ["val_loss" in row for row in rows] == [True, False, True, True, True]
@@ -89,23 +96,23 @@ def test_every_validation_is_logged(latents, tmp_path):
 
 def test_a_flawed_checkpoint_does_not_push_out_a_whole_one(latents, tmp_path):
     config = tiny_config("video", latents, steps=3, train={"checkpoint_minutes": 1e-9, "keep_checkpoints": 2})
-    train.train(config, tmp_path)
+    train(config, tmp_path)
     newest = checkpoint.steps(tmp_path)[-1]
     (newest / "optimizer.bin").write_bytes(b"x")
-    train.train(tiny_config("video", latents, steps=4, train={"checkpoint_minutes": 1e9, "keep_checkpoints": 2}), tmp_path)
+    train(tiny_config("video", latents, steps=4, train={"checkpoint_minutes": 1e9, "keep_checkpoints": 2}), tmp_path)
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000004"]
     (checkpoint.steps(tmp_path)[-1] / "state.json").unlink()
-    train.train(config, tmp_path)  # there still is one to go on from
+    train(config, tmp_path)  # there still is one to go on from
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000003"]
 
 
 def test_a_run_that_was_stopped_while_its_data_was_made_goes_on(latents, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "prepare", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare, "prepare", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            train.train(tiny_config("video", latents, steps=1), tmp_path / "run")
+            train(tiny_config("video", latents, steps=1), tmp_path / "run")
     assert load(tmp_path / "run" / "config.toml") == tiny_config("video", latents, steps=1)
-    train.train(tiny_config("video", latents, steps=1, model={"size": "tiny", "edge": "hold"}), tmp_path / "run")  # nothing was learnt yet
+    train(tiny_config("video", latents, steps=1, model={"size": "tiny", "edge": "hold"}), tmp_path / "run")  # nothing was learnt yet
 
 
 def test_short_clips_and_unknown_splits_are_told(latents, caplog):
@@ -116,70 +123,70 @@ def test_short_clips_and_unknown_splits_are_told(latents, caplog):
 
 
 def test_the_precision_is_that_of_the_device(latents, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(zoo, "device_of", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(loading, "device_of", lambda *_: torch.device("cpu"))
     for units, expected in ((True, "bf16"), (False, "no")):
-        monkeypatch.setattr(zoo, "has_bf16_units", lambda units=units: units)
-        ready = finetune.prepare(tiny_config("video", latents, train={"precision": "auto"}), tmp_path)
+        monkeypatch.setattr(loading, "has_bf16_units", lambda units=units: units)
+        ready = prepare.prepare(tiny_config("video", latents, train={"precision": "auto"}), tmp_path)
         assert ready.train.precision == expected
-    train.check(tiny_config("video", latents, train={"precision": "bf16"}))
+    loop.check(tiny_config("video", latents, train={"precision": "bf16"}))
     assert "no units for bf16" in caplog.text
-    assert zoo.precision_of("auto", torch.device("cuda")) == "bf16"  # of a machine that is elsewhere
-    assert zoo.precision_of("fp16", torch.device("cpu")) == "fp16"
+    assert precision_of("auto", torch.device("cuda")) == "bf16"  # of a machine that is elsewhere
+    assert precision_of("fp16", torch.device("cpu")) == "fp16"
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads what Linux says of an x86")
 def test_units_for_bf16_are_those_the_processor_has():
-    assert zoo.has_bf16_units() == ("avx512_bf16" in Path("/proc/cpuinfo").read_text().split())
+    assert has_bf16_units() == ("avx512_bf16" in Path("/proc/cpuinfo").read_text().split())
 
 
 def test_a_checkpoint_that_was_left_out_does_not_push_out_whole_ones(latents, tmp_path):
     every = {"checkpoint_minutes": 1e-9, "keep_checkpoints": 1}
-    train.train(tiny_config("image", latents, steps=2, train={**every, "keep_checkpoints": 2}), tmp_path)
+    train(tiny_config("image", latents, steps=2, train={**every, "keep_checkpoints": 2}), tmp_path)
     newest = checkpoint.steps(tmp_path)[-1]
     (newest / "average.safetensors").write_bytes(b"cut short")
     newest.rename(newest.with_name("step-00000009"))  # as if much had been done since the one before
-    train.train(tiny_config("image", latents, steps=3, train=every), tmp_path)
+    train(tiny_config("image", latents, steps=3, train=every), tmp_path)
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000003"]
 
 
 def test_what_can_be_known_is_told_before_data_is_read(media, image_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.finetune, "prepare", lambda *_, **__: pytest.fail("data was read"))
+    monkeypatch.setattr(loop.finetune, "prepare", lambda *_, **__: pytest.fail("data was read"))
     config = tiny_config("video", media, model={"init": str(image_model)})
 
     def refused(message: str, **sections) -> None:
         with pytest.raises((ValueError, RuntimeError), match=message):
-            train.train(tiny_config("video", media, **{"model": {"init": str(image_model)}, **sections}), tmp_path)
+            train(tiny_config("video", media, **{"model": {"init": str(image_model)}, **sections}), tmp_path)
 
     refused("unknown model size 'nope'; expected one of", model={"size": "nope"})
     refused(r"train\.shard needs several processes", train={"shard": True})
-    found = train.find_spec
+    found = loop.find_spec
     for package, sections in (
         ("bitsandbytes", {"optim": {"optimizer": "adamw8bit", "steps": 2, "lr": 1e-3, "warmup_steps": 1}}),
         ("peft", {"lora": {"rank": 2}}),
         ("wandb", {"train": {"tracker": "wandb"}}),
     ):
-        monkeypatch.setattr(train, "find_spec", lambda name, package=package: None if name == package else found(name))
+        monkeypatch.setattr(loop, "find_spec", lambda name, package=package: None if name == package else found(name))
         refused("pip install", **sections)
     assert config.with_settings({"optim.steps": 5}).optim.steps == 5
     assert not list(tmp_path.iterdir())
 
 
 def test_another_models_run_is_refused(packed, latents, tmp_path):
-    train.train(tiny_config("image", latents, steps=1), tmp_path)
+    train(tiny_config("image", latents, steps=1), tmp_path)
     with pytest.raises(ValueError, match="holds a run with another stage; choose another folder with --run"):
-        train.train(tiny_config("video", latents, steps=1), tmp_path)
+        train(tiny_config("video", latents, steps=1), tmp_path)
     changes = {"model": {"size": "tiny", "edge": "wrap"}, "diffusion": {"prediction": "v_prediction"}}
     with pytest.raises(ValueError, match=r"another model\.edge, diffusion\.prediction"):
-        train.train(tiny_config("image", latents, steps=1, **changes), tmp_path)
+        train(tiny_config("image", latents, steps=1, **changes), tmp_path)
     with pytest.raises(ValueError, match=r"another data\.path"):
-        train.train(tiny_config("image", packed, steps=1), tmp_path)
+        train(tiny_config("image", packed, steps=1), tmp_path)
 
 
 def test_accumulated_batches_are_one_larger_batch(latents, tmp_path):
     """Every part draws its own data; loss and gradient are the means over the parts."""
     config = tiny_config("image", latents, steps=2, optim={"accumulate": 3})
     rows = []
-    train.train(config, tmp_path, report=rows.append)
+    train(config, tmp_path, report=rows.append)
     assert [row["step"] for row in rows] == [1, 2]
     torch.manual_seed(config.train.seed)
     stage = stages.DenoiserStage(config)
@@ -195,7 +202,7 @@ def test_settings_of_the_optimizer_count_from_the_first_step_and_when_a_run_goes
     changed = {"lr": 5e-4, "weight_decay": 0.5, "beta2": 0.5, "grad_clip": 1e-3, "ema": 0.0}[key]
 
     def averages(run: str, steps: int, optim: dict) -> dict[str, torch.Tensor]:
-        train.train(tiny_config("image", latents, steps=steps, optim=optim), tmp_path / run)
+        train(tiny_config("image", latents, steps=steps, optim=optim), tmp_path / run)
         return load_file(checkpoint.steps(tmp_path / run)[-1] / "average.safetensors")
 
     def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -216,7 +223,7 @@ def test_precision_and_checkpointing_count(latents, tmp_path, monkeypatch):
     losses = {}
     for name, options in (("plain", {}), ("bf16", {"precision": "bf16"}), ("recomputed", {"gradient_checkpointing": True})):
         rows: list[dict] = []
-        train.train(tiny_config("video", latents, train=options), tmp_path / name, report=rows.append)
+        train(tiny_config("video", latents, train=options), tmp_path / name, report=rows.append)
         losses[name] = [row["loss"] for row in rows]
         assert bool(recomputed) == (name == "recomputed")
     assert losses["bf16"] != losses["plain"]
@@ -233,7 +240,7 @@ def test_a_compiled_network_learns_the_same(latents, tmp_path, monkeypatch):
             "video", latents, steps=6, data={"image_share": 0.5, "val_splits": ["train"]}, train={"compile": compiled, "sample_every": 3}
         )
         rows: list[dict] = []
-        train.train(config, tmp_path / name, report=rows.append)
+        train(config, tmp_path / name, report=rows.append)
         losses[name] = [[row["loss"], row.get("val_loss", 0)] for row in rows]
     assert len(graphs) == 2  # of clips and of stills; none of what is validated and sampled
     np.testing.assert_allclose(losses["compiled"], losses["plain"], rtol=1e-4 + ROUNDING)
@@ -245,12 +252,12 @@ def test_half_precision_is_for_gpus(latents, tmp_path):
     config = tiny_config("video", latents, train={"precision": "fp16"})
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"train\.precision=fp16 needs a GPU; on a CPU take bf16"):
-            train.train(config, tmp_path)
+            train(config, tmp_path)
         return
     losses: dict[str, list[float]] = {"fp16": [], "no": []}
     for precision, seen in losses.items():
         config = tiny_config("video", latents, steps=8, train={"precision": precision})
-        train.train(config, tmp_path / precision, report=lambda row, seen=seen: seen.append(row["loss"]))
+        train(config, tmp_path / precision, report=lambda row, seen=seen: seen.append(row["loss"]))
     assert losses["fp16"] != losses["no"]
     assert losses["fp16"] == pytest.approx(losses["no"], rel=0.02)
 
@@ -260,7 +267,7 @@ def test_batches_do_not_depend_on_who_draws_them(latents, tmp_path):
     for loaders in (1, 3):
         rows: list[dict] = []
         config = tiny_config("video", latents, data={"loaders": loaders, "image_share": 0.5}, optim={"accumulate": 2})
-        train.train(config, tmp_path / str(loaders), report=rows.append)
+        train(config, tmp_path / str(loaders), report=rows.append)
         found[loaders] = [row["loss"] for row in rows]
     assert found[1] == pytest.approx(found[3], rel=ROUNDING, abs=0) and len(set(found[1])) == 4
 
@@ -295,18 +302,18 @@ def test_crops_must_fit(packed):
 def test_sigterm_saves_and_the_run_goes_on(packed, tmp_path):
     """Asked to stop in the middle, it writes a checkpoint and ends well; the next call finishes as if nothing had been."""
     config = tiny_config("autoencoder", packed, steps=6)
-    train.train(config, tmp_path / "stopped", report=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 2 else None)
+    train(config, tmp_path / "stopped", report=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 2 else None)
     assert [path.name for path in checkpoint.steps(tmp_path / "stopped")] == ["step-00000002"]
     assert not (tmp_path / "stopped" / "model").exists()
-    train.train(config, tmp_path / "stopped")
-    train.train(config, tmp_path / "whole")
+    train(config, tmp_path / "stopped")
+    train(config, tmp_path / "whole")
     a, b = (load_file(tmp_path / run / "model" / "diffusion_pytorch_model.safetensors") for run in ("stopped", "whole"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_old_checkpoints_go_and_half_written_ones_do_not_count(packed, tmp_path):
     config = tiny_config("autoencoder", packed, steps=5, train={"checkpoint_minutes": 1e-9, "keep_checkpoints": 2})
-    train.train(config, tmp_path)
+    train(config, tmp_path)
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000004", "step-00000005"]
     (tmp_path / "checkpoints" / ".step-00000009.partial").mkdir()
     assert checkpoint.steps(tmp_path)[-1].name == "step-00000005"
@@ -314,9 +321,9 @@ def test_old_checkpoints_go_and_half_written_ones_do_not_count(packed, tmp_path)
 
 def test_whitening_changes_the_latents_and_not_the_pictures(packed):
     torch.manual_seed(0)
-    from latent_shift import models
+    from latent_shift.models import sizes
 
-    vae = models.autoencoder("tiny").eval()
+    vae = sizes.autoencoder("tiny").eval()
     pixels = to_pixels(torch.from_numpy(Store(packed).window(0, 0, 20)))
     with torch.no_grad():
         before = vae.encode(pixels).latent_dist
@@ -333,11 +340,11 @@ def test_whitening_changes_the_latents_and_not_the_pictures(packed):
 
 
 def test_the_autoencoder_loss_is_its_terms(packed):
-    from latent_shift import models
+    from latent_shift.models import sizes
 
     pixels = to_pixels(torch.from_numpy(Store(packed).window(0, 0, 4)))
     noise = torch.randn(4, 4, 4, 4)
-    vae = models.autoencoder("tiny")
+    vae = sizes.autoencoder("tiny")
     loss, terms = AutoencoderObjective(vae, kl=0.5, perceptual=2.0)(pixels, noise)
     posterior = vae.encode(pixels).latent_dist
     decoded = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -368,7 +375,7 @@ def test_a_batch_is_what_the_config_says(latents):
 
 def test_slower_clips_say_so_in_words(packed, autoencoder, texts, tmp_path):
     """Every second frame under a caption with its rate, which takes no parameter of the network."""
-    store = encode.encode(packed, tmp_path, autoencoder=autoencoder, texts=texts, strides=[1, 2])
+    store = encode(packed, tmp_path, autoencoder=autoencoder, texts=texts, strides=[1, 2])
     captions = {text for record in store.records for text in record.texts}
     options = {"strides": [1, 2], "window": "first", "image_share": 0.3, "batch_size": 1}
     stage = stages.DenoiserStage(tiny_config("video", tmp_path, data=options, diffusion={"caption_dropout": 0.0}))
@@ -414,10 +421,10 @@ def test_the_timestep_shift_draws_noisier_steps(latents):
 
 
 def test_a_model_draws_the_size_it_was_trained_at(media, packed, image_model, autoencoder, texts, tmp_path):
-    data.pack(media, tmp_path / "pixels", size=64, fps=8)
-    encode.encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts)
+    pack(media, tmp_path / "pixels", size=64, fps=8)
+    encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts)
     config = tiny_config("image", tmp_path / "latents", steps=1, model={"init": str(image_model)})
-    pipe = zoo.load(train.train(config, tmp_path / "run"))
+    pipe = loading.load(train(config, tmp_path / "run"))
     assert pipe("red", num_inference_steps=1).frames.shape == (1, 1, 64, 64, 3)
 
 
@@ -428,14 +435,14 @@ def test_out_of_memory_says_what_to_lower(error, latents, image_model, tmp_path,
     other = " in another run folder"
     options = f"train.gradient_checkpointing=true, data.batch_size=2 optim.accumulate=6, train.precision=bf16, optim.optimizer=adamw8bit{other}, lora.rank=32{other}, data.num_frames=2"
     with pytest.raises(RuntimeError, match=f"out of memory: try, in this order, {options}"):
-        train.train(config, tmp_path)
+        train(config, tmp_path)
     monkeypatch.setattr(stages.DenoisingObjective, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match=r"^something else$"):
-        train.train(config, tmp_path)
+        train(config, tmp_path)
     lowered = config_of(config, "train.gradient_checkpointing=true", "data.batch_size=1", "optim.optimizer=adamw8bit", "data.num_frames=2")
-    assert train.advice(lowered).endswith(f"try, in this order, train.precision=bf16, lora.rank=32{other}")
+    assert loop.advice(lowered).endswith(f"try, in this order, train.precision=bf16, lora.rank=32{other}")
     attention = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, data={"num_frames": 3})
-    assert "lora" not in train.advice(attention) and "num_frames" not in train.advice(attention)  # which would be refused
+    assert "lora" not in loop.advice(attention) and "num_frames" not in loop.advice(attention)  # which would be refused
 
 
 def config_of(config, *overrides):
@@ -448,7 +455,7 @@ def config_of(config, *overrides):
 
 def test_a_start_that_does_not_fit_is_refused(latents, image_model, video_model, tmp_path):
     def begun(**sections):
-        return stages.DenoiserStage(finetune.prepare(tiny_config("video", latents, **sections), tmp_path))
+        return stages.DenoiserStage(prepare.prepare(tiny_config("video", latents, **sections), tmp_path))
 
     moving = {"init": str(video_model), "edge": "wrap"}
     with pytest.raises(ValueError, match=r"model\.edge is wrap, but .* was trained with zero: set it to that"):

@@ -5,16 +5,22 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from latent_shift import data, encode, models, stages, systems, train, zoo
-from latent_shift.autoencoder import to_pixels
-from latent_shift.latent_vdm import TemporalAttention, TemporalConv
-from latent_shift.latents import LatentStore
-from latent_shift.store import Store
-from latent_shift.vdm import PixelSpace, VDMUNet
+from latent_shift.data.encode import encode
+from latent_shift.data.latents import LatentStore
+from latent_shift.data.pack import pack
+from latent_shift.data.store import Store
+from latent_shift.evaluation import systems
+from latent_shift.models import sizes
+from latent_shift.models.autoencoder import to_pixels
+from latent_shift.models.baselines import TemporalAttention, TemporalConv
+from latent_shift.models.pixels import PixelSpace, VDMUNet
+from latent_shift.pipelines import loading
+from latent_shift.training import stages
+from latent_shift.training.loop import train
 
 
 def test_pixels_stay_what_they_are():
-    vae = models.load_autoencoder(zoo.folder("pixels"))
+    vae = sizes.load_autoencoder(loading.folder("pixels"))
     assert isinstance(vae, PixelSpace)
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     posterior = vae.encode(x).latent_dist
@@ -25,7 +31,7 @@ def test_pixels_stay_what_they_are():
 
 
 def test_it_sees_time_by_attention_alone():
-    network = VDMUNet.of(models.unet("tiny", sample_size=8))
+    network = VDMUNet.of(sizes.unet("tiny", sample_size=8))
     kinds = {type(module) for module in network.modules()}
     assert TemporalAttention in kinds and TemporalConv not in kinds
 
@@ -33,8 +39,8 @@ def test_it_sees_time_by_attention_alone():
 @pytest.fixture(scope="module")
 def in_pixels(media, tmp_path_factory):
     folder = tmp_path_factory.mktemp("in-pixels")
-    data.pack(media, folder / "frames", size=32, fps=8)
-    encode.encode(folder / "frames", folder / "stored", autoencoder=zoo.folder("pixels"), texts=zoo.folder("emoji"))
+    pack(media, folder / "frames", size=32, fps=8)
+    encode(folder / "frames", folder / "stored", autoencoder=loading.folder("pixels"), texts=loading.folder("emoji"))
     return folder
 
 
@@ -45,16 +51,16 @@ def test_from_videos_to_clips_in_pixels(in_pixels, tmp_path):
     np.testing.assert_allclose(stored.window(0, 0, 3)[:, 0], expected, atol=1e-3)
     np.testing.assert_array_equal(stored.draw_pixels(np.random.default_rng(0), 0, 3), frames.draw_window(np.random.default_rng(0), 0, 3))
     config = tiny_config("video", in_pixels / "stored", steps=2, model={"size": "pixels", "temporal": "vdm"})
-    run = train.train(config, tmp_path / "run")
+    run = train(config, tmp_path / "run")
     system = systems.open_system(str(run), num_inference_steps=2, device="cpu")
     assert system.title.startswith("Video Diffusion Models")
     pipe = system.pipe
     assert isinstance(pipe.vae, PixelSpace) and isinstance(pipe.unet, VDMUNet)
     assert system.generate(["red", "blue"], [0, 1]).shape == (2, 4, 32, 32, 3)
     pipe.save_pretrained(tmp_path / "again")
-    again = zoo.load(tmp_path / "again", device="cpu")
+    again = loading.load(tmp_path / "again", device="cpu")
     assert isinstance(again.vae, PixelSpace) and isinstance(again.unet, VDMUNet)
     with pytest.raises(ValueError, match=r"model\.temporal is attention, but .* was trained with vdm: set it to that"):
-        train.train(tiny_config("video", in_pixels / "stored", model={"init": str(run), "temporal": "attention"}), tmp_path / "other")
+        train(tiny_config("video", in_pixels / "stored", model={"init": str(run), "temporal": "attention"}), tmp_path / "other")
     with pytest.raises(ValueError, match="has latents of 3 channels and texts 384 wide, the U-Net takes 4 and 384"):
         stages.DenoiserStage(tiny_config("video", in_pixels / "stored", model={"size": "emoji", "temporal": "vdm"}))

@@ -9,8 +9,11 @@ from test_cli import run
 from test_extractors import videomae_folder
 from typer.testing import CliRunner
 
-from latent_shift import cli, data, metrics, verification, video
-from latent_shift.measuring import Weights
+from latent_shift import video
+from latent_shift.cli import main
+from latent_shift.data.pack import pack
+from latent_shift.evaluation import clip_metrics, sensitivity
+from latent_shift.evaluation.measures import Weights
 
 
 @pytest.fixture(scope="module")
@@ -20,24 +23,24 @@ def clips():
 
 def test_each_way_spoils_what_it_says(clips):
     rng, clip = np.random.default_rng(0), clips[0]
-    assert np.std(verification.noisy(np.full((4, 64, 64, 3), 128, np.uint8), 0.25, rng)) == pytest.approx(16, rel=0.02)
+    assert np.std(sensitivity.noisy(np.full((4, 64, 64, 3), 128, np.uint8), 0.25, rng)) == pytest.approx(16, rel=0.02)
     assert (
-        np.abs(np.diff(verification.blurred(clip, 1.0, rng).astype(int), axis=2)).mean() < np.abs(np.diff(clip.astype(int), axis=2)).mean()
+        np.abs(np.diff(sensitivity.blurred(clip, 1.0, rng).astype(int), axis=2)).mean() < np.abs(np.diff(clip.astype(int), axis=2)).mean()
     )
-    mixed = verification.shuffled(clip, 1.0, rng)
+    mixed = sensitivity.shuffled(clip, 1.0, rng)
     assert not np.array_equal(mixed, clip)
     assert sorted(frame.tobytes() for frame in mixed) == sorted(frame.tobytes() for frame in clip)
-    half = verification.shuffled(clip, 0.5, rng)
+    half = sensitivity.shuffled(clip, 0.5, rng)
     assert 6 <= sum(np.array_equal(a, b) for a, b in zip(half, clip, strict=True)) < 12
-    still = verification.frozen(clip, 0.5, rng)
+    still = sensitivity.frozen(clip, 0.5, rng)
     assert np.array_equal(still[:6], clip[:6]) and np.array_equal(still[-1], still[6])
-    assert np.array_equal(verification.frozen(clip, 1.0, rng), np.repeat(clip[:1], 12, axis=0))
+    assert np.array_equal(sensitivity.frozen(clip, 1.0, rng), np.repeat(clip[:1], 12, axis=0))
 
 
 def test_measures_tell_what_they_can_see(clips):
-    found = verification.verify(clips, Weights().of_distances(), strengths=(0.25, 1.0))
-    assert all(metrics.CLIP_MEASURES.keys() < measures.keys() for measures in found.values())
-    says = {way: {name: verification.trend(values) for name, values in measures.items()} for way, measures in found.items()}
+    found = sensitivity.verify(clips, Weights().of_distances(), strengths=(0.25, 1.0))
+    assert all(clip_metrics.CLIP_MEASURES.keys() < measures.keys() for measures in found.values())
+    says = {way: {name: sensitivity.trend(values) for name, values in measures.items()} for way, measures in found.items()}
     assert says["noise"]["kd-efficientnet-lite0"] == says["noise"]["kd-efficientnet-lite0-motion"] == "rises"
     assert says["blur"]["kd-efficientnet-lite0"] == "rises"
     assert says["shuffle"]["kd-efficientnet-lite0"] == "stays"  # of single frames
@@ -49,7 +52,7 @@ def test_measures_tell_what_they_can_see(clips):
 
 
 def test_the_trend_is_told():
-    assert [verification.trend(values) for values in ([1, 2, 3], [3, 2, 2], [1, 1.001, 1], [1, 3, 2])] == ["rises", "falls", "stays", ""]
+    assert [sensitivity.trend(values) for values in ([1, 2, 3], [3, 2, 2], [1, 1.001, 1], [1, 3, 2])] == ["rises", "falls", "stays", ""]
 
 
 def test_the_command_prints_a_table(tmp_path):
@@ -59,15 +62,15 @@ def test_the_command_prints_a_table(tmp_path):
         video.write(clouds(12, seed), tmp_path / "clips" / f"{seed}.webp", fps=8)
         rows.append({"file_name": f"{seed}.webp", "text": f"cloud {seed}"})
     (tmp_path / "clips" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data.pack(tmp_path / "clips", tmp_path / "packed", size=32, fps=8)
+    pack(tmp_path / "clips", tmp_path / "packed", size=32, fps=8)
     weights = ("--weights", f"videomae={videomae}")
     told = run("bench", "measures", tmp_path / "packed", "--num", 6, "--num-frames", 4, *weights, "-o", tmp_path / "measures.json")
     found = json.loads((tmp_path / "measures.json").read_text())
     assert [each["name"] for each in found["extractors"]] == ["videomae", "efficientnet-lite0", "efficientnet-lite0-motion"]
     assert len(found["measures"]["noise"]["kvd-videomae"]) == 5
-    assert set(found["measures"]) == set(verification.WAYS)
+    assert set(found["measures"]) == set(sensitivity.WAYS)
     assert found["data"]["clips"] == 6
-    refused = CliRunner().invoke(cli.app, ["bench", "measures", str(tmp_path / "packed"), "--num", "6", "--weights", "c3d=nowhere"])
+    refused = CliRunner().invoke(main.app, ["bench", "measures", str(tmp_path / "packed"), "--num", "6", "--weights", "c3d=nowhere"])
     assert "c3d: nothing here is measured by it; expected i3d, inception, videomae" in str(refused.exception)
     energy = found["measures"]["freeze"]["motion_energy"]
     assert f"| motion_energy | freeze | {energy[0]:.4g} |" in told

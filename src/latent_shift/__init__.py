@@ -20,12 +20,12 @@ _HOME = {
     "deflate": "shift",
     "frames": "shift",
     "shift_of": "shift",
-    "LatentShiftPipeline": "pipeline",
-    "LatentVDMUNet": "latent_vdm",
-    "load": "zoo",
-    "seed": "zoo",
-    "save_video": "zoo",
-    "load_video": "zoo",
+    "LatentShiftPipeline": "pipelines.stable_diffusion",
+    "LatentVDMUNet": "models.baselines",
+    "load": "pipelines.loading",
+    "seed": "runtime",
+    "save_video": "video",
+    "load_video": "video",
 }
 __all__ = list(_HOME)
 
@@ -35,18 +35,18 @@ except PackageNotFoundError:  # imported from a source tree that was not install
     __version__ = "0.0.0"
 
 if TYPE_CHECKING:
-    from latent_shift.latent_vdm import LatentVDMUNet as LatentVDMUNet
-    from latent_shift.pipeline import LatentShiftPipeline as LatentShiftPipeline
+    from latent_shift.models.baselines import LatentVDMUNet as LatentVDMUNet
+    from latent_shift.pipelines.loading import load as load
+    from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline as LatentShiftPipeline
+    from latent_shift.runtime import seed as seed
     from latent_shift.shift import Shift as Shift
     from latent_shift.shift import deflate as deflate
     from latent_shift.shift import frames as frames
     from latent_shift.shift import inflate as inflate
     from latent_shift.shift import shift_of as shift_of
     from latent_shift.shift import temporal_shift as temporal_shift
-    from latent_shift.zoo import load as load
-    from latent_shift.zoo import load_video as load_video
-    from latent_shift.zoo import save_video as save_video
-    from latent_shift.zoo import seed as seed
+    from latent_shift.video import load_video as load_video
+    from latent_shift.video import save_video as save_video
 
 
 def __getattr__(name: str):

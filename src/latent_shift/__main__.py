@@ -1,5 +1,5 @@
 """`python -m latent_shift` is the command `latent-shift`."""
 
-from latent_shift.cli import main
+from latent_shift.cli.main import main
 
 main()

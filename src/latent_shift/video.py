@@ -11,10 +11,14 @@ import struct
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, ImageSequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v"}
 IMAGE_SUFFIXES = {".webp", ".gif", ".png", ".apng", ".jpg", ".jpeg"}
@@ -258,3 +262,27 @@ def _fraction(fps: float):
     from fractions import Fraction
 
     return Fraction(fps).limit_denominator(1001)
+
+
+def save_video(clip: np.ndarray | Tensor | list[Image.Image], path: str | Path, *, fps: float = 8) -> Path:
+    """Write one clip to .mp4, .webm, .gif, .webp or .png (a strip of its frames); returns the path.
+
+    Args:
+        clip: `(F, H, W, 3)` in [0, 1] or uint8, `(F, 3, H, W)` tensor in [0, 1], or F images: what a pipeline returns for a clip.
+        path: the suffix chooses the format.
+        fps: frames a second.
+    """
+    return write(to_uint8(clip), path, fps=fps)
+
+
+def load_video(path: str | Path, *, fps: float | None = None, size: int | None = None) -> np.ndarray:
+    """Read a video, animation or still as `(F, H, W, 3) uint8`; see `read`."""
+    return read(path, fps=fps, size=size)[0]
+
+
+def to_uint8(clip: np.ndarray | Tensor | list[Image.Image]) -> np.ndarray:
+    """Any form of a clip as `(F, H, W, 3) uint8`; floats are clipped to [0, 1] and rounded."""
+    if isinstance(clip, list):
+        return np.stack([np.asarray(image.convert("RGB")) for image in clip])
+    frames = clip if isinstance(clip, np.ndarray) else clip.permute(0, 2, 3, 1).float().cpu().numpy()
+    return frames if frames.dtype == np.uint8 else (frames.clip(0, 1) * 255).round().astype(np.uint8)

@@ -1,0 +1,1 @@
+"""Timings, memory and throughput."""

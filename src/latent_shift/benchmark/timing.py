@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from latent_shift.runtime import quiet_libraries
+
+
+def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2) -> dict[str, dict[str, float]]:
+    """Time each call once a round, in turn, forwards and backwards.
+
+    Returns:
+        For each name the median seconds, and of its time relative to the first name's in the same round the median, the least and the
+        most.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warm_up + rounds):
+        for name in list(calls) if turn % 2 else reversed(list(calls)):
+            start = time.perf_counter()
+            calls[name]()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    first = np.array(times[next(iter(calls))])
+    found = {}
+    for name, seconds in times.items():
+        ratios = np.array(seconds) / first
+        found[name] = {
+            "seconds": float(np.median(seconds)), "ratio": float(np.median(ratios)), "ratio_least": float(ratios.min()),
+            "ratio_most": float(ratios.max()),
+        }  # fmt: skip
+    return found
+
+
+def alone(call: Callable[..., Any], *args: Any) -> Any:
+    """What `call` returns in a fresh process, whose peak of memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=quiet_libraries) as pool:
+        return pool.submit(call, *args).result()
+
+
+def command_seconds(model: str = "emoji", *, rounds: int = 3, device: str = "cpu") -> dict[str, float]:
+    """Median seconds of whole commands, each in a process of its own: the help page, and words to an mp4."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for words in (["--help"], ["generate", "a red heart", "-m", model, "--device", device, "-o", f"{folder}/clip.mp4"]):
+            times = []
+            for _ in range(rounds):
+                start = time.perf_counter()
+                subprocess.run([sys.executable, "-m", "latent_shift", *words], check=True, capture_output=True)
+                times.append(time.perf_counter() - start)
+            seconds[f"latent-shift {words[0]}"] = float(np.median(times))
+    return seconds

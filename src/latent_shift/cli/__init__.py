@@ -1,0 +1,1 @@
+"""The command `latent-shift`: parse, call one function, print."""

@@ -1,0 +1,1 @@
+"""From captioned videos to what training reads: readers, packing, stores, latents."""

@@ -1,0 +1,1 @@
+"""Systems, protocols, measures and tables."""

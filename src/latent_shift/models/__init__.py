@@ -1,0 +1,1 @@
+"""Networks: named sizes, autoencoders, text encoders, the paper's baselines."""

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from latent_shift.config import Lora
+from latent_shift.files import tensor_shapes
+from latent_shift.pipelines.clip_pipeline import ClipGeneration
+from latent_shift.shift import Shift, ShiftConv2d, inflate, shift_of
+
+
+def load_lora(pipe: ClipGeneration, path: str | Path) -> None:
+    """Load a LoRA file; one that was trained here (`save_lora`) also brings its shift, its size and the defaults of a call.
+
+    Raises:
+        ValueError: not a `.safetensors` file.
+    """
+    path = Path(path)
+    tensor_shapes(path)
+    with safe_open(path, "pt") as file:
+        told = json.loads((file.metadata() or {}).get("latent_shift", "{}"))
+    if told:
+        inflate(pipe.unet, Shift(**{field.name: told.pop(field.name) for field in fields(Shift)}))
+        pipe.unet.register_to_config(sample_size=told.pop("sample_size"))
+        pipe.call_defaults |= told
+    pipe.load_lora_weights(path.parent, weight_name=path.name)
+
+
+def add_lora(unet: UNet2DConditionModel, lora: Lora, *, dtype: torch.dtype) -> None:
+    """Freeze a U-Net, keep it in `dtype`, and add float32 matrices of rank `lora.rank` to the layers of `lora.modules`.
+
+    Raises:
+        ValueError: peft is not installed, no layer has such a name, or one is a convolution that shifts (place "end").
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'") from error
+    shifting = [name for name, part in unet.named_modules() if isinstance(part, ShiftConv2d) and name.split(".")[-1] in lora.modules]
+    if shifting:
+        raise ValueError(f"with model.place=end {shifting[0]} shifts and takes no LoRA: leave it out of lora.modules")
+    nn.Module.to(unet.requires_grad_(False), dtype)  # diffusers' own warns of parts to keep in float32: there are none
+    unet.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.modules)))
+    cast_training_params(unet, dtype=torch.float32)
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path, *, call_defaults: dict) -> Path:
+    """Write the additions as diffusers' LoRA file, `folder/pytorch_lora_weights.safetensors`.
+
+    How the frames were mixed and noised in training is in its header under "latent_shift", for `load_lora`.
+    """
+    from peft import get_peft_model_state_dict
+
+    told = json.dumps({**asdict(shift_of(unet) or Shift(0, 0)), **call_defaults, "sample_size": unet.config.sample_size})
+
+    def write(tensors: dict[str, torch.Tensor], path: str) -> None:
+        half = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
+        save_file(half, path, metadata={"format": "pt", "latent_shift": told})
+
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet), save_function=write)
+    return folder / "pytorch_lora_weights.safetensors"

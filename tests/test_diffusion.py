@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from latent_shift.diffusion import draw_timesteps, noise_schedule, share_noise
+from latent_shift.diffusion import correlated_noise, draw_timesteps, noise_schedule
 from latent_shift.models import sizes
 from latent_shift.shift import frames, inflate, share_text
 from latent_shift.training.objectives import DenoisingObjective, attention_kernel
@@ -65,15 +65,17 @@ def test_single_frames_train_the_image_network(unet):
 def test_noise_is_as_alike_from_frame_to_frame_as_was_asked_for(share, correlation, loop):
     rng = np.random.default_rng(0)
     own, common = rng.standard_normal((4, 5, 10_000)), rng.standard_normal((4, 1, 10_000))
-    noise = share_noise(own, common, share, correlation, loop=loop)
+    noise = correlated_noise(own, common, share, correlation, loop=loop)
     covariance = np.einsum("bfn,bgn->fg", noise, noise) / 40_000
     apart = np.abs(np.arange(5)[:, None] - np.arange(5))
     rest = (correlation**apart + correlation ** (5 - apart)) / (1 + correlation**5) if loop else correlation**apart
     np.testing.assert_allclose(covariance, share + (1 - share) * rest, atol=0.03)
-    tensors = share_noise(torch.from_numpy(own), torch.from_numpy(common), share, correlation, loop=loop)
+    tensors = correlated_noise(torch.from_numpy(own), torch.from_numpy(common), share, correlation, loop=loop)
     np.testing.assert_allclose(tensors.numpy(), noise)
     if loop:  # it has no first frame
-        np.testing.assert_allclose(share_noise(np.roll(own, 1, axis=1), common, share, correlation, loop=True), np.roll(noise, 1, axis=1))
+        np.testing.assert_allclose(
+            correlated_noise(np.roll(own, 1, axis=1), common, share, correlation, loop=True), np.roll(noise, 1, axis=1)
+        )
 
 
 @pytest.mark.parametrize(("device", "cudnn", "fused"), [("cuda", False, True), ("cpu", False, False), ("mps", True, True)])

@@ -19,7 +19,7 @@ from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.pack import pack
 from latent_shift.data.store import Store
-from latent_shift.diffusion import share_noise
+from latent_shift.diffusion import correlated_noise
 from latent_shift.models.autoencoder import to_pixels
 
 
@@ -240,7 +240,7 @@ def test_the_noise_that_matches_clips_is_found(latents, monkeypatch):
     frames = np.zeros((store.num_frames, 2, 4, 64, 64))
     for record in store.records:
         own, common = (rng.standard_normal((1, number, 4, 64, 64)) for number in (record.num_frames, 1))
-        frames[record.start : record.start + record.num_frames, 0] = 2 * share_noise(own, common, 0.6, 0.8)[0]
+        frames[record.start : record.start + record.num_frames, 0] = 2 * correlated_noise(own, common, 0.6, 0.8)[0]
     monkeypatch.setattr(store, "_open", lambda _: frames)
     found = store.likeness(num=50)
     assert found["diffusion.shared_noise"] == pytest.approx(0.6, abs=0.05)

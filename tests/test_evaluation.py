@@ -18,7 +18,7 @@ from test_public_sets import ucf101 as make_ucf101
 from latent_shift import video
 from latent_shift.data.pack import pack
 from latent_shift.data.store import Store
-from latent_shift.diffusion import share_noise
+from latent_shift.diffusion import correlated_noise
 from latent_shift.evaluation import clip_metrics, denoising, features, protocols, statistics, systems
 from latent_shift.evaluation.evaluate import Drawn, compared, draw, evaluate
 from latent_shift.evaluation.measures import Measuring, Weights
@@ -426,7 +426,7 @@ def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video
     latents = pipe.vae.encode(to_pixels(torch.from_numpy(clip))).latent_dist.mean * pipe.vae.config.scaling_factor
     own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for generator in [seed(0)] for n in (4, 1))
     loss, _ = objective(
-        latents[None], share_noise(own, common, 0.3, 0.6), torch.tensor([500]), embed(pipe.tokenizer, pipe.text_encoder, ["red"])
+        latents[None], correlated_noise(own, common, 0.3, 0.6), torch.tensor([500]), embed(pipe.tokenizer, pipe.text_encoder, ["red"])
     )
     assert errors.shape == (4,)
     assert errors.mean() == pytest.approx(float(loss), rel=1e-4)

@@ -22,7 +22,7 @@ def image():
 
 @pytest.fixture
 def network(image):
-    return LatentVDMUNet.of(image).eval()
+    return LatentVDMUNet.from_unet(image).eval()
 
 
 def awake(network):
@@ -47,7 +47,7 @@ def test_it_begins_as_the_image_network(image, network):
     assert torch.equal(call(network, x, 4), call(image, x, 4))
     added = {name for name, _ in network.named_parameters()} - {name for name, _ in image.named_parameters()}
     assert added and all(".over_time." in name for name in added)
-    blocks = sum(type(module).__name__ in ("_ThenConv", "_ThenAttention") for module in network.modules())
+    blocks = sum(type(module).__name__ in ("_ResnetBlockWithTime", "_TransformerWithTime") for module in network.modules())
     assert blocks == len({name.split(".over_time.")[0] for name in added})
 
 
@@ -66,7 +66,7 @@ def test_frames_see_each_other_and_clips_do_not_mix(network):
 
 def test_attention_is_the_formula_and_knows_distances_alone():
     torch.manual_seed(0)
-    layer = awake(torch.nn.ModuleDict({"over_time": TemporalAttention(8, 2, furthest=3)}))["over_time"]
+    layer = awake(torch.nn.ModuleDict({"over_time": TemporalAttention(8, 2, max_distance=3)}))["over_time"]
     x = torch.randn(6, 8, 1, 1)
     frames = layer.norm(x[:, :, 0, 0])
     q, k, v = layer.to_qkv(frames).split(8, dim=-1)
@@ -82,14 +82,20 @@ def test_attention_is_the_formula_and_knows_distances_alone():
 
 
 def test_what_a_shift_alone_can_do_is_refused(network):
-    with pytest.raises(ValueError, match="sees time by layers of its own"):
+    with pytest.raises(ValueError, match="has temporal layers of its own"):
         ls.inflate(network, ls.Shift())
-    with pytest.raises(ValueError, match="it has no chunks"):
+    with pytest.raises(ValueError, match="cannot be run in chunks"):
         reach(network)
-    with pytest.raises(ValueError, match="it has no loops"), ls.frames(network, 4, edge="wrap"):
+    with pytest.raises(ValueError, match="only a shifted network can loop"), ls.frames(network, 4, edge="wrap"):
         pass
-    with pytest.raises(ValueError, match="frames can come one by one only where none needs the next"), streaming(network, {}):
+    with pytest.raises(ValueError, match="a stream needs a causal shift"), streaming(network, {}):
         pass
+
+
+def test_deflate_refuses_a_network_with_temporal_layers(network):
+    with pytest.raises(ValueError, match="cannot be deflated"):
+        ls.deflate(network)
+    call(network, torch.randn(4, 4, 4, 4), 4)  # and it still works
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -103,7 +109,7 @@ def test_it_trains_is_saved_and_draws(checkpointing, latents, image_model, tmp_p
     clip = pipe("a red square", num_inference_steps=2, generator=ls.seed(0)).frames
     again = loading.load(tmp_path / "run" / "model")("a red square", num_inference_steps=2, generator=ls.seed(0)).frames
     assert clip.shape == (1, 4, 32, 32, 3) and np.array_equal(clip, again)
-    with pytest.raises(ValueError, match="it has no loops"):
+    with pytest.raises(ValueError, match="only a shifted network can loop"):
         pipe("a red square", loop=True)
     going_on = tiny_config("video", latents, steps=1, model={"init": str(tmp_path / "run" / "model"), "temporal": "attention"})
     train(going_on, tmp_path / "on")

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latent_shift.models import sizes, text
+from latent_shift.pipelines.conditioning import decode_clips, encode_pictures, encode_prompts
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline, LatentShiftXLPipeline
 from latent_shift.runtime import seed
 from latent_shift.shift import Shift, inflate, reach
@@ -106,7 +107,7 @@ CLIP = np.random.default_rng(1).random((6, 32, 32, 3), np.float32)
 def test_the_first_and_last_frame_are_those_that_were_given(texts):
     pipe = sd(texts)
     first, last = Image.fromarray(PICTURE), CLIP[3]
-    known = [pipe.encode(each, 32, 32, 1)[0, :, 0] for each in (first, last)]
+    known = [encode_pictures(pipe, each, 32, 32, 1)[0, :, 0] for each in (first, last)]
     free = pipe("red", generator=seed(0), output_type="latent").frames
     begun = pipe("red", image=first, generator=seed(0), output_type="latent").frames
     between = pipe("red", image=first, last_image=last, generator=seed(0), output_type="latent").frames
@@ -119,7 +120,7 @@ def test_the_first_and_last_frame_are_those_that_were_given(texts):
 
 def test_strength_is_how_far_a_video_is_left_behind(texts):
     pipe = sd(texts, num_inference_steps=10)
-    clean = pipe.encode(CLIP, 32, 32, 4)
+    clean = encode_pictures(pipe, CLIP, 32, 32, 4)
     distances = []
     for strength in (0.1, 0.5, 1.0):
         made = pipe("red", video=CLIP, strength=strength, generator=seed(0), output_type="latent").frames
@@ -138,7 +139,7 @@ def test_strength_is_how_far_a_video_is_left_behind(texts):
 def test_what_the_mask_leaves_black_stays(texts, scheduler):
     pipe = sd(texts)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    clean = pipe.encode(CLIP, 32, 32, 4)
+    clean = encode_pictures(pipe, CLIP, 32, 32, 4)
     left = np.zeros((32, 32), np.uint8)
     left[:, :16] = 255
     made = pipe("red", video=list(CLIP), mask=Image.fromarray(left), generator=seed(0), output_type="latent").frames
@@ -163,7 +164,7 @@ def test_a_loop_rolls_with_its_noise(texts):
 @pytest.mark.parametrize("loop", [False, True])
 def test_a_long_clip_in_chunks_is_the_whole_clip(texts, loop):
     pipe = sd(texts)
-    num_frames = 2 * reach(pipe.unet) + 12
+    num_frames = sum(reach(pipe.unet)) + 12
     arguments = dict(num_frames=num_frames, loop=loop, output_type="latent", num_inference_steps=2)
     widest = []
     pipe.unet.register_forward_pre_hook(lambda module, inputs: widest.append(len(inputs[0]) // 2))
@@ -171,7 +172,7 @@ def test_a_long_clip_in_chunks_is_the_whole_clip(texts, loop):
     assert widest[0] == num_frames
     widest.clear()
     chunked = pipe("red", generator=seed(0), chunk=4, **arguments).frames
-    assert max(widest) <= 4 + 2 * reach(pipe.unet) < num_frames
+    assert max(widest) <= 4 + sum(reach(pipe.unet)) < num_frames
     torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-4)
     widest.clear()
     quick = pipe("red", generator=seed(0), chunk=4, halo=1, **arguments).frames
@@ -221,7 +222,7 @@ def test_prompts_travel(texts):
     assert not torch.allclose(travelled, one[0])
     same = pipe({1: "red"}, latents=latents, output_type="latent", num_videos_per_prompt=1).frames
     torch.testing.assert_close(same, alone[0], atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"expected texts for frames from 0 to 5, got \[0, 6\]"):
+    with pytest.raises(ValueError, match=r"expected prompts for frames from 0 to 5, got \[0, 6\]"):
         pipe({0: "red", 6: "blue"})
 
 
@@ -235,7 +236,7 @@ def test_prompts_travel_in_xl(xl):
 def test_words_are_weighed(texts):
     pipe = sd(texts)
     assert text.without_weights("a (red:1.5) square (big: 0.5)") == "a red square big"
-    weights = text.weights(pipe.tokenizer, "ab (cd:1.5) ef")
+    weights = text.prompt_weights(pipe, ["ab (cd:1.5) ef"])[0]
     letters = pipe.tokenizer.tokenize("ab cd ef")  # the tiny tokenizer has no merges: a token a letter
     assert weights[1 : 1 + len(letters)].tolist() == [1, 1, 1.5, 1.5, 1, 1]
     assert (weights[1 + len(letters) :] == 1).all()
@@ -243,10 +244,32 @@ def test_words_are_weighed(texts):
     clip = lambda prompt: pipe(prompt, latents=latents, output_type="latent").frames  # noqa: E731
     torch.testing.assert_close(clip("a (red:1.0) square"), clip("a red square"))
     assert not torch.allclose(clip("a (red:1.5) square"), clip("a red square"))
-    nothing = pipe._texts("(red:0)", None, None, None, 6, 1, 32, 32, [], {})["prompt_embeds"]
-    plain, null = (pipe._texts(words, None, None, None, 6, 1, 32, 32, [], {})["prompt_embeds"] for words in ("red", ""))
-    torch.testing.assert_close(nothing[:, 1:4], null[:, 1:4])
-    torch.testing.assert_close(nothing[:, 4:], plain[:, 4:])
+    negative = lambda prompt: pipe("red", negative_prompt=prompt, latents=latents, output_type="latent").frames  # noqa: E731
+    torch.testing.assert_close(negative("a (blue:1.0) square"), negative("a blue square"))
+    assert not torch.allclose(negative("a (blue:1.5) square"), negative("a blue square"))
+
+
+def prompt_embeds(pipe, prompt: str) -> torch.Tensor:
+    return encode_prompts(
+        pipe, prompt, negative_prompt=None, prompt_embeds=None, negative_prompt_embeds=None, num_frames=6, num_videos=1, guided=False,
+        height=32, width=32, tensor_inputs=[], clip_skip=None, cross_attention_kwargs=None, family={},
+    )["prompt_embeds"]  # fmt: skip
+
+
+def test_prompt_weights_move_embeddings_from_the_null_prompt(texts):
+    pipe = sd(texts)
+    zero, plain, null = (prompt_embeds(pipe, words) for words in ("(red:0)", "red", ""))
+    torch.testing.assert_close(zero[:, 1:4], null[:, 1:4])
+    torch.testing.assert_close(zero[:, 4:], plain[:, 4:])
+
+
+def test_prompt_weights_count_the_vectors_of_a_textual_inversion(texts):
+    pipe = sd(texts)
+    pipe.load_textual_inversion({"<toy>": torch.randn(3, 32)}, token="<toy>")
+    tokens = pipe.tokenizer.convert_ids_to_tokens(pipe.tokenizer(pipe.maybe_convert_prompt("<toy> ab cd", pipe.tokenizer)).input_ids)
+    for prompt, weighted in (("<toy> (ab:1.5) cd", ["a", "b</w>"]), ("(<toy>:1.5) ab cd", ["<toy>", "<toy>_1", "<toy>_2"])):
+        changed = (prompt_embeds(pipe, prompt) != prompt_embeds(pipe, "<toy> ab cd")).any(dim=-1)[0]
+        assert [token for token, weigh in zip(tokens, changed.tolist(), strict=False) if weigh] == weighted
 
 
 def test_free_init_starts_again_from_what_it_made(texts):
@@ -287,9 +310,9 @@ def test_what_contradicts_is_told(texts, arguments, message):
 def test_encode_undoes_decode_of_a_shifted_latent_space(texts):
     """Autoencoders of XL's kind say the mean and spread of their latents."""
     pipe = sd(texts)
-    plain = pipe.encode(CLIP, 32, 32, 4)
+    plain = encode_pictures(pipe, CLIP, 32, 32, 4)
     pipe.vae = AutoencoderKL.from_config(pipe.vae.config, latents_mean=[1.0, 2, 3, 4], latents_std=[2.0, 2, 2, 2])
     pipe.vae.load_state_dict(sd(texts).vae.state_dict())
-    moved = pipe.encode(CLIP, 32, 32, 4)
+    moved = encode_pictures(pipe, CLIP, 32, 32, 4)
     torch.testing.assert_close(moved * 2 + torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1, 1, 1), plain)
-    torch.testing.assert_close(pipe.decode(moved, 2, "pt"), sd(texts).decode(plain, 6, "pt"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decode_clips(pipe, moved, 2, "pt"), decode_clips(sd(texts), plain, 6, "pt"), atol=1e-5, rtol=1e-5)

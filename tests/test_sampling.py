@@ -5,8 +5,8 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 
 from latent_shift.models import sizes
-from latent_shift.pipelines.denoise import in_chunks
-from latent_shift.shift import Shift, frames, inflate, reach, share_text, streaming
+from latent_shift.pipelines.denoise import in_chunks, unet_predictor
+from latent_shift.shift import Shift, frames, inflate, reach, streaming
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +23,13 @@ def clips(num_frames: int) -> torch.Tensor:
 
 
 def predictor(unet, *, edge=None, calls=None):
+    network = unet_predictor(unet, [{"prompt_embeds": TEXT}], edge=edge)
+
     @torch.no_grad()
-    def predict(latents, timestep, numbers):
-        share_text(unet)
-        num_frames = latents.shape[2]
+    def predict(latents, timestep, frame_indices):
         if calls is not None:
-            calls.append(numbers.tolist())
-        with frames(unet, num_frames, edge=edge):
-            predicted = unet(latents.transpose(1, 2).flatten(0, 1), timestep, TEXT).sample
-        return predicted.unflatten(0, (len(latents), num_frames)).transpose(1, 2)
+            calls.append(frame_indices.tolist())
+        return network(latents, timestep, frame_indices)
 
     return predict
 
@@ -41,15 +39,15 @@ def predictor(unet, *, edge=None, calls=None):
 def test_chunks_with_a_full_halo_are_the_whole_clip(unet, edge, place):
     inflate(unet, Shift(place=place, edge=edge))
     halo, num_frames = reach(unet), 40
-    assert halo == sum(isinstance(module, ResnetBlock2D) for module in unet.modules())
+    assert halo == (sum(isinstance(module, ResnetBlock2D) for module in unet.modules()),) * 2
     loop = edge == "wrap"
     whole = predictor(unet)(clips(num_frames), torch.tensor(500), torch.arange(num_frames))
     calls = []
     chunked = in_chunks(predictor(unet, edge="hold" if loop else None, calls=calls), 5, halo, loop=loop)
     torch.testing.assert_close(chunked(clips(num_frames), torch.tensor(500), torch.arange(num_frames)), whole)
     assert len(calls) == 8
-    assert max(map(len, calls)) <= 5 + 2 * halo
-    shorter = in_chunks(predictor(unet, edge="hold" if loop else None), 5, 1, loop=loop)(
+    assert max(map(len, calls)) <= 5 + sum(halo)
+    shorter = in_chunks(predictor(unet, edge="hold" if loop else None), 5, (1, 1), loop=loop)(
         clips(num_frames), torch.tensor(500), torch.arange(40)
     )
     assert not torch.allclose(shorter, whole)
@@ -65,7 +63,7 @@ def test_frames_that_come_one_by_one_are_those_of_the_whole_clip(unet, edge, pla
         with torch.no_grad(), streaming(unet, memory):
             frame = unet(clips(6)[:, :, number], 500, TEXT).sample
         torch.testing.assert_close(frame, whole[:, :, number])
-    assert len(memory) == reach(unet)
+    assert reach(unet) == (len(memory), 0)
     with frames(unet, 6):  # and nothing stays behind
         torch.testing.assert_close(predictor(unet)(clips(6), torch.tensor(500), torch.arange(6)), whole)
 

@@ -69,7 +69,7 @@ def test_the_compiled_form_is_the_eager_form(edge):
 @pytest.mark.parametrize("edge", EDGES)
 def test_the_form_that_is_exported_is_the_eager_form(edge):
     x = torch.randn(2, 4, 6, 4, 4)
-    assert torch.equal(shift._shift_functional(x, 2, 1, edge), shift._shift_in_one_pass(x, 2, 1, edge, False))
+    assert torch.equal(shift._concatenate_shifted(x, 2, 1, edge), shift._copy_shifted(x, 2, 1, edge, False))
 
 
 @pytest.mark.parametrize("edge", EDGES)
@@ -77,7 +77,7 @@ def test_the_form_that_is_exported_is_the_eager_form(edge):
 def test_it_keeps_the_rules_of_an_operator(edge, adjoint):
     """PyTorch's own: schema, fake tensors and autograd tell the truth."""
     for x in (torch.randn(2, 4, 6, 3, 3), torch.randn(8, 6, 3, 3).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 4))):
-        torch.library.opcheck(shift._shift_in_one_pass, (x.requires_grad_(), 2, 1, edge, adjoint))
+        torch.library.opcheck(shift._shift_op, (x.requires_grad_(), 2, 1, edge, adjoint))
 
 
 def test_memory_format_is_kept():

@@ -11,16 +11,15 @@ from latent_shift.data.pack import pack
 from latent_shift.data.store import Store
 from latent_shift.evaluation import systems
 from latent_shift.models import sizes
-from latent_shift.models.autoencoder import to_pixels
-from latent_shift.models.baselines import TemporalAttention, TemporalConv
-from latent_shift.models.pixels import PixelSpace, VDMUNet
+from latent_shift.models.autoencoder import load_autoencoder, to_pixels
+from latent_shift.models.baselines import PixelSpace, TemporalAttention, TemporalConv, VDMUNet
 from latent_shift.pipelines import loading
 from latent_shift.training import stages
 from latent_shift.training.loop import train
 
 
 def test_pixels_stay_what_they_are():
-    vae = sizes.load_autoencoder(loading.folder("pixels"))
+    vae = load_autoencoder(loading.folder("pixels"))
     assert isinstance(vae, PixelSpace)
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     posterior = vae.encode(x).latent_dist
@@ -31,7 +30,7 @@ def test_pixels_stay_what_they_are():
 
 
 def test_it_sees_time_by_attention_alone():
-    network = VDMUNet.of(sizes.unet("tiny", sample_size=8))
+    network = VDMUNet.from_unet(sizes.unet("tiny", sample_size=8))
     kinds = {type(module) for module in network.modules()}
     assert TemporalAttention in kinds and TemporalConv not in kinds
 

@@ -1,6 +1,6 @@
-"""Noising, targets and weights of the denoising objective (Ho et al. 2020; the paper's: epsilon, t uniform in [1, T], mean squared error).
+"""Diffusion as pure functions: noise schedules, timesteps, parameterization (noise, velocity, x0), noise that frames share.
 
-B clips, F frames, C channels, H W, L tokens, D text width, N = B*F. A clip has one timestep and one text.
+B clips, F frames.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from torch import Tensor
 
 from latent_shift.config import Diffusion
 
@@ -15,7 +16,7 @@ from latent_shift.config import Diffusion
 def noise_schedule(
     *, prediction: str = "epsilon", schedule: str = "scaled_linear", num_timesteps: int = 1000, zero_terminal_snr: bool = False
 ) -> DDPMScheduler:
-    """The training schedule: betas as Stable Diffusion's, or cosine, or rescaled to end in pure noise (Lin et al. 2024)."""
+    """Return the training schedule: betas as in Stable Diffusion, or cosine, or rescaled to end in pure noise (Lin et al. 2024)."""
     betas = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}.get(schedule, (1e-4, 0.02))
     return DDPMScheduler(
         num_train_timesteps=num_timesteps,
@@ -32,7 +33,7 @@ def noise_schedule(
 
 
 def schedule_of(options: Diffusion) -> DDPMScheduler:
-    """That of a recipe's table `diffusion`."""
+    """Return the training schedule of a recipe's table `diffusion`."""
     return noise_schedule(
         prediction=options.prediction, schedule=options.schedule, num_timesteps=options.num_timesteps,
         zero_terminal_snr=options.zero_terminal_snr,
@@ -40,36 +41,59 @@ def schedule_of(options: Diffusion) -> DDPMScheduler:
 
 
 def draw_timesteps(rng: np.random.Generator, num: int, num_timesteps: int, *, shift: float = 1.0) -> np.ndarray:
-    """Timesteps `(num,)` in [0, num_timesteps): uniform u, moved by s u / (1 + (s - 1) u) (Esser et al. 2024, equation 23)."""
+    """Draw timesteps `(num,)` in [0, num_timesteps): uniform u, shifted to s u / (1 + (s - 1) u) (Esser et al. 2024, equation 23)."""
     u = rng.random(num)
     return (num_timesteps * shift * u / (1 + (shift - 1) * u)).astype(np.int64)
 
 
-def share_noise(own, common, share: float, correlation: float = 0.0, *, loop: bool = False):
-    """Noise of unit variance, alike from frame to frame: frames k apart correlate by share + (1 - share) correlation^k.
+def correlated_noise(frame_noise, clip_noise, shared: float, correlation: float = 0.0, *, loop: bool = False):
+    """Return noise of unit variance whose frames are alike: frames k apart correlate by shared + (1 - shared) correlation^k.
 
-    The mixed and the progressive noise of PYoCo (Ge et al. 2023, section 4.1) in one: what stays, and what drifts.
+    This is the mixed and the progressive noise of PYoCo (Ge et al. 2023, section 4.1) in one.
 
     Args:
-        own: each frame's own standard normal noise, an array or tensor `(B, F, ...)`.
-        common: that of the clip, `(B, 1, ...)`.
-        share: share of the variance that all frames have in common; 0 without correlation leaves `own`.
-        correlation: from 0 to below 1, of the rest in one frame with the rest in the next.
-        loop: the last frame drifts on into the first.
+        frame_noise: standard normal noise of each frame, an array or tensor `(B, F, ...)`.
+        clip_noise: standard normal noise of the clip, `(B, 1, ...)`.
+        shared: fraction of the variance that all frames share; 0 without correlation returns `frame_noise`.
+        correlation: of the rest between successive frames, in [0, 1).
+        loop: the last frame leads into the first.
     """
-    drifting = [drift(own[:, :1], None, correlation)]
+    frames = [ar1_step(frame_noise[:, :1], None, correlation)]
     if loop:
-        num, gain = own.shape[1], (1 - correlation**2) ** 0.5
-        last = sum(own[:, num - 1 - k : num - k] * correlation**k for k in range(num)) * (gain / (1 - correlation**num))
-        drifting = [drift(own[:, :1], last, correlation)]
-    for frame in range(1, own.shape[1]):
-        drifting.append(drift(own[:, frame : frame + 1], drifting[-1], correlation))
-    rest = np.concatenate(drifting, axis=1) if isinstance(own, np.ndarray) else torch.cat(drifting, dim=1)
-    if loop:  # what has come round once more adds to the variance
+        num, gain = frame_noise.shape[1], (1 - correlation**2) ** 0.5
+        last = sum(frame_noise[:, num - 1 - k : num - k] * correlation**k for k in range(num)) * (gain / (1 - correlation**num))
+        frames = [ar1_step(frame_noise[:, :1], last, correlation)]
+    for frame in range(1, frame_noise.shape[1]):
+        frames.append(ar1_step(frame_noise[:, frame : frame + 1], frames[-1], correlation))
+    rest = np.concatenate(frames, axis=1) if isinstance(frame_noise, np.ndarray) else torch.cat(frames, dim=1)
+    if loop:  # going round adds to the variance
         rest = rest * ((1 - correlation**num) / (1 + correlation**num)) ** 0.5
-    return rest * (1 - share) ** 0.5 + common * share**0.5
+    return rest * (1 - shared) ** 0.5 + clip_noise * shared**0.5
 
 
-def drift(own, previous, correlation: float):
-    """A frame's noise after the `previous` frame's (None: it is the first), of which it keeps `correlation`."""
-    return own if previous is None else previous * correlation + own * (1 - correlation**2) ** 0.5
+def ar1_step(noise, previous, correlation: float):
+    """Return the noise of the frame after `previous` (None: the first frame), of an autoregressive process of order 1."""
+    return noise if previous is None else previous * correlation + noise * (1 - correlation**2) ** 0.5
+
+
+def training_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return what a network learns to predict from noised latents: the noise, or the velocity (Salimans and Ho 2022).
+
+    Raises:
+        ValueError: a schedule with another prediction type.
+    """
+    prediction_type = schedule.config.prediction_type
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return schedule.get_velocity(latents, noise, timesteps)
+    raise ValueError(f"expected a schedule that predicts epsilon or v_prediction, got {prediction_type!r}")
+
+
+def predicted_x0(schedule: DDPMScheduler, noisy: Tensor, prediction: Tensor, timestep: int) -> Tensor:
+    """Return the clean latents that a prediction at one timestep implies."""
+    signal = float(schedule.alphas_cumprod[timestep])
+    alpha, sigma = signal**0.5, (1 - signal) ** 0.5
+    if schedule.config.prediction_type == "epsilon":
+        return (noisy - sigma * prediction) / alpha
+    return alpha * noisy - sigma * prediction

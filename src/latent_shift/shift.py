@@ -1,19 +1,20 @@
 """The method: a parameter-free shift of feature channels along time, in the residual branch of every 2D ResNet block.
 
-Latent-Shift (An et al. 2023, arXiv 2304.08477) makes a text-to-image U-Net a text-to-video U-Net with one operation: of the
-C channels of frame i, the first group is taken from frame i-1, the last group from frame i+1, the rest stay. A 2D convolution
-after the shift sees three frames: it is the 3D convolution whose temporal kernel is a fixed mask.
+Latent-Shift (An et al. 2023, arXiv 2304.08477) turns a text-to-image U-Net into a text-to-video U-Net with one operation: among the
+C channels of frame i, the first group is taken from frame i-1, the last group from frame i+1, and the rest stay. A 2D convolution
+after the shift sees three frames: it equals the 3D convolution whose temporal kernel is a fixed mask.
 
     unet = UNet2DConditionModel.from_pretrained("any/stable-diffusion", subfolder="unet")
-    inflate(unet, Shift())                      # in place, no new weights, the same state_dict; deflate(unet) undoes it
+    inflate(unet, Shift())                      # in place, no new weights, same state_dict; deflate(unet) undoes it
     with frames(unet, 16):
         epsilon = unet(noisy, t, text).sample   # (B*16, 4, H, W), the frames of a clip side by side
 
-Letters: B clips, F frames, C channels, N = B*F.
+Shapes: B clips, F frames, C channels, N = B*F; the frames of a clip are adjacent in a batch.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,15 +34,15 @@ class Shift:
     """Settings of the temporal shift.
 
     Args:
-        forward: share of the channels taken from the frame before, in [0, 1]. 1/3 is the paper's figure, 1/8 TSM's.
-        backward: share taken from the frame after. 0 makes the network causal.
-        place: "conv1" shifts what enters the first convolution of a block (as TSM does), "conv2" what enters the second,
-            "end" what the branch adds to the shortcut. The paper's text and figure differ; conv1 is the default here.
-        edge: what the vacated channels of the first and last frame hold: "zero" (the paper), "wrap" (the other end of the
-            clip: the network commutes with rotating the frames, so clips loop) or "hold" (that frame's own values).
+        forward: fraction of the channels taken from the previous frame, in [0, 1]. The paper's figure shows 1/3, TSM uses 1/8.
+        backward: fraction taken from the next frame. 0 makes the network causal.
+        place: where a ResNet block is shifted. "conv1" shifts the input of its first convolution (as TSM does), "conv2" the
+            input of its second, "end" the output of the residual branch. The paper's text and figure differ.
+        edge: fill for the vacated channels of the first and last frame: "zero" (the paper), "wrap" (values from the other end
+            of the clip; the network then commutes with rotating the frames, so clips loop) or "hold" (the frame's own values).
 
     Raises:
-        ValueError: shares that are negative or overlap, an unknown place or edge.
+        ValueError: fractions that are negative or sum to more than 1, an unknown place or edge.
     """
 
     forward: float = 1 / 3
@@ -52,7 +53,7 @@ class Shift:
     def __post_init__(self) -> None:
         if self.forward < 0 or self.backward < 0 or self.forward + self.backward > 1 + 1e-9:
             raise ValueError(
-                f"forward and backward are shares of the channels: expected both at least 0 and their sum at most 1, "
+                f"forward and backward are fractions of the channels: expected both at least 0 and their sum at most 1, "
                 f"got forward={self.forward}, backward={self.backward}"
             )
         for name, choices in (("place", get_args(Place)), ("edge", get_args(Edge))):
@@ -60,22 +61,24 @@ class Shift:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(choices)}")
 
     def channels(self, num_channels: int) -> tuple[int, int]:
-        """How many of `num_channels` move forward and backward: the shares rounded down, the rest stays (widths of Stable
-        Diffusion do not divide by 3; the paper does not say how it rounds)."""
+        """Return how many of `num_channels` are taken from the previous and from the next frame, rounded down (the widths of
+        Stable Diffusion do not divide by 3; the paper does not say how it rounds)."""
         return int(num_channels * self.forward + 1e-6), int(num_channels * self.backward + 1e-6)
 
 
 def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> Tensor:
     """Shift channels along time.
 
+    Differentiable in reverse and forward mode, and under `torch.func`.
+
     Args:
-        x_NCHW: `(B*F, C, ...)`, the frames of a clip side by side.
-        num_frames: F. -1 takes the whole batch as one clip. One frame has no neighbours and is returned as it is (except by a
-            compiled graph of -1, whose F is 2 or more).
-        shift: shares and edge (`place` has no meaning here).
+        x_NCHW: `(B*F, C, ...)`, the frames of a clip adjacent.
+        num_frames: F. -1 takes the whole batch as one clip. A single frame has no neighbours and is returned unchanged (except
+            by a compiled graph of -1, whose F is 2 or more).
+        shift: fractions and edge; `place` has no effect here.
 
     Returns:
-        The shifted tensor, of the same shape and memory format.
+        The shifted tensor, with the shape and memory format of `x_NCHW`.
 
     Raises:
         ValueError: `num_frames` does not divide the batch.
@@ -88,266 +91,322 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
         raise ValueError(f"num_frames={num_frames} does not divide the batch of {batch} frames; pass num_frames={nearest}")
     ahead, back = shift.channels(x_NCHW.shape[1])
     x_BFCHW = x_NCHW.unflatten(0, (1, -1) if num_frames == -1 else (-1, num_frames))
-    if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or x_NCHW.device.type != "cpu"):
-        return _shift_functional(x_BFCHW, ahead, back, shift.edge).flatten(0, 1)
-    # Where nothing is differentiated the function itself: what registers it as an operator takes the host time at every call.
-    one_pass = _shift_in_one_pass if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x_NCHW.requires_grad) else _copy_shifted
-    return one_pass(x_BFCHW, ahead, back, shift.edge, False).flatten(0, 1)
+    if not torch.compiler.is_compiling():
+        shifted = _CopyShifted.apply if torch.is_grad_enabled() else _copy_shifted
+    elif torch.compiler.is_exporting() or x_NCHW.device.type != "cpu":
+        return _concatenate_shifted(x_BFCHW, ahead, back, shift.edge).flatten(0, 1)
+    else:
+        shifted = _shift_op
+    return shifted(x_BFCHW, ahead, back, shift.edge, False).flatten(0, 1)
 
 
-def _shift_functional(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Tensor:
-    """The shift as concatenations: for exporters, and for compilers that fuse them into what comes before (on a CPU they become
-    loops that are not vectorised: a step that takes 9 % more)."""
-    from_before, stays, from_after = x_BFCHW.split([ahead, x_BFCHW.shape[2] - ahead - back, back], dim=2)
-    first, last = from_before[:, :1], from_after[:, -1:]
+def _concatenate_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Tensor:
+    """Shift by concatenation: for exporters, and for compilers that fuse it into the previous operation. (On a CPU the compiled
+    loops are not vectorised, which makes a step 9 % slower.)"""
+    from_previous, stays, from_next = x_BFCHW.split([ahead, x_BFCHW.shape[2] - ahead - back, back], dim=2)
+    first, last = from_previous[:, :1], from_next[:, -1:]
     if edge == "zero":
         first, last = torch.zeros_like(first), torch.zeros_like(last)
     elif edge == "wrap":
-        first, last = from_before[:, -1:], from_after[:, :1]
-    from_before = torch.cat([first, from_before[:, :-1]], dim=1)
-    from_after = torch.cat([from_after[:, 1:], last], dim=1)
-    return torch.cat([from_before, stays, from_after], dim=2)
+        first, last = from_previous[:, -1:], from_next[:, :1]
+    from_previous = torch.cat([first, from_previous[:, :-1]], dim=1)
+    from_next = torch.cat([from_next[:, 1:], last], dim=1)
+    return torch.cat([from_previous, stays, from_next], dim=2)
 
 
 def _copy_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, adjoint: bool) -> Tensor:
-    """The shift as one pass over memory, every frame's group copied straight to where it goes; or its adjoint, which is the shift the
-    other way (and what an end held counts twice)."""
+    """Shift in one pass over memory: copy every group of channels straight to its destination. The adjoint is the shift in the
+    opposite direction, plus the second use of the end frames where the edge is held."""
     y_BFCHW = torch.empty_like(x_BFCHW)
     num_channels = x_BFCHW.shape[2]
-    before, stays, after = slice(0, ahead), slice(ahead, num_channels - back), slice(num_channels - back, num_channels)
+    previous, stays, following = slice(0, ahead), slice(ahead, num_channels - back), slice(num_channels - back, num_channels)
     if adjoint:
-        before, after = after, before
-    y_BFCHW[:, 1:, before] = x_BFCHW[:, :-1, before]
-    y_BFCHW[:, :-1, after] = x_BFCHW[:, 1:, after]
+        previous, following = following, previous
+    y_BFCHW[:, 1:, previous] = x_BFCHW[:, :-1, previous]
+    y_BFCHW[:, :-1, following] = x_BFCHW[:, 1:, following]
     y_BFCHW[:, :, stays] = x_BFCHW[:, :, stays]
-    from_before, from_after = (0, -1) if edge == "hold" else (-1, 0)
-    nothing = edge == "zero" or (edge == "hold" and adjoint)
-    y_BFCHW[:, 0, before] = 0 if nothing else x_BFCHW[:, from_before, before]
-    y_BFCHW[:, -1, after] = 0 if nothing else x_BFCHW[:, from_after, after]
+    fill_first, fill_last = (0, -1) if edge == "hold" else (-1, 0)
+    fill_zero = edge == "zero" or (edge == "hold" and adjoint)
+    y_BFCHW[:, 0, previous] = 0 if fill_zero else x_BFCHW[:, fill_first, previous]
+    y_BFCHW[:, -1, following] = 0 if fill_zero else x_BFCHW[:, fill_last, following]
     if edge == "hold" and adjoint:
-        y_BFCHW[:, 0, after] += x_BFCHW[:, 0, after]
-        y_BFCHW[:, -1, before] += x_BFCHW[:, -1, before]
+        y_BFCHW[:, 0, following] += x_BFCHW[:, 0, following]
+        y_BFCHW[:, -1, previous] += x_BFCHW[:, -1, previous]
     return y_BFCHW
 
 
-_shift_in_one_pass = torch.library.custom_op(
+class _CopyShifted(torch.autograd.Function):
+    """`_copy_shifted` with its derivatives. The shift is linear: its tangent is the shift, its gradient the adjoint."""
+
+    @staticmethod
+    def forward(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, adjoint: bool) -> Tensor:  # type: ignore[override]
+        return _copy_shifted(x_BFCHW, ahead, back, edge, adjoint)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.settings = inputs[1:]
+
+    @staticmethod
+    def backward(ctx, grad_BFCHW: Tensor):  # type: ignore[override]
+        *settings, adjoint = ctx.settings
+        return _CopyShifted.apply(grad_BFCHW, *settings, not adjoint), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent_BFCHW: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+        return _CopyShifted.apply(tangent_BFCHW, *ctx.settings)
+
+    @staticmethod
+    def vmap(info, in_dims: tuple, x: Tensor, *settings) -> tuple[Tensor, int]:  # type: ignore[override]
+        x_VBFCHW = x.movedim(in_dims[0], 0)
+        y_BFCHW = _CopyShifted.apply(x_VBFCHW.flatten(0, 1), *settings)
+        return y_BFCHW.unflatten(0, x_VBFCHW.shape[:2]), 0
+
+
+# For torch.compile on a CPU: one opaque operator, whose copies the compiler does not turn into slower loops.
+_shift_op = torch.library.custom_op(
     "latent_shift::shift", _copy_shifted, mutates_args=(), schema="(Tensor x, int ahead, int back, str edge, bool adjoint) -> Tensor"
 )
 
 
-def _remember_settings(ctx, inputs: tuple, output: Tensor) -> None:
-    _, ahead, back, edge, adjoint = inputs
-    ctx.settings = (ahead, back, edge, not adjoint)
+def _shift_op_context(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.settings = inputs[1:]
 
 
-def _gradient(ctx, grad_BFCHW: Tensor):
-    return _shift_in_one_pass(grad_BFCHW, *ctx.settings), None, None, None, None
+def _shift_op_backward(ctx, grad_BFCHW: Tensor):
+    *settings, adjoint = ctx.settings
+    return _shift_op(grad_BFCHW, *settings, not adjoint), None, None, None, None
 
 
-_shift_in_one_pass.register_fake(lambda x_BFCHW, *_: torch.empty_like(x_BFCHW))
-_shift_in_one_pass.register_autograd(_gradient, setup_context=_remember_settings)
+_shift_op.register_fake(lambda x_BFCHW, *_: torch.empty_like(x_BFCHW))
+_shift_op.register_autograd(_shift_op_backward, setup_context=_shift_op_context)
 
 
-@dataclass
-class _Clip:
-    """What every shifted layer of one network shares: the settings, how many frames make a clip just now, and, when frames come
-    one after the other, what each layer keeps of the last one."""
+class _ShiftState(threading.local):
+    """State that the shifted layers of one network share: the settings, the number of frames in a clip, and, when frames come one
+    after the other, the channels that each layer passes on to the next frame. Every thread has its own, so that two threads can use
+    one network at once; a thread starts with the image network (one frame)."""
 
-    shift: Shift
-    num_frames: int = 1
-    memory: dict[nn.Module, Tensor] | None = None
+    def __init__(self, shift: Shift):
+        self.inflated = shift
+        self.shift = shift
+        self.num_frames = 1
+        self.memory: dict[nn.Module, Tensor] | None = None
+
+    def __reduce__(self):  # a thread's state cannot be copied; a copy of the network starts as the image network
+        return _ShiftState, (self.inflated,)
 
     @contextmanager
-    def of(self, num_frames: int, shift: Shift) -> Iterator[None]:
-        before = self.num_frames, self.shift
-        self.num_frames, self.shift = num_frames, shift
+    def using(self, num_frames: int, shift: Shift, memory: dict[nn.Module, Tensor] | None = None) -> Iterator[None]:
+        before = self.num_frames, self.shift, self.memory
+        self.num_frames, self.shift, self.memory = num_frames, shift, memory
         try:
             yield
         finally:
-            self.num_frames, self.shift = before
+            self.num_frames, self.shift, self.memory = before
 
-    def __call__(self, layer: nn.Module, x_NCHW: Tensor) -> Tensor:
-        if self.memory is None:
-            return temporal_shift(x_NCHW, self.num_frames, self.shift)
-        now, stays = x_NCHW.tensor_split([self.shift.channels(x_NCHW.shape[1])[0]], dim=1)
-        before = self.memory.get(layer)
-        if before is None:
-            before = now if self.shift.edge == "hold" else torch.zeros_like(now)
-        self.memory[layer] = now.clone()
-        return torch.cat([before, stays], dim=1)
+
+def _shift_output(layer: nn.Module, x_NCHW: Tensor) -> Tensor:
+    """Shift the output of a layer among the frames of a clip, or of a stream."""
+    state = layer.shift_state
+    if state.memory is None:
+        return temporal_shift(x_NCHW, state.num_frames, state.shift)
+    passed_on, stays = x_NCHW.tensor_split([state.shift.channels(x_NCHW.shape[1])[0]], dim=1)
+    previous = state.memory.get(layer)
+    if previous is None:
+        previous = passed_on if state.shift.edge == "hold" else torch.zeros_like(passed_on)
+    state.memory[layer] = passed_on.clone()
+    return torch.cat([previous, stays], dim=1)
 
 
 class ShiftGroupNorm(nn.GroupNorm):
-    """A group norm whose output is shifted.
+    """Group norm whose output is shifted.
 
-    Between this norm and the convolution lie only maps that act on each frame and channel alone and keep 0 at 0 (SiLU, nearest
-    upsampling, average pooling, dropout), so shifting here is shifting before the convolution. The parameters keep their names.
+    Between this norm and the convolution there are only maps that act on each frame and channel separately and keep 0 at 0 (SiLU,
+    nearest upsampling, average pooling, dropout), so shifting here equals shifting the input of the convolution. Parameter names
+    do not change.
     """
 
-    clip: _Clip
+    shift_state: _ShiftState
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return self.clip(self, super().forward(x_NCHW))
+        return _shift_output(self, super().forward(x_NCHW))
 
 
 class ShiftConv2d(nn.Conv2d):
-    """A convolution whose output is shifted: the end of the residual branch."""
+    """Convolution whose output is shifted: the end of the residual branch."""
 
-    clip: _Clip
+    shift_state: _ShiftState
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return self.clip(self, super().forward(x_NCHW))
+        return _shift_output(self, super().forward(x_NCHW))
 
 
-_LAYER = {"conv1": "norm1", "conv2": "norm2", "end": "conv2"}
-_SHIFTED: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: ShiftGroupNorm, nn.Conv2d: ShiftConv2d}
+_SHIFT_LAYER = {"conv1": "norm1", "conv2": "norm2", "end": "conv2"}
+_SHIFT_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: ShiftGroupNorm, nn.Conv2d: ShiftConv2d}
 
 
 def inflate(network: nn.Module, shift: Shift = Shift()) -> nn.Module:
-    """Make an image U-Net a video U-Net, in place: its ResNet blocks shift channels along time. No parameter is added, renamed
-    or moved, and until `frames` says how many frames make a clip the network is the image network, bit for bit.
+    """Turn an image U-Net into a video U-Net, in place: its ResNet blocks shift channels along time. No parameter is added, renamed
+    or moved. Outside `frames` the network is still the image network, bit for bit.
 
     Args:
-        network: any module with diffusers `ResnetBlock2D`s. One that is already inflated takes the new settings.
-        shift: where, how many channels, which edge.
+        network: a module with diffusers `ResnetBlock2D`s. A network that is already inflated takes the new settings.
+        shift: settings of the shift.
 
     Returns:
         `network`.
 
     Raises:
-        ValueError: no block to shift, or a block in which this place cannot be shifted.
+        ValueError: no block to shift, a block that cannot be shifted at this place, or a network with temporal layers of its own.
     """
-    if getattr(network, "unbounded_in_time", False):
-        raise ValueError(f"{type(network).__name__} sees time by layers of its own; expected a U-Net without, such as UNet2DConditionModel")
+    if has_temporal_layers(network):
+        raise ValueError(f"{type(network).__name__} has temporal layers of its own; expected an image U-Net such as UNet2DConditionModel")
     blocks = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
     if not blocks:
         raise ValueError(f"{type(network).__name__} has no ResnetBlock2D to shift; expected a U-Net such as UNet2DConditionModel")
     if shift.place == "conv2" and any(block.time_embedding_norm != "default" for block in blocks):
-        raise ValueError('place="conv2" needs blocks that add the time embedding; these scale and shift by it: use "conv1" or "end"')
-    layers = [getattr(block, _LAYER[shift.place]) for block in blocks]
+        raise ValueError('place="conv2" needs blocks that add the time embedding; these scale and shift by it: use place="conv1" or "end"')
+    layers = [getattr(block, _SHIFT_LAYER[shift.place]) for block in blocks]
     for layer in layers:
-        if type(layer) not in {*_SHIFTED.keys(), *_SHIFTED.values()}:
+        if type(layer) not in {*_SHIFT_CLASS.keys(), *_SHIFT_CLASS.values()}:
             raise ValueError(f"cannot shift a {type(layer).__name__}: inflate before adding adapters to this layer")
     deflate(network)
-    clip = _Clip(shift)
+    state = _ShiftState(shift)
     for layer in layers:
-        layer.__class__ = _SHIFTED[type(layer)]
-        layer.clip = clip
-    network.__dict__["_latent_shift_clip"] = clip
+        layer.__class__ = _SHIFT_CLASS[type(layer)]
+        layer.shift_state = state
+    network.__dict__["_shift_state"] = state
     return network
 
 
 def deflate(network: nn.Module) -> nn.Module:
-    """Undo `inflate`, in place; a network that is not inflated stays as it is. Returns `network`."""
+    """Undo `inflate`, in place. A network that is not inflated does not change.
+
+    Returns:
+        `network`.
+
+    Raises:
+        ValueError: a network with temporal layers of its own (`LatentVDMUNet`), which has no image network to return to.
+    """
+    if has_temporal_layers(network):
+        raise ValueError(
+            f"{type(network).__name__} has temporal layers of its own and cannot be deflated; call it on single frames instead"
+        )
     for layer in network.modules():
-        for plain, shifted in _SHIFTED.items():
+        for plain, shifted in _SHIFT_CLASS.items():
             if type(layer) is shifted:
                 layer.__class__ = plain
-                del layer.clip
+                del layer.shift_state
         checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-        if isinstance(checkpoint, _CheckpointAsClips):
+        if isinstance(checkpoint, _CheckpointClips):
             layer._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
     for layer in _cross_attentions(network):
         if type(layer.processor) is ClipTextProcessor:
             layer.set_processor(AttnProcessor2_0())
-    network.__dict__.pop("_latent_shift_clip", None)
+    network.__dict__.pop("_shift_state", None)
     return network
 
 
+def has_temporal_layers(network: nn.Module) -> bool:
+    """Return whether a network relates frames by layers with parameters (the baselines), not by a shift."""
+    return bool(getattr(network, "temporal_layers", False))
+
+
 def shift_of(network: nn.Module) -> Shift | None:
-    """The settings `network` was inflated with, or None if it is not inflated."""
-    clip = getattr(network, "_latent_shift_clip", None)
-    return clip.shift if clip else None
+    """Return the settings that `network` was inflated with, or None if it is not inflated."""
+    state = getattr(network, "_shift_state", None)
+    return state.shift if state else None
 
 
 @contextmanager
 def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> Iterator[nn.Module]:
-    """Within this block every `num_frames` successive images of a batch are one clip.
+    """Treat every `num_frames` successive images of a batch as one clip, inside this block and this thread.
 
     Args:
         network: an inflated network.
-        num_frames: F; 1 is the image network. -1 takes the whole batch as one clip, so that an exported graph keeps F free: any
-            number from 2 on.
-        edge: another edge than the network's own, e.g. "wrap" for a loop.
+        num_frames: F; 1 is the image network. -1 takes the whole batch as one clip, so that an exported graph accepts any F of 2
+            or more.
+        edge: an edge other than the network's own, e.g. "wrap" for a loop.
 
     Raises:
-        ValueError: `network` is not inflated, or `num_frames` is neither -1 nor above 0.
+        ValueError: `network` is not inflated, or `num_frames` is neither -1 nor positive.
     """
-    clip: _Clip | None = getattr(network, "_latent_shift_clip", None)
-    if clip is None:
+    state: _ShiftState | None = getattr(network, "_shift_state", None)
+    if state is None:
         raise ValueError(f"{type(network).__name__} is not inflated; call inflate(network, Shift()) first")
-    if edge is not None and getattr(network, "unbounded_in_time", False):
-        raise ValueError(f"{type(network).__name__} has no edges to set: it has no loops")
+    if edge is not None and has_temporal_layers(network):
+        raise ValueError(f"{type(network).__name__} has no edge to set: only a shifted network can loop")
     if num_frames != -1 and num_frames < 1:
         raise ValueError(f"num_frames must be 1 or more, or -1 for the whole batch, got {num_frames}")
     if getattr(network, "is_gradient_checkpointing", False):
         for module in network.modules():
             checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-            if checkpoint is not None and not isinstance(checkpoint, _CheckpointAsClips):
-                module._gradient_checkpointing_func = _CheckpointAsClips(checkpoint, clip)  # type: ignore[assignment]
-    with clip.of(num_frames, clip.shift if edge is None else replace(clip.shift, edge=edge)):
+            if checkpoint is not None and not isinstance(checkpoint, _CheckpointClips):
+                module._gradient_checkpointing_func = _CheckpointClips(checkpoint, state)  # type: ignore[assignment]
+    with state.using(num_frames, state.shift if edge is None else replace(state.shift, edge=edge)):
         yield network
 
 
 @contextmanager
 def streaming(network: nn.Module, memory: dict[nn.Module, Tensor]) -> Iterator[nn.Module]:
-    """Within this block every image of a batch is the next frame of a clip, whose frames come one call after the other.
+    """Treat every image of a batch as the next frame of a clip whose frames come one call after the other, inside this block.
 
     Args:
-        network: an inflated network whose shift is causal: nothing comes from the frame after.
-        memory: what each layer keeps of the frame before; empty before the first. Use one for each sequence of calls that makes a
-            clip: when sampling, one for each timestep.
+        network: an inflated network with a causal shift (`backward=0`).
+        memory: channels that each layer passes on to the next frame; empty before the first frame. Use one for each sequence of
+            calls that makes a clip: when sampling, one for each timestep.
 
     Raises:
         ValueError: `network` is not inflated, not causal, or loops.
     """
-    clip: _Clip | None = getattr(network, "_latent_shift_clip", None)
-    if clip is None or clip.shift.backward > 0 or clip.shift.edge == "wrap" or getattr(network, "unbounded_in_time", False):
-        settings = "not inflated" if clip is None else f"inflated with {clip.shift}"
+    state: _ShiftState | None = getattr(network, "_shift_state", None)
+    if state is None or state.shift.backward > 0 or state.shift.edge == "wrap" or has_temporal_layers(network):
+        settings = "not inflated" if state is None else f"inflated with {state.shift}"
         raise ValueError(
-            f'frames can come one by one only where none needs the next: expected Shift(backward=0, edge="zero" or "hold"), '
-            f"{type(network).__name__} is {settings}"
+            f'a stream needs a causal shift: expected Shift(backward=0, edge="zero" or "hold"), {type(network).__name__} is {settings}'
         )
-    clip.memory = memory
-    try:
+    with state.using(1, state.shift, memory):
         yield network
-    finally:
-        clip.memory = None
 
 
-def reach(network: nn.Module) -> int:
-    """How many frames away, on either side, a frame of an inflated network still has an effect: one for each shifted layer.
+def reach(network: nn.Module) -> tuple[int, int]:
+    """Return how many frames before and after a frame can affect it in an inflated network: one for each layer that takes channels
+    from the previous frame, and one for each that takes channels from the next.
 
     Raises:
-        ValueError: a network whose attention sees all frames of a clip (`LatentVDMUNet`).
+        ValueError: a network with temporal layers (`LatentVDMUNet`), which attends to all frames.
     """
-    if getattr(network, "unbounded_in_time", False):
-        raise ValueError(f"{type(network).__name__} sees all frames of a clip at once: it has no chunks")
-    return sum(isinstance(layer, (ShiftGroupNorm, ShiftConv2d)) for layer in network.modules())
+    if has_temporal_layers(network):
+        raise ValueError(f"{type(network).__name__} attends to all frames of a clip: it cannot be run in chunks")
+    shift = shift_of(network) or Shift(0, 0)
+    layers = [layer for layer in network.modules() if isinstance(layer, (ShiftGroupNorm, ShiftConv2d))]
+    widths = [layer.num_channels if isinstance(layer, ShiftGroupNorm) else layer.out_channels for layer in layers]
+    moved = [shift.channels(width) for width in widths]
+    return sum(ahead > 0 for ahead, _ in moved), sum(back > 0 for _, back in moved)
 
 
 @dataclass
-class _CheckpointAsClips:
-    """Gradient checkpointing runs blocks again during the backward pass, when `frames` has ended: this brings the clips back.
-    (An object and not a closure: a deep copy of the network takes a copy along that knows the copy's clips.)"""
+class _CheckpointClips:
+    """Gradient checkpointing that runs blocks again with the frames of the forward pass, although `frames` has ended by then. (An
+    object and not a closure, so that a deep copy of the network refers to the state of the copy.)"""
 
     checkpoint: Callable
-    clip: _Clip
+    state: _ShiftState
 
     def __call__(self, block: Callable, *args):
-        num_frames, shift = self.clip.num_frames, self.clip.shift
+        num_frames, shift = self.state.num_frames, self.state.shift
 
         def run(*inputs):
-            with self.clip.of(num_frames, shift):
+            with self.state.using(num_frames, shift):
                 return block(*inputs)
 
         return self.checkpoint(run, *args)
 
 
 class ClipTextProcessor(AttnProcessor2_0):
-    """Cross-attention of all frames of a clip to one text: keys and values are computed once a clip, not once a frame.
+    """Cross-attention of all frames of a clip to one text: keys and values are computed once a clip instead of once a frame.
 
-    With `(B, L, D)` text and `(B*F, S, D)` positions the queries of a clip become one sequence of F*S, which is the same sum.
+    With `(B, L, D)` text and `(B*F, S, D)` positions the queries of a clip become one sequence of F*S, which gives the same sums.
     """
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *args, **kwargs) -> Tensor:
@@ -355,9 +414,9 @@ class ClipTextProcessor(AttnProcessor2_0):
 
 
 def share_text(network: nn.Module) -> bool:
-    """Let the cross-attention layers of a U-Net take one text a clip; returns whether all of them do now.
+    """Let the cross-attention layers of a U-Net take one text a clip; return whether all of them do.
 
-    Layers with another processor than the default (an IP-Adapter's, say) keep it; then the text must be repeated for each frame.
+    Layers with a custom processor (an IP-Adapter's, for example) keep it; the text must then be repeated for each frame.
     """
     layers = _cross_attentions(network)
     for layer in layers:

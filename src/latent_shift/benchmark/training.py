@@ -84,7 +84,7 @@ def training_step(
     side, width = pipe.unet.config.sample_size, pipe.unet.config.cross_attention_dim
     plain = deflate(copy.deepcopy(pipe.unet))
     settings = [Model.model_validate({"init": model, "temporal": name}) for name in ("shift", "none", "attention")]
-    networks: dict[str, Any] = {each.temporal: sizes.in_time(copy.deepcopy(plain), each).to(device) for each in settings}
+    networks: dict[str, Any] = {each.temporal: sizes.inflate_unet(copy.deepcopy(plain), each).to(device) for each in settings}
     networks["shift, compiled"] = copy.deepcopy(networks["shift"])
     networks["shift, compiled"].compile(dynamic=False)
     draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731

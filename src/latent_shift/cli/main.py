@@ -92,7 +92,7 @@ def generate(
         words[int(frame)] = text.strip()  # type: ignore[index]
     pipe = loading.load(model, device=device)
     if scheduler:
-        pipe.scheduler = loading.scheduler(scheduler, pipe.scheduler)
+        pipe.scheduler = loading.make_scheduler(scheduler, pipe.scheduler)
     if lora:
         load_lora(pipe, lora)
     if negative and (pipe.call_defaults["guidance_scale"] if guidance is None else guidance) <= 1:

@@ -27,8 +27,8 @@ from latent_shift.data.latents import LatentStore
 from latent_shift.data.readers import Record
 from latent_shift.data.store import Store, at_rate, begin, digest, finish, pixels, whole
 from latent_shift.files import write_array, write_text
-from latent_shift.models import sizes, text
-from latent_shift.models.autoencoder import to_pixels
+from latent_shift.models import text
+from latent_shift.models.autoencoder import downscale_factor, load_autoencoder, posterior, to_pixels
 from latent_shift.runtime import exit_with_parent, start_worker
 
 CAPTIONS_NOTED = 100
@@ -50,7 +50,7 @@ class Encoder:
     """An autoencoder that makes shards of latents. One process, one thread on a CPU: then it does not matter how many there are."""
 
     def __init__(self, autoencoder: str | Path, batch_size: int | None = None, device: str | torch.device = "cpu"):
-        self.vae = sizes.load_autoencoder(autoencoder).to(device).eval()
+        self.vae = load_autoencoder(autoencoder).to(device).eval()
         self.batch_size = batch_size
 
     @torch.no_grad()
@@ -65,8 +65,7 @@ class Encoder:
         for start in range(0, len(rows), batch_size):
             batch = frames[rows[start : start + batch_size]]
             batch = np.ascontiguousarray(batch[:, :, ::-1] if unit.mirror else batch)
-            posterior = self.vae.encode(to_pixels(torch.from_numpy(batch)).to(self.vae.device)).latent_dist
-            moments = torch.stack([posterior.mean, posterior.std], dim=1) * self.vae.config.scaling_factor
+            moments = torch.stack(posterior(self.vae, to_pixels(torch.from_numpy(batch)).to(self.vae.device)), dim=1)
             batches.append(moments.half().cpu().numpy())
         write_array(unit.out, np.concatenate(batches))
 
@@ -114,7 +113,7 @@ def encode(
     if any(stride < 1 for stride in strides):
         raise ValueError(f"strides must be 1 or more, got {list(strides)}")
     encoder = Encoder(autoencoder, batch_size, device)
-    factor = 2 ** (len(encoder.vae.config.block_out_channels) - 1)
+    factor = downscale_factor(encoder.vae.config)
     if odd := {side for shape in source.shapes.values() for side in shape[1:3] if side % factor}:
         raise ValueError(
             f"{packed} has frames of {', '.join(map(str, sorted(odd)))} pixels: the autoencoder needs multiples of {factor}, to be packed at"

@@ -21,8 +21,7 @@ from diffusers import AutoencoderKL
 
 from latent_shift.data.sampler import BalancedSampler
 from latent_shift.data.store import Store, digest
-from latent_shift.models import sizes
-from latent_shift.models.autoencoder import to_frames
+from latent_shift.models.autoencoder import decode_latents, load_autoencoder, to_frames
 
 
 class LatentStore(Store):
@@ -58,15 +57,15 @@ class LatentStore(Store):
 
     @functools.cached_property
     def _autoencoder(self) -> AutoencoderKL:
-        return sizes.load_autoencoder(self.folder / "autoencoder")
+        return load_autoencoder(self.folder / "autoencoder")
 
     @torch.no_grad()
     def draw_pixels(self, rng: np.random.Generator, index: int, num_frames: int, *, stride: int = 1) -> np.ndarray:
         """`draw_window`, sampled and decoded: `(F, H, W, 3) uint8`."""
         vae = self._autoencoder
         mean, std = self.draw_window(rng, index, num_frames, stride=stride).astype(np.float32).transpose(1, 0, 2, 3, 4)
-        latents = torch.from_numpy(mean + std * rng.standard_normal(mean.shape, np.float32)) / vae.config.scaling_factor
-        return np.concatenate([to_frames(vae.decode(frame[None]).sample).numpy() for frame in latents])
+        latents = torch.from_numpy(mean + std * rng.standard_normal(mean.shape, np.float32))
+        return to_frames(decode_latents(vae, latents, batch_size=1)).numpy()
 
     def likeness(self, *, splits: Iterable[str] = ("train",), num: int = 1000) -> dict[str, float]:
         """How alike the frames of a clip are: correlation of the latents 1, 2, 4 and 8 frames apart, and the noise that matches.

@@ -9,10 +9,10 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from latent_shift.data.store import Store
-from latent_shift.diffusion import share_noise
+from latent_shift.diffusion import correlated_noise, predicted_x0, training_target
 from latent_shift.evaluation.clip_metrics import psnr
 from latent_shift.models import text
-from latent_shift.models.autoencoder import to_frames, to_pixels
+from latent_shift.models.autoencoder import decode_latents, encode_frames, to_frames, to_pixels
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 from latent_shift.runtime import seed
 from latent_shift.shift import frames, share_text
@@ -44,7 +44,7 @@ def denoising(
         pipe: a model of epsilon or v.
         clip: `(F, H, W, 3) uint8`.
         prompt: its caption.
-        noise: share that frames have in common and correlation from frame to frame (`share_noise`).
+        noise: share that frames have in common and correlation from frame to frame (`correlated_noise`).
         number: seed of the noise.
         levels: how many `timesteps`.
 
@@ -54,25 +54,22 @@ def denoising(
     schedule, vae, unet = DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae, pipe.unet
     generator, errors = seed(number), torch.zeros(len(clip))
     share_text(unet)
-    latents = vae.encode(to_pixels(torch.from_numpy(clip)).to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+    latents = encode_frames(vae, to_pixels(torch.from_numpy(clip)), batch_size=len(clip))
     embedding = text.embed(pipe.tokenizer, pipe.text_encoder, [prompt])
     motion = latents.float() - latents.float().mean(dim=0)
     seen = {}
     for step in timesteps(pipe, levels):
         timestep = torch.tensor([step], device=unet.device)
         own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for n in (len(clip), 1))
-        drawn = share_noise(own, common, *noise)[0].to(latents)
+        drawn = correlated_noise(own, common, *noise)[0].to(latents)
         noisy = schedule.add_noise(latents, drawn, timestep)
         with frames(unet, len(clip)):
             together = unet(noisy, timestep, embedding.to(latents)).sample
         with frames(unet, 1):
             alone = unet(noisy, timestep, embedding.to(latents).expand(len(clip), -1, -1)).sample
-        epsilon = schedule.config.prediction_type == "epsilon"
-        target = drawn if epsilon else schedule.get_velocity(latents, drawn, timestep)
+        target = training_target(schedule, latents, drawn, timestep)
         errors += (together - target).float().square().mean(dim=(1, 2, 3)).cpu() / levels
-        signal = float(schedule.alphas_cumprod[timestep.cpu()])
-        a, s = signal**0.5, (1 - signal) ** 0.5
-        cleaned = [((noisy - s * each) / a if epsilon else a * noisy - s * each).float() for each in (together, alone)]
+        cleaned = [predicted_x0(schedule, noisy, prediction, step).float() for prediction in (together, alone)]
         missed, missed_alone = (float((motion - each + each.mean(dim=0)).square().sum()) for each in cleaned)
         seen[step] = Motion(missed, missed_alone, float(motion.square().sum()))
     return errors.numpy(), seen
@@ -87,6 +84,6 @@ def reconstruction(vae: AutoencoderKL, store: Store, *, splits: tuple[str, ...],
     values = []
     for index in rng.permutation(of_concepts)[:num]:
         frame = store.draw_window(rng, int(index), 1)
-        decoded = vae.decode(vae.encode(to_pixels(torch.from_numpy(frame)).to(vae.device, vae.dtype)).latent_dist.mean).sample
+        decoded = decode_latents(vae, encode_frames(vae, to_pixels(torch.from_numpy(frame))))
         values.append(psnr(frame, to_frames(decoded).cpu().numpy()))
     return np.array(values)

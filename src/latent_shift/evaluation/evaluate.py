@@ -36,7 +36,7 @@ from latent_shift.evaluation.measures import Measuring, Weights
 from latent_shift.evaluation.protocols import Protocol, same
 from latent_shift.evaluation.systems import System
 from latent_shift.files import write_text
-from latent_shift.pipelines.clip_pipeline import ClipGeneration
+from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.runtime import seed
 from latent_shift.video import to_uint8
 
@@ -127,7 +127,7 @@ def draw(
 
 def draw_stills(system: System, protocol: Protocol, folder: Path, *, num: int = 8) -> None:
     """One frame for each of the first words: what is left of the image model. Of models of this package alone, with the clip's seed."""
-    if not isinstance(system.pipe, ClipGeneration):
+    if not isinstance(system.pipe, ClipPipeline):
         return
     options = {key: value for key, value in system.settings.items() if key in ("num_inference_steps", "guidance_scale", "height", "width")}
     for k, prompt in enumerate(protocol.prompts[:num]):

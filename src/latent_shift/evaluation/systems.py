@@ -20,10 +20,9 @@ from diffusers import DiffusionPipeline
 
 from latent_shift.evaluation.features import digest
 from latent_shift.models import sizes
-from latent_shift.models.baselines import LatentVDMUNet
-from latent_shift.models.pixels import PixelSpace, VDMUNet
+from latent_shift.models.baselines import LatentVDMUNet, PixelSpace, VDMUNet
 from latent_shift.pipelines import loading
-from latent_shift.pipelines.clip_pipeline import ClipGeneration
+from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.runtime import device_of, seed
 from latent_shift.shift import Shift, shift_of
 from latent_shift.video import to_uint8
@@ -149,7 +148,7 @@ def _drawable(pipe: Any, num_frames: int) -> int:
     return 1 + -(-(num_frames - 1) // factor) * factor
 
 
-def _title(pipe: ClipGeneration) -> str:
+def _title(pipe: ClipPipeline) -> str:
     if isinstance(pipe.unet, VDMUNet) and isinstance(pipe.vae, PixelSpace):
         return "Video Diffusion Models (Ho et al. 2022), in pixels"
     if isinstance(pipe.unet, LatentVDMUNet):

@@ -1,24 +1,97 @@
-"""The first stage: an image autoencoder that encodes and decodes video frames independently.
+"""Autoencoders of images, applied to each video frame independently: load, encode, decode, scale.
 
-N frames, C channels, H W. Pixels are in [-1, 1], latents are `(N, 4, H/8, W/8)`.
+N frames, C channels, H W. Pixels are `(N, 3, H, W)` in [-1, 1], latents `(N, C, h, w)` as the U-Net sees them (scaled), unless a
+docstring says otherwise. Works for `AutoencoderKL` and `AutoencoderTiny`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
+
+from latent_shift.models.baselines import saved_class
+
+
+def load_autoencoder(folder: str | Path) -> AutoencoderKL:
+    """Load the autoencoder of a folder that holds one, or a pipeline, in float32."""
+    inside = Path(folder) / "vae"
+    inside = inside if inside.is_dir() else Path(folder)
+    return saved_class(inside, AutoencoderKL).from_pretrained(inside, dtype=torch.float32)
+
+
+def downscale_factor(vae_config) -> int:
+    """Return the pixels to a side of a latent, from an autoencoder's configuration (a dict, or `vae.config`)."""
+    widths = vae_config.get("block_out_channels") or vae_config["encoder_block_out_channels"]
+    return 2 ** (len(widths) - 1)
+
+
+def posterior(vae: ModelMixin, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the scaled latents of pixels. The deviation of an `AutoencoderTiny` is 0."""
+    encoded = vae.encode(pixels_N3HW)
+    if not hasattr(encoded, "latent_dist"):
+        return scale_latents(vae, encoded.latents), torch.zeros_like(encoded.latents)
+    distribution = encoded.latent_dist
+    _, latents_std = _latents_mean_and_std(vae, distribution.std)
+    std = distribution.std if latents_std is None else distribution.std / latents_std
+    return scale_latents(vae, distribution.mean), std * vae.config.scaling_factor
+
+
+def encode_frames(vae: ModelMixin, pixels_N3HW: Tensor, *, device: torch.device | None = None, batch_size: int = 16) -> Tensor:
+    """Encode pixels to the means of their latents, `batch_size` frames at once, on `device` (default: the autoencoder's)."""
+    encoded = [vae.encode(batch.to(device or vae.device, vae.dtype)) for batch in pixels_N3HW.split(batch_size)]
+    means = [batch.latent_dist.mean if hasattr(batch, "latent_dist") else batch.latents for batch in encoded]
+    return scale_latents(vae, torch.cat(means))
+
+
+def decode_latents(vae: ModelMixin, latents_NChw: Tensor, *, batch_size: int = 16) -> Tensor:
+    """Decode latents to pixels, `batch_size` frames at once."""
+    unscaled = unscale_latents(vae, latents_NChw)
+    return torch.cat([vae.decode(batch.to(vae.dtype), return_dict=False)[0] for batch in unscaled.split(batch_size)])
+
+
+def scale_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
+    """Scale latents `(N, C, h, w)` of an autoencoder to the ones that its U-Net sees."""
+    mean, std = _latents_mean_and_std(vae, latents)
+    if mean is not None and std is not None:
+        latents = (latents - mean) / std
+    return latents * vae.config.scaling_factor
+
+
+def unscale_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
+    """Undo `scale_latents`."""
+    mean, std = _latents_mean_and_std(vae, latents)
+    if mean is None or std is None:
+        return latents / vae.config.scaling_factor
+    return latents * std / vae.config.scaling_factor + mean
+
+
+@contextmanager
+def upcast(vae: ModelMixin, *, when: bool) -> Iterator[None]:
+    """Run a float16 autoencoder in float32 inside this block: some overflow in half precision."""
+    when = when and vae.dtype == torch.float16
+    if when:
+        vae.to(dtype=torch.float32)
+    try:
+        yield
+    finally:
+        if when:
+            vae.to(dtype=torch.float16)
 
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
     """Give every latent channel mean 0 and variance 1 by folding the scale into the 1x1 convolutions around the latents.
 
-    What the autoencoder reconstructs does not change, and the folder stays readable by any diffusers pipeline, which knows
-    one `scaling_factor` only (1 afterwards).
+    Reconstructions do not change, and any diffusers pipeline can read the saved folder: it needs only `scaling_factor`, which is
+    1 afterwards.
 
     Args:
-        vae: changed in place; one with `quant_conv` and `post_quant_conv`.
+        vae: changed in place; needs `quant_conv` and `post_quant_conv`.
         latents: `(N, C, H, W)` posterior means of training frames.
     """
     mean = latents.mean(dim=(0, 2, 3), dtype=torch.float64)
@@ -36,10 +109,17 @@ def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
 
 
 def to_pixels(frames: Tensor) -> Tensor:
-    """`(N, H, W, 3) uint8` frames to `(N, 3, H, W) float32` pixels in [-1, 1]."""
+    """Convert `(N, H, W, 3) uint8` frames to `(N, 3, H, W) float32` pixels in [-1, 1]."""
     return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_frames(pixels: Tensor) -> Tensor:
-    """`(N, 3, H, W)` pixels to `(N, H, W, 3) uint8` frames; what lies outside [-1, 1] is clipped."""
+    """Convert `(N, 3, H, W)` pixels to `(N, H, W, 3) uint8` frames, clipping to [-1, 1]."""
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _latents_mean_and_std(vae: ModelMixin, latents: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    if mean is None or std is None:
+        return None, None
+    return torch.tensor(mean).view(1, -1, 1, 1).to(latents), torch.tensor(std).view(1, -1, 1, 1).to(latents)

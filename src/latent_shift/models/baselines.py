@@ -1,8 +1,12 @@
-"""Latent-VDM, the baseline of the paper: the same image U-Net, made to see time by layers with parameters instead of by a shift.
+"""The paper's baselines: networks that relate frames by layers with parameters instead of by a shift.
 
-After the convolutions of each ResNet block a convolution along time (Singer et al. 2022, pseudo-3D), after each spatial transformer an
-attention along time with relative positions (Ho et al. 2022, Video Diffusion Models). Both end in zeros: to begin with the network is
-the image network. Images are clips of one frame: attention is masked to the frame itself, convolution sees the frame alone.
+`LatentVDMUNet` (Latent-VDM): a pseudo-3D convolution over time after each ResNet block (Singer et al. 2022) and an attention over
+time with relative positions after each spatial transformer (Ho et al. 2022). Both end in zeros, so the network starts as the image
+network. An image is a clip of one frame: attention then sees only that frame, and so does the convolution.
+
+`VDMUNet` with `PixelSpace`: Video Diffusion Models (Ho et al. 2022) in pixels. The paper's 3D U-Net is factorised into convolutions
+and attention over space, then attention over time: an image U-Net with attention over time. Two things differ from the paper: text
+enters by cross-attention (they add a pooled embedding), and the U-Net is diffusers'.
 
 B clips, F frames, C channels, H W, N = B*F, P = B*H*W, heads h of d channels.
 """
@@ -10,10 +14,17 @@ B clips, F frames, C channels, H W, N = B*F, P = B*H*W, heads h of d channels.
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel, Transformer2DModelOutput
 from torch import Tensor, nn
@@ -22,7 +33,7 @@ from latent_shift.shift import Shift, inflate
 
 
 class TemporalConv(nn.Conv1d):
-    """A convolution over three successive frames of each pixel, added to what it is given; zero to begin with."""
+    """Add a convolution over three successive frames of each pixel; zero at initialization."""
 
     def __init__(self, num_channels: int):
         super().__init__(num_channels, num_channels, kernel_size=3, padding=1)
@@ -37,18 +48,20 @@ class TemporalConv(nn.Conv1d):
 
 
 class TemporalAttention(nn.Module):
-    """Attention of each pixel over its clip's frames, added to what it is given; zero to begin with.
+    """Add an attention of each pixel over the frames of its clip; zero at initialization.
 
-    Positions are relative: a learned bias for each head and distance, that of `furthest` for all beyond, so any number of frames fits.
+    Positions are relative: each head learns a bias for each distance up to `max_distance`, and one for all larger distances, so any
+    number of frames fits.
     """
 
-    def __init__(self, num_channels: int, num_heads: int, furthest: int = 32):
+    def __init__(self, num_channels: int, num_heads: int, max_distance: int = 32):
         super().__init__()
-        self.num_heads, self.furthest = num_heads, furthest
+        self.num_heads = num_heads
+        self.max_distance = max_distance
         self.norm = nn.LayerNorm(num_channels)
         self.to_qkv = nn.Linear(num_channels, 3 * num_channels, bias=False)
         self.to_out = nn.Linear(num_channels, num_channels)
-        self.bias = nn.Parameter(torch.zeros(num_heads, 2 * furthest + 1))
+        self.bias = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1))
         nn.init.zeros_(self.to_out.weight)
         nn.init.zeros_(self.to_out.bias)
 
@@ -57,51 +70,87 @@ class TemporalAttention(nn.Module):
         x_PFC = x_BFCHW.permute(0, 3, 4, 1, 2).flatten(0, 2)
         q_PhFd, k_PhFd, v_PhFd = self.to_qkv(self.norm(x_PFC)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         frame = torch.arange(num_frames, device=x_NCHW.device)
-        apart_FF = (frame[:, None] - frame).clamp(-self.furthest, self.furthest) + self.furthest
-        y_PhFd = F.scaled_dot_product_attention(q_PhFd, k_PhFd, v_PhFd, attn_mask=self.bias[:, apart_FF].to(q_PhFd.dtype))
+        distance_FF = (frame[:, None] - frame).clamp(-self.max_distance, self.max_distance) + self.max_distance
+        y_PhFd = F.scaled_dot_product_attention(q_PhFd, k_PhFd, v_PhFd, attn_mask=self.bias[:, distance_FF].to(q_PhFd.dtype))
         y_PFC = self.to_out(y_PhFd.transpose(1, 2).flatten(2))
         y_BHWFC = y_PFC.unflatten(0, (x_BFCHW.shape[0], *x_BFCHW.shape[-2:]))
         return x_NCHW + y_BHWFC.permute(0, 3, 4, 1, 2).flatten(0, 1)
 
 
-class _ThenConv(ResnetBlock2D):
+class _ResnetBlockWithTime(ResnetBlock2D):
     def forward(self, *args, **options) -> Tensor:
-        return self.over_time(super().forward(*args, **options), self.clip.num_frames)
+        return self.over_time(super().forward(*args, **options), self.shift_state.num_frames)
 
 
-class _ThenAttention(Transformer2DModel):
+class _TransformerWithTime(Transformer2DModel):
     def forward(self, *args, return_dict: bool = True, **options):
         (y_NCHW,) = super().forward(*args, return_dict=False, **options)
-        y_NCHW = self.over_time(y_NCHW, self.clip.num_frames)
+        y_NCHW = self.over_time(y_NCHW, self.shift_state.num_frames)
         return Transformer2DModelOutput(sample=y_NCHW) if return_dict else (y_NCHW,)
 
 
 class LatentVDMUNet(UNet2DConditionModel):
-    """A `UNet2DConditionModel` with layers in time. `frames(network, F)` says how many frames make a clip, as for a shifted one;
-    what a shift alone can do (loops, exact chunks, streams) is refused."""
+    """A `UNet2DConditionModel` with convolution and attention over time. `frames(network, F)` sets how many frames make a clip, as for
+    a shifted network; loops, exact chunks and streams, which only a shift can do, are refused."""
 
-    convolves = True  # in time, after each ResNet block
+    title: ClassVar[str] = "Latent-VDM, the paper's baseline"
+    temporal_convolution: ClassVar[bool] = True
 
     @functools.wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        inflate(self, Shift(0, 0))  # nothing moves: it only tells how many frames there are
-        clip = self.__dict__["_latent_shift_clip"]
+        inflate(self, Shift(0, 0))  # moves no channel; its state holds the number of frames
+        state = self.__dict__["_shift_state"]
         for module in list(self.modules()):
-            if isinstance(module, ResnetBlock2D) and self.convolves:
+            if isinstance(module, ResnetBlock2D) and self.temporal_convolution:
                 module.over_time = TemporalConv(module.out_channels)
-                module.__class__ = _ThenConv
+                module.__class__ = _ResnetBlockWithTime
             elif isinstance(module, Transformer2DModel):
                 module.over_time = TemporalAttention(module.inner_dim, module.config.num_attention_heads)
-                module.__class__ = _ThenAttention
+                module.__class__ = _TransformerWithTime
             else:
                 continue
-            module.__dict__["clip"] = clip
-        self.unbounded_in_time = True
+            module.__dict__["shift_state"] = state
+        self.temporal_layers = True
 
     @classmethod
-    def of(cls, image: UNet2DConditionModel) -> LatentVDMUNet:
-        """With the weights of an image U-Net, whose images it makes to begin with."""
-        network = cls.from_config(image.config)
-        network.load_state_dict(image.state_dict(), strict=False)
+    def from_unet(cls, unet: UNet2DConditionModel) -> LatentVDMUNet:
+        """Return a network with the weights of an image U-Net, whose images it generates before training."""
+        network = cls.from_config(unet.config)
+        network.load_state_dict(unet.state_dict(), strict=False)
         return network
+
+
+class VDMUNet(LatentVDMUNet):
+    """A `UNet2DConditionModel` with attention over time and no temporal convolution."""
+
+    title: ClassVar[str] = "Video Diffusion Models (Ho et al. 2022)"
+    temporal_convolution: ClassVar[bool] = False
+
+
+class PixelSpace(AutoencoderKL):
+    """An autoencoder that keeps pixels as they are, `(N, 3, H, W)` in [-1, 1]: it makes a latent model a pixel model."""
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 3, block_out_channels: tuple[int, ...] = (1,), scaling_factor: float = 1.0):
+        ModelMixin.__init__(self)
+        self.use_slicing = self.use_tiling = False
+        self.nothing = nn.Parameter(torch.zeros(1), requires_grad=False)  # a module without parameters has no device and no dtype
+
+    def encode(self, x: Tensor, return_dict: bool = True):
+        distribution = DiagonalGaussianDistribution(torch.cat([x, torch.full_like(x, -30.0)], dim=1))
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None):
+        return DecoderOutput(sample=z) if return_dict else (z,)
+
+
+TEMPORAL_NETWORKS: dict[str, type[LatentVDMUNet]] = {"attention": LatentVDMUNet, "vdm": VDMUNet}
+"""Networks of a recipe's `model.temporal`."""
+
+
+def saved_class(folder: str | Path, default: type[ModelMixin]) -> type[ModelMixin]:
+    """Return the class of the network saved in `folder`: one of this file if its config.json names it, else `default`."""
+    path = Path(folder) / "config.json"
+    name = json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.exists() else None
+    return next((cls for cls in (LatentVDMUNet, VDMUNet, PixelSpace) if cls.__name__ == name), default)

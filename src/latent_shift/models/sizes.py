@@ -1,20 +1,15 @@
-"""Named sizes: the configurations of the autoencoders and U-Nets that the recipes train.
+"""Named sizes: configurations of the autoencoders and U-Nets that the recipes train.
 
-Every model is an ordinary diffusers class; the temporal shift adds no parameter, so an image and a video model of one
-name have the same configuration.
+Every network is an ordinary diffusers class. The temporal shift adds no parameter, so an image and a video model of one name have
+the same configuration.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from latent_shift.config import Model
-from latent_shift.models.baselines import LatentVDMUNet
-from latent_shift.models.pixels import PixelSpace, VDMUNet
+from latent_shift.models.baselines import TEMPORAL_NETWORKS
 from latent_shift.shift import Shift, inflate
 
 AUTOENCODERS: dict[str, dict] = {
@@ -35,8 +30,8 @@ UNETS: dict[str, dict] = {
 
 
 def autoencoder(size: str) -> AutoencoderKL:
-    """A new `AutoencoderKL` of a named size, 8x down to 4 channels; raises ValueError for an unknown name."""
-    config = _named(AUTOENCODERS, size)
+    """Return a new `AutoencoderKL` of a named size, 8x down to 4 channels; raise ValueError for an unknown name."""
+    config = _lookup(AUTOENCODERS, size)
     num_levels = len(config["block_out_channels"])
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * num_levels,
@@ -50,26 +45,13 @@ def autoencoder(size: str) -> AutoencoderKL:
 
 
 def check_size(size: str, *, autoencoder: bool) -> None:
-    """Raise ValueError for a size that has no name here."""
-    _named(AUTOENCODERS if autoencoder else UNETS, size)
-
-
-def load_autoencoder(folder: str | Path) -> AutoencoderKL:
-    """The `AutoencoderKL` of a folder that holds one or a pipeline, in float32."""
-    inside = Path(folder) / "vae"
-    inside = inside if inside.is_dir() else Path(folder)
-    return autoencoder_of(inside).from_pretrained(inside, dtype=torch.float32)
-
-
-def autoencoder_of(folder: Path) -> type[AutoencoderKL]:
-    """The class of the autoencoder in a folder."""
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
-    return PixelSpace if config.get("_class_name") == PixelSpace.__name__ else AutoencoderKL
+    """Raise ValueError for an unknown size."""
+    _lookup(AUTOENCODERS if autoencoder else UNETS, size)
 
 
 def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:
-    """A new `UNet2DConditionModel` of a named size; raises ValueError for an unknown name."""
-    config = _named(UNETS, size)
+    """Return a new `UNet2DConditionModel` of a named size; raise ValueError for an unknown name."""
+    config = _lookup(UNETS, size)
     plain = len(config["block_out_channels"]) - 2  # the higher resolutions have convolutions alone
     return UNet2DConditionModel(
         sample_size=sample_size,
@@ -82,30 +64,28 @@ def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:
     )
 
 
-def in_time(unet: UNet2DConditionModel, settings: Model) -> UNet2DConditionModel:
-    """An image U-Net made to see time as a recipe's table `model` says: inflated in place, or the baseline's with its weights."""
-    if network := {"attention": LatentVDMUNet, "vdm": VDMUNet}.get(settings.temporal):
-        return unet if type(unet) is network else network.of(unet)
-    return inflate(unet, shift_in_time(settings))  # type: ignore[return-value]
+def inflate_unet(unet: UNet2DConditionModel, settings: Model) -> UNet2DConditionModel:
+    """Turn an image U-Net into the video network of a recipe's table `model`: inflate it in place, or build the baseline from its
+    weights."""
+    network = TEMPORAL_NETWORKS.get(settings.temporal)
+    if network is None:
+        return inflate(unet, shift_settings(settings))  # type: ignore[return-value]
+    return unet if type(unet) is network else network.from_unet(unet)
 
 
-def shift_in_time(settings: Model) -> Shift:
-    """What moves as a recipe's table `model` says."""
-    return Shift(settings.forward, settings.backward, settings.place, settings.edge) if settings.temporal == "shift" else Shift(0, 0)
-
-
-def unet_of(folder: str | Path) -> type[UNet2DConditionModel]:
-    """The class of the U-Net in a pipeline's folder."""
-    config = json.loads((Path(folder) / "unet" / "config.json").read_text())
-    known = {each.__name__: each for each in (LatentVDMUNet, VDMUNet)}
-    return known.get(config.get("_class_name"), UNet2DConditionModel)
+def shift_settings(settings: Model) -> Shift:
+    """Return the shift of a recipe's table `model`; one that moves no channel where `temporal` is not "shift"."""
+    if settings.temporal != "shift":
+        return Shift(0, 0)
+    return Shift(settings.forward, settings.backward, settings.place, settings.edge)
 
 
 def num_parameters(model) -> int:
+    """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _named(sizes: dict[str, dict], size: str) -> dict:
+def _lookup(sizes: dict[str, dict], size: str) -> dict:
     if size not in sizes:
         raise ValueError(f"unknown model size {size!r}; expected one of {', '.join(sizes)}")
     return sizes[size]

@@ -1,4 +1,7 @@
-"""Captions to embeddings, exactly as the pipeline makes them: padded to the tokenizer's length, the encoder's last hidden state."""
+"""Prompts as embeddings, exactly as diffusers' pipelines make them; weights in prompts; interpolation between prompts.
+
+L tokens, D text width.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @torch.no_grad()
 def embed(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts: list[str]) -> Tensor:
-    """Embeddings of B prompts.
+    """Encode B prompts: padded to the tokenizer's length, the last hidden state of the encoder.
 
     Args:
-        tokenizer, encoder: a pair as diffusers folders hold them. The attention mask is given to encoders whose config says
-            `use_attention_mask`, as diffusers does.
+        tokenizer, encoder: a pair as in a diffusers folder. Encoders whose config says `use_attention_mask` get the attention mask,
+            as in diffusers.
         prompts: B texts; "" is the null prompt of classifier-free guidance. Longer ones are cut at the tokenizer's length.
 
     Returns:
@@ -31,34 +34,46 @@ _WEIGHTED = re.compile(r"\(([^()]+):\s*(\d+(?:\.\d+)?)\s*\)")
 
 
 def without_weights(prompt: str) -> str:
-    """The prompt that is encoded: "a (red:1.4) ball" without its weight, "a red ball"."""
+    """Return the prompt to encode: "a (red:1.4) ball" without its weight, "a red ball"."""
     return _WEIGHTED.sub(r"\1", prompt)
 
 
-def weights(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """For each of the tokenizer's L tokens of `without_weights(prompt)` what "(words:weight)" says, 1 where nothing is said.
+def prompt_weights(pipe, prompts: list[str]) -> Tensor:
+    """Return `(B, L)` weights of the tokens of `without_weights(prompt)`: 1.4 for the tokens of "(red:1.4)", 1 elsewhere.
+
+    A token of a textual inversion counts as the vectors that it stands for.
+
+    Args:
+        pipe: a pipeline with a tokenizer, or anything with the attribute `tokenizer`.
+        prompts: B prompts.
 
     Raises:
-        ValueError: a tokenizer that does not tell which letters a token stands for.
+        ValueError: a tokenizer without character offsets.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(f"weights in a prompt need a tokenizer with offsets; {type(tokenizer).__name__} has none")
-    spans, removed = [], 0
+    if not pipe.tokenizer.is_fast:
+        raise ValueError(f"weights in a prompt need a tokenizer with offsets; {type(pipe.tokenizer).__name__} has none")
+    convert = getattr(pipe, "maybe_convert_prompt", lambda prompt, _: prompt)
+    return torch.stack([_token_weights(pipe.tokenizer, convert(prompt, pipe.tokenizer)) for prompt in prompts])
+
+
+def _token_weights(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+    spans, num_removed = [], 0
     for match in _WEIGHTED.finditer(prompt):
-        start = match.start() - removed
+        start = match.start() - num_removed
         spans.append((start, start + len(match[1]), float(match[2])))
-        removed += len(match[0]) - len(match[1])
+        num_removed += len(match[0]) - len(match[1])
     length = tokenizer.model_max_length
     offsets = tokenizer(
         without_weights(prompt), padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
     ).offset_mapping
-    of_token = [next((weight for start, end, weight in spans if first < end and last > start), 1.0) for first, last in offsets]
-    return torch.tensor(of_token)
+    weights = [next((weight for start, end, weight in spans if first < end and last > start), 1.0) for first, last in offsets]
+    return torch.tensor(weights)
 
 
-def between(keyed: Tensor, keys: list[int], num_frames: int) -> Tensor:
-    """`(K, ...)` values at K frames to `(F, ...)`, on straight lines from one to the next, the ends held."""
+def interpolate(values_K: Tensor, keys: list[int], num_frames: int) -> Tensor:
+    """Interpolate `(K, ...)` values at K frames linearly to `(F, ...)`; before the first and after the last they are constant."""
     position = torch.from_numpy(np.interp(np.arange(num_frames), keys, np.arange(len(keys))))
-    before = position.long().clamp(max=len(keys) - 1)
-    after, share = (before + 1).clamp(max=len(keys) - 1), (position - before).view(-1, *[1] * (keyed.ndim - 1))
-    return torch.lerp(keyed[before], keyed[after], share.to(keyed))
+    left = position.long().clamp(max=len(keys) - 1)
+    right = (left + 1).clamp(max=len(keys) - 1)
+    fraction = (position - left).view(-1, *[1] * (values_K.ndim - 1))
+    return torch.lerp(values_K[left], values_K[right], fraction.to(values_K))

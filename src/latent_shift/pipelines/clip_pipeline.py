@@ -1,59 +1,143 @@
-"""Generating clips: text to video, image to video, video to video, inpainting, loops, long clips and streams, with one set of weights.
+"""The call of every pipeline: text to video, image to video, video to video, inpainting, loops, long clips, and streams.
 
-What the families of Stable Diffusion have in common; pipeline.py says what differs. One frame is diffusers' own image, bit for bit.
+`ClipPipeline` is what the pipelines of all model families share; stable_diffusion.py holds what differs: components and text encoders.
+A clip of one frame equals the image of diffusers' own pipeline, bit for bit.
 
-B prompts x clips, F frames, C channels, N = B*F, L tokens, D text width.
+B clips (prompts times clips of each), F frames, C channels, h w latent height and width, L tokens, D text width.
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.free_init_utils import FreeInitMixin
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
+from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
-from latent_shift.diffusion import drift, share_noise
-from latent_shift.pipelines.conditioning import Conditioning
-from latent_shift.pipelines.denoise import Pictures, Predict, in_chunks, last_steps
-from latent_shift.shift import Shift, frames, inflate, reach, share_text, shift_of, streaming
+from latent_shift.diffusion import ar1_step, correlated_noise
+from latent_shift.pipelines.conditioning import (
+    Pictures,
+    check_family_arguments,
+    decode_clips,
+    encode_prompts,
+    known_frames,
+    resolve_num_frames,
+)
+from latent_shift.pipelines.denoise import (
+    Condition,
+    Predict,
+    check_guider,
+    denoise,
+    guided,
+    in_chunks,
+    timesteps_for_strength,
+    unet_predictor,
+)
+from latent_shift.pipelines.free_init import FreeInit
+from latent_shift.shift import Edge, Shift, inflate, reach, shift_of
+
+CALL_DEFAULTS: dict[str, float] = {
+    "num_frames": 16,
+    "fps": 8,
+    "shared_noise": 0.0,
+    "noise_correlation": 0.0,
+    "num_inference_steps": 50,
+    "guidance_scale": 7.5,
+}
+"""Defaults of a call for a model that brings none."""
 
 
 @dataclass
 class LatentShiftOutput(BaseOutput):
-    """`frames`: one entry a clip. "pil": lists of F images; "np": `(B, F, H, W, 3)` in [0, 1]; "pt": `(B, F, 3, H, W)`;
+    """`frames`, one entry a clip. "pil": lists of F images; "np": `(B, F, H, W, 3)` in [0, 1]; "pt": `(B, F, 3, H, W)`;
     "latent": `(B, C, F, h, w)`."""
 
     frames: Tensor | np.ndarray | list[list[Image.Image]]
 
 
-class ClipGeneration(Conditioning, FreeInitMixin):
-    """What the families have in common: everything but their components and texts."""
+class ClipPipeline(DiffusionPipeline):
+    """Base of the pipelines, combined with a pipeline of diffusers' Stable Diffusion family.
 
-    _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    Attributes:
+        call_defaults: defaults of a call, the model's own: `num_frames`, `fps` and so on. They may be changed.
+        free_init: settings of FreeInit, or None.
+    """
+
+    family_arguments: ClassVar[tuple[str, ...]] = ()
+    family_defaults: ClassVar[dict[str, float]] = CALL_DEFAULTS
+    free_init: FreeInit | None = None
+    call_defaults: dict[str, float]
+    encode_family_prompts: Callable[..., dict[str, Tensor]]
+    postprocess_pixels: Callable[[Tensor, torch.dtype], Tensor]
+    image_pipeline: ClassVar[type]
 
     def _prepare_unet(self, latent_shift: dict | None) -> None:
-        given = dict(latent_shift or {})
-        unknown = set(given) - {field.name for field in fields(Shift)} - set(_CALL_DEFAULTS)
+        """Inflate the U-Net of a new pipeline and set the defaults of its calls from `latent_shift`: fields of `Shift`, and those
+        defaults that the model brings."""
+        settings = dict(latent_shift or {})
+        unknown = set(settings) - {field.name for field in fields(Shift)} - set(CALL_DEFAULTS)
         if unknown:
-            raise ValueError(f"unknown latent_shift settings {sorted(unknown)}; expected fields of Shift or {sorted(_CALL_DEFAULTS)}")
+            raise ValueError(f"unknown latent_shift settings {sorted(unknown)}; expected fields of Shift or {sorted(CALL_DEFAULTS)}")
         if shift_of(self.unet) is None:
-            inflate(self.unet, Shift(**{field.name: given[field.name] for field in fields(Shift) if field.name in given}))
-        self._told = {key: given[key] for key in _CALL_DEFAULTS if key in given}
-        self.call_defaults = {**_CALL_DEFAULTS, **self._told}
-        self._register_settings()
+            inflate(self.unet, Shift(**{field.name: settings[field.name] for field in fields(Shift) if field.name in settings}))
+        self._model_defaults: dict[str, float] = {}
+        self.call_defaults = dict(self.family_defaults)
+        self.set_model_defaults({name: settings[name] for name in CALL_DEFAULTS if name in settings})
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def set_model_defaults(self, defaults: dict[str, float]) -> None:
+        """Set defaults of a call that a model or a LoRA brings; they are saved with it even where they equal the general ones."""
+        self._model_defaults |= defaults
+        self.call_defaults |= defaults
+        self._register_settings()
+
+    def _register_settings(self) -> None:
+        """Put the shift into model_index.json, and those defaults of a call that the model brought or that were changed. An image
+        model has none, which distinguishes it from one that was trained on clips."""
+        changed = {
+            name: value for name, value in self.call_defaults.items() if name in self._model_defaults or value != self.family_defaults[name]
+        }
+        self.register_to_config(latent_shift={**asdict(shift_of(self.unet) or Shift()), **changed})
+        for name, part in self.components.items():
+            base = next(cls for cls in type(part).__mro__ if not cls.__module__.startswith("latent_shift."))
+            if base is not type(part):  # a baseline's network, which diffusers opens as the class it extends
+                self.register_to_config(**{name: ("diffusers", base.__name__)})
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """Save as `DiffusionPipeline.save_pretrained` does, with the current settings of the shift in model_index.json."""
+        self._register_settings()
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def to_json_string(self) -> str:
+        """Return model_index.json. It names the image pipeline, so that generic loaders (`DiffusionPipeline`,
+        `AutoPipelineForText2Image`) open the folder as an image model; `latent_shift.load` opens it as a video model."""
+        index = json.loads(super().to_json_string())  # type: ignore[misc]
+        return json.dumps({**index, "_class_name": self.image_pipeline.__name__}, indent=2, sort_keys=True) + "\n"
+
+    def enable_free_init(self, num_iters: int = 3, **settings) -> None:
+        """Sample every clip `num_iters` times (FreeInit); settings as in `FreeInit` and in diffusers."""
+        self.free_init = FreeInit(num_iters, **settings)
+
+    def disable_free_init(self) -> None:
+        """Sample every clip once."""
+        self.free_init = None
+
+    @property
+    def free_init_enabled(self) -> bool:
+        return self.free_init is not None
 
     @torch.no_grad()
     def __call__(
@@ -68,6 +152,7 @@ class ClipGeneration(Conditioning, FreeInitMixin):
         sigmas: list[float] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        guider: BaseGuidance | None = None,
         negative_prompt: str | list[str] | None = None,
         num_videos_per_prompt: int = 1,
         eta: float = 0.0,
@@ -99,282 +184,302 @@ class ClipGeneration(Conditioning, FreeInitMixin):
         """Generate clips.
 
         Args:
-            prompt: text, or a list of texts; "(words:1.4)" weighs words. A dict {frame: text} goes from one text to the next.
-            num_frames: frames a clip; 1 makes an image, with the image model. None: the video's, or the model's own number.
+            prompt: text, or a list of texts. "(words:1.4)" weights words. A dict {frame: text} interpolates from text to text.
+            num_frames: frames of a clip; 1 generates an image with the image model. None: the video's, or the model's own number.
             height, width: pixels, multiples of the autoencoder's factor. None: the size the U-Net was trained at.
-            num_inference_steps: steps of sampling, resampled from the training timesteps (the paper's T^). None: the model's.
-            timesteps, sigmas: own steps, for schedulers that take them.
+            num_inference_steps: sampling steps, resampled from the training timesteps (the paper's T^). None: the model's.
+            timesteps, sigmas: custom steps, for schedulers that take them.
             guidance_scale: classifier-free guidance w: uncond + w (cond - uncond); 1 and below is off. None: the model's.
-            guidance_rescale: rescale factor phi of guidance (Lin et al. 2024), 0 is off.
-            negative_prompt: what to guide away from; "" if None.
+            guidance_rescale: rescale factor phi of guidance (Lin et al. 2024), over a whole clip; 0 is off.
+            guider: a guider of diffusers instead of guidance_scale and guidance_rescale: `ClassifierFreeGuidance(7.5, start=0.1,
+                stop=0.8)` guides in an interval of the steps, `AdaptiveProjectedGuidance(...)` in another way.
+            negative_prompt: text to guide away from; "" if None. Words can be weighted.
             num_videos_per_prompt: clips for each prompt.
-            eta: the eta of DDIM, ignored by other schedulers (as diffusers does).
+            eta: eta of DDIM; other schedulers ignore it, as in diffusers.
             generator: one generator, or one for each clip.
             latents: `(B, C, F, h, w)` initial noise, standard normal.
-            shared_noise: share of the initial noise's variance that all frames have in common; more moves less. None: the model's.
-            noise_correlation: of the rest from one frame to the next; more moves more slowly. None: the model's.
+            shared_noise: fraction of the variance of the initial noise that all frames share; more moves less. None: the model's.
+            noise_correlation: correlation of the rest from frame to frame; more moves more slowly. None: the model's.
             prompt_embeds, negative_prompt_embeds: `(B, L, D)` instead of texts, or `(B, F, L, D)`, one for each frame.
-            image, last_image: the first frame of the clip, and its last.
-            video: a clip of F frames to make another of.
-            mask: where the video is made anew (white) and where it stays (black): one image, or F.
-            strength: share of the steps that is taken from the video, or from the image standing still, in (0, 1]. 1 starts from
-                noise alone. None: 0.6 for a video without a mask, else 1.
-            loop: the last frame runs on into the first: the shift wraps round the clip.
-            chunk: frames the U-Net sees at once (and `halo` more on either side): memory does not grow with `num_frames`.
-            halo: frames; None: as many as have an effect (`reach`), which makes chunks exact. Fewer is faster.
+            image, last_image: first and last frame of the clip.
+            video: a clip of F frames to start from.
+            mask: white where the video is generated anew, black where it stays: one image, or F.
+            strength: fraction of the steps to take from the video, or from the still image, in (0, 1]. 1 starts from pure noise. None:
+                0.6 for a video without a mask, else 1.
+            loop: the last frame is followed by the first: the shift wraps round the clip.
+            chunk: frames the U-Net sees at once (with `halo` more on either side): memory does not grow with `num_frames`.
+            halo: frames; None: all that have an effect (`reach`), which makes chunks exact. Fewer is faster.
             ip_adapter_image, ip_adapter_image_embeds: as in diffusers, after `load_ip_adapter`.
             decode_batch_size: frames decoded at once.
             output_type: "np", "pil", "pt" or "latent", see `LatentShiftOutput`.
             return_dict: False returns `(frames,)`.
             cross_attention_kwargs, clip_skip: as in diffusers.
-            callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after every step; may return changed tensors. Or one
-                of diffusers' `PipelineCallback`s.
-            callback_on_step_end_tensor_inputs: names of the tensors it wants.
-            family: of Stable Diffusion XL: `prompt_2`, `negative_prompt_2`, `pooled_prompt_embeds`, `negative_pooled_prompt_embeds`,
-                `original_size`, `crops_coords_top_left`, `target_size`.
+            callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after every step; may return changed tensors. Or a
+                `PipelineCallback` of diffusers.
+            callback_on_step_end_tensor_inputs: names of the tensors that it gets.
+            family: for Stable Diffusion XL: `prompt_2`, `negative_prompt_2`, `pooled_prompt_embeds`, `negative_pooled_prompt_embeds`,
+                `original_size`, `crops_coords_top_left`, `target_size` and their `negative_` counterparts.
 
         Raises:
-            ValueError: arguments that contradict or do not fit the model; the message says what was expected.
+            ValueError: arguments that contradict each other or do not fit the model.
+            TypeError: an unknown argument.
         """
-        num_frames = self._num_frames(num_frames, image, last_image, video, mask, strength, loop)
-        num_inference_steps = self.call_defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        # 1. Check the arguments and resolve defaults.
+        check_family_arguments(self, family)
+        num_frames = resolve_num_frames(
+            self, num_frames, image=image, last_image=last_image, video=video, mask=mask, strength=strength, loop=loop
+        )
+        num_inference_steps = self._default("num_inference_steps", num_inference_steps)
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
-        height, width = self._size(height, width)
-        for name, number, least in (
-            ("num_frames", num_frames, 1), ("num_inference_steps", num_inference_steps, 1),
-            ("height", height, 1), ("width", width, 1), ("chunk", 1 if chunk is None else chunk, 1), ("halo", halo or 0, 0),
-        ):  # fmt: skip
-            if number < least:
-                raise ValueError(f"{name} must be {least} or more, got {number}")
+        height, width = self._resolve_size(height, width)
+        _check_numbers(num_frames=num_frames, num_inference_steps=num_inference_steps, height=height, width=width, chunk=chunk, halo=halo)
         if output_type not in ("np", "pil", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}; expected np, pil, pt or latent")
+        if guider is None:
+            guider = _classifier_free_guidance(self._default("guidance_scale", guidance_scale), guidance_rescale)
+        elif guidance_scale is not None or guidance_rescale:
+            raise ValueError("expected a guider, or guidance_scale and guidance_rescale, not both")
+        guider = copy.deepcopy(guider)
+        check_guider(guider)
         tensor_inputs = list(callback_on_step_end_tensor_inputs)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_inputs = list(callback_on_step_end.tensor_inputs)
-        self._guidance_scale = self.call_defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        self._clip_skip, self._cross_attention_kwargs, self._interrupt = clip_skip, cross_attention_kwargs, False
-        self._guidance_rescale = guidance_rescale
-        device = self._execution_device
+        # Read by callbacks and by properties of diffusers' pipelines; sampling itself captures its numbers.
+        self._guidance_scale = getattr(guider, "guidance_scale", 1.0)
+        self._guidance_rescale, self._clip_skip, self._cross_attention_kwargs = guidance_rescale, clip_skip, cross_attention_kwargs
+        self._interrupt = False
+        device, use_guidance = self._execution_device, self.do_classifier_free_guidance
 
-        texts = self._texts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_frames, num_videos_per_prompt, height, width,
-            tensor_inputs, family,
+        # 2. Encode prompts and image prompts.
+        embeds = encode_prompts(
+            self, prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            num_frames=num_frames, num_videos=num_videos_per_prompt, guided=use_guidance, height=height, width=width,
+            tensor_inputs=tensor_inputs, clip_skip=clip_skip, cross_attention_kwargs=cross_attention_kwargs, family=family,
         )  # fmt: skip
-        num_clips, dtype = len(texts["prompt_embeds"]), texts["prompt_embeds"].dtype
-        pictures = None
+        num_clips, dtype = len(embeds["prompt_embeds"]), embeds["prompt_embeds"].dtype
+        image_embeds = None
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
-            pictures = self.prepare_ip_adapter_image_embeds(
-                ip_adapter_image, ip_adapter_image_embeds, device, num_clips, self.do_classifier_free_guidance
-            )
-        times: Tensor
-        times, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+            image_embeds = self.prepare_ip_adapter_image_embeds(ip_adapter_image, ip_adapter_image_embeds, device, num_clips, use_guidance)
+        conditions = _conditions(embeds, image_embeds, use_guidance)
+
+        # 3. Timesteps and initial latents.
+        set_timesteps = lambda steps: retrieve_timesteps(self.scheduler, steps, device, timesteps, sigmas)  # noqa: E731
+        steps_T, num_inference_steps = set_timesteps(num_inference_steps)
         latents = self.prepare_video_latents(
             num_clips, num_frames, height, width, dtype, device, generator, latents, shared_noise, noise_correlation, loop
         )
-        known = self._known(image, last_image, video, mask, latents, height, width, decode_batch_size)
+
+        # 4. Frames that are given.
+        known = known_frames(
+            self, image=image, last_image=last_image, video=video, mask=mask, noise=latents, height=height, width=width,
+            batch_size=decode_batch_size,
+        )  # fmt: skip
         if known is not None:
             strength = (0.6 if image is None and mask is None else 1.0) if strength is None else strength
-            times = last_steps(self.scheduler, times, strength)
-            if not len(times):
+            steps_T = timesteps_for_strength(self.scheduler, steps_T, strength)
+            if not len(steps_T):
                 raise ValueError(f"strength {strength} of {num_inference_steps} steps leaves none; expected more of either")
             if strength < 1:
-                latents = self.scheduler.add_noise(known.latents.expand_as(latents), known.noise, times[:1])
+                latents = self.scheduler.add_noise(known.latents.expand_as(latents), known.noise, steps_T[:1])
         elif hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
-        step_options = self.prepare_extra_step_kwargs(generator, eta)
 
-        if chunk is not None and halo is None:
-            halo = reach(self.unet)
-        if chunk is not None and halo is not None and num_frames > chunk + 2 * halo:
-            predict = in_chunks(self._predictor(texts, pictures, edge="hold" if loop else None), chunk, halo, loop=loop)
-        else:
-            predict = self._predictor(texts, pictures, edge="wrap" if loop else None)
-        numbers = torch.arange(num_frames, device=device)
-        self._num_timesteps = len(times)
-        for iteration in range(self._free_init_num_iters if self.free_init_enabled else 1):
-            if self.free_init_enabled:
-                latents, times = self._apply_free_init(latents, iteration, num_inference_steps, device, dtype, generator)
-            with self.progress_bar(total=len(times) // self.scheduler.order) as progress:
-                for index, timestep in enumerate(times):
-                    if self.interrupt:
-                        continue
-                    predicted = predict(self.scheduler.scale_model_input(latents, timestep), timestep, numbers)
-                    latents = self.scheduler.step(predicted, timestep, latents, **step_options, return_dict=False)[0]
-                    if known is not None:
-                        latents = known.put_back(latents, self.scheduler, times[index + 1] if index + 1 < len(times) else None)
-                    if callback_on_step_end is not None:
-                        tensors = {"latents": latents, **texts}
-                        changed = callback_on_step_end(self, index, timestep, {name: tensors[name] for name in tensor_inputs}) or {}
-                        latents = changed.get("latents", latents)
-                        texts.update({name: changed[name] for name in texts if name in changed})
-                        for name, value in texts.items():
-                            if len(value) != num_clips:
-                                raise ValueError(f"the callback left {len(value)} {name}, expected {num_clips}: one a clip")
-                    if (index + 1) % self.scheduler.order == 0:
-                        progress.update()
+        # 5. The network as a function: the U-Net, in chunks, guided.
+        def predictor(num_steps: int) -> Predict:
+            return self._predictor(
+                conditions, guider if use_guidance else None, num_steps, num_frames=num_frames, loop=loop, chunk=chunk, halo=halo,
+                cross_attention_kwargs=cross_attention_kwargs,
+            )  # fmt: skip
 
-        made = latents if output_type == "latent" else self.decode(latents, decode_batch_size, output_type)
+        def on_step(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            if (index + 1) % self.scheduler.order == 0:
+                progress.update()
+            if callback_on_step_end is None:
+                return latents
+            tensors = {"latents": latents, **embeds}
+            changed = callback_on_step_end(self, index, timestep, {name: tensors.get(name) for name in tensor_inputs}) or {}
+            embeds.update({name: changed[name] for name in embeds if name in changed})
+            for name, value in embeds.items():
+                if len(value) != num_clips:
+                    raise ValueError(f"the callback left {len(value)} {name}, expected {num_clips}: one a clip")
+            for condition, updated in zip(conditions, _conditions(embeds, image_embeds, use_guidance), strict=True):
+                condition.update(updated)
+            if self._guidance_scale != getattr(guider, "guidance_scale", self._guidance_scale):
+                guider.guidance_scale = self._guidance_scale
+                guider.disable() if self._guidance_scale <= 1 else guider.enable()
+            return changed.get("latents", latents)
+
+        # 6. Denoise, with FreeInit several times.
+        step_options, free_init = self.prepare_extra_step_kwargs(generator, eta), self.free_init or FreeInit(num_iters=1)
+        initial_noise = latents / self.scheduler.init_noise_sigma
+        for iteration in range(free_init.num_iters):
+            if self.free_init is not None:
+                if iteration:
+                    noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=torch.float32)
+                    latents = free_init.renoise(latents, initial_noise, noise, self.scheduler)
+                steps_T, _ = set_timesteps(free_init.num_steps(iteration, num_inference_steps))
+            self._num_timesteps = len(steps_T)
+            with self.progress_bar(total=len(steps_T) // self.scheduler.order) as progress:
+                latents = denoise(
+                    predictor(len(steps_T)), self.scheduler, latents, steps_T, step_options=step_options, known=known, on_step=on_step,
+                    stop=lambda: self.interrupt,
+                )  # fmt: skip
+
+        # 7. Decode.
+        frames = latents if output_type == "latent" else decode_clips(self, latents, decode_batch_size, output_type)
         self.maybe_free_model_hooks()
-        return LatentShiftOutput(frames=made) if return_dict else (made,)
+        return LatentShiftOutput(frames=frames) if return_dict else (frames,)
 
     @torch.no_grad()
     def stream(
         self, prompt: str, *, num_frames: int | None = None, height: int | None = None, width: int | None = None,
         num_inference_steps: int | None = None, guidance_scale: float | None = None, guidance_rescale: float = 0.0,
-        negative_prompt: str | None = None, generator: torch.Generator | None = None, shared_noise: float | None = None,
-        noise_correlation: float | None = None, output_type: str = "np", **family: Any,
+        negative_prompt: str | None = None, eta: float = 0.0, generator: torch.Generator | None = None,
+        shared_noise: float | None = None, noise_correlation: float | None = None, output_type: str = "np", **family: Any,
     ) -> Iterator[np.ndarray | Tensor | Image.Image]:  # fmt: skip
-        """Yield frame after frame of one clip, at constant memory; for deterministic schedulers they are those of the whole clip.
+        """Yield the frames of one clip, one after the other, at constant memory.
 
-        Needs a causal shift, `inflate(pipe.unet, Shift(backward=0))`: then no frame depends on a later one, and of each layer only
-        the last frame's shifted channels are kept, for each step of sampling. Arguments as in a call; `num_frames=None` never ends.
+        Needs a causal shift, `inflate(pipe.unet, Shift(backward=0))`: no frame then depends on a later one, and each layer keeps
+        only the channels that it passes on, for each sampling step. With a deterministic scheduler the frames equal those of the
+        whole clip. Other calls and streams may run between two frames.
+
+        Args:
+            num_frames: None never ends.
+            prompt, height, width, num_inference_steps, guidance_scale, guidance_rescale, negative_prompt, eta, generator,
+            shared_noise, noise_correlation, output_type, family: as in a call.
         """
-        guided = self.call_defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        self._guidance_scale, self._guidance_rescale = guided, guidance_rescale
-        self._clip_skip, self._cross_attention_kwargs, self._interrupt = None, None, False
-        steps = int(num_inference_steps or self.call_defaults["num_inference_steps"])
-        share, correlation = self._noise_settings(shared_noise, noise_correlation)
-        height, width = self._size(height, width)
-        texts = self._texts(prompt, negative_prompt, None, None, 1, 1, height, width, [], family)
-        memories: list[dict] = [{} for _ in range(steps * self.scheduler.order)]
-        device, dtype = self._execution_device, texts["prompt_embeds"].dtype
-        draw = lambda: self.prepare_video_latents(1, 1, height, width, torch.float32, device, generator, None)  # noqa: E731
-        common, rest, number = draw() if share or correlation else 0.0, None, 0
-        while num_frames is None or number < num_frames:
-            rest = drift(draw(), rest, correlation)
-            latents = (rest * (1 - share) ** 0.5 + common * share**0.5).to(dtype)
-            timesteps, _ = retrieve_timesteps(self.scheduler, steps, device)
-            for index, timestep in enumerate(timesteps):
-                predict = self._predictor(texts, None, memory=memories[index])
-                predicted = predict(self.scheduler.scale_model_input(latents, timestep), timestep, torch.zeros(1, dtype=torch.long))
-                latents = self.scheduler.step(predicted, timestep, latents, return_dict=False)[0]
-            yield self.decode(latents, 1, output_type)[0][0]
-            number += 1
+        check_family_arguments(self, family)
+        num_inference_steps = self._default("num_inference_steps", num_inference_steps)
+        shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
+        height, width = self._resolve_size(height, width)
+        guider = _classifier_free_guidance(self._default("guidance_scale", guidance_scale), guidance_rescale)
+        self._guidance_scale, self._interrupt = guider.guidance_scale, False
+        use_guidance, device, scheduler = self.do_classifier_free_guidance, self._execution_device, copy.deepcopy(self.scheduler)
+        step_options = self.prepare_extra_step_kwargs(generator, eta)
+        embeds = encode_prompts(
+            self, prompt, negative_prompt=negative_prompt, prompt_embeds=None, negative_prompt_embeds=None, num_frames=1, num_videos=1,
+            guided=use_guidance, height=height, width=width, tensor_inputs=[], clip_skip=None, cross_attention_kwargs=None,
+            family=family,
+        )  # fmt: skip
+        conditions, dtype = _conditions(embeds, None, use_guidance), embeds["prompt_embeds"].dtype
+        steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device)
+        predict = self._predictor(conditions, guider if use_guidance else None, len(steps_T), memories=[{} for _ in range(len(steps_T))])
 
-    def _predictor(self, texts: dict[str, Tensor], pictures: list[Tensor] | None, *, edge=None, memory: dict | None = None) -> Predict:
-        """The U-Net with classifier-free guidance, in one batch: the unconditional half first, frames clip by clip."""
-        one_text_a_clip = share_text(self.unet)
+        def draw_noise() -> Tensor:
+            return self.prepare_video_latents(1, 1, height, width, torch.float32, device, generator, None)
 
-        def predict(latents_BCFhw: Tensor, timestep: Tensor, numbers_F: Tensor) -> Tensor:
-            num_frames, guided = len(numbers_F), self.do_classifier_free_guidance
-            inputs_NChw = latents_BCFhw.transpose(1, 2).flatten(0, 1)
-            inputs_NChw = torch.cat([inputs_NChw] * 2) if guided else inputs_NChw
+        clip_noise = draw_noise() if shared_noise or noise_correlation else 0.0
+        frame_noise, index = None, 0
+        while num_frames is None or index < num_frames:
+            frame_noise = ar1_step(draw_noise(), frame_noise, noise_correlation)
+            latents = (frame_noise * (1 - shared_noise) ** 0.5 + clip_noise * shared_noise**0.5).to(dtype)
+            steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device)
+            latents = denoise(predict, scheduler, latents, steps_T, step_options=step_options)
+            yield decode_clips(self, latents, 1, output_type)[0][0]
+            index += 1
 
-            def rows(name: str, ndim: int) -> Tensor:
-                """What is said of each frame `(N, ...)`; of each clip if that is enough."""
-                halves = [texts[f"negative_{name}"], texts[name]] if guided else [texts[name]]
-                if one_text_a_clip and name == "prompt_embeds" and all(half.ndim == ndim for half in halves):
-                    return torch.cat(halves)
-                return torch.cat([
-                    half[:, numbers_F].flatten(0, 1) if half.ndim > ndim else half.repeat_interleave(num_frames, dim=0) for half in halves
-                ])  # fmt: skip
+    def _predictor(
+        self, conditions: list[Condition], guider: BaseGuidance | None, num_steps: int, *, num_frames: int = 1, loop: bool = False,
+        chunk: int | None = None, halo: int | None = None, memories: list[dict] | None = None,
+        cross_attention_kwargs: dict | None = None,
+    ) -> Predict:  # fmt: skip
+        """Compose the network of a call: the U-Net, in chunks if asked, guided if asked."""
+        wraps = loop or (shift_of(self.unet) or Shift()).edge == "wrap"
+        edge: Edge | None = "wrap" if loop else None
+        halos = (0, 0)
+        if chunk is not None:
+            halos = reach(self.unet) if halo is None else (halo, halo)
+            chunk = chunk if num_frames > chunk + sum(halos) else None
+        if chunk is not None and wraps:
+            edge = "hold"  # within a window; the chunks join the ends of the clip
+        timestep_cond = None
+        if self.unet.config.time_cond_proj_dim is not None:
+            scale = torch.tensor([self._guidance_scale - 1.0])
+            timestep_cond = self.get_guidance_scale_embedding(scale, embedding_dim=self.unet.config.time_cond_proj_dim)
 
-            added: dict[str, Any] = {name[4:]: rows(name, 2) for name in ("add_text_embeds", "add_time_ids") if name in texts}
-            if pictures is not None:
-                added["image_embeds"] = [picture.repeat_interleave(num_frames, dim=0) for picture in pictures]
-            condition = None
-            if self.unet.config.time_cond_proj_dim is not None:
-                scale = torch.full((len(inputs_NChw),), self.guidance_scale - 1)
-                condition = self.get_guidance_scale_embedding(scale, embedding_dim=self.unet.config.time_cond_proj_dim).to(inputs_NChw)
-            with frames(self.unet, num_frames, edge=edge) if memory is None else streaming(self.unet, memory):
-                predicted = self.unet(
-                    inputs_NChw, timestep, rows("prompt_embeds", 3), timestep_cond=condition,
-                    cross_attention_kwargs=self.cross_attention_kwargs, added_cond_kwargs=added or None, return_dict=False,
-                )[0]  # fmt: skip
-            if guided:
-                unconditional, conditional = predicted.chunk(2)
-                predicted = unconditional + self.guidance_scale * (conditional - unconditional)
-                if self._guidance_rescale > 0:
-                    predicted = rescale_noise_cfg(predicted, conditional, self._guidance_rescale)
-            return predicted.unflatten(0, (len(latents_BCFhw), num_frames)).transpose(1, 2)
+        def network(conditions: list[Condition]) -> Predict:
+            predict = unet_predictor(
+                self.unet, conditions, edge=edge, memories=memories, timestep_cond=timestep_cond,
+                cross_attention_kwargs=cross_attention_kwargs,
+            )  # fmt: skip
+            return predict if chunk is None else in_chunks(predict, chunk, halos, loop=wraps)
 
-        return predict
-
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        factor, size = self.vae_scale_factor, self.unet.config.sample_size
-        size = (size, size) if isinstance(size, int) else size
-        return size[0] * factor if height is None else height, size[1] * factor if width is None else width
-
-    def _num_frames(self, num_frames, image, last_image, video, mask, strength, loop) -> int:
-        """Frames of the clip; raises ValueError for pictures that contradict."""
-        for wrong, message in (
-            (video is not None and (image is not None or last_image is not None), "a video or an image to start from, not both"),
-            (last_image is not None and image is None, "an image before last_image"),
-            (mask is not None and video is None, "a video for the mask to lie over"),
-            (strength is not None and video is None and image is None, "a video or an image for strength to start from"),
-            (strength is not None and not 0 < strength <= 1, f"strength above 0 and up to 1, not {strength}"),
-            (last_image is not None and loop, "a last_image or a loop, not both"),
-            (
-                self.free_init_enabled and (video is not None or image is not None),
-                "no image or video with FreeInit, which starts from noise",
-            ),
-        ):
-            if wrong:
-                raise ValueError(f"expected {message}")
-        if video is None:
-            chosen = self.call_defaults["num_frames"] if num_frames is None else num_frames
-            least = 1 + (image is not None) + (last_image is not None)
-            if least > max(chosen, 1):
-                raise ValueError(f"num_frames must be {least} or more to go on from what is given, got {chosen}")
-            return int(chosen)
-        if num_frames not in (None, len(video)):
-            raise ValueError(f"the video has {len(video)} frames, num_frames is {num_frames}: expected the same, or no num_frames")
-        return len(video)
+        if guider is None:
+            return network(conditions)
+        return guided(network(conditions[-1:]), network(conditions), guider, num_steps)
 
     def prepare_video_latents(
         self, num_clips: int, num_frames: int, height: int, width: int, dtype: torch.dtype, device: torch.device,
         generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None, shared_noise: float = 0.0,
         noise_correlation: float = 0.0, loop: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Initial noise `(B, C, F, h, w)` scaled for the scheduler: drawn, or the caller's after a check of its shape.
+        """Return initial latents `(B, C, F, h, w)` scaled for the scheduler: noise, or the caller's after a check of its shape.
 
-        First what the frames share is drawn, then frame by frame: one frame gets the noise of diffusers' image pipeline (in float32), and a
-        longer clip begins as a shorter one (a loop whose noise is correlated does not: its last frame leads into its first). It is
-        drawn in float32: a seed is the same clip in any dtype, which PyTorch's own half-precision noise is not in every release.
+        Noise is drawn first for what the frames share, then frame by frame: one frame gets the noise of diffusers' image pipeline
+        (in float32), and a longer clip begins as a shorter one (except a loop with correlated noise, whose last frame leads into its
+        first). It is drawn in float32, so that a seed gives the same clip in any dtype.
         """
         channels, factor = self.unet.config.in_channels, self.vae_scale_factor
         shape = (num_clips, channels, num_frames, height // factor, width // factor)
-        if latents is None:
-            if isinstance(generator, list) and len(generator) != num_clips:
-                raise ValueError(f"expected one generator or {num_clips}, one for each clip, got {len(generator)}")
-            common = 1 if (shared_noise or noise_correlation) and num_frames > 1 else 0
-            drawn = (num_clips, common + num_frames, channels, *shape[3:])
-            noise = randn_tensor(drawn, generator=generator, device=device, dtype=torch.float32)
-            if common:
-                noise = share_noise(noise[:, 1:], noise[:, :1], shared_noise, noise_correlation, loop=loop)
-            latents = noise.transpose(1, 2)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(
-                f"expected latents of shape {shape} (clips, channels, frames, height/{factor}, width/{factor}), got {tuple(latents.shape)}"
-            )
-        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise ValueError(
+                    f"expected latents of shape {shape} (clips, channels, frames, height/{factor}, width/{factor}), "
+                    f"got {tuple(latents.shape)}"
+                )
+            return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        if isinstance(generator, list) and len(generator) != num_clips:
+            raise ValueError(f"expected one generator or {num_clips}, one for each clip, got {len(generator)}")
+        num_shared = 1 if (shared_noise or noise_correlation) and num_frames > 1 else 0
+        noise_shape = (num_clips, num_shared + num_frames, channels, *shape[3:])
+        noise = randn_tensor(noise_shape, generator=generator, device=device, dtype=torch.float32)
+        if num_shared:
+            noise = correlated_noise(noise[:, 1:], noise[:, :1], shared_noise, noise_correlation, loop=loop)
+        return noise.transpose(1, 2).to(device, dtype) * self.scheduler.init_noise_sigma
 
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """As `DiffusionPipeline.save_pretrained`, with the settings that the U-Net is inflated with now."""
-        self._register_settings()
-        super().save_pretrained(*args, **kwargs)
+    def _default(self, name: str, value):
+        return self.call_defaults[name] if value is None else value
 
-    def _register_settings(self) -> None:
-        """What model_index.json says: the shift, and of a call's defaults those that the model came with or that were changed. An image
-        model has none, and that tells it from one that was trained on clips."""
-        told = {key: value for key, value in self.call_defaults.items() if key in self._told or value != _CALL_DEFAULTS[key]}
-        if isinstance(self.unet, UNet2DConditionModel):  # or the baseline's, which plain diffusers then opens as what it is made of
-            self.register_to_config(unet=("diffusers", UNet2DConditionModel.__name__))
-        if isinstance(self.vae, AutoencoderKL):
-            self.register_to_config(vae=("diffusers", AutoencoderKL.__name__))
-        self.register_to_config(latent_shift={**asdict(shift_of(self.unet) or Shift()), **told})
+    def _resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        size = self.unet.config.sample_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        factor = self.vae_scale_factor
+        return rows * factor if height is None else height, columns * factor if width is None else width
 
     def _noise_settings(self, shared_noise: float | None, noise_correlation: float | None) -> tuple[float, float]:
-        share = self.call_defaults["shared_noise"] if shared_noise is None else shared_noise
-        correlation = self.call_defaults["noise_correlation"] if noise_correlation is None else noise_correlation
-        if not 0 <= share <= 1:
-            raise ValueError(f"shared_noise must be from 0 to 1, got {share}")
+        shared, correlation = self._default("shared_noise", shared_noise), self._default("noise_correlation", noise_correlation)
+        if not 0 <= shared <= 1:
+            raise ValueError(f"shared_noise must be from 0 to 1, got {shared}")
         if not 0 <= correlation < 1:
             raise ValueError(f"noise_correlation must be from 0 to below 1, got {correlation}")
-        return share, correlation
+        return shared, correlation
 
 
-ClipGeneration.arguments = tuple(inspect.signature(ClipGeneration.__call__).parameters)
-_CALL_DEFAULTS: dict[str, float] = {
-    "num_frames": 16, "fps": 8, "shared_noise": 0.0, "noise_correlation": 0.0, "num_inference_steps": 50, "guidance_scale": 7.5,
-}  # fmt: skip
+def _check_numbers(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        least = 0 if name == "halo" else 1
+        if number is not None and number < least:
+            raise ValueError(f"{name} must be {least} or more, got {number}")
+
+
+def _classifier_free_guidance(scale: float, rescale: float) -> ClassifierFreeGuidance:
+    logger = diffusers.utils.logging.get_logger("diffusers.guiders.guider_utils")
+    logger.disabled = True  # it calls guiders experimental each time one is made
+    try:
+        return ClassifierFreeGuidance(scale, rescale, enabled=scale > 1)
+    finally:
+        logger.disabled = False
+
+
+def _conditions(embeds: dict[str, Tensor], image_embeds: list[Tensor] | None, use_guidance: bool) -> list[Condition]:
+    """Return the inputs of the U-Net beside the latents: with guidance the unconditional first."""
+    prefixes, conditions = ["negative_", ""] if use_guidance else [""], []
+    for position, prefix in enumerate(prefixes):
+        condition: Condition = {"prompt_embeds": embeds[prefix + "prompt_embeds"]}
+        for key in ("text_embeds", "time_ids"):
+            if (name := f"{prefix}add_{key}") in embeds:
+                condition[key] = embeds[name]
+        if image_embeds is not None:
+            condition["image_embeds"] = [embed.chunk(len(prefixes))[position] for embed in image_embeds]
+        conditions.append(condition)
+    return conditions

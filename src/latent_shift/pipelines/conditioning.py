@@ -1,129 +1,165 @@
-"""What a pipeline is given, words and pictures, to the tensors that generation works on, and latents back to pictures."""
+"""Inputs of a call, prompts and pictures, as the tensors that sampling works on; and latents back as frames.
+
+B clips, F frames, C channels, N = B*F, L tokens, D text width.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from typing import Any, ClassVar
+import inspect
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.video_processor import VideoProcessor
+from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from latent_shift.models import text
-from latent_shift.pipelines.denoise import Known, Pictures, as_mask
+from latent_shift.models.autoencoder import decode_latents, encode_frames, upcast
+from latent_shift.pipelines.denoise import KnownFrames
+
+Pictures = Any
+"""Anything diffusers' image processors take: images, arrays `(F, H, W, 3)`, tensors `(F, 3, H, W)`; floats in [0, 1]."""
 
 
-class Conditioning:
-    """Mixed into a pipeline of diffusers' Stable Diffusion family. C channels, F frames, B clips."""
+def check_family_arguments(pipe, family: dict[str, Any]) -> None:
+    """Raise TypeError for an argument that neither a call nor the model family takes; name the nearest one."""
+    for name in set(family) - set(pipe.family_arguments):
+        arguments = [*pipe.family_arguments, *inspect.signature(type(pipe).__call__).parameters]
+        nearest = difflib.get_close_matches(name, arguments, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise TypeError(f"{type(pipe).__name__} has no argument {name!r}{hint}")
 
-    family_arguments: ClassVar[tuple[str, ...]] = ()
-    arguments: ClassVar[tuple[str, ...]] = ()  # of a call, for who mistypes one
-    vae: AutoencoderKL
-    scheduler: Any
-    tokenizer: PreTrainedTokenizerBase
-    image_processor: VaeImageProcessor
-    video_processor: VideoProcessor
-    do_classifier_free_guidance: bool
-    _encode_texts: Callable[..., dict[str, Tensor]]  # of the family
-    _finished: Callable[[Tensor, torch.dtype], Tensor]
 
-    def _texts(
-        self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_frames: int, num_videos: int, height: int, width: int,
-        tensor_inputs: list[str], family: dict,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """What the U-Net is told, by name: `(B, ...)`, or `(B, F, ...)` where frames are told different things. With guidance each
-        name has a `negative_` one."""
-        for name in set(family) - set(self.family_arguments):
-            nearest = difflib.get_close_matches(name, [*self.family_arguments, *self.arguments], n=1)
-            raise TypeError(f"{type(self).__name__} has no argument {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
-        travel = sorted(prompt.items()) if isinstance(prompt, dict) else None
-        if travel is not None:
-            if not travel or not 0 <= travel[0][0] <= travel[-1][0] < num_frames:
-                raise ValueError(f"expected texts for frames from 0 to {num_frames - 1}, got {[frame for frame, _ in travel]}")
-            prompt = [words for _, words in travel]
-        every_frame = prompt_embeds if prompt_embeds is not None and prompt_embeds.ndim == 4 else None
-        if every_frame is not None:
-            if every_frame.shape[1] != num_frames:
-                raise ValueError(f"expected prompt_embeds of {num_frames} frames, got {every_frame.shape[1]}")
-            prompt_embeds = every_frame[:, 0]
-        plain = text.without_weights(prompt) if isinstance(prompt, str) else prompt and [text.without_weights(words) for words in prompt]
-        if isinstance(plain, list) and isinstance(negative_prompt, str):
-            negative_prompt = [negative_prompt] * len(plain)
-        num_each = 1 if travel else num_videos
-        told = self._encode_texts(
-            plain, negative_prompt, prompt_embeds, negative_prompt_embeds, num_each, height, width, tensor_inputs, family
-        )
-        if not self.do_classifier_free_guidance:
-            told = {name: value for name, value in told.items() if not name.startswith("negative_")}
-        if plain != prompt:
-            listed = [prompt] if isinstance(prompt, str) else prompt
-            weights = torch.stack([text.weights(self.tokenizer, words) for words in listed]).repeat_interleave(num_each, dim=0)
-            null = self._encode_texts([""], None, None, None, 1, height, width, [], {})["prompt_embeds"]
-            told["prompt_embeds"] = torch.lerp(null, told["prompt_embeds"], weights.to(null)[:, :, None])
-        if every_frame is not None:
-            told["prompt_embeds"] = every_frame.repeat_interleave(num_videos, dim=0).to(told["prompt_embeds"])
-        if travel:
-            keys = [frame for frame, _ in travel]
-            for name, value in told.items():
-                told[name] = value[:1] if name.startswith("negative_") else text.between(value, keys, num_frames)[None]
-                told[name] = told[name].repeat_interleave(num_videos, dim=0)
-        return told
+def resolve_num_frames(pipe, num_frames: int | None, *, image, last_image, video, mask, strength, loop: bool) -> int:
+    """Return the number of frames of a clip; raise ValueError for pictures that contradict each other."""
+    conflicts = (
+        (video is not None and (image is not None or last_image is not None), "a video or an image to start from, not both"),
+        (last_image is not None and image is None, "an image before last_image"),
+        (mask is not None and video is None, "a video for the mask to lie over"),
+        (strength is not None and video is None and image is None, "a video or an image for strength to start from"),
+        (strength is not None and not 0 < strength <= 1, f"strength above 0 and up to 1, not {strength}"),
+        (last_image is not None and loop, "a last_image or a loop, not both"),
+        (pipe.free_init_enabled and (video is not None or image is not None), "no image or video with FreeInit, which starts from noise"),
+    )
+    for conflict, message in conflicts:
+        if conflict:
+            raise ValueError(f"expected {message}")
+    if video is not None:
+        if num_frames not in (None, len(video)):
+            raise ValueError(f"the video has {len(video)} frames, num_frames is {num_frames}: expected the same, or no num_frames")
+        return len(video)
+    num_frames = pipe.call_defaults["num_frames"] if num_frames is None else num_frames
+    least = 1 + (image is not None) + (last_image is not None)
+    if least > max(num_frames, 1):
+        raise ValueError(f"num_frames must be {least} or more with the pictures that are given, got {num_frames}")
+    return int(num_frames)
 
-    def _known(self, image, last_image, video, mask, noise: Tensor, height: int, width: int, batch_size: int) -> Known | None:
-        """What the given pictures fix of the clip."""
-        if image is None and video is None:
-            return None
-        num_frames = noise.shape[2]
-        if video is not None:
-            clean = self.encode(video, height, width, batch_size).to(noise)
-            new = None if mask is None else as_mask(mask, num_frames, noise.shape[-2:]).to(noise)
-        else:
-            ends = [self.encode(each, height, width, 1).to(noise) for each in (image, last_image) if each is not None]
-            clean = ends[0].repeat(1, 1, num_frames, 1, 1)
-            new = torch.ones(1, 1, num_frames, 1, 1).to(noise)
-            new[:, :, 0] = 0
-            if last_image is not None:
-                clean[:, :, num_frames // 2 :], new[:, :, -1] = ends[1], 0
-        return Known(clean, noise / self.scheduler.init_noise_sigma, new)
 
-    def encode(self, pictures: Pictures, height: int, width: int, batch_size: int) -> Tensor:
-        """Pictures to the means of their latents `(1, C, F, h, w)`, each frame independently, scaled as the U-Net sees them."""
-        if isinstance(pictures, np.ndarray) and pictures.dtype == np.uint8:
-            pictures = pictures / np.float32(255)
-        pixels_NCHW = self.image_processor.preprocess(pictures, height, width)
-        upcast = self._upcast_vae()
-        parts = [self.vae.encode(part.to(self.vae.device, self.vae.dtype)).latent_dist.mean for part in pixels_NCHW.split(batch_size)]
-        if upcast:
-            self.vae.to(dtype=torch.float16)
-        latents, config = torch.cat(parts), self.vae.config
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (config.latents_mean, config.latents_std))
-            latents = (latents - mean) / std
-        return (latents * config.scaling_factor).transpose(0, 1)[None]
+def encode_prompts(
+    pipe, prompt: str | list[str] | dict[int, str] | None, *, negative_prompt, prompt_embeds: Tensor | None,
+    negative_prompt_embeds: Tensor | None, num_frames: int, num_videos: int, guided: bool, height: int, width: int,
+    tensor_inputs: list[str], clip_skip: int | None, cross_attention_kwargs: dict | None, family: dict[str, Any],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Encode prompts to the text inputs of the U-Net, by name: `(B, ...)` a clip, or `(B, F, ...)` where frames differ. With guidance
+    each name also has a `negative_` one."""
+    schedule = sorted(prompt.items()) if isinstance(prompt, dict) else None
+    if schedule is not None:
+        if not schedule or not 0 <= schedule[0][0] <= schedule[-1][0] < num_frames:
+            raise ValueError(f"expected prompts for frames from 0 to {num_frames - 1}, got {[frame for frame, _ in schedule]}")
+    texts = [words for _, words in schedule] if schedule is not None else prompt
+    frame_embeds = prompt_embeds if prompt_embeds is not None and prompt_embeds.ndim == 4 else None
+    if frame_embeds is not None:
+        if frame_embeds.shape[1] != num_frames:
+            raise ValueError(f"expected prompt_embeds of {num_frames} frames, got {frame_embeds.shape[1]}")
+        prompt_embeds = frame_embeds[:, 0]
+    num_each = 1 if schedule else num_videos
+    plain, plain_negative = _without_weights(texts), _without_weights(negative_prompt)
+    if isinstance(plain, list) and isinstance(plain_negative, str):
+        plain_negative, negative_prompt = [plain_negative] * len(plain), [negative_prompt] * len(plain)
+    options = dict(
+        guided=guided, height=height, width=width, tensor_inputs=tensor_inputs, clip_skip=clip_skip,
+        cross_attention_kwargs=cross_attention_kwargs,
+    )  # fmt: skip
+    embeds = pipe.encode_family_prompts(
+        plain, plain_negative, prompt_embeds, negative_prompt_embeds, num_each=num_each, family=family, **options
+    )
+    if not guided:
+        embeds = {name: value for name, value in embeds.items() if not name.startswith("negative_")}
+    for name, weighted, unweighted in (("prompt_embeds", texts, plain), ("negative_prompt_embeds", negative_prompt, plain_negative)):
+        if unweighted != weighted and name in embeds:
+            null = pipe.encode_family_prompts([""], None, None, None, num_each=1, family={}, **options)["prompt_embeds"]
+            weights = text.prompt_weights(pipe, [weighted] if isinstance(weighted, str) else list(weighted or []))
+            weights = weights.repeat_interleave(len(embeds[name]) // len(weights), dim=0).to(null)
+            embeds[name] = torch.lerp(null, embeds[name], weights[:, :, None])
+    if frame_embeds is not None:
+        embeds["prompt_embeds"] = frame_embeds.repeat_interleave(num_videos, dim=0).to(embeds["prompt_embeds"])
+    if schedule:
+        keys = [frame for frame, _ in schedule]
+        for name, value in embeds.items():
+            value = value[:1] if name.startswith("negative_") else text.interpolate(value, keys, num_frames)[None]
+            embeds[name] = value.repeat_interleave(num_videos, dim=0)
+    return embeds
 
-    def decode(self, latents: Tensor, batch_size: int, output_type: str) -> Tensor | np.ndarray | list:
-        """`(B, C, F, h, w)` latents to frames, each decoded independently, `batch_size` at a time."""
-        config, latents_NCHW = self.vae.config, latents.transpose(1, 2).flatten(0, 1)
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (config.latents_mean, config.latents_std))
-            latents_NCHW = latents_NCHW * std / config.scaling_factor + mean
-        else:
-            latents_NCHW = latents_NCHW / config.scaling_factor
-        upcast = self._upcast_vae()
-        pixels = torch.cat([self.vae.decode(part.to(self.vae.dtype), return_dict=False)[0] for part in latents_NCHW.split(batch_size)])
-        if upcast:
-            self.vae.to(dtype=torch.float16)
-        pixels_BCFHW = self._finished(pixels, latents.dtype).unflatten(0, (len(latents), -1)).transpose(1, 2)
-        return self.video_processor.postprocess_video(pixels_BCFHW, output_type=output_type)
 
-    def _upcast_vae(self) -> bool:
-        """Some autoencoders overflow in half precision, and their configuration says so."""
-        upcast = self.vae.dtype == torch.float16 and bool(getattr(self.vae.config, "force_upcast", False)) and hasattr(self, "upcast_vae")
-        if upcast:
-            self.vae.to(dtype=torch.float32)
-        return upcast
+def _without_weights(prompt: Any) -> str | list[str] | None:
+    if isinstance(prompt, str):
+        return text.without_weights(prompt)
+    return prompt and [text.without_weights(words) for words in prompt]
+
+
+def known_frames(
+    pipe, *, image: Pictures, last_image: Pictures, video: Pictures, mask: Pictures, noise: Tensor, height: int, width: int,
+    batch_size: int,
+) -> KnownFrames | None:  # fmt: skip
+    """Return what the given pictures fix of a clip, or None without any."""
+    if image is None and video is None:
+        return None
+    num_frames = noise.shape[2]
+    if video is not None:
+        clean = encode_pictures(pipe, video, height, width, batch_size).to(noise)
+        mask = None if mask is None else latent_mask(mask, num_frames, noise.shape[-2:]).to(noise)
+    else:
+        ends = [encode_pictures(pipe, picture, height, width, 1).to(noise) for picture in (image, last_image) if picture is not None]
+        clean = ends[0].repeat(1, 1, num_frames, 1, 1)
+        mask = torch.ones(1, 1, num_frames, 1, 1).to(noise)
+        mask[:, :, 0] = 0
+        if last_image is not None:
+            clean[:, :, num_frames // 2 :], mask[:, :, -1] = ends[1], 0
+    return KnownFrames(clean, noise / pipe.scheduler.init_noise_sigma, mask)
+
+
+def encode_pictures(pipe, pictures: Pictures, height: int, width: int, batch_size: int) -> Tensor:
+    """Encode pictures to the means of their latents `(1, C, F, h, w)`, each frame independently."""
+    if isinstance(pictures, np.ndarray) and pictures.dtype == np.uint8:
+        pictures = pictures / np.float32(255)
+    pixels_N3HW = pipe.image_processor.preprocess(pictures, height, width)
+    with upcast(pipe.vae, when=needs_upcast(pipe)):
+        latents_NChw = encode_frames(pipe.vae, pixels_N3HW, device=pipe._execution_device, batch_size=batch_size)
+    return latents_NChw.transpose(0, 1)[None]
+
+
+def decode_clips(pipe, latents: Tensor, batch_size: int, output_type: str) -> Tensor | np.ndarray | list:
+    """Decode `(B, C, F, h, w)` latents to frames of an `output_type`, each frame independently, `batch_size` at a time."""
+    with upcast(pipe.vae, when=needs_upcast(pipe)):
+        pixels_N3HW = decode_latents(pipe.vae, latents.transpose(1, 2).flatten(0, 1), batch_size=batch_size)
+    pixels_B3FHW = pipe.postprocess_pixels(pixels_N3HW, latents.dtype).unflatten(0, (len(latents), -1)).transpose(1, 2)
+    return pipe.video_processor.postprocess_video(pixels_B3FHW, output_type=output_type)
+
+
+def needs_upcast(pipe) -> bool:
+    """Return whether the autoencoder overflows in half precision, as that of Stable Diffusion XL says of itself."""
+    return hasattr(pipe, "upcast_vae") and bool(getattr(pipe.vae.config, "force_upcast", False))
+
+
+def latent_mask(mask: Pictures, num_frames: int, size: tuple[int, ...]) -> Tensor:
+    """Convert one picture or F, white where something new is generated, to `(1, 1, F, h, w)` of 0 and 1. A latent is new if half
+    of its pixels are."""
+    single = isinstance(mask, Image.Image) or (not isinstance(mask, (list, tuple)) and np.ndim(mask) != 3)
+    pictures = [mask] if single else list(mask)
+    masks = [np.asarray(picture.convert("L") if isinstance(picture, Image.Image) else picture) for picture in pictures]
+    if len(masks) not in (1, num_frames) or any(picture.ndim != 2 for picture in masks):
+        raise ValueError(f"expected one mask (H, W) or {num_frames}, got {len(masks)} of shape {masks[0].shape}")
+    scaled = [torch.from_numpy(picture / np.float32(255 if picture.dtype == np.uint8 else 1)).float() for picture in masks]
+    resized = torch.nn.functional.interpolate(torch.stack(scaled)[:, None], size, mode="area") >= 0.5
+    return resized.float().expand(num_frames, -1, -1, -1).transpose(0, 1)[None]

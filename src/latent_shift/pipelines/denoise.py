@@ -1,53 +1,199 @@
-"""Sampling in time: what is done to the noise a network predicts, and to latents between the steps, in any mode.
+"""Sampling as plain functions over a callable: a loop, a U-Net as such a callable, guidance, chunks.
 
-A `Predict` takes noisy latents `(B, C, F, h, w)`, the timestep and the numbers of their frames in the clip, `(F,)`, and
-returns what the network predicts for them, of the same shape. Wrappers take one and return one.
+A `Predict` takes noisy latents `(B, C, F, h, w)`, a timestep and the indices of their frames in the clip, `(F,)`, and returns the
+prediction of the network for them. Each wrapper takes one `Predict` and returns another; it captures its numbers when it is made and
+reads no state later, so two streams or two calls never see each other's settings.
+
+B clips, F frames, C channels, h w latent height and width, N = B*F, K conditions (conditional, unconditional).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import SchedulerMixin
-from PIL import Image
+from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
-Pictures = Any  # what diffusers' image processors take: images, arrays `(F, H, W, 3)`, tensors `(F, 3, H, W)`, floats in [0, 1]
+from latent_shift.shift import Edge, frames, share_text, streaming
+
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+Condition = dict[str, Any]
+"""Inputs of the U-Net beside the latents, `(B, ...)` a clip or `(B, F, ...)` a frame: `prompt_embeds`, and where the U-Net takes them
+`text_embeds`, `time_ids` and `image_embeds` (a list)."""
 
 
-def in_chunks(predict: Predict, chunk: int, halo: int, *, loop: bool = False) -> Predict:
-    """Predict `chunk` frames at a time, in the company of `halo` frames on either side: memory does not grow with the clip.
-
-    With a halo of `reach(network)` frames this is what the network predicts for the whole clip; a shorter one is faster and lets
-    a chunk know less of what comes before and after.
+def denoise(
+    predict: Predict,
+    scheduler: SchedulerMixin,
+    latents: Tensor,
+    timesteps: Tensor,
+    *,
+    step_options: Mapping[str, Any] | None = None,
+    known: KnownFrames | None = None,
+    on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """Denoise latents from the first timestep to the last.
 
     Args:
-        predict: for clips of up to `chunk + 2 * halo` frames that do not loop.
-        chunk, halo: frames.
-        loop: the frames before the first are the last.
-    """
+        predict: network.
+        scheduler: a diffusers scheduler whose timesteps are set.
+        latents: `(B, C, F, h, w)` noise, scaled by `scheduler.init_noise_sigma`.
+        timesteps: `(T,)`.
+        step_options: arguments of `scheduler.step`, such as `generator` and `eta`.
+        known: frames that are given; they are blended in after every step.
+        on_step: called as `on_step(index, timestep, latents)` after every step; returns the latents to go on with.
+        stop: asked before every step; the remaining steps are skipped once it returns True.
 
-    def chunked(latents_BCFhw: Tensor, timestep: Tensor, numbers_F: Tensor) -> Tensor:
+    Returns:
+        `(B, C, F, h, w)` latents.
+    """
+    frame_indices_F = torch.arange(latents.shape[2], device=latents.device)
+    for index, timestep in enumerate(timesteps):
+        if stop():
+            break
+        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep, frame_indices_F)
+        latents = scheduler.step(prediction, timestep, latents, **(step_options or {}), return_dict=False)[0]
+        if known is not None:
+            latents = known.blend_at(latents, scheduler, timesteps[index + 1] if index + 1 < len(timesteps) else None)
+        if on_step is not None:
+            latents = on_step(index, timestep, latents)
+    return latents
+
+
+def unet_predictor(
+    unet: UNet2DConditionModel,
+    conditions: Sequence[Condition],
+    *,
+    edge: Edge | None = None,
+    memories: Sequence[dict] | None = None,
+    timestep_cond: Tensor | None = None,
+    cross_attention_kwargs: dict | None = None,
+) -> Predict:
+    """Run an inflated U-Net on K conditions in one batch.
+
+    Args:
+        unet: an inflated U-Net.
+        conditions: K conditions of the same latents. Changes to them take effect at the next step.
+        edge: an edge other than the network's own.
+        memories: one for each timestep, makes each pass over the timesteps the next frame of a stream, see `streaming`.
+        timestep_cond: `(1, D)` embedding of the guidance scale, for distilled U-Nets.
+        cross_attention_kwargs: as in diffusers.
+
+    Returns:
+        A function from `(B, C, F, h, w)` latents to `(K*B, C, F, h, w)` predictions, condition by condition.
+    """
+    text_per_clip = share_text(unet)
+    memory_in_turn = itertools.cycle(memories) if memories else None
+
+    def predict(latents_BCFhw: Tensor, timestep: Tensor, frame_indices_F: Tensor) -> Tensor:
+        num_frames = len(frame_indices_F)
+        latents_NChw = latents_BCFhw.transpose(1, 2).flatten(0, 1)
+        latents_NChw = torch.cat([latents_NChw] * len(conditions)) if len(conditions) > 1 else latents_NChw
+
+        def per_frame(values: list[Tensor], ndim: int) -> Tensor:
+            """Values of `ndim` dimensions a clip, or one more where frames differ, as one row for each image of the batch."""
+            rows = [
+                value[:, frame_indices_F].flatten(0, 1) if value.ndim > ndim else value.repeat_interleave(num_frames, dim=0)
+                for value in values
+            ]
+            return torch.cat(rows)
+
+        texts = [condition["prompt_embeds"] for condition in conditions]
+        if text_per_clip and all(text.ndim == 3 for text in texts):
+            text = torch.cat(texts)
+        else:
+            text = per_frame(texts, 3)
+        added: dict[str, Any] = {
+            name: per_frame([condition[name] for condition in conditions], 2)
+            for name in ("text_embeds", "time_ids")
+            if name in conditions[0]
+        }
+        if "image_embeds" in conditions[0]:
+            adapters = zip(*(condition["image_embeds"] for condition in conditions), strict=True)
+            added["image_embeds"] = [torch.cat(images).repeat_interleave(num_frames, dim=0) for images in adapters]
+        embedding = None if timestep_cond is None else timestep_cond.to(latents_NChw).expand(len(latents_NChw), -1)
+        with streaming(unet, next(memory_in_turn)) if memory_in_turn else frames(unet, num_frames, edge=edge):
+            prediction_NChw = unet(
+                latents_NChw, timestep, text, timestep_cond=embedding, cross_attention_kwargs=cross_attention_kwargs,
+                added_cond_kwargs=added or None, return_dict=False,
+            )[0]  # fmt: skip
+        return prediction_NChw.unflatten(0, (-1, num_frames)).transpose(1, 2)
+
+    return predict
+
+
+def guided(conditional: Predict, both: Predict, guider: BaseGuidance, num_steps: int) -> Predict:
+    """Combine conditional and unconditional predictions by a guider of diffusers, over whole clips.
+
+    Args:
+        conditional: predicts `(B, C, F, h, w)`, for steps at which the guider asks for one prediction.
+        both: predicts `(2*B, C, F, h, w)`, the unconditional first.
+        guider: a guider that combines two predictions (`ClassifierFreeGuidance`, `AdaptiveProjectedGuidance`, ...), if need be
+            in an interval of the steps.
+        num_steps: timesteps of the loop; calls are counted to tell the guider its step.
+
+    Raises:
+        ValueError: a guider that needs more than the two predictions.
+    """
+    check_guider(guider)
+    steps = itertools.cycle(range(num_steps))
+
+    def predict(latents_BCFhw: Tensor, timestep: Tensor, frame_indices_F: Tensor) -> Tensor:
+        guider.set_state(step=next(steps), num_inference_steps=num_steps, timestep=timestep)
+        guider.prepare_inputs({})
+        if guider.num_conditions == 1:
+            return guider.forward(conditional(latents_BCFhw, timestep, frame_indices_F), None).pred
+        unconditional, prediction = both(latents_BCFhw, timestep, frame_indices_F).chunk(2)
+        return guider.forward(prediction, unconditional).pred
+
+    return predict
+
+
+def check_guider(guider: BaseGuidance) -> None:
+    """Raise ValueError for a guider that needs more than a conditional and an unconditional prediction."""
+    if guider._input_predictions != ["pred_cond", "pred_uncond"]:
+        raise ValueError(
+            f"{type(guider).__name__} needs predictions {guider._input_predictions}; expected a guider of a conditional and an "
+            "unconditional one, such as ClassifierFreeGuidance or AdaptiveProjectedGuidance"
+        )
+
+
+def in_chunks(predict: Predict, chunk: int, halo: tuple[int, int], *, loop: bool = False) -> Predict:
+    """Predict `chunk` frames at a time, together with some frames before and after: memory does not grow with the clip.
+
+    With a halo of `reach(network)` this equals the prediction for the whole clip. A shorter halo is faster; each chunk then knows
+    less of the frames around it.
+
+    Args:
+        predict: network for clips of up to `chunk + sum(halo)` frames, whose ends are not joined.
+        chunk: frames of a chunk.
+        halo: frames before and after it that are computed with it.
+        loop: the last frame is followed by the first.
+    """
+    before, after = halo
+
+    def chunked(latents_BCFhw: Tensor, timestep: Tensor, frame_indices_F: Tensor) -> Tensor:
         num_frames, parts = latents_BCFhw.shape[2], []
         for start in range(0, num_frames, chunk):
             stop = min(start + chunk, num_frames)
-            first, last = (start - halo, stop + halo) if loop else (max(0, start - halo), min(num_frames, stop + halo))
-            seen = torch.arange(first, last, device=numbers_F.device) % num_frames
-            predicted = predict(latents_BCFhw[:, :, seen], timestep, numbers_F[seen])
-            parts.append(predicted[:, :, start - first : stop - first])
+            first, last = (start - before, stop + after) if loop else (max(0, start - before), min(num_frames, stop + after))
+            window = torch.arange(first, last, device=frame_indices_F.device) % num_frames
+            prediction = predict(latents_BCFhw[:, :, window], timestep, frame_indices_F[window])
+            parts.append(prediction[:, :, start - first : stop - first])
         return torch.cat(parts, dim=2)
 
     return chunked
 
 
-def last_steps(scheduler: SchedulerMixin, timesteps: Tensor, strength: float) -> Tensor:
-    """The part of the timesteps that is left when sampling starts from a video: `strength` 1 takes all, 0 none (SDEdit, Meng et al.
-    2022; the rounding is diffusers')."""
+def timesteps_for_strength(scheduler: SchedulerMixin, timesteps: Tensor, strength: float) -> Tensor:
+    """Return the last `strength` of the timesteps, for sampling that starts from a video: 1 is all, 0 none (SDEdit, Meng et al.
+    2022; rounded as in diffusers). Tell the scheduler where they begin."""
     order = getattr(scheduler, "order", 1)
     num_steps = len(timesteps) // order
     start = max(num_steps - int(num_steps * strength), 0) * order
@@ -57,36 +203,25 @@ def last_steps(scheduler: SchedulerMixin, timesteps: Tensor, strength: float) ->
 
 
 @dataclass
-class Known:
-    """What is given of a clip (blended latent diffusion, Avrahami et al. 2023).
+class KnownFrames:
+    """Frames or regions of a clip that are given (blended latent diffusion, Avrahami et al. 2023).
 
     Args:
         latents: `(1, C, F, h, w)`, clean.
         noise: `(B, C, F, h, w)`, standard normal.
-        mask: `(1, 1, F, h or 1, w or 1)`, 1 where something new is made and 0 where `latents` stay; None: all is new, they
-            only were the start.
+        mask: `(1, 1, F, h or 1, w or 1)`: 1 where something new is generated, 0 where `latents` stay. None: everything is new, and
+            `latents` are only the start.
     """
 
     latents: Tensor
     noise: Tensor
     mask: Tensor | None
 
-    def put_back(self, latents: Tensor, scheduler: SchedulerMixin, timestep: Tensor | None) -> Tensor:
-        """`latents` after a step, with what is known as noisy as they are at `timestep`; None: not at all."""
+    def blend_at(self, latents: Tensor, scheduler: SchedulerMixin, timestep: Tensor | None) -> Tensor:
+        """Blend the known latents, at the noise level of `timestep` (None: clean), into `latents`."""
         if self.mask is None:
             return latents
         known = self.latents.expand_as(latents)
         if timestep is not None:
             known = scheduler.add_noise(known, self.noise, timestep.reshape(1))
         return torch.lerp(known, latents, self.mask)
-
-
-def as_mask(mask: Pictures, num_frames: int, size: tuple[int, ...]) -> Tensor:
-    """One picture or F, white where something new is made, to `(1, 1, F, h, w)` of 0 and 1; a latent is new if half of it is."""
-    pictures = list(mask) if isinstance(mask, (list, tuple)) or (not isinstance(mask, Image.Image) and np.ndim(mask) == 3) else [mask]
-    rows = [np.asarray(each.convert("L") if isinstance(each, Image.Image) else each) for each in pictures]
-    if len(rows) not in (1, num_frames) or any(row.ndim != 2 for row in rows):
-        raise ValueError(f"expected one mask (H, W) or {num_frames}, got {len(rows)} of shape {rows[0].shape}")
-    stack = torch.stack([torch.from_numpy(row / np.float32(255 if row.dtype == np.uint8 else 1)).float() for row in rows])
-    shrunk = torch.nn.functional.interpolate(stack[:, None], size, mode="area") >= 0.5
-    return shrunk.float().expand(num_frames, -1, -1, -1).transpose(0, 1)[None]

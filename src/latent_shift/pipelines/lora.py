@@ -1,3 +1,5 @@
+"""LoRA files: load one into a pipeline, train one, save one with the shift it was trained with."""
+
 from __future__ import annotations
 
 import json
@@ -13,12 +15,12 @@ from torch import nn
 
 from latent_shift.config import Lora
 from latent_shift.files import tensor_shapes
-from latent_shift.pipelines.clip_pipeline import ClipGeneration
+from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.shift import Shift, ShiftConv2d, inflate, shift_of
 
 
-def load_lora(pipe: ClipGeneration, path: str | Path) -> None:
-    """Load a LoRA file; one that was trained here (`save_lora`) also brings its shift, its size and the defaults of a call.
+def load_lora(pipe: ClipPipeline, path: str | Path) -> None:
+    """Load a LoRA file. A file saved by `save_lora` also sets its shift, its size and the defaults of a call.
 
     Raises:
         ValueError: not a `.safetensors` file.
@@ -26,19 +28,19 @@ def load_lora(pipe: ClipGeneration, path: str | Path) -> None:
     path = Path(path)
     tensor_shapes(path)
     with safe_open(path, "pt") as file:
-        told = json.loads((file.metadata() or {}).get("latent_shift", "{}"))
-    if told:
-        inflate(pipe.unet, Shift(**{field.name: told.pop(field.name) for field in fields(Shift)}))
-        pipe.unet.register_to_config(sample_size=told.pop("sample_size"))
-        pipe.call_defaults |= told
+        settings = json.loads((file.metadata() or {}).get("latent_shift", "{}"))
+    if settings:
+        inflate(pipe.unet, Shift(**{field.name: settings.pop(field.name) for field in fields(Shift)}))
+        pipe.unet.register_to_config(sample_size=settings.pop("sample_size"))
+        pipe.set_model_defaults(settings)
     pipe.load_lora_weights(path.parent, weight_name=path.name)
 
 
 def add_lora(unet: UNet2DConditionModel, lora: Lora, *, dtype: torch.dtype) -> None:
-    """Freeze a U-Net, keep it in `dtype`, and add float32 matrices of rank `lora.rank` to the layers of `lora.modules`.
+    """Freeze a U-Net in `dtype` and add trainable float32 matrices of rank `lora.rank` to the layers of `lora.modules`.
 
     Raises:
-        ValueError: peft is not installed, no layer has such a name, or one is a convolution that shifts (place "end").
+        ValueError: peft is not installed, no layer has such a name, or one is a shifted convolution (place "end").
     """
     try:
         from peft import LoraConfig
@@ -53,17 +55,17 @@ def add_lora(unet: UNet2DConditionModel, lora: Lora, *, dtype: torch.dtype) -> N
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path, *, call_defaults: dict) -> Path:
-    """Write the additions as diffusers' LoRA file, `folder/pytorch_lora_weights.safetensors`.
+    """Save a LoRA in diffusers' format and return its path, `folder/pytorch_lora_weights.safetensors`.
 
-    How the frames were mixed and noised in training is in its header under "latent_shift", for `load_lora`.
+    The shift and the defaults of a call are in its header under "latent_shift", for `load_lora`.
     """
     from peft import get_peft_model_state_dict
 
-    told = json.dumps({**asdict(shift_of(unet) or Shift(0, 0)), **call_defaults, "sample_size": unet.config.sample_size})
+    settings = json.dumps({**asdict(shift_of(unet) or Shift(0, 0)), **call_defaults, "sample_size": unet.config.sample_size})
 
     def write(tensors: dict[str, torch.Tensor], path: str) -> None:
         half = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
-        save_file(half, path, metadata={"format": "pt", "latent_shift": told})
+        save_file(half, path, metadata={"format": "pt", "latent_shift": settings})
 
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet), save_function=write)
     return folder / "pytorch_lora_weights.safetensors"

@@ -1,7 +1,8 @@
-"""The families of Stable Diffusion: their configurations, and which of them a single `.safetensors` file belongs to.
+"""Single `.safetensors` files, and the families of Stable Diffusion that they belong to.
 
-A file in the layout of the original repositories has weights and no configuration. diffusers knows how to convert it once it has one;
-here they are, with CLIP's vocabulary, so that no hub is needed. (`clip_merges.txt.gz`: the merges of OpenAI's CLIP, MIT licence.)
+A file in the layout of the original repositories has weights and no configuration; diffusers converts it once it has one. The
+configurations are here, with CLIP's vocabulary, so that no hub is needed. (`clip_merges.txt.gz`: the merges of OpenAI's CLIP, MIT
+licence.)
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from latent_shift.files import tensor_shapes
-from latent_shift.pipelines.clip_pipeline import ClipGeneration
+from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline, LatentShiftXLPipeline
 
 
 @dataclass(frozen=True)
 class Family:
-    """Names and settings as the diffusers classes have them; what is not said is the class's default."""
+    """Configurations of one family, named as in the diffusers classes; keys that are left out have the default of the class."""
 
     title: str
-    pipeline: type[ClipGeneration]
+    pipeline: type[ClipPipeline]
     unet: dict
     vae: dict
     texts: tuple[dict, ...]
@@ -78,52 +80,70 @@ FAMILIES = {
 
 
 def identify(tensors: dict[str, tuple[int, ...]]) -> str:
-    """The name in `FAMILIES` of a file with these tensors in the original layout; raises ValueError that says what it is instead."""
-    some = lambda *parts: any(part in name for name in tensors for part in parts)  # noqa: E731
-    if some("lora_up", "lora_down", "lora_A", "lora_B", ".lora."):
+    """Return the name in `FAMILIES` of a file with these tensors in the original layout.
+
+    Args:
+        tensors: names and shapes.
+
+    Raises:
+        ValueError: another kind of file; the message says which.
+    """
+
+    def has(*parts: str) -> bool:
+        return any(part in name for name in tensors for part in parts)
+
+    if has("lora_up", "lora_down", "lora_A", "lora_B", ".lora."):
         raise ValueError("this is a LoRA; load a model, then this file with pipe.load_lora_weights(path)")
-    if some("control_model.", "controlnet_cond_embedding"):
-        raise ValueError("this is a ControlNet, which goes beside a model: see docs/checkpoints.md")
-    if some("motion_modules."):
+    if has("control_model.", "controlnet_cond_embedding"):
+        raise ValueError("this is a ControlNet, which is used beside a model: see docs/checkpoints.md")
+    if has("motion_modules."):
         raise ValueError("this is a motion module of AnimateDiff; Latent-Shift needs none: load the image model itself")
-    if some("model.diffusion_model.joint_blocks", "double_blocks", "transformer_blocks.0.ff_context"):
-        raise ValueError("this is a transformer (SD 3, FLUX); the shift needs a U-Net with ResNet blocks: SD 1.x, 2.x or XL")
-    if not some("model.diffusion_model."):
-        raise ValueError("there is no U-Net of Stable Diffusion's original layout in it (model.diffusion_model.*); diffusers' single "
-                         "parts need their folder")  # fmt: skip
-    if some("conditioner.embedders.1."):
-        found = "sdxl"
-    elif some("conditioner.embedders.0.model."):
+    # diffusers tells some sixty kinds of checkpoint apart, but calls everything else "v1".
+    kind = infer_diffusers_model_type({name: torch.empty(shape, device="meta") for name, shape in tensors.items()})
+    if kind in ("xl_refiner", "xl_inpaint", "inpainting", "inpainting_v2"):
+        hint = "expected the base model" if kind == "xl_refiner" else "expected 4 input channels: any model inpaints here with mask="
+        raise ValueError(f"this is a checkpoint of type {kind}; {hint}")
+    if kind not in ("v1", "v2", "xl_base"):
+        raise ValueError(f"this is a checkpoint of type {kind}; the shift needs a U-Net of SD 1.x, 2.x or XL")
+    if not has("model.diffusion_model."):
+        raise ValueError(
+            "there is no U-Net of Stable Diffusion's original layout in it (model.diffusion_model.*); single parts of diffusers need "
+            "their folder"
+        )
+    if not has("model.diffusion_model.input_blocks."):
+        raise ValueError("this is a transformer; the shift needs a U-Net with ResNet blocks: SD 1.x, 2.x or XL")
+    if has("conditioner.embedders.1."):
+        family = "sdxl"
+    elif has("conditioner.embedders.0.model."):
         raise ValueError("this is the refiner of Stable Diffusion XL; expected the base model")
-    elif some("cond_stage_model.model."):
-        found = "sd2"
-    elif some("cond_stage_model.transformer."):
-        found = "sd1"
+    elif has("cond_stage_model.model."):
+        family = "sd2"
+    elif has("cond_stage_model.transformer."):
+        family = "sd1"
     else:
         raise ValueError("there is no text encoder in it (cond_stage_model.* or conditioner.*)")
-    if not some("first_stage_model."):
+    if not has("first_stage_model."):
         raise ValueError("there is no autoencoder in it (first_stage_model.*)")
     channels = tensors["model.diffusion_model.input_blocks.0.0.weight"][1]
     if channels != 4:
         raise ValueError(
             f"its U-Net takes {channels} channels (an inpainting or depth model), expected 4: any model inpaints here with mask="
         )
-    return found
+    return family
 
 
-def of(unet: dict) -> Family | None:
-    """The family of a diffusers folder by the configuration of its U-Net; None: of none."""
+def family_of(unet: dict) -> Family | None:
+    """Return the family of a diffusers folder by the configuration of its U-Net, or None."""
     for family in FAMILIES.values():
-        same = ("cross_attention_dim", "use_linear_projection")
-        if tuple(unet["block_out_channels"]) == family.unet["block_out_channels"] and all(
-            unet.get(key, False) == family.unet.get(key, False) for key in same
-        ):
+        keys = ("cross_attention_dim", "use_linear_projection")
+        same_widths = tuple(unet["block_out_channels"]) == family.unet["block_out_channels"]
+        if same_widths and all(unet.get(key, False) == family.unet.get(key, False) for key in keys):
             return family
     return None
 
 
 def tokenizer(padding: str = "<|endoftext|>") -> CLIPTokenizer:
-    """CLIP's tokenizer, 77 tokens long."""
+    """Return CLIP's tokenizer, 77 tokens long."""
     with tempfile.TemporaryDirectory() as folder:
         merges = gzip.decompress((Path(__file__).parents[1] / "assets" / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
         letters = _letters_of_bytes()
@@ -135,13 +155,13 @@ def tokenizer(padding: str = "<|endoftext|>") -> CLIPTokenizer:
 
 
 def _letters_of_bytes() -> list[str]:
-    """How GPT-2's and CLIP's byte-level vocabulary writes each byte: printable ones as they are, the rest moved to 256 and up."""
+    """Return the letter for each byte in the vocabulary of GPT-2 and CLIP: printable ones unchanged, the rest from 256 up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [*map(chr, printable), *(chr(256 + index) for index in range(256 - len(printable)))]
 
 
-def blank(name: str, *, config_only: bool = False, dtype: torch.dtype = torch.float32) -> ClipGeneration:
-    """A pipeline of a family with random weights, for benchmarks and tests; `config_only`: with none (on the meta device)."""
+def blank(name: str, *, config_only: bool = False, dtype: torch.dtype = torch.float32) -> ClipPipeline:
+    """Return a pipeline of a family with random weights, for benchmarks and tests; `config_only`: without weights (on the meta device)."""
     family = FAMILIES[name]
     with torch.device("meta" if config_only else "cpu"):
         unet = UNet2DConditionModel(in_channels=4, out_channels=4, **family.unet)
@@ -162,14 +182,14 @@ def _text_encoder(name: str, index: int) -> CLIPTextModel | CLIPTextModelWithPro
     return (CLIPTextModelWithProjection if index else CLIPTextModel)(config)
 
 
-def open_file(path: str | Path, *, dtype: torch.dtype, prediction: str | None = None) -> ClipGeneration:
-    """A pipeline from one `.safetensors` file in the original layout of SD 1.x, 2.x or XL.
+def open_file(path: str | Path, *, dtype: torch.dtype, prediction: str | None = None) -> ClipPipeline:
+    """Load a pipeline from one `.safetensors` file in the original layout of SD 1.x, 2.x or XL.
 
     Args:
         path: the file.
-        dtype: of the weights.
-        prediction: "epsilon" or "v_prediction", which the weights do not tell. None: what the file says (`v_pred`, `ztsnr`), or
-            else what most of the family predict: epsilon, and v for SD 2.x.
+        dtype: dtype of the weights.
+        prediction: "epsilon" or "v_prediction", which the weights do not say. None: what the file's keys `v_pred` and `ztsnr` say,
+            or else what most models of the family predict: epsilon, and v for SD 2.x.
 
     Raises:
         ValueError: another kind of file; the message says which.
@@ -189,8 +209,8 @@ def open_file(path: str | Path, *, dtype: torch.dtype, prediction: str | None = 
     return pipe
 
 
-def save_configuration(pipe: ClipGeneration, folder: Path) -> None:
-    """Everything of a diffusers folder but the weights."""
+def save_configuration(pipe: ClipPipeline, folder: Path) -> None:
+    """Save a diffusers folder without its weights."""
     for name, part in pipe.components.items():
         if part is None:
             continue

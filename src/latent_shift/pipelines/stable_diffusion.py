@@ -1,6 +1,6 @@
-"""The pipelines: `LatentShiftPipeline` is diffusers' StableDiffusionPipeline whose U-Net is inflated, `LatentShiftXLPipeline` the same of
-StableDiffusionXLPipeline: the same components, loaders and saved files, and for one frame the same numbers. A saved folder is an
-ordinary Stable Diffusion folder with one more entry in model_index.json.
+"""The pipelines: `LatentShiftPipeline` is diffusers' StableDiffusionPipeline with an inflated U-Net, `LatentShiftXLPipeline` the same
+for StableDiffusionXLPipeline. Components, loaders and saved files are those of diffusers, and one frame gives the same numbers. A
+saved folder is an ordinary Stable Diffusion folder with one more entry in model_index.json.
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from latent_shift.pipelines.clip_pipeline import ClipGeneration, LatentShiftOutput
+from latent_shift.pipelines.clip_pipeline import CALL_DEFAULTS, ClipPipeline, LatentShiftOutput
 
 __all__ = ["LatentShiftOutput", "LatentShiftPipeline", "LatentShiftXLPipeline"]
 
 
-class LatentShiftPipeline(ClipGeneration, StableDiffusionPipeline):
-    """Text to video and image by Latent-Shift (An et al. 2023), of the Stable Diffusion 1.x and 2.x family.
+class LatentShiftPipeline(ClipPipeline, StableDiffusionPipeline):
+    """Text to video and image by Latent-Shift (An et al. 2023), for the Stable Diffusion 1.x and 2.x families.
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
         requires_safety_checker: as in `StableDiffusionPipeline`. The U-Net is inflated in place.
-        latent_shift: how the U-Net was trained: the fields of `Shift`, and the defaults of a call (`num_frames`, `fps`,
-            `num_inference_steps`, `guidance_scale`, `shared_noise`, `noise_correlation`). A U-Net that is already inflated keeps its settings.
+        latent_shift: settings the U-Net was trained with: fields of `Shift`, and defaults of a call (`num_frames`, `fps`,
+            `num_inference_steps`, `guidance_scale`, `shared_noise`, `noise_correlation`). A U-Net that is already inflated keeps
+            its shift.
     """
+
+    image_pipeline: ClassVar[type] = StableDiffusionPipeline
 
     def __init__(
         self, vae: AutoencoderKL, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, unet: UNet2DConditionModel,
@@ -48,28 +51,34 @@ class LatentShiftPipeline(ClipGeneration, StableDiffusionPipeline):
         )
         self._prepare_unet(latent_shift)
 
-    def _encode_texts(
-        self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_each, height, width, tensor_inputs, family
-    ) -> dict[str, Tensor]:
+    def encode_family_prompts(
+        self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, *, num_each: int, guided: bool, height: int, width: int,
+        tensor_inputs: list[str], clip_skip: int | None, cross_attention_kwargs: dict | None, family: dict,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Encode plain prompts, `num_each` times each, to `prompt_embeds` and `negative_prompt_embeds` `(B, L, D)`."""
         self.check_inputs(
             prompt, height, width, None, negative_prompt, prompt_embeds, negative_prompt_embeds,
             callback_on_step_end_tensor_inputs=tensor_inputs,
         )  # fmt: skip
+        if clip_skip is not None and not hasattr(self.text_encoder, "text_model"):
+            # diffusers finds the last layer norm under the name it had before transformers 5.
+            self.text_encoder.__dict__["text_model"] = self.text_encoder
         positive, negative = self.encode_prompt(
-            prompt, self._execution_device, num_each, self.do_classifier_free_guidance, negative_prompt, prompt_embeds,
-            negative_prompt_embeds, (self.cross_attention_kwargs or {}).get("scale"), self.clip_skip,
+            prompt, self._execution_device, num_each, guided, negative_prompt, prompt_embeds, negative_prompt_embeds,
+            (cross_attention_kwargs or {}).get("scale"), clip_skip,
         )  # fmt: skip
         return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
 
-    def _finished(self, pixels_NCHW: Tensor, dtype: torch.dtype) -> Tensor:
-        pixels_NCHW, flagged = self.run_safety_checker(pixels_NCHW, self._execution_device, dtype)
+    def postprocess_pixels(self, pixels_N3HW: Tensor, dtype: torch.dtype) -> Tensor:
+        """Run the safety checker, and blacken the frames that it refuses, as diffusers' image pipeline does."""
+        pixels_N3HW, flagged = self.run_safety_checker(pixels_N3HW, self._execution_device, dtype)
         if flagged is not None:
-            pixels_NCHW[torch.tensor(flagged)] = -1  # black, as diffusers' image pipeline shows what the checker refuses
-        return pixels_NCHW
+            pixels_N3HW[torch.tensor(flagged)] = -1
+        return pixels_N3HW
 
 
-class LatentShiftXLPipeline(ClipGeneration, StableDiffusionXLPipeline):
-    """The same of the Stable Diffusion XL family.
+class LatentShiftXLPipeline(ClipPipeline, StableDiffusionXLPipeline):
+    """Text to video and image by Latent-Shift, for the Stable Diffusion XL family.
 
     Args:
         vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder, feature_extractor,
@@ -77,13 +86,15 @@ class LatentShiftXLPipeline(ClipGeneration, StableDiffusionXLPipeline):
         latent_shift: as in `LatentShiftPipeline`.
     """
 
+    image_pipeline: ClassVar[type] = StableDiffusionXLPipeline
     _callback_tensor_inputs: ClassVar = [
-        "latents", "prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "negative_add_text_embeds",
-        "add_time_ids", "negative_add_time_ids",
+        "latents", "prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "negative_add_text_embeds", "add_time_ids",
+        "negative_add_time_ids",
     ]  # fmt: skip
-    family_arguments = (
+    family_defaults: ClassVar[dict[str, float]] = {**CALL_DEFAULTS, "guidance_scale": 5.0}
+    family_arguments: ClassVar[tuple[str, ...]] = (
         "prompt_2", "negative_prompt_2", "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "original_size",
-        "crops_coords_top_left", "target_size",
+        "crops_coords_top_left", "target_size", "negative_original_size", "negative_crops_coords_top_left", "negative_target_size",
     )  # fmt: skip
 
     def __init__(
@@ -98,9 +109,11 @@ class LatentShiftXLPipeline(ClipGeneration, StableDiffusionXLPipeline):
         )  # fmt: skip
         self._prepare_unet(latent_shift)
 
-    def _encode_texts(
-        self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_each, height, width, tensor_inputs, family
-    ) -> dict[str, Tensor]:
+    def encode_family_prompts(
+        self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, *, num_each: int, guided: bool, height: int, width: int,
+        tensor_inputs: list[str], clip_skip: int | None, cross_attention_kwargs: dict | None, family: dict,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Encode plain prompts, `num_each` times each, to text and pooled embeddings and the sizes that XL takes as conditions."""
         second, negative_second = family.get("prompt_2"), family.get("negative_prompt_2")
         pooled, negative_pooled = family.get("pooled_prompt_embeds"), family.get("negative_pooled_prompt_embeds")
         self.check_inputs(
@@ -108,17 +121,26 @@ class LatentShiftXLPipeline(ClipGeneration, StableDiffusionXLPipeline):
             negative_pooled, callback_on_step_end_tensor_inputs=tensor_inputs,
         )  # fmt: skip
         names = ("prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "negative_add_text_embeds")
-        told = dict(zip(names, self.encode_prompt(
-            prompt, second, self._execution_device, num_each, self.do_classifier_free_guidance, negative_prompt, negative_second,
-            prompt_embeds, negative_prompt_embeds, pooled, negative_pooled, (self.cross_attention_kwargs or {}).get("scale"), self.clip_skip,
-        ), strict=True))  # fmt: skip
-        projected = told["add_text_embeds"].shape[-1] if self.text_encoder_2 is None else self.text_encoder_2.config.projection_dim
-        ids = self._get_add_time_ids(
-            family.get("original_size") or (height, width), family.get("crops_coords_top_left", (0, 0)),
-            family.get("target_size") or (height, width), told["prompt_embeds"].dtype, projected,
+        values = self.encode_prompt(
+            prompt, second, self._execution_device, num_each, guided, negative_prompt, negative_second, prompt_embeds,
+            negative_prompt_embeds, pooled, negative_pooled, (cross_attention_kwargs or {}).get("scale"), clip_skip,
         )  # fmt: skip
-        told["add_time_ids"] = told["negative_add_time_ids"] = ids.to(self._execution_device).repeat(len(told["prompt_embeds"]), 1)
-        return told
+        embeds = dict(zip(names, values, strict=True))
+        original_size, target_size = family.get("original_size") or (height, width), family.get("target_size") or (height, width)
+        embeds["add_time_ids"] = self._time_ids(embeds, original_size, family.get("crops_coords_top_left", (0, 0)), target_size)
+        embeds["negative_add_time_ids"] = embeds["add_time_ids"]
+        negative_original, negative_target = family.get("negative_original_size"), family.get("negative_target_size")
+        if negative_original is not None and negative_target is not None:  # both, as in diffusers
+            crops = family.get("negative_crops_coords_top_left", (0, 0))
+            embeds["negative_add_time_ids"] = self._time_ids(embeds, negative_original, crops, negative_target)
+        return embeds
 
-    def _finished(self, pixels_NCHW: Tensor, dtype: torch.dtype) -> Tensor:
-        return pixels_NCHW if self.watermark is None else self.watermark.apply_watermark(pixels_NCHW)
+    def _time_ids(self, embeds: dict[str, Tensor], original_size, crops_coords_top_left, target_size) -> Tensor:
+        encoder, text_embeds = self.text_encoder_2, embeds["prompt_embeds"]
+        projection_dim = embeds["add_text_embeds"].shape[-1] if encoder is None else encoder.config.projection_dim
+        ids = self._get_add_time_ids(original_size, crops_coords_top_left, target_size, text_embeds.dtype, projection_dim)
+        return ids.to(self._execution_device).repeat(len(text_embeds), 1)
+
+    def postprocess_pixels(self, pixels_N3HW: Tensor, dtype: torch.dtype) -> Tensor:
+        """Add the watermark, if there is one."""
+        return pixels_N3HW if self.watermark is None else self.watermark.apply_watermark(pixels_N3HW)

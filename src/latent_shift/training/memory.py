@@ -23,6 +23,7 @@ from latent_shift.config import Config
 from latent_shift.data.store import Store
 from latent_shift.diffusion import noise_schedule
 from latent_shift.models import sizes
+from latent_shift.models.baselines import saved_class
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.lora import add_lora
 from latent_shift.runtime import dtype_of, precision_of, world_size
@@ -66,7 +67,7 @@ def of_run(config: Config, device: str = "cuda") -> Estimate:
     store = Store(config.data.path)
     with torch.device("meta"):
         if config.model.init:
-            start = sizes.unet_of(loading.folder(config.model.init))
+            start = saved_class(loading.folder(config.model.init) / "unet", UNet2DConditionModel)
             unet = start.from_config(start.load_config(loading.folder(config.model.init), subfolder="unet"))
         else:
             unet = sizes.unet(str(config.model.size))
@@ -91,7 +92,7 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
     """
     precision = dtype_of(precision_of(config.train.precision, torch.device(device)))
     with torch.device("meta"):
-        unet = sizes.in_time(unet, config.model)
+        unet = sizes.inflate_unet(unet, config.model)
         if config.lora:
             add_lora(unet, config.lora, dtype=precision)
     share_text(unet)

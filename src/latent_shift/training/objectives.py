@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from latent_shift.diffusion import training_target
 from latent_shift.models.perceptual import FeatureDistance
 from latent_shift.shift import frames
 
@@ -84,8 +85,7 @@ class DenoisingObjective(nn.Module):
         timesteps_N = timesteps_B.repeat_interleave(num_frames)
         latents, noise = latents_BFCHW.flatten(0, 1), noise_BFCHW.flatten(0, 1)
         noisy = self.schedule.add_noise(latents, noise, timesteps_N)
-        epsilon = self.schedule.config.prediction_type == "epsilon"
-        target = noise if epsilon else self.schedule.get_velocity(latents, noise, timesteps_N)
+        target = training_target(self.schedule, latents, noise, timesteps_N)
         with frames(self.unet, num_frames):
             predicted = self.unet(noisy, timesteps_N, text_BLD).sample.float()
         error_BFCHW = (predicted - target).unflatten(0, (-1, num_frames))

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from latent_shift.config import PACKING, Config
 from latent_shift.data.encode import encode
@@ -30,8 +30,7 @@ from latent_shift.data.readers import splits_of
 from latent_shift.data.store import Store, stores
 from latent_shift.diffusion import schedule_of
 from latent_shift.models import sizes
-from latent_shift.models.baselines import LatentVDMUNet
-from latent_shift.models.pixels import VDMUNet
+from latent_shift.models.baselines import TEMPORAL_NETWORKS, saved_class
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
 from latent_shift.runtime import precision_of, rank
@@ -118,7 +117,7 @@ def check_start(config: Config, start: Path) -> None:
     Raises:
         ValueError: it was trained with other settings than these.
     """
-    init, shift, now, before = config.model.init, sizes.shift_in_time(config.model), dict[str, object](), dict[str, object]()
+    init, shift, now, before = config.model.init, sizes.shift_settings(config.model), dict[str, object](), dict[str, object]()
     if (start / "scheduler" / "scheduler_config.json").exists():
         learnt = DDPMScheduler(**{k: v for k, v in _read(start / "scheduler" / "scheduler_config.json").items() if k in _LEARNT}).config
         before |= {name: learnt[key] for key, name in _LEARNT.items()}
@@ -126,8 +125,9 @@ def check_start(config: Config, start: Path) -> None:
     trained = _read(start / "model_index.json").get("latent_shift", {}) if (start / "model_index.json").exists() else {}
     if trained.get("num_frames", 1) > 1:  # an image model has moved none
         moved = trained.get("forward") or trained.get("backward")
-        attention = {LatentVDMUNet: "attention", VDMUNet: "vdm"}.get(sizes.unet_of(start))
-        before["model.temporal"] = attention or ("shift" if moved else "none")
+        network = saved_class(start / "unet", UNet2DConditionModel)
+        temporal = next((name for name, baseline in TEMPORAL_NETWORKS.items() if baseline is network), None)
+        before["model.temporal"] = temporal or ("shift" if moved else "none")
         now["model.temporal"] = config.model.temporal
         before |= {f"model.{field}": trained[field] for field in asdict(shift) if field in trained}
         now |= {f"model.{field}": asdict(shift)[field] for field in asdict(shift) if field in trained}

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, ModelMixin
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -20,8 +20,10 @@ from latent_shift.config import Config
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.sampler import BalancedSampler
 from latent_shift.data.store import Store, at_rate, pixels
-from latent_shift.diffusion import draw_timesteps, schedule_of, share_noise
+from latent_shift.diffusion import correlated_noise, draw_timesteps, schedule_of
 from latent_shift.models import autoencoder, sizes
+from latent_shift.models.autoencoder import load_autoencoder
+from latent_shift.models.baselines import saved_class
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.lora import add_lora, save_lora
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
@@ -58,7 +60,7 @@ class AutoencoderStage:
         if config.data.crop > smallest:
             raise ValueError(f"data.crop={config.data.crop} is larger than the frames of {config.data.path}, {smallest} a side")
         init = config.model.init
-        self.model = sizes.load_autoencoder(loading.folder(init)) if init else sizes.autoencoder(str(config.model.size))
+        self.model = load_autoencoder(loading.folder(init)) if init else sizes.autoencoder(str(config.model.size))
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         if config.data.crop % self.factor:
             raise ValueError(f"data.crop must be a multiple of {self.factor}, the autoencoder's factor, got {config.data.crop}")
@@ -130,11 +132,13 @@ class DenoiserStage:
         init = config.model.init
         sample_size = self.store.info["size"] // self.store.info["factor"]
         unet = (
-            sizes.unet_of(loading.folder(init)).from_pretrained(loading.folder(init), subfolder="unet", dtype=torch.float32)
+            saved_class(loading.folder(init) / "unet", UNet2DConditionModel).from_pretrained(
+                loading.folder(init), subfolder="unet", dtype=torch.float32
+            )
             if init
             else sizes.unet(str(config.model.size), sample_size=sample_size)
         )
-        self.model = sizes.in_time(unet, config.model)
+        self.model = sizes.inflate_unet(unet, config.model)
         self.model.register_to_config(sample_size=sample_size)  # what it is trained at it will draw
         if config.lora:
             add_lora(self.model, config.lora, dtype=dtype_of(config.train.precision))
@@ -173,7 +177,7 @@ class DenoiserStage:
         alike = num_frames > 1 and (options.shared_noise or options.noise_correlation)
         if alike and not (options.independent_share and rng.random() < options.independent_share):
             common = rng.standard_normal(mean[:, :1].shape, np.float32)
-            noise = share_noise(noise, common, options.shared_noise, options.noise_correlation)
+            noise = correlated_noise(noise, common, options.shared_noise, options.noise_correlation)
         timesteps = draw_timesteps(rng, num_clips, options.num_timesteps, shift=options.timestep_shift)
         captions = [self.store.caption(rng, index, stride=stride) for index in indices]
         emptied = rng.random(num_clips) < options.caption_dropout
@@ -184,7 +188,7 @@ class DenoiserStage:
         folder, options, sampling = self.store.folder, self.config.diffusion, self.config.train
         share, correlation = sampling.sample_shared_noise, sampling.sample_noise_correlation
         return LatentShiftPipeline(
-            vae=sizes.load_autoencoder(folder / "autoencoder"),
+            vae=load_autoencoder(folder / "autoencoder"),
             text_encoder=AutoModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
             unet=self.model,
@@ -228,7 +232,7 @@ class DenoiserStage:
         if self.config.lora:
             save_lora(self.model, folder, call_defaults=pipe.call_defaults)
             return
-        pipe.unet = sizes.in_time(type(self.model).from_config(self.model.config), self.config.model)
+        pipe.unet = sizes.inflate_unet(type(self.model).from_config(self.model.config), self.config.model)
         pipe.unet.load_state_dict(weights)
         pipe.vae.half(), pipe.text_encoder.half(), pipe.unet.half()
         for part in (pipe.vae, pipe.unet):

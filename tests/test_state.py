@@ -1,0 +1,322 @@
+"""State: what calls, streams and threads that share a network or a pipeline must not see of each other."""
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, PerturbedAttentionGuidance
+from test_modes import CLIP, sd, xl_components
+
+from latent_shift.models import sizes
+from latent_shift.pipelines.denoise import guided
+from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
+from latent_shift.runtime import seed
+from latent_shift.shift import Shift, deflate, frames, inflate, reach, shift_of, streaming, temporal_shift
+
+TEXT = torch.randn(8, 5, 32, generator=seed(2))
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return inflate(sizes.unet("tiny", sample_size=4).eval())
+
+
+def call(unet, num_frames: int | None) -> torch.Tensor:
+    x = torch.randn(8, 4, 4, 4, generator=seed(1))
+    with torch.no_grad():
+        if num_frames is None:
+            return unet(x, 500, TEXT).sample
+        with frames(unet, num_frames):
+            return unet(x, 500, TEXT).sample
+
+
+def test_frames_are_the_state_of_a_thread(unet):
+    """Clips of 4 and of 8 frames and images, in three threads on one network at once."""
+    settings = (4, 8, None)
+    expected, results, start = [call(unet, num) for num in settings], [[], [], []], threading.Barrier(3)
+
+    def work(position: int) -> None:
+        start.wait()
+        results[position] = [call(unet, settings[position]) for _ in range(10)]
+
+    threads = [threading.Thread(target=work, args=(position,)) for position in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result, value in zip(results, expected, strict=True):
+        assert len(result) == 10
+        for output in result:
+            torch.testing.assert_close(output, value)
+    torch.testing.assert_close(call(unet, None), expected[2])  # and the network is the image network again
+
+
+def test_a_thread_inside_frames_does_not_change_another(unet):
+    inside, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with frames(unet, 4):
+            inside.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=hold)
+    expected = call(unet, None)
+    thread.start()
+    assert inside.wait(30)
+    torch.testing.assert_close(call(unet, None), expected)
+    done.set()
+    thread.join()
+
+
+def test_a_copy_made_inside_frames_is_the_image_network(unet):
+    with frames(unet, 4):
+        twin = copy.deepcopy(unet)
+    assert shift_of(twin) == shift_of(unet)
+    torch.testing.assert_close(call(twin, None), call(unet, None))
+    torch.testing.assert_close(call(twin, 4), call(unet, 4))
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"), [(Shift(0, 0), (0, 0)), (Shift(1 / 3, 0), (11, 0)), (Shift(0, 1 / 3), (0, 11)), (Shift(), (11, 11))]
+)
+def test_reach_counts_the_layers_that_move_channels(shift, expected):
+    unet = inflate(sizes.unet("tiny", sample_size=4), shift)
+    assert reach(unet) == expected
+    assert reach(deflate(unet)) == (0, 0)
+
+
+@pytest.mark.parametrize("edge", ["zero", "hold", "wrap"])
+def test_the_shift_is_differentiable_in_every_mode(edge):
+    """Forward mode, functorch, and both through a network in training, against finite differences and the shift itself."""
+    x, tangent = torch.randn(8, 6, 2, 2, dtype=torch.float64), torch.randn(8, 6, 2, 2, dtype=torch.float64)
+
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        return temporal_shift(x, 4, Shift(edge=edge))
+
+    for point in (x, x.clone().requires_grad_()):
+        value, derivative = torch.func.jvp(shifted, (point,), (tangent,))
+        assert torch.equal(value, shifted(x)) and torch.equal(derivative, shifted(tangent))
+    stack = torch.randn(3, 8, 6, 2, 2, dtype=torch.float64)
+    expected = torch.stack([shifted(clip) for clip in stack])
+    assert torch.equal(torch.func.vmap(shifted)(stack), expected)
+    assert torch.equal(torch.func.vmap(shifted, in_dims=1)(stack.transpose(0, 1).contiguous()), expected)
+    assert torch.equal(torch.func.vmap(shifted)(stack.clone().requires_grad_()), expected)
+    gradient = torch.func.grad(lambda x: shifted(x).square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    shifted(leaf).square().sum().backward()
+    assert torch.equal(gradient, leaf.grad)
+    per_clip = torch.func.vmap(torch.func.grad(lambda x: shifted(x).square().sum()))(stack)
+    torch.testing.assert_close(per_clip[0], torch.func.grad(lambda x: shifted(x).square().sum())(stack[0]))
+    assert torch.autograd.gradcheck(shifted, leaf, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(shifted, leaf)
+
+
+def test_jvp_through_a_network_in_training():
+    torch.manual_seed(0)
+    unet = inflate(sizes.unet("tiny", sample_size=4)).double().train()
+    latents, tangent = (torch.randn(4, 4, 4, 4, dtype=torch.float64) for _ in range(2))
+
+    def predict(latents: torch.Tensor) -> torch.Tensor:
+        with frames(unet, 4):
+            return unet(latents, torch.tensor(5), TEXT[:4].double(), return_dict=False)[0]
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # PyTorch's fused attention has no forward mode
+        _, derivative = torch.func.jvp(predict, (latents,), (tangent,))
+        step = 1e-6
+        difference = (predict(latents + step * tangent) - predict(latents - step * tangent)) / (2 * step)
+    torch.testing.assert_close(derivative, difference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("edge", ["zero", "hold", "wrap"])
+def test_chunks_of_a_model_with_any_edge_are_the_whole_clip(texts, edge):
+    pipe = sd(texts, edge=edge)
+    arguments = dict(num_frames=sum(reach(pipe.unet)) + 12, num_inference_steps=2, output_type="latent")
+    whole = pipe("red", generator=seed(0), **arguments).frames
+    chunked = pipe("red", generator=seed(0), chunk=4, **arguments).frames
+    torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-4)
+
+
+def stream(pipe, prompt="red", number=0, **arguments):
+    return pipe.stream(prompt, num_frames=3, generator=seed(number), **arguments)
+
+
+def test_a_stream_keeps_its_settings_beside_other_calls(texts):
+    pipe = sd(texts, backward=0.0)
+    expected = list(stream(pipe, guidance_scale=7.5))
+    others = list(stream(pipe, "blue", 1, guidance_scale=2.0))
+    both = list(zip(stream(pipe, guidance_scale=7.5), stream(pipe, "blue", 1, guidance_scale=2.0), strict=True))
+    for (first, second), one, two in zip(both, expected, others, strict=True):
+        assert np.array_equal(first, one) and np.array_equal(second, two)
+    for scale, other in ((7.5, 1.0), (1.0, 7.5)):
+        expected = list(stream(pipe, guidance_scale=scale))
+        running = stream(pipe, guidance_scale=scale)
+        results = [next(running)]
+        pipe("blue", guidance_scale=other, num_frames=2)
+        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+        results += running
+        assert all(map(np.array_equal, results, expected))
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        (PNDMScheduler, {"skip_prk_steps": True}), (PNDMScheduler, {"skip_prk_steps": False}), (HeunDiscreteScheduler, {}),
+        (UniPCMultistepScheduler, {}),
+    ],
+)  # fmt: skip
+def test_a_stream_with_a_multistep_scheduler_is_the_whole_clip(texts, scheduler, options):
+    pipe = sd(texts, backward=0.0)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
+    whole = pipe("red", num_frames=3, num_inference_steps=5, generator=seed(0)).frames[0]
+    torch.testing.assert_close(np.stack(list(stream(pipe, num_inference_steps=5))), whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, LCMScheduler])
+def test_a_stream_draws_all_its_noise_from_its_generator(texts, scheduler):
+    pipe = sd(texts, backward=0.0)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    first, second, other = list(stream(pipe)), list(stream(pipe)), list(stream(pipe, number=1))
+    assert all(map(np.array_equal, first, second))
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_a_callback_gets_none_for_what_a_call_has_not(texts):
+    values = []
+
+    def watch(pipe, index, timestep, tensors):
+        values.append(tensors)
+        return tensors
+
+    names = ["latents", "negative_prompt_embeds"]
+    sd(texts)("red", guidance_scale=1.0, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=names)
+    assert [set(value) for value in values] == [set(names)] * 3
+    assert all(value["negative_prompt_embeds"] is None for value in values)
+
+
+def test_guidance_is_rescaled_over_whole_clips(texts):
+    """Frames of one clip keep their ratios (Lin et al. 2024, equations 15 and 16, with the deviation of a clip)."""
+    conditional = torch.randn(2, 4, 3, 4, 4) * torch.tensor([1.0, 2.0, 4.0]).view(1, 1, 3, 1, 1)
+    unconditional = torch.randn(2, 4, 3, 4, 4)
+    predict = guided(
+        lambda *_: conditional, lambda *_: torch.cat([unconditional, conditional]), ClassifierFreeGuidance(3.0, guidance_rescale=0.7), 5
+    )
+    plain = unconditional + 3.0 * (conditional - unconditional)
+    ratio = conditional.flatten(1).std(dim=1) / plain.flatten(1).std(dim=1)
+    expected = 0.7 * plain * ratio.view(2, 1, 1, 1, 1) + 0.3 * plain
+    torch.testing.assert_close(predict(conditional, torch.tensor(1), torch.arange(3)), expected)
+
+
+def test_a_guider_replaces_classifier_free_guidance(texts):
+    pipe = sd(texts, num_inference_steps=6)
+    arguments = dict(generator=seed(0), output_type="latent")
+    latents = torch.randn(1, 4, 6, 4, 4, generator=seed(3))
+    clip = lambda **options: pipe("red", latents=latents, output_type="latent", **options).frames  # noqa: E731
+    assert torch.equal(clip(guidance_scale=4.0), clip(guider=ClassifierFreeGuidance(4.0)))
+    assert torch.equal(clip(guidance_scale=1.0), clip(guider=ClassifierFreeGuidance(4.0, start=0.5, stop=0.5)))
+    batches = []
+    hook = pipe.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]) // 6))
+    interval = clip(guider=ClassifierFreeGuidance(4.0, start=0.34, stop=0.67))
+    hook.remove()
+    assert batches == [1, 1, 2, 2, 1, 1]  # outside the interval the unconditional half is not computed
+    assert not torch.allclose(interval, clip(guidance_scale=4.0)) and not torch.allclose(interval, clip(guidance_scale=1.0))
+    assert not torch.allclose(clip(guider=AdaptiveProjectedGuidance(4.0, eta=0.0)), clip(guidance_scale=4.0))
+    with pytest.raises(ValueError, match="a guider, or guidance_scale"):
+        pipe("red", guider=ClassifierFreeGuidance(4.0), guidance_scale=3.0, **arguments)
+    with pytest.raises(ValueError, match="PerturbedAttentionGuidance needs predictions"):
+        pipe("red", guider=PerturbedAttentionGuidance(4.0, perturbed_guidance_layers=[0]), **arguments)
+
+
+def test_free_init_uses_the_timesteps_that_are_given(texts):
+    pipe = sd(texts)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.enable_free_init(num_iters=2)
+    steps = []
+    pipe("red", timesteps=[900, 500], callback_on_step_end=lambda p, i, timestep, k: steps.append(int(timestep)) or {})
+    assert steps == [900, 500] * 2
+
+
+@pytest.mark.parametrize("method", ["butterworth", "gaussian", "ideal"])
+def test_free_init_works_with_sigma_schedulers(texts, method):
+    pipe = sd(texts)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", steps_offset=1)
+    once = pipe("red", generator=seed(0), output_type="latent").frames
+    pipe.enable_free_init(num_iters=2, method=method)
+    twice = pipe("red", generator=seed(0), output_type="latent").frames
+    assert twice.isfinite().all() and not torch.allclose(once, twice)
+    assert 0.3 < float(twice.std() / once.std()) < 3
+
+
+def test_image_and_video_work_with_a_tiny_autoencoder(texts):
+    pipe = sd(texts)
+    torch.manual_seed(0)
+    widths, blocks = (8, 8, 8, 8), (1, 1, 1, 1)
+    pipe.vae = AutoencoderTiny(
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=blocks, num_decoder_blocks=blocks
+    ).eval()
+    for pictures in ({"image": CLIP[0]}, {"video": CLIP}):
+        assert pipe("red", **pictures).frames.shape == (1, 6, 32, 32, 3)
+
+
+def test_clip_skip_takes_an_earlier_layer(texts):
+    """Against the hidden states of the encoder itself."""
+    pipe = sd(texts)
+    tokens = pipe.tokenizer("red", padding="max_length", return_tensors="pt").input_ids
+    states = pipe.text_encoder(tokens, output_hidden_states=True).hidden_states
+    expected = pipe.text_encoder.final_layer_norm(states[-2])
+    latents = torch.randn(1, 4, 6, 4, 4, generator=seed(0))
+    skipped = pipe("red", guidance_scale=1.0, clip_skip=1, latents=latents, output_type="latent").frames
+    torch.testing.assert_close(skipped, pipe(prompt_embeds=expected, guidance_scale=1.0, latents=latents, output_type="latent").frames)
+
+
+def test_generic_loaders_open_a_saved_folder_as_the_image_model(texts, tmp_path):
+    from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+    from latent_shift.pipelines.loading import load
+
+    pipe = sd(texts, edge="hold")
+    pipe.save_pretrained(tmp_path)
+    for loader in (StableDiffusionPipeline, DiffusionPipeline, AutoPipelineForText2Image):
+        assert type(loader.from_pretrained(tmp_path)) is StableDiffusionPipeline
+    again = load(tmp_path, device="cpu")
+    assert shift_of(again.unet).edge == "hold" and again.call_defaults == pipe.call_defaults
+
+
+def test_stable_diffusion_xl_has_its_own_defaults(texts):
+    pipe = LatentShiftXLPipeline(**xl_components(texts))
+    assert pipe.call_defaults["guidance_scale"] == 5.0
+    pipe = LatentShiftXLPipeline(**xl_components(texts), latent_shift={"guidance_scale": 7.0})
+    assert pipe.call_defaults["guidance_scale"] == 7.0
+    assert pipe.config.latent_shift["guidance_scale"] == 7.0
+
+
+def test_defaults_that_a_model_brings_are_saved_even_where_they_are_the_usual_ones(texts, tmp_path):
+    pipe = sd(texts)
+    image = type(pipe)(**pipe.components)
+    image.save_pretrained(tmp_path / "image")
+    assert "num_frames" not in type(pipe).load_config(tmp_path / "image")["latent_shift"]
+    image.set_model_defaults({"num_frames": 16, "fps": 8.0})  # what a LoRA that was trained on clips does
+    image.save_pretrained(tmp_path / "video")
+    assert type(pipe).load_config(tmp_path / "video")["latent_shift"]["num_frames"] == 16
+
+
+def test_streaming_leaves_the_image_network(unet):
+    causal = inflate(copy.deepcopy(unet), Shift(backward=0))
+    expected = call(causal, None)
+    with torch.no_grad(), streaming(causal, {}):
+        causal(torch.randn(1, 4, 4, 4), 500, TEXT[:1])
+    torch.testing.assert_close(call(causal, None), expected)

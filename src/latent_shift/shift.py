@@ -205,7 +205,7 @@ class _ShiftState(threading.local):
             self.num_frames, self.shift, self.memory = before
 
 
-def _shift_output(layer: nn.Module, x_NCHW: Tensor) -> Tensor:
+def _shift_output(layer: ShiftGroupNorm | ShiftConv2d, x_NCHW: Tensor) -> Tensor:
     """Shift the output of a layer among the frames of a clip, or of a stream."""
     state = layer.shift_state
     if state.memory is None:

@@ -24,100 +24,81 @@ app.add_typer(models_app, name="models")
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="what to show; (words:1.4) weighs words")],
+    prompt: Annotated[str, typer.Argument(help="text; (words:1.4) weighs words")],
     model: Annotated[
         str, typer.Option("--model", "-m", help="a name (see `latent-shift models`), a diffusers folder, a .safetensors file")
     ] = "emoji",
     output: Annotated[
         list[Path] | None,
-        typer.Option("--output", "-o", help=".mp4 .webm .gif .webp .png; may be repeated; default: here, named by the words"),
+        typer.Option("--output", "-o", help=".mp4 .webm .gif .webp .png; may be repeated; default: named by the prompt"),
     ] = None,
-    num_frames: Annotated[int | None, typer.Option(min=1, help="frames; 1 makes an image")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="frames; 1 is an image")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance scale; 1 is off")] = None,
-    negative: Annotated[str | None, typer.Option(help="what to guide away from")] = None,
-    size: Annotated[int | None, typer.Option(min=8, help="side in pixels")] = None,
+    negative: Annotated[str | None, typer.Option(help="text to guide away from")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="width and height in pixels")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="width in pixels")] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="height in pixels")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same clip")] = 0,
     shared_noise: Annotated[
-        float | None, typer.Option(min=0, max=1, help="share of the noise that all frames have in common, 0 to 1; the more, the less moves")
+        float | None, typer.Option(min=0, max=1, help="fraction of the noise that all frames share; more moves less")
     ] = None,
     noise_correlation: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="of the rest of the noise from frame to frame, 0 to below 1; the more, the slower"),
+        float | None, typer.Option(min=0, max=1, help="correlation of the rest from frame to frame; more moves more slowly")
     ] = None,
-    fps: Annotated[float | None, typer.Option(min=0.001, help="frames a second of the file")] = None,
-    loop: Annotated[bool, typer.Option("--loop", help="the last frame runs on into the first")] = False,
+    fps: Annotated[float | None, typer.Option(min=0.001, help="frames per second of the file")] = None,
+    loop: Annotated[bool, typer.Option("--loop", help="join the last frame to the first")] = False,
     image: Annotated[Path | None, typer.Option(help="a picture: the first frame")] = None,
     last_image: Annotated[Path | None, typer.Option(help="a picture: the last frame")] = None,
-    video: Annotated[Path | None, typer.Option(help="a video to make another of")] = None,
-    mask: Annotated[Path | None, typer.Option(help="a picture or video: white is made anew, black stays")] = None,
-    strength: Annotated[float | None, typer.Option(min=0, max=1, help="how far the video or picture is left behind, up to 1")] = None,
-    then: Annotated[list[str] | None, typer.Option(help="FRAME:WORDS, what to show from there; may be repeated")] = None,
+    video: Annotated[Path | None, typer.Option(help="a video to start from")] = None,
+    mask: Annotated[Path | None, typer.Option(help="a picture or video: white is generated anew, black stays")] = None,
+    strength: Annotated[float | None, typer.Option(min=0, max=1, help="how far to leave the video or picture, up to 1")] = None,
+    then: Annotated[list[str] | None, typer.Option(help="FRAME:TEXT, the prompt at that frame; may be repeated")] = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="frames at once: long clips at constant memory")] = None,
     halo: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="neighbouring frames that a chunk sees on either side; default: all that matter, which is exact; fewer are faster"
-        ),
+        int | None, typer.Option(min=0, help="frames around a chunk; default: all that matter, which is exact; fewer is faster")
     ] = None,
-    free_init: Annotated[int | None, typer.Option(min=2, help="times to sample, each from what the one before made (FreeInit)")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="of diffusers: DDIM, EulerDiscrete, UniPCMultistep, LCM, ...")] = None,
+    free_init: Annotated[int | None, typer.Option(min=2, help="how often to sample (FreeInit)")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="a diffusers scheduler: DDIM, EulerDiscrete, UniPCMultistep, LCM, ...")] = None,
     lora: Annotated[Path | None, typer.Option(help="a LoRA file")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
-    """Make a clip from words, pictures or another clip."""
+    """Generate a clip from text, pictures or another clip."""
     quiet_libraries()
-    from latent_shift import runtime
-    from latent_shift import video as video_files
-    from latent_shift.pipelines import loading
+    from latent_shift.pipelines import loading, request
     from latent_shift.pipelines.lora import load_lora
+    from latent_shift.video import check_output, write
 
     for path in output or []:
-        video_files.check_output(path, fps=8 if fps is None else fps)
+        check_output(path, fps=8 if fps is None else fps)
     if fps is not None and output and all(path.suffix.lower() == ".png" for path in output):
         raise ValueError("--fps has no effect on a .png, which is a strip of frames; expected another output, or no --fps")
-    for option, given in (
-        ("--loop", loop), ("--shared-noise", shared_noise is not None), ("--noise-correlation", noise_correlation is not None),
-        ("--chunk", chunk is not None),
-    ):  # fmt: skip
-        if given and num_frames == 1:
-            raise ValueError(f"{option} has no effect on one frame; expected --num-frames 2 or more")
-    if halo is not None and chunk is None:
-        raise ValueError("--halo has no effect without --chunk")
-    words: str | dict[int, str] = {0: prompt} if then else prompt
-    for each in then or []:
-        frame, separator, text = each.partition(":")
-        if not separator or not frame.isdecimal():
-            raise ValueError(f"--then: expected FRAME:WORDS, such as '8:a lion', got {each!r}")
-        words[int(frame)] = text.strip()  # type: ignore[index]
+    if size is not None and (width or height):
+        raise ValueError("expected --size, or --width and --height, not both")
+    wanted = request.Request(
+        prompt=prompt, then=_schedule(then or []), negative_prompt=negative, num_frames=num_frames, fps=fps, width=width or size,
+        height=height or size, num_inference_steps=steps, guidance_scale=guidance, seed=seed, shared_noise=shared_noise,
+        noise_correlation=noise_correlation, loop=loop, image=image, last_image=last_image, video=video, mask=mask,
+        strength=strength, chunk=chunk, halo=halo, free_init=free_init, scheduler=scheduler,
+    )  # fmt: skip
     pipe = loading.load(model, device=device)
-    if scheduler:
-        pipe.scheduler = loading.make_scheduler(scheduler, pipe.scheduler)
     if lora:
         load_lora(pipe, lora)
-    if negative and (pipe.call_defaults["guidance_scale"] if guidance is None else guidance) <= 1:
-        raise ValueError("--negative has no effect without guidance; expected --guidance above 1")
-    if free_init:
-        pipe.enable_free_init(num_iters=free_init)
-    side, rate = size or pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.call_defaults["fps"]
-    pictures = {
-        name: video_files.read(path, size=side, num_frames=1)[0][0] for name, path in (("image", image), ("last_image", last_image)) if path
-    }
-    if video:
-        pictures["video"] = video_files.read(video, fps=rate, size=side, num_frames=num_frames)[0]
-    if mask:
-        frames = video_files.read(mask, fps=rate, size=side)[0].mean(axis=-1) / 255
-        pictures["mask"] = frames[0] if len(frames) == 1 else frames[: len(pictures.get("video", frames))]
-    (clips,) = pipe(
-        words, num_frames=None if video else num_frames, num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative,
-        height=size, width=size, loop=loop, shared_noise=shared_noise, noise_correlation=noise_correlation, strength=strength,
-        chunk=chunk, halo=halo, **pictures,
-        generator=runtime.seed(seed), return_dict=False,
-    )  # fmt: skip
-    clip = clips[0]
-    name = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())[:60].strip("-") or "clip"
-    for path in output or [Path(f"{name}.png" if len(clip) == 1 else f"{name}.mp4")]:
-        print(video_files.save_video(clip, path, fps=pipe.call_defaults["fps"] if fps is None else fps))
+    clip = request.generate(pipe, wanted)
+    suffix = ".png" if len(clip.frames) == 1 else ".mp4"
+    for path in output or [Path(wanted.name + suffix)]:
+        print(write(clip.frames, path, fps=clip.fps))
+
+
+def _schedule(then: list[str]) -> dict[int, str]:
+    """Parse FRAME:TEXT options."""
+    schedule = {}
+    for option in then:
+        frame, separator, text = option.partition(":")
+        if not separator or not frame.isdecimal():
+            raise ValueError(f"--then: expected FRAME:TEXT, such as '8:a lion', got {option!r}")
+        schedule[int(frame)] = text.strip()
+    return schedule
 
 
 @app.command()

@@ -231,7 +231,7 @@ class ClipPipeline(DiffusionPipeline):
         )
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
-        height, width = self._resolve_size(height, width)
+        height, width = self.resolve_size(height, width)
         _check_numbers(num_frames=num_frames, num_inference_steps=num_inference_steps, height=height, width=width, chunk=chunk, halo=halo)
         if output_type not in ("np", "pil", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}; expected np, pil, pt or latent")
@@ -351,7 +351,7 @@ class ClipPipeline(DiffusionPipeline):
         check_family_arguments(self, family)
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
-        height, width = self._resolve_size(height, width)
+        height, width = self.resolve_size(height, width)
         guider = _classifier_free_guidance(self._default("guidance_scale", guidance_scale), guidance_rescale)
         self._guidance_scale, self._interrupt = guider.guidance_scale, False
         use_guidance, device, scheduler = self.do_classifier_free_guidance, self._execution_device, copy.deepcopy(self.scheduler)
@@ -440,7 +440,8 @@ class ClipPipeline(DiffusionPipeline):
     def _default(self, name: str, value):
         return self.call_defaults[name] if value is None else value
 
-    def _resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return height and width in pixels; None stands for the size the U-Net was trained at."""
         size = self.unet.config.sample_size
         rows, columns = (size, size) if isinstance(size, int) else size
         factor = self.vae_scale_factor

@@ -63,11 +63,10 @@ def encode_prompts(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Encode prompts to the text inputs of the U-Net, by name: `(B, ...)` a clip, or `(B, F, ...)` where frames differ. With guidance
     each name also has a `negative_` one."""
-    schedule = sorted(prompt.items()) if isinstance(prompt, dict) else None
-    if schedule is not None:
-        if not schedule or not 0 <= schedule[0][0] <= schedule[-1][0] < num_frames:
-            raise ValueError(f"expected prompts for frames from 0 to {num_frames - 1}, got {[frame for frame, _ in schedule]}")
-    texts = [words for _, words in schedule] if schedule is not None else prompt
+    schedule = sorted(prompt.items()) if isinstance(prompt, dict) else []
+    if isinstance(prompt, dict) and (not schedule or not 0 <= schedule[0][0] <= schedule[-1][0] < num_frames):
+        raise ValueError(f"expected prompts for frames from 0 to {num_frames - 1}, got {[frame for frame, _ in schedule]}")
+    texts: Any = [words for _, words in schedule] if schedule else prompt
     frame_embeds = prompt_embeds if prompt_embeds is not None and prompt_embeds.ndim == 4 else None
     if frame_embeds is not None:
         if frame_embeds.shape[1] != num_frames:
@@ -89,7 +88,7 @@ def encode_prompts(
     for name, weighted, unweighted in (("prompt_embeds", texts, plain), ("negative_prompt_embeds", negative_prompt, plain_negative)):
         if unweighted != weighted and name in embeds:
             null = pipe.encode_family_prompts([""], None, None, None, num_each=1, family={}, **options)["prompt_embeds"]
-            weights = text.prompt_weights(pipe, [weighted] if isinstance(weighted, str) else list(weighted or []))
+            weights = text.prompt_weights(pipe, [weighted] if isinstance(weighted, str) else list(weighted))
             weights = weights.repeat_interleave(len(embeds[name]) // len(weights), dim=0).to(null)
             embeds[name] = torch.lerp(null, embeds[name], weights[:, :, None])
     if frame_embeds is not None:

@@ -50,7 +50,7 @@ def lora(pipe, tmp_path):
     return tmp_path
 
 
-def test_lora(pipe, lora):
+def test_lora_loads_and_unloads(pipe, lora):
     before = clip(pipe)
     pipe.load_lora_weights(lora)
     with_lora = clip(pipe)
@@ -63,13 +63,13 @@ def test_lora(pipe, lora):
     torch.testing.assert_close(clip(pipe), before, atol=1e-4, rtol=1e-4)
 
 
-def test_an_lcm_lora_with_its_scheduler(pipe, lora):
+def test_lcm_lora_works_with_its_scheduler(pipe, lora):
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.load_lora_weights(lora)
     assert clip(pipe, num_inference_steps=4, guidance_scale=1.0).shape == (1, 4, 3, 32, 32)
 
 
-def test_inflating_after_a_lora_says_so_where_it_cannot_work(pipe, lora):
+def test_inflate_after_a_lora_is_rejected_where_it_cannot_work(pipe, lora):
     pipe.load_lora_weights(lora)
     expected = clip(pipe)
     inflate(pipe.unet, Shift())  # norms carry the shift: a LoRA on convolutions is no obstacle
@@ -84,7 +84,7 @@ def models_with_lora_on_conv2():
     return network
 
 
-def test_ip_adapter(pipe):
+def test_ip_adapter_conditions_every_frame(pipe):
     """A picture beside the words: every frame of the clip sees it."""
     before = clip(pipe)
     torch.manual_seed(2)
@@ -113,7 +113,7 @@ def test_ip_adapter(pipe):
     torch.testing.assert_close(both, shown.expand_as(both), atol=1e-5, rtol=1e-5)
 
 
-def test_controlnet_with_a_picture_for_every_frame(pipe):
+def test_controlnet_takes_a_picture_for_every_frame(pipe):
     """diffusers' own pipeline with the inflated U-Net: F prompts and F pictures are one clip."""
     torch.manual_seed(3)
     control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8, 8, 8)).eval()
@@ -145,18 +145,18 @@ def test_controlnet_with_a_picture_for_every_frame(pipe):
     ],
     ids=["vae slicing", "fused projections", "processors", "attention slicing", "channels last", "group offload"],
 )
-def test_what_saves_memory_or_time_changes_nothing(pipe, enable):
+def test_memory_and_speed_options_keep_the_clip(pipe, enable):
     before = clip(pipe)
     enable(pipe)
     torch.testing.assert_close(clip(pipe), before, atol=1e-4, rtol=1e-4)
 
 
-def test_vae_tiling(pipe):
+def test_vae_tiling_keeps_the_size(pipe):
     pipe.vae.enable_tiling()
     assert clip(pipe, height=64, width=64, num_inference_steps=1).shape == (1, 4, 3, 64, 64)
 
 
-def test_freeu_acts(pipe):
+def test_freeu_changes_the_clip(pipe):
     before = clip(pipe)
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
     assert not torch.allclose(clip(pipe), before)
@@ -164,7 +164,7 @@ def test_freeu_acts(pipe):
     torch.testing.assert_close(clip(pipe), before)
 
 
-def test_layerwise_casting_keeps_weights_in_eight_bits(pipe):
+def test_layerwise_casting_stores_weights_in_eight_bits(pipe):
     before = clip(pipe)
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert pipe.unet.down_blocks[0].resnets[0].conv1.weight.dtype == torch.float8_e4m3fn
@@ -173,7 +173,7 @@ def test_layerwise_casting_keeps_weights_in_eight_bits(pipe):
     assert (after - before).abs().mean() < 0.05
 
 
-def test_weights_alone_in_eight_bits(pipe):
+def test_weight_only_quantization_works(pipe):
     before = clip(pipe)
     quantize_(pipe.unet, Int8WeightOnlyConfig())
     after = clip(pipe)
@@ -181,7 +181,7 @@ def test_weights_alone_in_eight_bits(pipe):
     assert (after - before).abs().mean() < 0.02
 
 
-def test_half_precision_saved_and_loaded(pipe, tmp_path):
+def test_half_precision_round_trip(pipe, tmp_path):
     pipe.to(torch.bfloat16)
     expected = clip(pipe)
     pipe.save_pretrained(tmp_path)

@@ -27,7 +27,7 @@ def clip(pipe, prompt="red", **arguments):
     return pipe(prompt, **arguments).frames
 
 
-def test_the_call_takes_what_pipelines_take(pipe):
+def test_call_takes_the_arguments_of_diffusers(pipe):
     taken = set(inspect.signature(type(pipe).__call__).parameters)
     assert taken >= {
         "prompt", "negative_prompt", "height", "width", "num_inference_steps", "timesteps", "sigmas", "guidance_scale", "eta", "generator",
@@ -38,7 +38,7 @@ def test_the_call_takes_what_pipelines_take(pipe):
     assert callable(pipe.enable_model_cpu_offload)
 
 
-def test_saved_and_loaded_it_is_the_same(pipe, tmp_path):
+def test_save_pretrained_round_trip(pipe, tmp_path):
     before = clip(pipe)
     pipe.save_pretrained(tmp_path)
     again = quiet(type(pipe).from_pretrained(tmp_path))
@@ -48,7 +48,7 @@ def test_saved_and_loaded_it_is_the_same(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_in_half_precision_it_runs_and_is_saved(pipe, dtype, tmp_path):
+def test_half_precision_runs_and_saves(pipe, dtype, tmp_path):
     full = clip(pipe)
     pipe.to(dtype)
     assert {part.dtype for part in pipe.components.values() if hasattr(part, "dtype")} == {dtype}
@@ -62,30 +62,30 @@ def test_in_half_precision_it_runs_and_is_saved(pipe, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_lists_of_prompts_give_as_many_clips(pipe, number):
+def test_call_with_a_list_returns_a_clip_for_each_prompt(pipe, number):
     made = clip(pipe, ["red", "blue", "a green square"][:number], negative_prompt=["grey"] * number)
     assert made.shape == (number, 3, 3, 32, 32)
 
 
-def test_one_of_a_batch_is_the_one_alone(pipe):
+def test_call_with_one_of_a_batch_equals_it_alone(pipe):
     batch = clip(pipe, ["red", "a long blue line", "green"], generator=[seed(number) for number in range(3)])
     alone = clip(pipe, "a long blue line", generator=seed(1))
     torch.testing.assert_close(batch[1:2], alone, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("prompts", "each"), [(1, 1), (1, 2), (2, 1), (2, 2)])
-def test_clips_for_each_prompt(pipe, prompts, each):
+def test_num_videos_per_prompt_multiplies_clips(pipe, prompts, each):
     made = clip(pipe, ["red", "blue"][:prompts], num_videos_per_prompt=each)
     assert len(made) == prompts * each
     if each == 2:
         assert not torch.equal(made[0], made[1])
 
 
-def test_a_tuple_holds_what_the_dict_holds(pipe):
+def test_return_dict_false_returns_a_tuple(pipe):
     torch.testing.assert_close(clip(pipe), pipe("red", generator=seed(0), output_type="pt", return_dict=False)[0])
 
 
-def test_every_output_type_is_the_same_clip(pipe):
+def test_output_types_hold_the_same_clip(pipe):
     floats = clip(pipe).permute(0, 1, 3, 4, 2).numpy()
     np.testing.assert_allclose(clip(pipe, output_type="np"), floats, atol=1e-6)
     images = np.stack([np.asarray(image) for image in clip(pipe, output_type="pil")[0]]) / 255
@@ -94,7 +94,7 @@ def test_every_output_type_is_the_same_clip(pipe):
     assert latents.shape == (1, 4, 3, 32 // pipe.vae_scale_factor, 32 // pipe.vae_scale_factor)
 
 
-def test_a_callback_may_ask_for_every_tensor_it_is_promised_and_for_no_other(pipe):
+def test_callback_gets_the_tensors_it_asks_for(pipe):
     seen = []
 
     def watch(pipe, index, timestep, tensors):
@@ -111,7 +111,7 @@ def test_a_callback_may_ask_for_every_tensor_it_is_promised_and_for_no_other(pip
         clip(pipe, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["vae"])
 
 
-def test_what_a_callback_gives_back_counts(pipe):
+def test_callback_can_change_latents(pipe):
     def blank(pipe, index, timestep, tensors):
         return {"latents": torch.zeros_like(tensors["latents"])} if index == 1 else tensors
 
@@ -119,7 +119,7 @@ def test_what_a_callback_gives_back_counts(pipe):
     assert not made.any()
 
 
-def test_a_callback_can_stop_it(pipe):
+def test_callback_can_interrupt(pipe):
     steps = []
 
     def stop(pipe, index, timestep, tensors):
@@ -131,13 +131,13 @@ def test_a_callback_can_stop_it(pipe):
     assert steps == [0]
 
 
-def test_without_guidance_the_negative_prompt_is_not_read(pipe):
+def test_negative_prompt_is_ignored_without_guidance(pipe):
     assert torch.equal(clip(pipe, guidance_scale=1.0), clip(pipe, guidance_scale=1.0, negative_prompt="blue"))
     assert not torch.equal(clip(pipe), clip(pipe, negative_prompt="blue"))
     assert not torch.equal(clip(pipe), clip(pipe, guidance_scale=1.0))
 
 
-def test_texts_are_encoded_apart(pipe):
+def test_encode_prompt_works_alone(pipe):
     """What `encode_prompt` returns is what a pipeline without its text encoders needs."""
     expected = clip(pipe)
     xl = isinstance(pipe, LatentShiftXLPipeline)
@@ -150,13 +150,13 @@ def test_texts_are_encoded_apart(pipe):
     torch.testing.assert_close(clip(without, None, **given), expected)
 
 
-def test_components_make_another_pipeline(pipe):
+def test_components_build_another_pipeline(pipe):
     expected = clip(pipe)
     again = quiet(type(pipe)(**pipe.components, latent_shift=SETTINGS))
     torch.testing.assert_close(clip(again), expected)
 
 
-def test_from_diffusers_pipeline_and_back(pipe):
+def test_from_pipe_converts_both_ways(pipe):
     """`from_pipe` shares every component: a plain pipeline becomes ours, and ours lends its weights to any other."""
     xl = isinstance(pipe, LatentShiftXLPipeline)
     theirs = quiet((StableDiffusionXLPipeline if xl else StableDiffusionPipeline).from_pipe(pipe))
@@ -171,21 +171,21 @@ def test_from_diffusers_pipeline_and_back(pipe):
         assert redrawn("red", image=still, num_inference_steps=4, generator=seed(0), output_type="np").images.shape == (1, 32, 32, 3)
 
 
-def test_seeds_and_latents(pipe):
+def test_generators_and_latents_are_used(pipe):
     assert torch.equal(clip(pipe), clip(pipe))
     assert not torch.equal(clip(pipe), clip(pipe, generator=seed(1)))
     latents = torch.randn(1, 4, 3, 32 // pipe.vae_scale_factor, 32 // pipe.vae_scale_factor, generator=seed(0))
     assert torch.equal(clip(pipe, latents=latents), clip(pipe, latents=latents.clone(), generator=seed(5)))
 
 
-def test_it_is_one_of_diffusers_pipelines():
+def test_pipeline_is_a_diffusion_pipeline():
     assert issubclass(LatentShiftPipeline, StableDiffusionPipeline)
     assert issubclass(LatentShiftXLPipeline, StableDiffusionXLPipeline)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offload moves parts to an accelerator")
 @pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_offload_changes_nothing(pipe, offload):
+def test_offload_gives_the_same_clip(pipe, offload):
     expected = clip(pipe.to("cuda")).cpu()
     pipe.to("cpu")
     getattr(pipe, offload)()

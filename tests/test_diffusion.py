@@ -28,7 +28,7 @@ def unet():
 @pytest.mark.parametrize("min_snr", [None, 5.0])
 @pytest.mark.parametrize("motion_weight", [1.0, 3.0])
 @torch.no_grad()
-def test_the_loss_is_the_formula(unet, prediction, min_snr, motion_weight):
+def test_denoising_objective_is_the_formula(unet, prediction, min_snr, motion_weight):
     latents, noise, timesteps, text = batch()
     schedule = noise_schedule(prediction=prediction)
     objective = DenoisingObjective(unet, schedule, min_snr=min_snr, motion_weight=motion_weight)
@@ -50,7 +50,7 @@ def test_the_loss_is_the_formula(unet, prediction, min_snr, motion_weight):
 
 
 @torch.no_grad()
-def test_single_frames_train_the_image_network(unet):
+def test_denoising_objective_trains_the_image_network_on_single_frames(unet):
     latents, noise, timesteps, text = batch(num_frames=1)
     loss, _ = DenoisingObjective(unet, noise_schedule())(latents, noise, timesteps, text)
     noisy = noise_schedule().add_noise(latents[:, 0], noise[:, 0], timesteps)
@@ -62,7 +62,7 @@ def test_single_frames_train_the_image_network(unet):
 @pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("correlation", [0.0, 0.7])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_noise_is_as_alike_from_frame_to_frame_as_was_asked_for(share, correlation, loop):
+def test_correlated_noise_has_the_requested_correlation(share, correlation, loop):
     rng = np.random.default_rng(0)
     own, common = rng.standard_normal((4, 5, 10_000)), rng.standard_normal((4, 1, 10_000))
     noise = correlated_noise(own, common, share, correlation, loop=loop)
@@ -79,7 +79,7 @@ def test_noise_is_as_alike_from_frame_to_frame_as_was_asked_for(share, correlati
 
 
 @pytest.mark.parametrize(("device", "cudnn", "fused"), [("cuda", False, True), ("cpu", False, False), ("mps", True, True)])
-def test_attention_to_train_with(device, cudnn, fused):
+def test_attention_kernel_depends_on_device_and_size(device, cudnn, fused):
     """On a GPU all but cuDNN's, on a CPU the plain one where it fits."""
     with attention_kernel(device, noise=torch.empty(1, 1, 4, 8, 8)):
         assert (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()) == (cudnn, fused)
@@ -87,7 +87,7 @@ def test_attention_to_train_with(device, cudnn, fused):
         assert torch.backends.cuda.flash_sdp_enabled()
 
 
-def test_schedules():
+def test_noise_schedule_matches_its_definition():
     assert noise_schedule().alphas_cumprod[-1] == pytest.approx(0.0047, abs=1e-4)  # Stable Diffusion's
     assert noise_schedule(schedule="linear").betas[-1] == pytest.approx(0.02)
     ending = noise_schedule(zero_terminal_snr=True)
@@ -99,7 +99,7 @@ def test_schedules():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
-def test_timesteps_follow_their_distribution(shift):
+def test_draw_timesteps_follows_its_distribution(shift):
     timesteps = draw_timesteps(np.random.default_rng(0), 100_000, 1000, shift=shift)
     assert timesteps.min() >= 0
     assert timesteps.max() <= 999

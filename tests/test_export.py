@@ -12,7 +12,7 @@ from latent_shift.training.loop import train
 
 @pytest.mark.parametrize("edge", ["zero", "wrap"])
 @torch.no_grad()
-def test_onnx_keeps_the_number_of_frames_free(edge, tmp_path):
+def test_onnx_export_accepts_any_number_of_frames(edge, tmp_path):
     """Exported at four frames with the whole batch as one clip; run at four and at seven."""
     import onnxruntime
 
@@ -32,7 +32,7 @@ def test_onnx_keeps_the_number_of_frames_free(edge, tmp_path):
             np.testing.assert_allclose(session.run(None, feeds)[0], unet(x, t, text).sample.numpy(), atol=1e-4)
 
 
-def test_tensorboard_gets_the_statistics(packed, tmp_path):
+def test_tensorboard_tracker_writes_statistics(packed, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tiny_config("autoencoder", packed, steps=2, train={"tracker": "tensorboard"}), tmp_path)

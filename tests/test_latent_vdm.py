@@ -41,7 +41,7 @@ def call(network, x, num_frames):
         return network(x, torch.tensor(300), text).sample
 
 
-def test_it_begins_as_the_image_network(image, network):
+def test_latent_vdm_starts_as_the_image_network(image, network):
     x = torch.randn(8, 4, 8, 8)
     ls.inflate(image, ls.Shift(0, 0))
     assert torch.equal(call(network, x, 4), call(image, x, 4))
@@ -51,7 +51,7 @@ def test_it_begins_as_the_image_network(image, network):
     assert blocks == len({name.split(".over_time.")[0] for name in added})
 
 
-def test_frames_see_each_other_and_clips_do_not_mix(network):
+def test_latent_vdm_relates_frames_but_not_clips(network):
     awake(network)
     x = torch.randn(8, 4, 8, 8)
     y = call(network, x, 4)
@@ -64,7 +64,7 @@ def test_frames_see_each_other_and_clips_do_not_mix(network):
     assert not torch.allclose(alone, y, atol=1e-3)
 
 
-def test_attention_is_the_formula_and_knows_distances_alone():
+def test_temporal_attention_is_the_formula():
     torch.manual_seed(0)
     layer = awake(torch.nn.ModuleDict({"over_time": TemporalAttention(8, 2, max_distance=3)}))["over_time"]
     x = torch.randn(6, 8, 1, 1)
@@ -81,7 +81,7 @@ def test_attention_is_the_formula_and_knows_distances_alone():
     torch.testing.assert_close(layer(x, 6)[:, :, 0, 0], expected)
 
 
-def test_what_a_shift_alone_can_do_is_refused(network):
+def test_latent_vdm_rejects_what_only_a_shift_can_do(network):
     with pytest.raises(ValueError, match="has temporal layers of its own"):
         ls.inflate(network, ls.Shift())
     with pytest.raises(ValueError, match="cannot be run in chunks"):
@@ -99,7 +99,7 @@ def test_deflate_refuses_a_network_with_temporal_layers(network):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_it_trains_is_saved_and_draws(checkpointing, latents, image_model, tmp_path):
+def test_latent_vdm_trains_saves_and_generates(checkpointing, latents, image_model, tmp_path):
     options = {"gradient_checkpointing": checkpointing, "sample_every": 2, "sample_steps": 1}
     rows = []
     config = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, optim={"lr": 1e-2}, train=options)
@@ -120,7 +120,7 @@ def test_it_trains_is_saved_and_draws(checkpointing, latents, image_model, tmp_p
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=1e-5 + ROUNDING)
 
 
-def test_text_can_be_shared(network):
+def test_latent_vdm_shares_text(network):
     awake(network)
     x = torch.randn(8, 4, 8, 8)
     y = call(network, x, 4)

@@ -67,7 +67,7 @@ def xl(texts):
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
-def test_one_frame_of_xl_is_diffusers_own_image_bit_for_bit(xl, texts, scheduler, guidance):
+def test_xl_pipeline_equals_diffusers_for_one_frame(xl, texts, scheduler, guidance):
     theirs = quiet(StableDiffusionXLPipeline(**xl_components(texts), add_watermarker=False))
     for pipe in (xl, theirs):
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
@@ -79,7 +79,7 @@ def test_one_frame_of_xl_is_diffusers_own_image_bit_for_bit(xl, texts, scheduler
     assert torch.equal(xl("red", num_frames=1, generator=seed(1), **arguments).frames[:, 0], expected)
 
 
-def test_clips_of_xl(xl, tmp_path):
+def test_xl_pipeline_generates_saves_and_loads_clips(xl, tmp_path):
     both = xl(["red", "blue"], generator=[seed(0), seed(1)], negative_prompt="green", output_type="pt").frames
     assert both.shape == (2, 4, 3, 32, 32)
     alone = xl("blue", generator=seed(1), negative_prompt="green", output_type="pt").frames
@@ -93,7 +93,7 @@ def test_clips_of_xl(xl, tmp_path):
         xl("red", orignal_size=(3, 4))
 
 
-def test_arguments_of_another_family_are_refused(texts):
+def test_call_rejects_arguments_of_another_family(texts):
     with pytest.raises(TypeError, match="LatentShiftPipeline has no argument 'prompt_2'"):
         sd(texts)("red", prompt_2="blue")
     with pytest.raises(TypeError, match="did you mean 'num_frames'"):
@@ -104,7 +104,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 CLIP = np.random.default_rng(1).random((6, 32, 32, 3), np.float32)
 
 
-def test_the_first_and_last_frame_are_those_that_were_given(texts):
+def test_image_and_last_image_fix_the_end_frames(texts):
     pipe = sd(texts)
     first, last = Image.fromarray(PICTURE), CLIP[3]
     known = [encode_pictures(pipe, each, 32, 32, 1)[0, :, 0] for each in (first, last)]
@@ -118,7 +118,7 @@ def test_the_first_and_last_frame_are_those_that_were_given(texts):
     assert not torch.allclose(between[0, :, 1:-1], begun[0, :, 1:-1])
 
 
-def test_strength_is_how_far_a_video_is_left_behind(texts):
+def test_strength_sets_the_distance_from_the_video(texts):
     pipe = sd(texts, num_inference_steps=10)
     clean = encode_pictures(pipe, CLIP, 32, 32, 4)
     distances = []
@@ -136,7 +136,7 @@ def test_strength_is_how_far_a_video_is_left_behind(texts):
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
-def test_what_the_mask_leaves_black_stays(texts, scheduler):
+def test_mask_keeps_the_black_region(texts, scheduler):
     pipe = sd(texts)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     clean = encode_pictures(pipe, CLIP, 32, 32, 4)
@@ -151,7 +151,7 @@ def test_what_the_mask_leaves_black_stays(texts, scheduler):
     assert ((made - clean)[:, :, 3:].abs() > 1e-3).float().mean() > 0.9
 
 
-def test_a_loop_rolls_with_its_noise(texts):
+def test_loop_rolls_with_its_noise(texts):
     """The shift wraps round: no frame is the first."""
     pipe = sd(texts)
     noise = torch.randn(1, 4, 6, 4, 4, generator=seed(0))
@@ -162,7 +162,7 @@ def test_a_loop_rolls_with_its_noise(texts):
 
 
 @pytest.mark.parametrize("loop", [False, True])
-def test_a_long_clip_in_chunks_is_the_whole_clip(texts, loop):
+def test_chunk_with_full_halo_equals_the_whole_clip(texts, loop):
     pipe = sd(texts)
     num_frames = sum(reach(pipe.unet)) + 12
     arguments = dict(num_frames=num_frames, loop=loop, output_type="latent", num_inference_steps=2)
@@ -182,7 +182,7 @@ def test_a_long_clip_in_chunks_is_the_whole_clip(texts, loop):
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
 @pytest.mark.parametrize(("shared_noise", "noise_correlation"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.8), (0.5, 0.8)])
-def test_a_stream_is_the_whole_clip(texts, scheduler, shared_noise, noise_correlation):
+def test_stream_equals_the_whole_clip(texts, scheduler, shared_noise, noise_correlation):
     pipe = sd(texts, backward=0.0, shared_noise=shared_noise, noise_correlation=noise_correlation)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     whole = pipe("red", generator=seed(0), negative_prompt="blue", output_type="np").frames[0]
@@ -195,7 +195,7 @@ def test_a_stream_is_the_whole_clip(texts, scheduler, shared_noise, noise_correl
         next(pipe.stream("red"))
 
 
-def test_a_stream_has_the_noise_of_the_clip_in_half_precision(texts):
+def test_stream_uses_the_noise_of_the_clip_in_half_precision(texts):
     pipe = sd(texts, backward=0.0, shared_noise=0.5, noise_correlation=0.8).to(torch.bfloat16)
     shown: list[torch.Tensor] = []
     pipe.unet.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
@@ -206,7 +206,7 @@ def test_a_stream_has_the_noise_of_the_clip_in_half_precision(texts):
     assert clip.dtype == torch.bfloat16 and torch.equal(clip, torch.cat(frames))
 
 
-def test_prompts_travel(texts):
+def test_prompt_schedule_interpolates_between_prompts(texts):
     pipe = sd(texts)
     latents = torch.randn(1, 4, 6, 4, 4, generator=seed(0))
     red, blue = (pipe(words, latents=latents, output_type="latent").frames for words in ("red", "blue"))
@@ -226,14 +226,14 @@ def test_prompts_travel(texts):
         pipe({0: "red", 6: "blue"})
 
 
-def test_prompts_travel_in_xl(xl):
+def test_prompt_schedule_works_with_xl(xl):
     assert xl({0: "red", 3: "blue"}, num_videos_per_prompt=2, negative_prompt="green", output_type="latent").frames.shape == (2, 4, 4, 4, 4)
     latents = torch.randn(1, 4, 4, 4, 4, generator=seed(0))
     same = xl({0: "red", 3: "red"}, latents=latents, output_type="latent").frames
     torch.testing.assert_close(same, xl("red", latents=latents, output_type="latent").frames, atol=1e-3, rtol=1e-3)
 
 
-def test_words_are_weighed(texts):
+def test_prompt_weights_change_the_clip(texts):
     pipe = sd(texts)
     assert text.without_weights("a (red:1.5) square (big: 0.5)") == "a red square big"
     weights = text.prompt_weights(pipe, ["ab (cd:1.5) ef"])[0]
@@ -256,7 +256,7 @@ def prompt_embeds(pipe, prompt: str) -> torch.Tensor:
     )["prompt_embeds"]  # fmt: skip
 
 
-def test_prompt_weights_move_embeddings_from_the_null_prompt(texts):
+def test_prompt_weights_scale_from_the_null_prompt(texts):
     pipe = sd(texts)
     zero, plain, null = (prompt_embeds(pipe, words) for words in ("(red:0)", "red", ""))
     torch.testing.assert_close(zero[:, 1:4], null[:, 1:4])
@@ -272,7 +272,7 @@ def test_prompt_weights_count_the_vectors_of_a_textual_inversion(texts):
         assert [token for token, weigh in zip(tokens, changed.tolist(), strict=False) if weigh] == weighted
 
 
-def test_free_init_starts_again_from_what_it_made(texts):
+def test_free_init_samples_again_from_its_result(texts):
     pipe = sd(texts)
     once = pipe("red", generator=seed(0), output_type="latent").frames
     pipe.enable_free_init(num_iters=2)
@@ -302,12 +302,12 @@ def test_free_init_starts_again_from_what_it_made(texts):
         ({"chunk": 0}, "chunk must be 1 or more"),
     ],
 )
-def test_what_contradicts_is_told(texts, arguments, message):
+def test_call_rejects_contradicting_arguments(texts, arguments, message):
     with pytest.raises(ValueError, match=message):
         sd(texts)("red", **arguments)
 
 
-def test_encode_undoes_decode_of_a_shifted_latent_space(texts):
+def test_scale_latents_uses_mean_and_deviation(texts):
     """Autoencoders of XL's kind say the mean and spread of their latents."""
     pipe = sd(texts)
     plain = encode_pictures(pipe, CLIP, 32, 32, 4)

@@ -58,7 +58,7 @@ def pipe(texts):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_one_frame_is_diffusers_own_image_bit_for_bit(pipe, texts, scheduler, guidance):
+def test_pipeline_equals_diffusers_for_one_frame(pipe, texts, scheduler, guidance):
     theirs = StableDiffusionPipeline(**components(texts), requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
     for each in (pipe, theirs):
@@ -70,7 +70,7 @@ def test_one_frame_is_diffusers_own_image_bit_for_bit(pipe, texts, scheduler, gu
         assert np.array_equal(np.asarray(frame).squeeze(), np.asarray(image).squeeze())
 
 
-def test_clips_have_the_shape_and_type_asked_for(pipe):
+def test_call_returns_the_requested_shape_and_type(pipe):
     arrays = pipe("red").frames
     assert arrays.shape == (1, 4, 32, 32, 3)
     assert 0 <= arrays.min() <= arrays.max() <= 1
@@ -83,12 +83,12 @@ def test_clips_have_the_shape_and_type_asked_for(pipe):
     assert len(pipe("red", return_dict=False)) == 1
 
 
-def test_the_same_seed_gives_the_same_frames(pipe):
+def test_call_is_deterministic_for_a_seed(pipe):
     a, b, c = (to_uint8(pipe("red", generator=seed(number)).frames[0]).tobytes() for number in (5, 5, 6))
     assert a == b != c
 
 
-def test_frames_are_generated_together(pipe):
+def test_call_generates_frames_together(pipe):
     """The same noise in every frame of a batch of images gives equal images; a clip's frames know their place."""
     noise = torch.randn(1, 4, 1, 4, 4).expand(-1, -1, 4, -1, -1)
     clip = pipe("red", latents=noise, output_type="latent").frames
@@ -97,13 +97,13 @@ def test_frames_are_generated_together(pipe):
     assert not torch.allclose(clip[:, :, 0], clip[:, :, 2])
 
 
-def test_a_batch_of_prompts_is_each_prompt_alone(pipe):
+def test_call_with_a_batch_equals_each_prompt_alone(pipe):
     both = pipe(["red", "blue"], generator=[seed(1), seed(2)], output_type="latent").frames
     alone = torch.cat([pipe(p, generator=seed(n), output_type="latent").frames for p, n in (("red", 1), ("blue", 2))])
     torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_frames_from_the_same_noise_are_the_image_of_it(texts):
+def test_shared_noise_without_shift_gives_equal_frames(texts):
     """With the frames at the ends held, a clip that does not move is the image, frame for frame."""
     pipe = LatentShiftPipeline(**components(texts), latent_shift={"num_frames": 4, "edge": "hold", "shared_noise": 1.0})
     noise = pipe.prepare_video_latents(2, 4, 32, 32, torch.float32, torch.device("cpu"), seed(0), None, 1.0)
@@ -114,14 +114,14 @@ def test_frames_from_the_same_noise_are_the_image_of_it(texts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_seed_is_the_same_noise_in_any_dtype(pipe, dtype):
+def test_prepare_video_latents_draws_the_same_noise_in_any_dtype(pipe, dtype):
     drawn = [
         pipe.prepare_video_latents(1, 3, 32, 32, each, torch.device("cpu"), seed(0), None, 0.5, 0.5) for each in (torch.float32, dtype)
     ]
     assert drawn[1].dtype == dtype and torch.equal(drawn[0].to(dtype), drawn[1])
 
 
-def test_a_loop_has_no_seam(pipe):
+def test_loop_has_no_seam(pipe):
     """Rolling the noise of a loop rolls the clip; of a clip with ends it does not."""
     noise = torch.randn(1, 4, 4, 4, 4, generator=seed(0))
     for loop in (True, False):
@@ -131,7 +131,7 @@ def test_a_loop_has_no_seam(pipe):
     assert shift_of(pipe.unet) == Shift()
 
 
-def test_a_callback_sees_and_changes_every_step(pipe):
+def test_callback_sees_and_changes_every_step(pipe):
     seen = []
 
     def callback(pipeline, step, timestep, tensors):
@@ -150,7 +150,7 @@ def test_a_callback_sees_and_changes_every_step(pipe):
         pipe("red", callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["noise"])
 
 
-def test_diffusers_own_callbacks_work(pipe):
+def test_callback_may_be_one_of_diffusers(pipe):
     """Guidance that ends half-way: from there on the prediction is the conditional one alone."""
     cut = pipe("red", generator=seed(0), num_inference_steps=4, output_type="latent").frames
     ended = pipe(
@@ -166,14 +166,14 @@ def test_diffusers_own_callbacks_work(pipe):
     assert not torch.equal(cut, ended)
 
 
-def test_embeddings_instead_of_words(pipe):
+def test_call_takes_prompt_embeds(pipe):
     prompt, negative = pipe.encode_prompt(["red"], "cpu", 1, True)
     words = pipe("red", generator=seed(0), output_type="latent").frames
     embeddings = pipe(prompt_embeds=prompt, negative_prompt_embeds=negative, generator=seed(0), output_type="latent").frames
     assert torch.equal(words, embeddings)
 
 
-def test_guidance_is_the_formula_and_off_is_off(pipe):
+def test_guidance_scale_is_the_formula(pipe):
     """One Euler step by hand at guidance 3, from separate conditional and unconditional passes."""
     noise = torch.randn(1, 4, 4, 4, 4, generator=seed(0))
     got = pipe("red", latents=noise, num_inference_steps=1, guidance_scale=3.0, output_type="latent").frames
@@ -188,7 +188,7 @@ def test_guidance_is_the_formula_and_off_is_off(pipe):
     assert not torch.allclose(rescaled, got)
 
 
-def test_other_timesteps_and_eta_are_used(pipe):
+def test_call_uses_timesteps_and_eta(pipe):
     plain = pipe("red", generator=seed(0), output_type="latent").frames
     assert not torch.equal(pipe("red", generator=seed(0), eta=1.0, output_type="latent").frames, plain)
     with pytest.raises(ValueError, match="does not support custom"):
@@ -199,7 +199,7 @@ def test_other_timesteps_and_eta_are_used(pipe):
     assert steps == [900, 500]
 
 
-def test_saved_and_loaded_it_is_the_same(pipe, tmp_path):
+def test_save_pretrained_round_trip(pipe, tmp_path):
     inflate(pipe.unet, Shift(1 / 4, 1 / 8, "conv2", "hold"))
     pipe = LatentShiftPipeline(**pipe.components, latent_shift=dict(pipe.config.latent_shift))
     pipe.set_progress_bar_config(disable=True)
@@ -216,7 +216,7 @@ def test_saved_and_loaded_it_is_the_same(pipe, tmp_path):
     assert image.shape == (1, 32, 32, 3)
 
 
-def test_a_foreign_attention_processor_gets_a_text_for_every_frame(pipe):
+def test_custom_attention_processors_get_text_for_every_frame(pipe):
     from diffusers.models.attention_processor import AttnProcessor
 
     expected = pipe("red", generator=seed(0), output_type="latent").frames
@@ -224,7 +224,7 @@ def test_a_foreign_attention_processor_gets_a_text_for_every_frame(pipe):
     torch.testing.assert_close(pipe("red", generator=seed(0), output_type="latent").frames, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_wrong_calls_say_what_was_expected(pipe, texts, tmp_path):
+def test_wrong_calls_are_rejected(pipe, texts, tmp_path):
     with pytest.raises(ValueError, match="num_frames must be 1 or more"):
         pipe("red", num_frames=0)
     with pytest.raises(ValueError, match="unknown output_type 'mp4'; expected np, pil, pt or latent"):
@@ -245,7 +245,7 @@ def test_wrong_calls_say_what_was_expected(pipe, texts, tmp_path):
         load("emojis")
 
 
-def test_what_the_safety_checker_refuses_is_black(texts):
+def test_safety_checker_blackens_refused_frames(texts):
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     torch.manual_seed(0)
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8)).eval()
@@ -259,7 +259,7 @@ def test_what_the_safety_checker_refuses_is_black(texts):
         assert (pipe("a", generator=seed(0)).frames == 0).all() == refused
 
 
-def test_a_saved_folder_has_the_settings_of_now(pipe, tmp_path):
+def test_save_pretrained_writes_the_current_settings(pipe, tmp_path):
     inflate(pipe.unet, Shift(1 / 4, 0, edge="hold"))
     pipe.save_pretrained(tmp_path)
     assert shift_of(LatentShiftPipeline.from_pretrained(tmp_path).unet) == Shift(1 / 4, 0, edge="hold")

@@ -50,14 +50,14 @@ def shift_by_loops(x, num_frames, ahead, back, edge):
 @pytest.mark.parametrize(
     ("ahead", "back"), [(1 / 3, 1 / 3), (1 / 8, 1 / 8), (1 / 4, 1 / 4), (1 / 2, 0), (0, 1 / 3), (0, 0), (0.5, 0.5), (1, 0)]
 )
-def test_it_moves_channels_to_the_neighbouring_frames(edge, ahead, back):
+def test_temporal_shift_moves_channels_to_neighbouring_frames(edge, ahead, back):
     x = torch.randn(3 * 5, 10, 2, 3)
     expected = shift_by_loops(x, 5, int(10 * ahead), int(10 * back), edge)
     assert torch.equal(temporal_shift(x, 5, Shift(ahead, back, edge=edge)), expected)
 
 
 @pytest.mark.parametrize("edge", EDGES)
-def test_the_compiled_form_is_the_eager_form(edge):
+def test_temporal_shift_is_the_same_when_compiled(edge):
     x = torch.randn(8, 6, 4, 4, requires_grad=True)
     compiled = torch.compile(temporal_shift, backend="aot_eager", fullgraph=True)
     outputs = [call(x, 4, Shift(edge=edge)) for call in (temporal_shift, compiled)]
@@ -67,27 +67,27 @@ def test_the_compiled_form_is_the_eager_form(edge):
 
 
 @pytest.mark.parametrize("edge", EDGES)
-def test_the_form_that_is_exported_is_the_eager_form(edge):
+def test_concatenate_shifted_equals_copy_shifted(edge):
     x = torch.randn(2, 4, 6, 4, 4)
     assert torch.equal(shift._concatenate_shifted(x, 2, 1, edge), shift._copy_shifted(x, 2, 1, edge, False))
 
 
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("adjoint", [False, True])
-def test_it_keeps_the_rules_of_an_operator(edge, adjoint):
+def test_shift_op_passes_opcheck(edge, adjoint):
     """PyTorch's own: schema, fake tensors and autograd tell the truth."""
     for x in (torch.randn(2, 4, 6, 3, 3), torch.randn(8, 6, 3, 3).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 4))):
         torch.library.opcheck(shift._shift_op, (x.requires_grad_(), 2, 1, edge, adjoint))
 
 
-def test_memory_format_is_kept():
+def test_temporal_shift_keeps_the_memory_format():
     x = torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last)
     y = temporal_shift(x, 4)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, shift_by_loops(x, 4, 2, 2, "zero"))
 
 
-def test_wrap_is_a_permutation_and_zero_a_permutation_plus_zeros():
+def test_temporal_shift_is_a_permutation_or_a_permutation_plus_zeros():
     x = torch.arange(1.0, 1 + 4 * 6 * 2 * 2).view(4, 6, 2, 2)
     wrapped = temporal_shift(x, 4, Shift(edge="wrap"))
     assert torch.equal(wrapped.flatten().sort().values, x.flatten())
@@ -99,7 +99,7 @@ def test_wrap_is_a_permutation_and_zero_a_permutation_plus_zeros():
 
 
 @pytest.mark.parametrize("edge", ["zero", "wrap"])
-def test_its_gradient_is_the_shift_the_other_way(edge):
+def test_temporal_shift_has_the_reverse_shift_as_gradient(edge):
     x = torch.randn(8, 9, 2, 2, requires_grad=True, dtype=torch.float64)
     upstream = torch.randn_like(x)
     temporal_shift(x, 4, Shift(edge=edge)).backward(upstream)
@@ -108,14 +108,14 @@ def test_its_gradient_is_the_shift_the_other_way(edge):
 
 
 @pytest.mark.parametrize("edge", EDGES)
-def test_gradients_to_second_order(edge):
+def test_temporal_shift_passes_gradcheck_to_second_order(edge):
     x = torch.randn(4, 3, 2, 2, requires_grad=True, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: temporal_shift(x, 4, Shift(edge=edge)) ** 2, x)
     assert torch.autograd.gradgradcheck(lambda x: temporal_shift(x, 4, Shift(edge=edge)) ** 2, x)
 
 
 @pytest.mark.parametrize(("edge", "mode"), [("zero", "zeros"), ("wrap", "circular"), ("hold", "replicate")])
-def test_shift_and_conv2d_are_the_masked_conv3d(edge, mode):
+def test_temporal_shift_then_conv2d_equals_the_masked_conv3d(edge, mode):
     """Channel group by channel group the temporal kernel of three has one tap: before, same, after."""
     num_frames, num_channels = 5, 6
     conv2d = torch.nn.Conv2d(num_channels, 7, 3, padding=1).double()
@@ -133,7 +133,7 @@ def test_shift_and_conv2d_are_the_masked_conv3d(edge, mode):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_inflating_adds_nothing_and_deflating_restores(place):
+def test_inflate_adds_no_parameters_and_deflate_undoes_it(place):
     unet = tiny_unet()
     names, parameters = list(unet.state_dict()), [id(parameter) for parameter in unet.parameters()]
     types = [type(module) for module in unet.modules()]
@@ -147,7 +147,7 @@ def test_inflating_adds_nothing_and_deflating_restores(place):
 
 @pytest.mark.parametrize("place", PLACES)
 @torch.no_grad()
-def test_one_frame_is_the_image_network_bit_for_bit(place):
+def test_inflate_keeps_the_image_network_for_one_frame(place):
     x, t, text = inputs(3)
     image = tiny_unet()(x, t, text).sample
     unet = inflate(tiny_unet(), Shift(place=place))
@@ -160,7 +160,7 @@ def test_one_frame_is_the_image_network_bit_for_bit(place):
 
 @pytest.mark.parametrize("place", PLACES)
 @torch.no_grad()
-def test_the_whole_network_is_the_one_with_shifted_convolutions(place):
+def test_inflate_equals_a_network_with_shifted_convolutions(place):
     """An independent network: hooks on the convolutions, with the shift written as loops."""
     x, t, text = inputs(8)
     hooked = tiny_unet()
@@ -176,7 +176,7 @@ def test_the_whole_network_is_the_one_with_shifted_convolutions(place):
         torch.testing.assert_close(unet(x, t, text).sample, hooked(x, t, text).sample)
 
 
-def test_a_block_with_another_activation_shifts_too():
+def test_inflate_shifts_blocks_with_any_activation():
     x, t, text = inputs(4)
     results = []
     for activation in ("silu", "gelu"):
@@ -189,7 +189,7 @@ def test_a_block_with_another_activation_shifts_too():
 
 
 @torch.no_grad()
-def test_clips_of_a_batch_never_mix():
+def test_frames_never_mixes_clips_of_a_batch():
     unet = inflate(tiny_unet())
     x, t, text = inputs(8)
     with frames(unet, 4):
@@ -203,7 +203,7 @@ def test_clips_of_a_batch_never_mix():
 @torch.no_grad()
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("backward", "seen"), [(1 / 3, [2, 3, 4]), (0, [3, 4])])
-def test_time_reaches_one_frame_a_block_and_no_farther(place, backward, seen):
+def test_reach_is_one_frame_for_each_block(place, backward, seen):
     torch.manual_seed(0)
     block = inflate(ResnetBlock2D(in_channels=12, out_channels=12, temb_channels=4, groups=3).eval(), Shift(1 / 3, backward, place))
     x, temb = torch.randn(7, 12, 4, 4), torch.randn(7, 4)
@@ -215,7 +215,7 @@ def test_time_reaches_one_frame_a_block_and_no_farther(place, backward, seen):
 
 
 @torch.no_grad()
-def test_without_the_backward_share_nothing_flows_back():
+def test_shift_without_backward_is_causal():
     unet = inflate(tiny_unet(), Shift(backward=0))
     x, t, text = inputs(6)
     changed = x.clone()
@@ -226,7 +226,7 @@ def test_without_the_backward_share_nothing_flows_back():
 
 
 @torch.no_grad()
-def test_a_wrapped_network_rolls_with_its_input():
+def test_wrap_makes_the_network_commute_with_rolling():
     unet = inflate(tiny_unet(), Shift(edge="wrap"))
     x, t, text = inputs(5)
     text = text[:1].expand(5, -1, -1)
@@ -236,7 +236,7 @@ def test_a_wrapped_network_rolls_with_its_input():
 
 
 @torch.no_grad()
-def test_frames_can_change_the_edge_and_puts_everything_back():
+def test_frames_sets_the_edge_and_restores_it():
     unet = inflate(tiny_unet())
     x, t, text = inputs(4)
     with frames(inflate(tiny_unet(), Shift(edge="wrap")), 4) as wrapped:
@@ -250,7 +250,7 @@ def test_frames_can_change_the_edge_and_puts_everything_back():
 
 
 @torch.no_grad()
-def test_the_whole_batch_as_one_clip():
+def test_frames_of_minus_one_takes_the_batch_as_one_clip():
     assert torch.equal(temporal_shift(torch.ones(1, 3, 2, 2), -1), torch.ones(1, 3, 2, 2))
     unet = inflate(tiny_unet())
     x, t, text = inputs(6)
@@ -261,7 +261,7 @@ def test_the_whole_batch_as_one_clip():
 
 
 @torch.no_grad()
-def test_compile_without_graph_breaks():
+def test_inflated_network_compiles_without_graph_breaks():
     unet = inflate(tiny_unet())
     x, t, text = inputs(4)
     with frames(unet, 4):
@@ -270,7 +270,7 @@ def test_compile_without_graph_breaks():
         torch.testing.assert_close(compiled(x, t, text, return_dict=False)[0], expected)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+def test_gradient_checkpointing_keeps_the_gradients():
     gradients = []
     for checkpointing in (False, True):
         unet = inflate(tiny_unet()).train()
@@ -285,7 +285,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_copies_and_deflated_networks_checkpoint_their_own_clips():
+def test_gradient_checkpointing_of_copies_uses_their_own_state():
     """A deep copy recomputes with its own clips, and after `deflate` nothing of the shift is left in the checkpointing."""
     unet = inflate(tiny_unet()).train()
     unet.enable_gradient_checkpointing()
@@ -306,7 +306,7 @@ def test_copies_and_deflated_networks_checkpoint_their_own_clips():
     torch.testing.assert_close(unet(x, t, text).sample, tiny_unet().train()(x, t, text).sample)
 
 
-def test_settings_that_do_not_fit_leave_the_network_as_it_was():
+def test_inflate_leaves_the_network_unchanged_on_error():
     unet = inflate(tiny_unet(resnet_time_scale_shift="scale_shift"), Shift(place="end"))
     with pytest.raises(ValueError, match="scale and shift"):
         inflate(unet, Shift(place="conv2"))
@@ -322,12 +322,12 @@ def test_settings_that_do_not_fit_leave_the_network_as_it_was():
         (dict(edge="mirror"), "unknown edge 'mirror'; expected one of zero, wrap, hold"),
     ],
 )
-def test_wrong_settings_say_what_was_expected(options, message):
+def test_shift_rejects_wrong_settings(options, message):
     with pytest.raises(ValueError, match=message):
         Shift(**options)
 
 
-def test_wrong_calls_say_what_was_expected():
+def test_wrong_calls_are_rejected():
     with pytest.raises(ValueError, match="num_frames=15 does not divide the batch of 32 frames; pass num_frames=16"):
         temporal_shift(torch.zeros(32, 3, 1, 1), 15)
     with pytest.raises(ValueError, match="not inflated"), frames(tiny_unet(), 4):
@@ -344,7 +344,7 @@ def test_wrong_calls_say_what_was_expected():
 
 
 @torch.no_grad()
-def test_one_text_a_clip_is_the_text_repeated_for_each_frame():
+def test_share_text_equals_text_repeated_for_each_frame():
     unet = inflate(tiny_unet())
     x, t, text = inputs(8)
     with frames(unet, 4):
@@ -354,7 +354,7 @@ def test_one_text_a_clip_is_the_text_repeated_for_each_frame():
     torch.testing.assert_close(shared, repeated)
 
 
-def test_deflate_gives_every_frame_its_own_text_again():
+def test_deflate_undoes_share_text():
     unet = inflate(tiny_unet())
     share_text(unet)
     x, t, text = inputs(4)
@@ -363,7 +363,7 @@ def test_deflate_gives_every_frame_its_own_text_again():
         unet(x, t, text[:2])
 
 
-def test_text_is_not_shared_past_a_foreign_processor():
+def test_share_text_skips_custom_processors():
     unet = tiny_unet()
     foreign = type("Foreign", (), {"__call__": lambda *_: None})()
     unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.set_processor(foreign)

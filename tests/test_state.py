@@ -44,7 +44,7 @@ def call(unet, num_frames: int | None) -> torch.Tensor:
             return unet(x, 500, TEXT).sample
 
 
-def test_frames_are_the_state_of_a_thread(unet):
+def test_frames_is_local_to_a_thread(unet):
     """Clips of 4 and of 8 frames and images, in three threads on one network at once."""
     settings = (4, 8, None)
     expected, results, start = [call(unet, num) for num in settings], [[], [], []], threading.Barrier(3)
@@ -65,7 +65,7 @@ def test_frames_are_the_state_of_a_thread(unet):
     torch.testing.assert_close(call(unet, None), expected[2])  # and the network is the image network again
 
 
-def test_a_thread_inside_frames_does_not_change_another(unet):
+def test_frames_in_one_thread_does_not_change_another(unet):
     inside, done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -82,7 +82,7 @@ def test_a_thread_inside_frames_does_not_change_another(unet):
     thread.join()
 
 
-def test_a_copy_made_inside_frames_is_the_image_network(unet):
+def test_deepcopy_inside_frames_is_the_image_network(unet):
     with frames(unet, 4):
         twin = copy.deepcopy(unet)
     assert shift_of(twin) == shift_of(unet)
@@ -93,14 +93,14 @@ def test_a_copy_made_inside_frames_is_the_image_network(unet):
 @pytest.mark.parametrize(
     ("shift", "expected"), [(Shift(0, 0), (0, 0)), (Shift(1 / 3, 0), (11, 0)), (Shift(0, 1 / 3), (0, 11)), (Shift(), (11, 11))]
 )
-def test_reach_counts_the_layers_that_move_channels(shift, expected):
+def test_reach_counts_layers_that_move_channels(shift, expected):
     unet = inflate(sizes.unet("tiny", sample_size=4), shift)
     assert reach(unet) == expected
     assert reach(deflate(unet)) == (0, 0)
 
 
 @pytest.mark.parametrize("edge", ["zero", "hold", "wrap"])
-def test_the_shift_is_differentiable_in_every_mode(edge):
+def test_temporal_shift_is_differentiable_in_every_mode(edge):
     """Forward mode, functorch, and both through a network in training, against finite differences and the shift itself."""
     x, tangent = torch.randn(8, 6, 2, 2, dtype=torch.float64), torch.randn(8, 6, 2, 2, dtype=torch.float64)
 
@@ -125,7 +125,7 @@ def test_the_shift_is_differentiable_in_every_mode(edge):
     assert torch.autograd.gradgradcheck(shifted, leaf)
 
 
-def test_jvp_through_a_network_in_training():
+def test_jvp_works_through_a_network_in_training():
     torch.manual_seed(0)
     unet = inflate(sizes.unet("tiny", sample_size=4)).double().train()
     latents, tangent = (torch.randn(4, 4, 4, 4, dtype=torch.float64) for _ in range(2))
@@ -142,7 +142,7 @@ def test_jvp_through_a_network_in_training():
 
 
 @pytest.mark.parametrize("edge", ["zero", "hold", "wrap"])
-def test_chunks_of_a_model_with_any_edge_are_the_whole_clip(texts, edge):
+def test_chunk_equals_the_whole_clip_for_every_edge(texts, edge):
     pipe = sd(texts, edge=edge)
     arguments = dict(num_frames=sum(reach(pipe.unet)) + 12, num_inference_steps=2, output_type="latent")
     whole = pipe("red", generator=seed(0), **arguments).frames
@@ -154,7 +154,7 @@ def stream(pipe, prompt="red", number=0, **arguments):
     return pipe.stream(prompt, num_frames=3, generator=seed(number), **arguments)
 
 
-def test_a_stream_keeps_its_settings_beside_other_calls(texts):
+def test_stream_keeps_its_settings_beside_other_calls(texts):
     pipe = sd(texts, backward=0.0)
     expected = list(stream(pipe, guidance_scale=7.5))
     others = list(stream(pipe, "blue", 1, guidance_scale=2.0))
@@ -179,7 +179,7 @@ def test_a_stream_keeps_its_settings_beside_other_calls(texts):
         (UniPCMultistepScheduler, {}),
     ],
 )  # fmt: skip
-def test_a_stream_with_a_multistep_scheduler_is_the_whole_clip(texts, scheduler, options):
+def test_stream_with_a_multistep_scheduler_equals_the_whole_clip(texts, scheduler, options):
     pipe = sd(texts, backward=0.0)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
     whole = pipe("red", num_frames=3, num_inference_steps=5, generator=seed(0)).frames[0]
@@ -187,7 +187,7 @@ def test_a_stream_with_a_multistep_scheduler_is_the_whole_clip(texts, scheduler,
 
 
 @pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, LCMScheduler])
-def test_a_stream_draws_all_its_noise_from_its_generator(texts, scheduler):
+def test_stream_draws_all_noise_from_its_generator(texts, scheduler):
     pipe = sd(texts, backward=0.0)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     first, second, other = list(stream(pipe)), list(stream(pipe)), list(stream(pipe, number=1))
@@ -195,7 +195,7 @@ def test_a_stream_draws_all_its_noise_from_its_generator(texts, scheduler):
     assert not np.array_equal(first[0], other[0])
 
 
-def test_a_callback_gets_none_for_what_a_call_has_not(texts):
+def test_callback_gets_none_for_absent_tensors(texts):
     values = []
 
     def watch(pipe, index, timestep, tensors):
@@ -208,7 +208,7 @@ def test_a_callback_gets_none_for_what_a_call_has_not(texts):
     assert all(value["negative_prompt_embeds"] is None for value in values)
 
 
-def test_guidance_is_rescaled_over_whole_clips(texts):
+def test_guided_rescales_over_whole_clips(texts):
     """Frames of one clip keep their ratios (Lin et al. 2024, equations 15 and 16, with the deviation of a clip)."""
     conditional = torch.randn(2, 4, 3, 4, 4) * torch.tensor([1.0, 2.0, 4.0]).view(1, 1, 3, 1, 1)
     unconditional = torch.randn(2, 4, 3, 4, 4)
@@ -221,7 +221,7 @@ def test_guidance_is_rescaled_over_whole_clips(texts):
     torch.testing.assert_close(predict(conditional, torch.tensor(1), torch.arange(3)), expected)
 
 
-def test_a_guider_replaces_classifier_free_guidance(texts):
+def test_guider_replaces_classifier_free_guidance(texts):
     pipe = sd(texts, num_inference_steps=6)
     arguments = dict(generator=seed(0), output_type="latent")
     latents = torch.randn(1, 4, 6, 4, 4, generator=seed(3))
@@ -283,7 +283,7 @@ def test_clip_skip_takes_an_earlier_layer(texts):
     torch.testing.assert_close(skipped, pipe(prompt_embeds=expected, guidance_scale=1.0, latents=latents, output_type="latent").frames)
 
 
-def test_generic_loaders_open_a_saved_folder_as_the_image_model(texts, tmp_path):
+def test_save_pretrained_writes_a_folder_for_generic_loaders(texts, tmp_path):
     from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
     from latent_shift.pipelines.loading import load
@@ -296,7 +296,7 @@ def test_generic_loaders_open_a_saved_folder_as_the_image_model(texts, tmp_path)
     assert shift_of(again.unet).edge == "hold" and again.call_defaults == pipe.call_defaults
 
 
-def test_stable_diffusion_xl_has_its_own_defaults(texts):
+def test_xl_pipeline_has_its_own_defaults(texts):
     pipe = LatentShiftXLPipeline(**xl_components(texts))
     assert pipe.call_defaults["guidance_scale"] == 5.0
     pipe = LatentShiftXLPipeline(**xl_components(texts), latent_shift={"guidance_scale": 7.0})
@@ -304,7 +304,7 @@ def test_stable_diffusion_xl_has_its_own_defaults(texts):
     assert pipe.config.latent_shift["guidance_scale"] == 7.0
 
 
-def test_defaults_that_a_model_brings_are_saved_even_where_they_are_the_usual_ones(texts, tmp_path):
+def test_set_model_defaults_is_saved_even_for_usual_values(texts, tmp_path):
     pipe = sd(texts)
     image = type(pipe)(**pipe.components)
     image.save_pretrained(tmp_path / "image")
@@ -314,7 +314,7 @@ def test_defaults_that_a_model_brings_are_saved_even_where_they_are_the_usual_on
     assert type(pipe).load_config(tmp_path / "video")["latent_shift"]["num_frames"] == 16
 
 
-def test_streaming_leaves_the_image_network(unet):
+def test_streaming_restores_the_image_network(unet):
     causal = inflate(copy.deepcopy(unet), Shift(backward=0))
     expected = call(causal, None)
     with torch.no_grad(), streaming(causal, {}):

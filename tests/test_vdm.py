@@ -18,7 +18,7 @@ from latent_shift.training import stages
 from latent_shift.training.loop import train
 
 
-def test_pixels_stay_what_they_are():
+def test_pixel_space_keeps_pixels():
     vae = load_autoencoder(loading.folder("pixels"))
     assert isinstance(vae, PixelSpace)
     x = torch.rand(2, 3, 8, 8) * 2 - 1
@@ -29,7 +29,7 @@ def test_pixels_stay_what_they_are():
     assert torch.equal(vae.decode(x, return_dict=False)[0], x)
 
 
-def test_it_sees_time_by_attention_alone():
+def test_vdm_unet_has_no_temporal_convolution():
     network = VDMUNet.from_unet(sizes.unet("tiny", sample_size=8))
     kinds = {type(module) for module in network.modules()}
     assert TemporalAttention in kinds and TemporalConv not in kinds
@@ -43,7 +43,7 @@ def in_pixels(media, tmp_path_factory):
     return folder
 
 
-def test_from_videos_to_clips_in_pixels(in_pixels, tmp_path):
+def test_vdm_trains_and_generates_in_pixels(in_pixels, tmp_path):
     frames, stored = Store(in_pixels / "frames"), LatentStore(in_pixels / "stored")
     assert (stored.info["channels"], stored.info["factor"]) == (3, 1)
     expected = to_pixels(torch.from_numpy(frames.window(0, 0, 3))).numpy()

@@ -36,7 +36,7 @@ def predictor(unet, *, edge=None, calls=None):
 
 @pytest.mark.parametrize("edge", ["zero", "hold", "wrap"])
 @pytest.mark.parametrize("place", ["conv1", "end"])
-def test_chunks_with_a_full_halo_are_the_whole_clip(unet, edge, place):
+def test_in_chunks_with_full_halo_equals_the_whole_clip(unet, edge, place):
     inflate(unet, Shift(place=place, edge=edge))
     halo, num_frames = reach(unet), 40
     assert halo == (sum(isinstance(module, ResnetBlock2D) for module in unet.modules()),) * 2
@@ -55,7 +55,7 @@ def test_chunks_with_a_full_halo_are_the_whole_clip(unet, edge, place):
 
 @pytest.mark.parametrize("edge", ["zero", "hold"])
 @pytest.mark.parametrize("place", ["conv1", "conv2", "end"])
-def test_frames_that_come_one_by_one_are_those_of_the_whole_clip(unet, edge, place):
+def test_streaming_equals_the_whole_clip(unet, edge, place):
     inflate(unet, Shift(backward=0, edge=edge, place=place))
     whole = predictor(unet)(clips(6), torch.tensor(500), torch.arange(6))
     memory = {}
@@ -69,7 +69,7 @@ def test_frames_that_come_one_by_one_are_those_of_the_whole_clip(unet, edge, pla
 
 
 @pytest.mark.parametrize("shift", [None, Shift(), Shift(backward=0, edge="wrap")])
-def test_only_a_causal_network_streams(shift):
+def test_streaming_requires_a_causal_shift(shift):
     network = sizes.unet("tiny", sample_size=4)
     if shift:
         inflate(network, shift)

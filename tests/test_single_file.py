@@ -41,7 +41,7 @@ def small(monkeypatch):
         monkeypatch.setitem(single_file.FAMILIES, name, replace(family, unet=unet, vae=vae, texts=texts))
 
 
-def test_the_configurations_are_those_of_the_published_models():
+def test_families_match_the_published_models():
     """Parameters as the model cards say: 860 M, 865 M (866), 2.6 B."""
     counts = {name: [sum(p.numel() for p in part.parameters()) for part in _parts(name)] for name in single_file.FAMILIES}
     assert counts == {
@@ -56,7 +56,7 @@ def _parts(name):
     return [pipe.unet, pipe.vae, pipe.text_encoder, *([pipe.text_encoder_2] if name == "sdxl" else [])]
 
 
-def test_the_tokenizer_is_clips():
+def test_tokenizer_is_clip():
     tokenizer = single_file.tokenizer()
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenizer("An astronaut riding a horse, 4k!").input_ids == tokenizer("an  astronaut riding a horse, 4k!").input_ids
@@ -64,7 +64,7 @@ def test_the_tokenizer_is_clips():
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
-def test_a_single_file_is_the_model_it_was_made_of(name, small, tmp_path):
+def test_open_file_equals_the_model_it_was_made_from(name, small, tmp_path):
     torch.manual_seed(0)
     pipe = single_file.blank(name)
     save_file({key: value.contiguous() for key, value in original_layout.of(pipe, name).items()}, tmp_path / "model.safetensors")
@@ -95,7 +95,7 @@ def test_a_single_file_is_the_model_it_was_made_of(name, small, tmp_path):
     )
 
 
-def test_what_a_file_says_of_its_prediction_counts(small, tmp_path):
+def test_open_file_reads_the_prediction_type(small, tmp_path):
     tensors = {key: value.contiguous() for key, value in original_layout.of(single_file.blank("sdxl"), "sdxl").items()}
     save_file({**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "v.safetensors")
     scheduler = load(tmp_path / "v.safetensors", device="cpu").scheduler
@@ -104,7 +104,7 @@ def test_what_a_file_says_of_its_prediction_counts(small, tmp_path):
     assert load(tmp_path / "e.safetensors", device="cpu", prediction="v_prediction").scheduler.config.prediction_type == "v_prediction"
 
 
-def test_a_folder_that_has_only_a_variant(small, tmp_path):
+def test_load_takes_the_only_variant(small, tmp_path):
     pipe = single_file.blank("sd1", dtype=torch.float16)
     pipe.save_pretrained(tmp_path, variant="fp16")
     assert load(tmp_path, device="cpu").unet.dtype == torch.float32
@@ -122,21 +122,21 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("tensor", "message"), OTHERS.items())
-def test_a_file_that_is_something_else_is_told_what_it_is(tensor, message, tmp_path):
+def test_load_names_other_kinds_of_files(tensor, message, tmp_path):
     save_file({tensor: torch.zeros(2, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "x.safetensors", device="cpu")
 
 
 @pytest.mark.parametrize(("part", "message"), [("cond_stage_model", "no text encoder"), ("first_stage_model", "no autoencoder")])
-def test_a_file_without_a_part(part, message, small, tmp_path):
+def test_load_names_a_missing_part_of_a_file(part, message, small, tmp_path):
     tensors = {key: value.contiguous() for key, value in original_layout.of(single_file.blank("sd1"), "sd1").items()}
     save_file({key: value for key, value in tensors.items() if not key.startswith(part)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "x.safetensors", device="cpu")
 
 
-def test_files_that_cannot_be_opened(tmp_path):
+def test_load_rejects_unreadable_files(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"x")
     with pytest.raises(ValueError, match="a pickle file can run any program"):
         load(tmp_path / "model.ckpt", device="cpu")
@@ -152,7 +152,7 @@ def test_files_that_cannot_be_opened(tmp_path):
         load(tmp_path / "empty.safetensors", device="cpu")
 
 
-def test_folders_that_lack_something(small, tmp_path):
+def test_load_rejects_incomplete_folders(small, tmp_path):
     pipe = single_file.blank("sd1")
     pipe.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model_index\.json; it holds a UNet2DConditionModel alone"):

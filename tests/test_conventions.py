@@ -183,11 +183,48 @@ def test_pipeline_is_a_diffusion_pipeline():
     assert issubclass(LatentShiftXLPipeline, StableDiffusionXLPipeline)
 
 
+@pytest.mark.parametrize("missing", [["unet", "vae"], ["text_encoder", "tokenizer"], ["vae"]])
+def test_pipeline_works_without_parts_that_a_call_does_not_need(pipe, missing, tmp_path):
+    """Prompts encoded by one half of a pipeline, clips generated from them by the other."""
+    absent = {f"{name}{suffix}": None for name in missing for suffix in ("", "_2") if f"{name}{suffix}" in pipe.components}
+    half = quiet(type(pipe)(**{**pipe.components, **absent}, latent_shift=SETTINGS))
+    if "unet" in missing:
+        expected = pipe.encode_prompt("red", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+        encoded = half.encode_prompt("red", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+        assert all(map(torch.equal, encoded, expected))
+        return
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    encoded = pipe.encode_prompt("red", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    arguments = {**dict(zip(names, encoded, strict=False)), "output_type": "latent"}
+    expected = clip(pipe, None, **arguments)
+    assert torch.equal(clip(half, None, **arguments), expected)
+    half.save_pretrained(tmp_path)
+    loaded = quiet(type(pipe).from_pretrained(tmp_path, **absent))
+    assert all(getattr(loaded, name) is None for name in absent)
+    torch.testing.assert_close(clip(loaded, None, **arguments), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_callback_can_change_the_guidance_scale(pipe):
+    """What diffusers' own tests ask of callbacks, and that the new scale counts."""
+    scales = []
+
+    def raise_scale(pipe, index, timestep, tensors):
+        pipe._guidance_scale += 1.0
+        scales.append(pipe.guidance_scale)
+        return tensors
+
+    changed = clip(pipe, guidance_scale=3.0, callback_on_step_end=raise_scale)
+    assert scales == [4.0, 5.0]
+    assert not torch.equal(changed, clip(pipe, guidance_scale=3.0))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offload moves parts to an accelerator")
 @pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_offload_gives_the_same_clip(pipe, offload):
-    expected = clip(pipe.to("cuda")).cpu()
+    arguments = [{}, {"image": np.zeros((32, 32, 3), np.float32)}]
+    expected = [clip(pipe.to("cuda"), **options).cpu() for options in arguments]
     pipe.to("cpu")
     getattr(pipe, offload)()
-    torch.testing.assert_close(clip(pipe).cpu(), expected, atol=1e-4, rtol=0)
+    for options, value in zip(arguments, expected, strict=True):
+        torch.testing.assert_close(clip(pipe, **options).cpu(), value, atol=1e-4, rtol=0)
     assert pipe.unet.device.type != "cuda"

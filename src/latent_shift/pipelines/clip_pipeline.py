@@ -91,7 +91,7 @@ class ClipPipeline(DiffusionPipeline):
         unknown = set(settings) - {field.name for field in fields(Shift)} - set(CALL_DEFAULTS)
         if unknown:
             raise ValueError(f"unknown latent_shift settings {sorted(unknown)}; expected fields of Shift or {sorted(CALL_DEFAULTS)}")
-        if shift_of(self.unet) is None:
+        if self.unet is not None and shift_of(self.unet) is None:
             inflate(self.unet, Shift(**{field.name: settings[field.name] for field in fields(Shift) if field.name in settings}))
         self._model_defaults: dict[str, float] = {}
         self.call_defaults = dict(self.family_defaults)

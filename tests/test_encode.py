@@ -204,9 +204,9 @@ def test_no_part_of_a_pattern_is_written_over(shards, autoencoder, texts, tmp_pa
 
 
 def test_workers_share_the_gpus():
-    assert [encoding.device_of_worker("cuda", number, 2) for number in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    assert encoding.device_of_worker("cuda:1", 0, 2) == "cuda:1"
-    assert encoding.device_of_worker("cpu", 3, 0) == "cpu"
+    assert [encoding.worker_device("cuda", number, 2) for number in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert encoding.worker_device("cuda:1", 0, 2) == "cuda:1"
+    assert encoding.worker_device("cpu", 3, 0) == "cpu"
 
 
 def test_captions_that_are_embedded_are_not_embedded_again(shards, once, autoencoder, texts, tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ def test_captions_that_are_embedded_are_not_embedded_again(shards, once, autoenc
             raise KeyboardInterrupt
         return embed(tokenizer, text_encoder, captions)
 
-    monkeypatch.setattr(encoding, "CAPTIONS_NOTED", 1)
+    monkeypatch.setattr(encoding, "CAPTION_SAVE_INTERVAL", 1)
     monkeypatch.setattr(encoding.text, "embed", counted)
     with pytest.raises(KeyboardInterrupt):
         encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, batch_size=1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_cli import run
 from test_finetune import RECIPE, TINY, checkpoint  # noqa: F401 (a fixture)
-from test_sources import write_shard
+from test_readers import write_shard
 
 from latent_shift import video
 from latent_shift.data.latents import LatentStore
@@ -80,7 +80,7 @@ def test_one_command_trains(recipe, make, checkpoint, tmp_path):  # noqa: F811
         assert "val_loss" in rows[-1]
     elif make is webvid:
         assert len(store.records) == 6 + 2  # of six clips two name no side
-        assert len({store.shape(index) for index in range(8)}) == 2
+        assert len({store.frame_shape(index) for index in range(8)}) == 2
         assert store.embed(["some square 0, 4 fps"]).any()
     else:
         assert captions == {"square 0", "square 1", "square 2"}

@@ -314,4 +314,4 @@ def finish_store(folder: Path, records: Iterable[Record], shapes: dict[str, tupl
 def is_complete(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
     """Return whether a shard exists with the size of an array of this shape and dtype."""
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return path.exists() and 0 < path.stat().st_size - expected <= 1024  # numpy's header precedes the frames
+    return path.exists() and 128 <= path.stat().st_size - expected <= 1024  # numpy's header of 128 bytes or more comes first

@@ -213,8 +213,7 @@ def test_start_worker_watches_its_parent_while_it_imports(tmp_path):
 
 def test_ray_encoder_encodes_the_shard_of_a_row(shards, reference, autoencoder, texts, tmp_path):
     (tmp_path / "shards").mkdir()
-    digest = json.loads((reference / "store.json").read_text())["autoencoder"]
-    tasks, _, shapes = encoding._plan_shards(Store(shards), tmp_path, digest, mirror=True, factor=8, channels=4)
+    tasks, _, shapes = encoding._plan_shards(Store(shards), tmp_path, encoding.Encoder(autoencoder), mirror=True)
     assert shapes == LatentStore(reference).shapes
     with encoding.single_thread():
         encoder = encoding._RayEncoder(tasks, (reference / "autoencoder", None, "cpu"))

@@ -1,7 +1,7 @@
 """Read and write frames: videos, animations and stills.
 
-Frames are `(F, H, W, 3) uint8` RGB arrays throughout this file. PyAV reads and writes the video containers, Pillow the animations and
-stills; both packages include their codecs.
+Frames are `(F, H, W, 3) uint8` RGB arrays throughout this file. PyAV reads and writes the video containers,
+Pillow the animations and stills; both packages include their codecs.
 
 F frames, H W.
 """
@@ -49,9 +49,11 @@ def read(
     Args:
         path: a file with one of `SUFFIXES`.
         content: content of the file, if it comes from elsewhere, such as a shard; `path` then only names it.
-        fps: resample to this frame rate: output frame k is the one on screen at `k / fps` seconds. None keeps every frame.
-        size: side of a square in pixels, or `(height, width)`s of which the one with the nearest aspect ratio is used. The largest
-            central region of that aspect ratio is cropped and resized. None keeps the size.
+        fps: resample to this frame rate: output frame k is the one on screen at `k / fps` seconds. None keeps
+            every frame.
+        size: side of a square in pixels, or `(height, width)`s of which the one with the nearest aspect ratio
+            is used. The largest central region of that aspect ratio is cropped and resized. None keeps the
+            size.
         background: RGB colour behind transparent pixels.
         num_frames: maximum number of frames; later ones are not decoded.
 
@@ -59,7 +61,8 @@ def read(
         `(F, H, W, 3) uint8` frames and the frame rate, 0.0 for a still.
 
     Raises:
-        ValueError: not a video or image, truncated, or without a frame; the message names the file and the reason.
+        ValueError: not a video or image, truncated, or without a frame; the message names the file and the
+            reason.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
@@ -76,7 +79,8 @@ def read(
             if repeats or not frames:
                 frames += [_crop_and_resize(image, size)] * max(1, repeats)
             # Two images have to be decoded to tell a video from a still.
-            if num_frames is not None and num_decoded > 1 and (num_decoded if fps is None else seconds * fps) >= num_frames:
+            num_output = num_decoded if fps is None else seconds * fps
+            if num_frames is not None and num_decoded > 1 and num_output >= num_frames:
                 break
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
@@ -95,7 +99,8 @@ def write(frames: np.ndarray, path: str | Path, *, fps: float = 8) -> Path:
     """Write frames to .mp4 (H.264), .webm (VP9), .gif, .webp (lossless) or .png (a strip), by the suffix.
 
     Args:
-        frames: `(F, H, W, 3) uint8`. In .mp4 and .webm, an odd height or width is padded by repeating the last row or column.
+        frames: `(F, H, W, 3) uint8`. In .mp4 and .webm, an odd height or width is padded by repeating the
+            last row or column.
         path: output file; missing folders are created.
         fps: frames per second, above 0, and at most 50 in a .gif.
 
@@ -136,7 +141,7 @@ def check_output(path: str | Path, *, fps: float = 8) -> Path:
     if fps <= 0:
         raise ValueError(f"fps must be above 0, got {fps}")
     if fps > 50 and path.suffix.lower() == ".gif":
-        raise ValueError(f"{path}: a .gif has at most 50 frames per second, got {fps}; choose another format or a lower fps")
+        raise ValueError(f"{path}: a .gif has at most 50 frames per second, got {fps}; choose another format")
     return path
 
 
@@ -149,15 +154,15 @@ def frame_changes(frames: np.ndarray) -> np.ndarray:
 def find_cuts(frames: np.ndarray) -> list[int]:
     """Return the indices of the frames that begin a new scene.
 
-    At a cut the frames change by more than 27 grey levels (the threshold of PySceneDetect) and by more than four times the median of the
-    clip, so that fast motion throughout is not a cut.
+    At a cut the frames change by more than 27 grey levels (the threshold of PySceneDetect) and by more than
+    four times the median of the clip, so that fast motion throughout is not a cut.
     """
     changes = frame_changes(frames)
     return (np.flatnonzero((changes > 27) & (changes > 4 * np.median(changes))) + 1).tolist()
 
 
 def montage(tiles: np.ndarray, *, columns: int, gap: int = 2) -> np.ndarray:
-    """Arrange `(N, H, W, 3) uint8` images in a grid with `gap` white pixels in between; returns one `(H', W', 3) uint8` image."""
+    """Arrange `(N, H, W, 3) uint8` images in a grid, `gap` white pixels apart; returns `(H', W', 3) uint8`."""
     num, height, width, _ = tiles.shape
     rows = -(-num // columns)
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
@@ -218,8 +223,8 @@ def _decode_video(file: Path | io.BytesIO) -> Iterator[tuple[Image.Image, float]
     """Yield each frame and the seconds that it is on screen.
 
     Raises:
-        EOFError: no video stream, or a truncated file. Truncated files may decode without an error of the decoder, so the decoded time
-            is compared with the header.
+        EOFError: no video stream, or a truncated file. Truncated files may decode without an error of the
+            decoder, so the decoded time is compared with the header.
     """
     with av.open(file if isinstance(file, io.BytesIO) else str(file), "r") as container:
         if not container.streams.video:
@@ -227,7 +232,7 @@ def _decode_video(file: Path | io.BytesIO) -> Iterator[tuple[Image.Image, float]
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         default_duration = 1 / float(stream.average_rate or 25)
-        reformatter = VideoReformatter()  # one for all frames: `frame.to_image()` starts threads for each, 1 to 5 ms a frame
+        reformatter = VideoReformatter()  # shared: `frame.to_image()` starts threads for each frame, 1 to 5 ms
         decoded_seconds = 0.0
         previous = None
         for frame in container.decode(stream):
@@ -238,12 +243,13 @@ def _decode_video(file: Path | io.BytesIO) -> Iterator[tuple[Image.Image, float]
                 yield _to_upright_image(previous, reformatter), duration
             previous = frame
         if previous is not None:
-            known = previous.duration and previous.time_base
-            duration = float(previous.duration * previous.time_base) if known else default_duration  # type: ignore[operator]
+            duration = default_duration
+            if previous.duration and previous.time_base:
+                duration = float(previous.duration * previous.time_base)
             decoded_seconds += duration
             yield _to_upright_image(previous, reformatter), duration
         header_seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-        if not header_seconds and container.duration and len(container.streams) == 1:  # otherwise it may be the sound's duration
+        if not header_seconds and container.duration and len(container.streams) == 1:  # no sound of another length
             header_seconds = container.duration / av.time_base
         if decoded_seconds < 0.9 * header_seconds - 2 * default_duration:
             raise EOFError(f"truncated: {decoded_seconds:.1f} s of {header_seconds:.1f} s can be decoded")
@@ -289,7 +295,8 @@ def save_video(clip: np.ndarray | Tensor | list[Image.Image], path: str | Path, 
     """Write one clip to .mp4, .webm, .gif, .webp or .png (a strip of its frames), by the suffix.
 
     Args:
-        clip: a clip as pipelines return it: an `(F, H, W, 3)` array in [0, 1] or uint8, an `(F, 3, H, W)` tensor in [0, 1], or F images.
+        clip: a clip as pipelines return it: an `(F, H, W, 3)` array in [0, 1] or uint8, an `(F, 3, H, W)`
+            tensor in [0, 1], or F images.
         path: output file; missing folders are created.
         fps: frames per second.
 
@@ -305,7 +312,11 @@ def load_video(path: str | Path, *, fps: float | None = None, size: int | None =
 
 
 def to_uint8(clip: np.ndarray | Tensor | list[Image.Image]) -> np.ndarray:
-    """Convert a clip, in any form that `save_video` accepts, to `(F, H, W, 3) uint8`; floats are clipped to [0, 1] and rounded."""
+    """Convert a clip as pipelines return it to `(F, H, W, 3) uint8`; floats are clipped to [0, 1] and rounded.
+
+    Args:
+        clip: as in `save_video`.
+    """
     if isinstance(clip, list):
         return np.stack([np.asarray(image.convert("RGB")) for image in clip])
     frames = clip if isinstance(clip, np.ndarray) else clip.permute(0, 2, 3, 1).float().cpu().numpy()

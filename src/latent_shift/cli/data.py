@@ -16,8 +16,8 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check, pack
 Folder = Annotated[
     str,
     typer.Argument(
-        help="media files with metadata.jsonl, metadata.csv or .txt captions; WebDataset .tar shards, also as URLs and with {000..127}; "
-        "UCF-101; MSR-VTT"
+        help="media files with metadata.jsonl, metadata.csv or .txt captions; WebDataset .tar shards, also as URLs "
+        "and with {000..127}; UCF-101; MSR-VTT"
     ),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="number of processes that decode")]
@@ -33,7 +33,7 @@ def check(
     ] = None,
     workers: Workers = 2,
 ) -> None:
-    """List unusable clips with the reason. Every clip is decoded as in training; the exit code is 1 if there are problems."""
+    """List unusable clips with the reason. Clips are decoded as in training. Exits with 1 if there are any."""
     from latent_shift.data import check as checks
 
     counts, problems = checks.check(folder, min_frames=frames, fps=fps, aspects=aspects, workers=workers)
@@ -52,7 +52,7 @@ def pack(
     fps: Annotated[float, typer.Option(min=0.001, help="frames per second")] = 8,
     aspects: Annotated[
         int | None,
-        typer.Option(min=8, help="keep aspect ratios: sides are multiples of this factor (64 for Stable Diffusion) instead of squares"),
+        typer.Option(min=8, help="keep aspect ratios, with sides that are multiples of this (64 for Stable Diffusion)"),
     ] = None,
     split_cuts: Annotated[bool, typer.Option("--split-cuts", help="store each scene as a clip of its own")] = False,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="size of a shard in megabytes")] = 64,
@@ -85,7 +85,8 @@ def noise(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) 
 @app.command(hidden=True)
 def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) -> None:
     """Run `noise` under its former name."""
-    print("latent-shift data likeness is now latent-shift data noise; the old name will be removed in the next release", file=sys.stderr)
+    notice = "latent-shift data likeness is now latent-shift data noise; the old name will go in the next release"
+    print(notice, file=sys.stderr)
     noise(latents)
 
 
@@ -102,7 +103,7 @@ def preview(
     split: Annotated[list[str] | None, typer.Option(help="split to sample from, may be repeated; default: train")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Draw a contact sheet of random clips. They are sampled as in training, so some may appear twice. Captions are printed."""
+    """Draw a contact sheet of random clips. They are sampled as in training, so some may appear twice."""
     quiet_libraries()
     from latent_shift import video
     from latent_shift.data import latents, pack

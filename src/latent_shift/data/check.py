@@ -1,4 +1,6 @@
-"""Find unusable clips before training: unreadable, too short, static, with cuts, duplicated, or with a watermark.
+"""Find clips that are unsuitable for training.
+
+They are unreadable, without caption, too short, static, with scene cuts, duplicated, or with a watermark.
 
 F frames, H W, N clips.
 """
@@ -30,11 +32,13 @@ def check(
         source: captioned clips in one of the layouts of readers.py.
         min_frames: number of frames that a clip needs at `fps`, unless it loops.
         fps: frames per second.
-        aspects: inspect whole frames, as `pack` with this factor keeps them; None inspects the central squares.
+        aspects: inspect whole frames, as `pack` with this factor keeps them; None inspects the central
+            squares.
         workers: number of processes that decode.
 
     Returns:
-        The number of clips, stills and concepts, and (file name, reason) per problem. A watermark is reported once, for `source`.
+        The number of clips, stills and concepts, and (file name, reason) per problem. A watermark is reported
+        once, for `source`.
 
     Raises:
         ValueError: no clips in any layout.
@@ -82,7 +86,9 @@ def _clip_problems(record: Record, frames: np.ndarray, min_frames: int, fps: flo
 
 
 def thumbnail(frames: np.ndarray) -> np.ndarray:
-    """Return the mean colours of 8x9 tiles in four frames, which hardly differ between copies in other sizes and encodings.
+    """Return the mean colours of 8x9 tiles in four frames.
+
+    They hardly differ between copies of a clip in other sizes and encodings.
 
     Args:
         frames: `(F, H, W, 3)`.
@@ -100,7 +106,8 @@ def thumbnail(frames: np.ndarray) -> np.ndarray:
 class _DuplicateFinder:
     """Find clips whose thumbnails differ by at most 12 grey levels in every value.
 
-    A random 64 of the 864 values are compared with all earlier clips first, and the rest only with the candidates that remain.
+    A random 64 of the 864 values are compared with all earlier clips first, and the rest only with the
+    candidates that remain.
     """
 
     def __init__(self) -> None:
@@ -133,14 +140,17 @@ def _is_near(rows_ND: np.ndarray, row_D: np.ndarray) -> np.ndarray:
 
 
 def _middle_gradient(frames: np.ndarray) -> np.ndarray:
-    """Return the vertical and horizontal gradient of the middle frame in grey, as `(2, ANALYSIS_SIZE, ANALYSIS_SIZE) int8`."""
+    """Return the vertical and horizontal gradient of the middle frame in grey levels, `(2, 128, 128) int8`."""
     grey = frames[len(frames) // 2].mean(axis=-1, dtype=np.float32)
     image = np.asarray(Image.fromarray(grey).resize((ANALYSIS_SIZE, ANALYSIS_SIZE)))
     return np.stack(np.gradient(image)).clip(-127, 127).round().astype(np.int8)
 
 
 def _find_overlay(gradients: list[np.ndarray], *, min_clips: int = 20, strength: float = 3.0) -> str | None:
-    """Describe where the median gradient over clips differs from zero, which a fixed overlay causes (Dekel et al. 2017)."""
+    """Describe where the median gradient over clips differs from zero, as it does on a fixed overlay.
+
+    Source: Dekel et al. 2017, On the effectiveness of visible watermarks.
+    """
     if len(gradients) < min_clips:
         return None
     gradients_NDHW = np.stack(gradients).astype(np.float32)
@@ -151,4 +161,5 @@ def _find_overlay(gradients: list[np.ndarray], *, min_clips: int = 20, strength:
     if overlay.mean() < 1e-3:
         return None
     rows, columns = (np.flatnonzero(overlay.any(axis=axis)) * 100 // ANALYSIS_SIZE for axis in (1, 0))
-    return f"a fixed overlay, such as a watermark, {rows[0]}-{rows[-1]} % from the top and {columns[0]}-{columns[-1]} % from the left"
+    place = f"{rows[0]}-{rows[-1]} % from the top and {columns[0]}-{columns[-1]} % from the left"
+    return f"a fixed overlay, such as a watermark, {place}"

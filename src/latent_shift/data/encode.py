@@ -1,14 +1,16 @@
 """Encode packed pixels and captions once to latents and text embeddings (latents.py).
 
-Each shard of latents comes from one shard of pixels. Its name is a hash of that shard's name, the autoencoder's weights and the
-settings, and it is renamed into place when it is complete. So any number of processes on any number of machines can encode the shards
-in any order, and after an interruption only the missing shards are encoded.
+Each shard of latents comes from one shard of pixels. Its name is a hash of that shard's name, the
+autoencoder's weights and the settings, and it is renamed into place when it is complete. So any number of
+processes on any number of machines can encode the shards in any order, and after an interruption only the
+missing shards are encoded.
 
 N frames, H W.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -28,7 +30,15 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.readers import Record
-from latent_shift.data.store import Store, caption_at_rate, finish_store, is_complete, open_pixel_store, start_store, text_digest
+from latent_shift.data.store import (
+    Store,
+    caption_at_rate,
+    finish_store,
+    is_complete,
+    open_pixel_store,
+    start_store,
+    text_digest,
+)
 from latent_shift.files import write_array, write_text
 from latent_shift.models import sizes, text
 from latent_shift.models.autoencoder import to_pixels
@@ -56,7 +66,9 @@ class ShardTask:
 
 
 class Encoder:
-    """Encode shards with an autoencoder. With one thread per CPU process the result does not depend on the number of processes.
+    """Encode shards with an autoencoder.
+
+    A process on a CPU must use one thread; then the result does not depend on the number of processes.
 
     Args:
         autoencoder: folder of an `AutoencoderKL`, or of a pipeline.
@@ -67,15 +79,16 @@ class Encoder:
     def __init__(self, autoencoder: str | Path, batch_size: int | None = None, device: str | torch.device = "cpu"):
         self.vae = sizes.load_autoencoder(autoencoder).to(device).eval()
         self.batch_size = batch_size
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent, along each side
+        self.channels = self.vae.config.latent_channels
 
-    @property
-    def factor(self) -> int:
-        """Pixels per latent, along height and width."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+    @functools.cached_property
+    def digest(self) -> str:
+        return _model_digest(self.vae)
 
     @torch.no_grad()
     def __call__(self, task: ShardTask) -> None:
-        """Write `(N, 2, C, H/8, W/8) float16` posterior means and standard deviations to `task.out`, unless it exists."""
+        """Write posterior means and standard deviations, `(N, 2, C, H/8, W/8) float16`, unless `task.out` exists."""
         if task.out.exists():
             return
         frames = np.load(task.shard, mmap_mode="r")
@@ -113,15 +126,19 @@ def encode(
         autoencoder: folder of an `AutoencoderKL`, or of a pipeline.
         texts: folder with `tokenizer/` and `text_encoder/`, such as a Stable Diffusion folder.
         mirror: also encode the mirror image of every clip whose captions name no direction.
-        strides: frame strides for which captions are embedded (`caption_at_rate`), to train with `data.strides`.
-        batch_size: frames, or captions, per batch; None: as many pixels as 32 frames of 128x128, or 32 captions.
+        strides: frame strides for which captions are embedded (`caption_at_rate`), to train with
+            `data.strides`.
+        batch_size: frames, or captions, per batch; None: as many pixels as 32 frames of 128x128, or 32
+            captions.
         device: device of the autoencoder and the text encoder.
         workers: number of processes; on a CPU each uses one thread.
-        ray: address of a Ray cluster ("auto", "local") whose machines see `packed` and `out` under the same paths.
+        ray: address of a Ray cluster ("auto", "local") whose machines see `packed` and `out` under the same
+            paths.
         progress: called with (number of shards done, number of shards).
 
     Returns:
-        The new store. Its latents are scaled by the autoencoder's `scaling_factor`, as the U-Net expects them.
+        The new store. Its latents are scaled by the autoencoder's `scaling_factor`, as the U-Net expects
+        them.
 
     Raises:
         ValueError: not a store of pixels, `out` is an input, or `strides` or the frames' sides are invalid.
@@ -135,15 +152,15 @@ def encode(
     start_store(out)
     encoder.vae.save_pretrained(out / "autoencoder")
     embedding_shape, text_encoder = _encode_captions(source, Path(texts), out, strides, batch_size or 32, device)
-    autoencoder_digest, channels = _model_digest(encoder.vae), encoder.vae.config.latent_channels
-    tasks, records, shapes = _plan_shards(source, out, autoencoder_digest, mirror=mirror, factor=encoder.factor, channels=channels)
+    tasks, records, shapes = _plan_shards(source, out, encoder, mirror=mirror)
     encoder_args = (str(out / "autoencoder"), batch_size, str(device))
     for num_done in _encode_missing(tasks, shapes, encoder, encoder_args, workers, ray):
         if progress:
             progress(num_done, len(tasks))
     finish_store(
-        out, records, shapes, dtype="float16", fps=source.info["fps"], size=source.info["size"], factor=encoder.factor,
-        channels=channels, texts=embedding_shape, strides=sorted(set(strides)), autoencoder=autoencoder_digest, text_encoder=text_encoder,
+        out, records, shapes, dtype="float16", fps=source.info["fps"], size=source.info["size"],
+        factor=encoder.factor, channels=encoder.channels, texts=embedding_shape, strides=sorted(set(strides)),
+        autoencoder=encoder.digest, text_encoder=text_encoder,
     )  # fmt: skip
     return LatentStore(out)
 
@@ -160,8 +177,8 @@ def _check_sides(source: Store, factor: int) -> None:
     invalid = sorted({side for shape in source.shapes.values() for side in shape[1:3] if side % factor})
     if invalid:
         raise ValueError(
-            f"{source.folder} has frames with sides of {', '.join(map(str, invalid))} pixels, but the autoencoder needs multiples of "
-            f"{factor}; pack the clips again at such a size"
+            f"{source.folder} has frames with sides of {', '.join(map(str, invalid))} pixels, but the autoencoder needs "
+            f"multiples of {factor}; pack the clips again at such a size"
         )
 
 
@@ -206,10 +223,11 @@ def _encode_captions(
 
 
 def _captions_at_rates(source: Store, strides: Sequence[int]) -> list[str]:
-    """Return the null prompt and every caption at every stride, in the order of their digests, by which they are searched."""
+    """Return the null prompt and every caption at every stride, sorted by digest for the lookup."""
     captions = {caption for record in source.records for caption in record.texts if caption}
     fps = source.info["fps"]
-    return sorted({"", *(caption_at_rate(caption, fps, stride) for caption in captions for stride in {1, *strides})}, key=text_digest)
+    at_rates = {caption_at_rate(caption, fps, stride) for caption in captions for stride in {1, *strides}}
+    return sorted({"", *at_rates}, key=text_digest)
 
 
 def _model_digest(model: PreTrainedModel | ModelMixin, *settings: object) -> str:
@@ -223,12 +241,17 @@ def _model_digest(model: PreTrainedModel | ModelMixin, *settings: object) -> str
 
 
 _DIRECTION = re.compile(
-    r"\b((left|right)(s|most|hand\w*|wards?)?|(north|south)?(east|west)(ern|bound|wards?)?|(anti|counter)?-?clockwise)\b", re.IGNORECASE
+    r"\b("
+    r"(left|right)(s|most|hand\w*|wards?)?"
+    r"|(north|south)?(east|west)(ern|bound|wards?)?"
+    r"|(anti|counter)?-?clockwise"
+    r")\b",
+    re.IGNORECASE,
 )
 
 
 def _plan_shards(
-    source: Store, out: Path, autoencoder_digest: str, *, mirror: bool, factor: int, channels: int
+    source: Store, out: Path, encoder: Encoder, *, mirror: bool
 ) -> tuple[list[ShardTask], list[Record], dict[str, tuple[int, ...]]]:
     """Return the shards to encode, and the records and shapes for `finish_store`."""
     clips_of_shard: defaultdict[str, list[Record]] = defaultdict(list)
@@ -244,19 +267,24 @@ def _plan_shards(
             if not clips:
                 continue
             pieces = tuple((clip.start, clip.num_frames) for clip in clips)
-            name = hashlib.sha256(repr((shard, pieces, mirrored, autoencoder_digest)).encode()).hexdigest()[:24]
+            name = hashlib.sha256(repr((shard, pieces, mirrored, encoder.digest)).encode()).hexdigest()[:24]
             tasks.append(ShardTask(source.paths[shard].absolute(), pieces, mirrored, out / "shards" / f"{name}.npy"))
             height, width = source.shapes[shard][1:3]
             starts = [0, *np.cumsum([num for _, num in pieces]).tolist()]
-            shapes[name] = (starts[-1], 2, channels, height // factor, width // factor)
+            shapes[name] = (starts[-1], 2, encoder.channels, height // encoder.factor, width // encoder.factor)
             records += [replace(clip, shard=name, start=start) for clip, start in zip(clips, starts[:-1], strict=True)]
     return tasks, records, shapes
 
 
 def _encode_missing(
-    tasks: list[ShardTask], shapes: dict[str, tuple[int, ...]], encoder: Encoder, encoder_args: tuple, workers: int, ray: str | None
+    tasks: list[ShardTask],
+    shapes: dict[str, tuple[int, ...]],
+    encoder: Encoder,
+    encoder_args: tuple,
+    workers: int,
+    ray: str | None,
 ) -> Iterator[int]:
-    """Encode the shards that are absent or incomplete; yields the number of shards done after each.
+    """Encode the shards that are absent or incomplete, and yield the number of complete shards after each.
 
     Args:
         tasks: all shards.
@@ -291,7 +319,8 @@ def _encode_in_pool(tasks: list[ShardTask], encoder_args: tuple, workers: int) -
     context = multiprocessing.get_context("spawn")
     num_started = context.Value("i", 0)
     initargs = (__name__, "_start_worker", num_started, *encoder_args)
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=start_worker, initargs=initargs) as pool:
+    workers = min(workers, len(tasks))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=initargs) as pool:
         try:
             for future in as_completed([pool.submit(_encode_in_worker, task) for task in tasks]):
                 future.result()
@@ -310,10 +339,16 @@ def _encode_on_ray(tasks: list[ShardTask], encoder_args: tuple, workers: int, ad
         num_actors = max(1, workers)
         on_gpu = encoder_args[-1].startswith("cuda")
         indices = ray.data.range(len(tasks), override_num_blocks=len(tasks))
+        actors = ray.data.ActorPoolStrategy(
+            min_size=1,
+            initial_size=num_actors,
+            max_size=num_actors,
+            max_tasks_in_flight_per_actor=2,
+        )
         results = indices.map(
             _RayEncoder,  # type: ignore[arg-type]
             fn_constructor_args=(tasks, encoder_args),
-            compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=num_actors, max_size=num_actors, max_tasks_in_flight_per_actor=2),
+            compute=actors,
             num_cpus=None if on_gpu else 1,
             num_gpus=1 if on_gpu else None,
         )

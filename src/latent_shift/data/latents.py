@@ -1,10 +1,14 @@
 """Read latents and caption embeddings, the data set of the image and video stages. encode.py writes it.
 
     latents/
-      store.json, index.jsonl, shards/KEY.npy   a store (store.py) with frames of shape (2, C, h, w): posterior mean and std
-      texts.npy                                 (captions, L, D) float16 embeddings of every caption and of the null prompt
-      texts.json, captions.npy                  the captions, and their 64-bit digests in ascending order, by which they are searched
-      autoencoder/, text_encoder/, tokenizer/   the models that encoded the data, with which a trained U-Net is exported
+      store.json, index.jsonl, shards/KEY.npy   a store (store.py) with frames of shape (2, C, h, w), posterior
+                                                mean and std
+      texts.npy                                 (captions, L, D) float16 embeddings of every caption and of the
+                                                null prompt
+      texts.json                                the captions
+      captions.npy                              64-bit digests of the captions in ascending order, for the lookup
+      autoencoder/, text_encoder/, tokenizer/   the models that encoded the data, with which a trained U-Net is
+                                                exported
 
 F frames, H W, C channels and h w of the latents, L tokens, D width.
 """
@@ -66,7 +70,8 @@ class LatentStore(Store):
         rows = self._rows[positions]
         parts = np.searchsorted(self._ends, rows, side="right")
         starts = np.append(0, self._ends)
-        return np.stack([self._embeddings[part][row - starts[part]] for part, row in zip(parts, rows, strict=True)]).astype(np.float32)
+        embeddings = [self._embeddings[part][row - starts[part]] for part, row in zip(parts, rows, strict=True)]
+        return np.stack(embeddings).astype(np.float32)
 
     @functools.cached_property
     def _autoencoder(self) -> AutoencoderKL:
@@ -83,18 +88,19 @@ class LatentStore(Store):
     def frame_correlation(self, *, splits: Iterable[str] = ("train",), num_clips: int = 1000) -> dict[str, float]:
         """Measure the correlation between frames of a clip, and fit the noise with the same covariance.
 
-        Noise that resembles the clips hides their static and their moving parts at the same timesteps. Frames of `correlated_noise` at
-        distance k differ by (1 - s)(1 - r^k) of the variance, where s is the shared fraction and r the correlation of successive
-        frames. The fit minimizes the squared error of that difference at the distances 2 and 4. It cannot reproduce uniform motion,
-        whose difference grows faster than that of any such noise.
+        Noise that resembles the clips hides their static and their moving parts at the same timesteps. Frames
+        of `correlated_noise` at distance k differ by (1 - s)(1 - r^k) of the variance, where s is the shared
+        fraction and r the correlation of successive frames. The fit minimizes the squared error of that
+        difference at the distances 2 and 4. It cannot reproduce uniform motion, whose difference grows faster
+        than that of any such noise.
 
         Args:
             splits: splits to sample from.
             num_clips: number of clips of 9 frames to sample, with equal probability for every concept.
 
         Returns:
-            "correlation k apart" of the latents for the distances 1, 2, 4 and 8, and the settings `diffusion.shared_noise` (s) and
-            `diffusion.noise_correlation` (r).
+            "correlation k apart" of the latents for the distances 1, 2, 4 and 8, and the settings
+            `diffusion.shared_noise` (s) and `diffusion.noise_correlation` (r).
 
         Raises:
             ValueError: no clip of 9 frames.
@@ -106,8 +112,11 @@ class LatentStore(Store):
         sample = BalancedSampler(self, indices).draw(rng, num_clips)
         clips_BFCHW = np.stack([self.draw_window(rng, index, 9)[:, 0] for index in sample]).astype(np.float32)
         variance = clips_BFCHW.var(axis=(0, 1, 3, 4)).mean()
-        differences = {k: float(np.square(clips_BFCHW[:, k:] - clips_BFCHW[:, :-k]).mean() / (2 * variance)) for k in (1, 2, 4, 8)}
-        # Least squares on a grid of r; for each r the best 1 - s is a linear fit of the clips' differences on those of the noise.
+        differences = {}
+        for k in (1, 2, 4, 8):
+            squares = np.square(clips_BFCHW[:, k:] - clips_BFCHW[:, :-k])
+            differences[k] = float(squares.mean() / (2 * variance))
+        # Least squares on a grid of r: for each r, the best 1 - s is a linear fit of the clips to the noise.
         r = np.linspace(0, 0.995, 9_951)
         noise = 1 - np.stack([r**2, r**4])
         target = np.array([[differences[2]], [differences[4]]])

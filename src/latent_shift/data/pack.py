@@ -40,8 +40,8 @@ def pack(
         out: where the store goes.
         size: side of the frames in pixels; clips are cropped to squares.
         fps: frame rate of the store, in frames per second.
-        aspects: crop to the nearest of `aspect_sizes(size, aspects)` instead of a square: sides are multiples of this factor (64 for
-            Stable Diffusion's networks) and frames have at most `size * size` pixels.
+        aspects: crop to the nearest of `aspect_sizes(size, aspects)` instead of a square: sides are multiples
+            of this factor (64 for Stable Diffusion's networks) and frames have at most `size * size` pixels.
         split_cuts: store each scene of a clip with cuts as a clip of its own, with the same captions.
         shard_mb: size of a shard in megabytes.
         workers: number of processes that decode.
@@ -65,9 +65,9 @@ def pack(
         if isinstance(frames, str):
             problems.append((record.file_name, frames))
         else:
-            scenes = np.split(frames, video.find_cuts(frames)) if split_cuts and len(frames) > 1 else [frames]
-            for number, scene in enumerate(scenes):
-                part = replace(record, file_name=f"{record.file_name}#{number}", loop=False) if len(scenes) > 1 else record
+            cuts = video.find_cuts(frames) if split_cuts and len(frames) > 1 else []
+            for number, scene in enumerate(np.split(frames, cuts)):
+                part = replace(record, file_name=f"{record.file_name}#{number}", loop=False) if cuts else record
                 writer.add(part, scene)
         if progress:
             progress(num_done, num_clips)
@@ -92,7 +92,8 @@ def aspect_sizes(size: int, factor: int | None) -> list[tuple[int, int]]:
         return [(size, size)]
     heights = range(factor, 2 * size + 1, factor)
     widths = [size**2 // height // factor * factor for height in heights]
-    sizes = [(height, width) for height, width in zip(heights, widths, strict=True) if width and 0.5 <= height / width <= 2]
+    pairs = zip(heights, widths, strict=True)
+    sizes = [(height, width) for height, width in pairs if width and 0.5 <= height / width <= 2]
     if not sizes:
         raise ValueError(f"no size of at most {size}x{size} pixels has sides that are multiples of {factor}")
     return sizes
@@ -109,14 +110,14 @@ def decode_records(
         fps: frames per second.
         workers: number of processes; two clips per process are in memory at a time.
     """
-    tasks = ((record, (media if record.texts else "no caption", record.file_name, sizes, fps)) for record, media in clips)
+    clips = ((record, media if record.texts else "no caption") for record, media in clips)
     if workers <= 1:
-        yield from ((record, _decode(*task)) for record, task in tasks)
+        yield from ((record, _decode(media, record.file_name, sizes, fps)) for record, media in clips)
         return
     with ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
         pending: deque[tuple[Record, Future]] = deque()
-        for record, task in tasks:
-            pending.append((record, pool.submit(_decode, *task)))
+        for record, media in clips:
+            pending.append((record, pool.submit(_decode, media, record.file_name, sizes, fps)))
             if len(pending) >= 2 * workers:
                 record, future = pending.popleft()
                 yield record, future.result()
@@ -162,9 +163,9 @@ def preview(
         ValueError: no suitable clip.
     """
     rng = np.random.default_rng(seed)
-    indices = BalancedSampler(store, store.select(splits=splits, num_frames=num_frames or 1, stride=stride)).draw(rng, rows)
+    sampler = BalancedSampler(store, store.select(splits=splits, num_frames=num_frames or 1, stride=stride))
     clips, captions = [], []
-    for index in indices:
+    for index in sampler.draw(rng, rows):
         length = num_frames or min(columns, (store.records[index].num_frames - 1) // stride + 1)
         clips.append(store.draw_pixels(rng, index, length, stride=stride))
         captions.append(store.caption(rng, index, stride=stride if length > 1 else 1))

@@ -1,18 +1,23 @@
 """Read captioned clips from the layouts in which data sets are published.
 
-    folder/                 metadata.jsonl or metadata.csv with the columns file_name and text, and optionally concept, split and loop;
-                            in JSON, text may also be a list of captions
-    folder/                 media files, each with its captions in a .txt file of the same name, one caption per line
+    folder/                 metadata.jsonl or metadata.csv with the columns file_name and text, and optionally
+                            concept, split and loop; in JSON, text may also be a list of captions
+    folder/                 media files, each with its captions in a .txt file of the same name, one per line
     list.jsonl, list.csv    the same table anywhere; file names are relative to it
-    shards/*.tar            WebDataset: KEY.mp4 with KEY.txt, or with KEY.json that has a "caption"; also a single .tar or a URL (https,
-                            or any file system that fsspec supports), where {000..127} stands for a range of numbers
-    UCF101/                 v_<Class>_g01_c01.avi in any subfolder; the official splits if ucfTrainTestlist/ is there
-    MSRVTT/                 the annotation .json with "videos" and "sentences", and video0.mp4 ... in any subfolder
+    shards/*.tar            WebDataset: KEY.mp4 with KEY.txt, or with KEY.json that has a "caption"; also a
+                            single .tar, or a URL (https, or any file system that fsspec supports), where
+                            {000..127} stands for a range of numbers
+    UCF101/                 v_<Class>_g01_c01.avi in any subfolder; the official splits if ucfTrainTestlist/
+                            is there
+    MSRVTT/                 the annotation .json with "videos" and "sentences", and video0.mp4 ... in any
+                            subfolder
 
-`read` detects the layout and yields one record and its media at a time, so memory does not grow with the data set.
+`read` detects the layout and yields one record and its media at a time, so memory does not grow with the data
+set.
 
-Shards are read with `tarfile` and not with webdataset, because after a truncated shard `webdataset.tariterators` returns the
-incomplete sample, completed with files of the next shard where the keys are equal, and reports the error outside the stream.
+Shards are read with `tarfile` and not with webdataset, because after a truncated shard
+`webdataset.tariterators` returns the incomplete sample, completed with files of the next shard where the keys
+are equal, and reports the error outside the stream.
 """
 
 from __future__ import annotations
@@ -103,7 +108,7 @@ def find_splits(source: str | Path) -> set[str] | None:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `a-{08..11}.tar` to a-08.tar, a-09.tar, a-10.tar, a-11.tar; several braces give every combination."""
+    """Expand `a-{08..10}.tar` to a-08.tar, a-09.tar, a-10.tar; several braces give every combination."""
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not braces:
         return [pattern]
@@ -126,7 +131,8 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file. `str.splitlines` would also split at Unicode's line separators inside a caption."""
+    """Return the lines of a text file."""
+    # `str.splitlines` would also split at Unicode's line separators, which occur in captions.
     return read_text(path).removesuffix("\n").split("\n")
 
 
@@ -144,7 +150,8 @@ def _read_table(table: Path) -> Iterator[tuple[Record, Media]]:
             records.append(_parse_row(row))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             line = row if isinstance(row, str) else json.dumps(row)
-            raise ValueError(f"{table}:{line_number}: expected file_name and text, got {line[:80]!r} ({error})") from error
+            problem = f"expected file_name and text, got {line[:80]!r} ({error})"
+            raise ValueError(f"{table}:{line_number}: {problem}") from error
     return iter([(record, table.parent / record.file_name) for record in records])
 
 
@@ -178,14 +185,14 @@ def _read_captioned_files(folder: Path) -> Iterator[tuple[Record, Media]]:
         clips.append((Record(str(path.relative_to(folder)), texts, concept=texts[0] if texts else path.stem), path))
     if not any(record.texts for record, _ in clips):
         raise ValueError(
-            f"{folder}: expected metadata.jsonl or metadata.csv, .tar shards, UCF-101, MSR-VTT, or media files each with a caption in "
-            "a .txt of the same name"
+            f"{folder}: expected metadata.jsonl or metadata.csv, .tar shards, UCF-101, MSR-VTT, or media files each with "
+            "a caption in a .txt of the same name"
         )
     return iter(clips)
 
 
 def _read_shards(urls: Iterable[str]) -> Iterator[tuple[Record, Media]]:
-    """Yield the samples of WebDataset shards; a shard that fails ends with a record that holds the reason as its media."""
+    """Yield the samples of WebDataset shards; a broken shard ends with a record whose media is the reason."""
     for url in urls:
         try:
             with _open_shard(url) as file, tarfile.open(fileobj=file, mode="r|*") as shard:
@@ -256,13 +263,14 @@ def _read_ucf101(folder: Path, files: list[Path]) -> Iterator[tuple[Record, Medi
     for split in ("train", "test"):
         for table in sorted(folder.rglob(f"{split}list01.txt")):
             splits |= {PurePosixPath(line.split()[0]).name: split for line in read_lines(table) if line.strip()}
-    classes = {action.lower(): action for action in sentences}  # one class is spelled with other capitals in file names
+    classes = {action.lower(): action for action in sentences}  # one class has other capitals in file names
     for file in files:
         action = file.name.split("_")[1]
         action = classes.get(action.lower(), action)
         name = str(file.relative_to(folder))
         if action in sentences:
-            yield Record(name, (sentences[action],), action, splits.get(file.name, "unlisted" if splits else "train")), file
+            split = splits.get(file.name, "unlisted") if splits else "train"
+            yield Record(name, (sentences[action],), action, split), file
         else:
             yield Record(name, (action,), action), f"{action} is not one of the 101 classes"
 
@@ -288,7 +296,8 @@ def _read_msrvtt(folder: Path, annotations: list[dict]) -> Iterator[tuple[Record
             captions[sentence["video_id"]].append(sentence["caption"].strip())
     videos = [row for annotation in annotations for row in annotation["videos"]]
     for row in sorted(videos, key=lambda row: int(row["video_id"].removeprefix("video"))):
-        name = row["video_id"]
-        path = files.get(name)
+        video_id = row["video_id"]
+        path = files.get(video_id)
+        name = str(path.relative_to(folder)) if path else video_id
         split = "val" if row["split"] == "validate" else row["split"]
-        yield Record(str(path.relative_to(folder)) if path else name, tuple(captions[name]), name, split), path or "no such video"
+        yield Record(name, tuple(captions[video_id]), video_id, split), path or "no such video"

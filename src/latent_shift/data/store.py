@@ -1,13 +1,15 @@
 """Store and read the frames of clips: shards and an index.
 
     store/
-      shards/KEY.npy     frames of successive clips of one size, `(frames, *shape of a frame)`; KEY is a hash of the content
+      shards/KEY.npy     frames of successive clips of one size, `(frames, *shape of a frame)`; KEY is a hash of
+                         the content
       index.jsonl        one line per clip: the fields of `Record`
-      index.npy          INDEX_DTYPE per clip: what sampling needs, 37 bytes a clip, so that ten million clips fit in memory
+      index.npy          INDEX_DTYPE per clip: what sampling needs, 37 bytes a clip, so that ten million fit in
+                         memory
       store.json         settings and the shape of every shard; written last, so an interrupted store is refused
 
-A pattern such as `parts/*` opens several stores with equal settings as one. All randomness comes from a numpy Generator that the
-caller seeds, so that a training step can be repeated exactly.
+A pattern such as `parts/*` opens several stores with equal settings as one. All randomness comes from a numpy
+Generator that the caller seeds, so that a training step can be repeated exactly.
 
 F frames, H W.
 """
@@ -47,7 +49,7 @@ _STORE_FILES = {  # of pixels or latents
     "texts.partial.json", "captions.npy",
 }  # fmt: skip
 _SHARD_FILE = re.compile(r"[0-9a-f]{24}\.npy|\..*\.partial")
-_PER_STORE_KEYS = ("shards", "index_bytes", "source", "splits")  # keys of store.json in which the parts of a data set may differ
+_PER_STORE_KEYS = ("shards", "index_bytes", "source", "splits")  # of store.json; the others must be equal in all parts
 
 
 class Store:
@@ -99,7 +101,8 @@ class Store:
             path = self.paths[name]
             if not is_complete(path, shape, self.info["dtype"]):
                 size = path.stat().st_size if path.exists() else 0
-                raise ValueError(f"{path}: expected {shape[0]} frames {shape[1:]}, got {size} bytes; create the data set again")
+                expected = f"expected {shape[0]} frames {shape[1:]}, got {size} bytes"
+                raise ValueError(f"{path}: {expected}; create the data set again")
         self._open_shard = lru_cache(256)(lambda name: np.load(self.paths[name], mmap_mode="r"))  # one open file each
 
     @property
@@ -117,7 +120,16 @@ class Store:
         return np.array([ids[shape] for shape in shapes])
 
     def select(self, *, splits: Iterable[str] = ("train",), num_frames: int = 1, stride: int = 1) -> np.ndarray:
-        """Return the indices of the records of `splits` that are loops or long enough for `num_frames` frames at `stride`."""
+        """Return the records from which clips can be drawn.
+
+        Args:
+            splits: names of splits.
+            num_frames: number of frames of a clip; shorter records are included if they loop.
+            stride: distance between the frames of a clip.
+
+        Returns:
+            `(N,)` indices.
+        """
         index = self.index
         span = (num_frames - 1) * stride + 1
         long_enough = (index["num_frames"] >= span) | (index["loop"] & (index["num_frames"] > 1))
@@ -125,7 +137,7 @@ class Store:
         return np.flatnonzero(long_enough & in_splits)
 
     def window(self, index: int, first: int, num_frames: int, *, stride: int = 1) -> np.ndarray:
-        """Return `num_frames` frames of record `index`, every `stride`-th from frame `first` on; a loop continues at its start."""
+        """Return `num_frames` frames of record `index`, every `stride`-th from `first` on; loops wrap around."""
         row = self.index[index]
         positions = first + stride * np.arange(num_frames)
         if row["loop"]:
@@ -143,7 +155,10 @@ class Store:
         return self.draw_window(rng, index, num_frames, stride=stride)
 
     def caption(self, rng: np.random.Generator, index: int, *, stride: int = 1) -> str:
-        """Return a random caption of record `index`: the first with probability 1/2, else one of the others; see `caption_at_rate`."""
+        """Return a random caption of record `index`, at the rate of `stride` (`caption_at_rate`).
+
+        The first caption has probability 1/2, the others share the rest.
+        """
         texts = self.records[index].texts
         use_first = len(texts) == 1 or rng.random() < 0.5
         text = texts[0] if use_first else texts[1 + int(rng.integers(len(texts) - 1))]
@@ -200,24 +215,27 @@ def text_digest(text: str) -> int:
 
 
 def caption_at_rate(caption: str, fps: float, stride: int) -> str:
-    """Return the caption of every `stride`-th frame, with the frame rate appended in words as in CogVideo (Hong et al. 2022)."""
+    """Return a caption for every `stride`-th frame: the frame rate is appended (CogVideo, Hong et al. 2022)."""
     return caption if stride == 1 else f"{caption}, {fps / stride:g} fps"
 
 
 def _read_info(folder: Path) -> dict:
     if not (folder / "store.json").exists():
-        raise ValueError(f"{folder}: not a packed data set (no store.json); `latent-shift data pack FOLDER OUT` writes one")
+        hint = "`latent-shift data pack FOLDER OUT` writes one"
+        raise ValueError(f"{folder}: not a packed data set (no store.json); {hint}")
     info = json.loads((folder / "store.json").read_text(encoding="utf-8"))
     if "index_bytes" not in info:
         raise ValueError(f"{folder}: was packed by an older version; pack it again")
-    size = (folder / "index.jsonl").stat().st_size
+    index = folder / "index.jsonl"
+    size = index.stat().st_size
     if size != info["index_bytes"]:
-        raise ValueError(f"{folder / 'index.jsonl'}: expected {info['index_bytes']} bytes, got {size}; create the data set again")
+        raise ValueError(f"{index}: expected {info['index_bytes']} bytes, got {size}; create the data set again")
     return info
 
 
 class StoreWriter:
-    """Write records to a store; clips of one size share shards. An existing store stays intact until the first record.
+    """Write records to a store; clips of one size share shards. An existing store stays intact until the
+    first record.
 
     Args:
         folder: where the store goes.
@@ -275,7 +293,8 @@ def check_store_folder(folder: Path) -> None:
     foreign = [path for path in folder.glob("*") if path.name not in _STORE_FILES and not path.name.startswith(".")]
     foreign += [path for path in shards.glob("*") if not _SHARD_FILE.fullmatch(path.name)]
     if foreign:
-        raise ValueError(f"{folder}: holds {foreign[0].relative_to(folder)}, which does not belong to a data set; choose an empty folder")
+        name = foreign[0].relative_to(folder)
+        raise ValueError(f"{folder}: holds {name}, which does not belong to a data set; choose an empty folder")
 
 
 def start_store(folder: Path) -> None:
@@ -314,4 +333,4 @@ def finish_store(folder: Path, records: Iterable[Record], shapes: dict[str, tupl
 def is_complete(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
     """Return whether a shard exists with the size of an array of this shape and dtype."""
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return path.exists() and 128 <= path.stat().st_size - expected <= 1024  # numpy's header of 128 bytes or more comes first
+    return path.exists() and 128 <= path.stat().st_size - expected <= 1024  # numpy's header, at least 128 bytes

@@ -124,6 +124,23 @@ def test_encode_with_two_workers_writes_the_same_files(shards, reference, autoen
     assert progress == [(num_done, 8) for num_done in range(1, 9)]
 
 
+@pytest.mark.parametrize(("start_seconds", "num_processes"), [(1e9, 1), (1e-9, 2)])
+def test_encode_workers_none_starts_only_processes_that_save_time(
+    shards, autoencoder, texts, tmp_path, monkeypatch, start_seconds, num_processes
+):
+    pools = []
+
+    def encode_in_pool(tasks, encoder_args, workers):
+        pools.append(workers)
+        return encoding._encode_here(tasks, encoding.Encoder(*encoder_args))
+
+    monkeypatch.setattr(encoding, "WORKER_START_SECONDS", start_seconds)
+    monkeypatch.setattr(encoding.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(encoding, "_encode_in_pool", encode_in_pool)
+    encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, workers=None)
+    assert pools == ([] if num_processes == 1 else [num_processes])
+
+
 def encode_step_by_step(connection, *args, **options) -> None:
     """Encode, and wait for a message after each shard."""
 

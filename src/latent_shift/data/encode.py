@@ -14,8 +14,10 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import os
 import re
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -46,6 +48,8 @@ from latent_shift.runtime import start_worker
 
 CAPTION_SAVE_INTERVAL = 100
 """Number of caption batches after which the progress is saved."""
+WORKER_START_SECONDS = 10
+"""Approximate time that a worker process needs for its imports and for loading the autoencoder."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,21 @@ class Encoder:
         return _model_digest(self.vae)
 
     @torch.no_grad()
+    def moments(self, frames: np.ndarray) -> np.ndarray:
+        """Return the scaled posterior mean and standard deviation of frames.
+
+        Args:
+            frames: `(N, H, W, 3) uint8`.
+
+        Returns:
+            `(N, 2, C, H/8, W/8) float16`.
+        """
+        posterior = self.vae.encode(to_pixels(torch.from_numpy(frames)).to(self.vae.device)).latent_dist
+        moments = torch.stack([posterior.mean, posterior.std], dim=1) * self.vae.config.scaling_factor
+        return moments.half().cpu().numpy()
+
     def __call__(self, task: ShardTask) -> None:
-        """Write posterior means and standard deviations, `(N, 2, C, H/8, W/8) float16`, unless `task.out` exists."""
+        """Write the moments of a shard to `task.out`, unless it exists."""
         if task.out.exists():
             return
         frames = np.load(task.shard, mmap_mode="r")
@@ -97,11 +114,17 @@ class Encoder:
         batches = []
         for start in range(0, len(rows), batch_size):
             batch = frames[rows[start : start + batch_size]]
-            batch = np.ascontiguousarray(batch[:, :, ::-1] if task.mirror else batch)
-            posterior = self.vae.encode(to_pixels(torch.from_numpy(batch)).to(self.vae.device)).latent_dist
-            moments = torch.stack([posterior.mean, posterior.std], dim=1) * self.vae.config.scaling_factor
-            batches.append(moments.half().cpu().numpy())
+            batches.append(self.moments(np.ascontiguousarray(batch[:, :, ::-1] if task.mirror else batch)))
         write_array(task.out, np.concatenate(batches))
+
+    def seconds_per_frame(self, shard: Path) -> float:
+        """Measure the time to encode one frame of a shard with one thread, after a warm-up."""
+        frame = np.array(np.load(shard, mmap_mode="r")[:1])
+        with single_thread():
+            self.moments(frame)
+            start = time.perf_counter()
+            self.moments(frame)
+            return time.perf_counter() - start
 
 
 def encode(
@@ -114,7 +137,7 @@ def encode(
     strides: Sequence[int] = (1,),
     batch_size: int | None = None,
     device: str | torch.device = "cpu",
-    workers: int = 1,
+    workers: int | None = 1,
     ray: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentStore:
@@ -131,7 +154,8 @@ def encode(
         batch_size: frames, or captions, per batch; None: as many pixels as 32 frames of 128x128, or 32
             captions.
         device: device of the autoencoder and the text encoder.
-        workers: number of processes; on a CPU each uses one thread.
+        workers: number of processes, with one thread each on a CPU. None starts one per CPU or GPU, but none
+            that would take longer to start than it saves.
         ray: address of a Ray cluster ("auto", "local") whose machines see `packed` and `out` under the same
             paths.
         progress: called with (number of shards done, number of shards).
@@ -281,7 +305,7 @@ def _encode_missing(
     shapes: dict[str, tuple[int, ...]],
     encoder: Encoder,
     encoder_args: tuple,
-    workers: int,
+    workers: int | None,
     ray: str | None,
 ) -> Iterator[int]:
     """Encode the shards that are absent or incomplete, and yield the number of complete shards after each.
@@ -291,13 +315,15 @@ def _encode_missing(
         shapes: shard name -> shape.
         encoder: encodes in this process.
         encoder_args: arguments of `Encoder` in other processes.
-        workers: number of processes.
+        workers: number of processes; None: see `encode`.
         ray: address of a Ray cluster, or None.
     """
     missing = [task for task in tasks if not is_complete(task.out, shapes[task.out.stem], "float16")]
     for task in missing:
         task.out.unlink(missing_ok=True)
     num_present = len(tasks) - len(missing)
+    if workers is None:
+        workers = _num_worthwhile_workers(missing, shapes, encoder)
     if ray:
         results = _encode_on_ray(missing, encoder_args, workers, ray)
     elif workers > 1 and len(missing) > 1:
@@ -306,6 +332,17 @@ def _encode_missing(
         results = _encode_here(missing, encoder)
     for num_encoded, _ in enumerate(results, 1):
         yield num_present + num_encoded
+
+
+def _num_worthwhile_workers(tasks: list[ShardTask], shapes: dict[str, tuple[int, ...]], encoder: Encoder) -> int:
+    """Return the number of processes so that each has more work than its start takes."""
+    if len(tasks) <= 1:
+        return 1
+    on_gpu = encoder.vae.device.type == "cuda"
+    available = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
+    num_frames = sum(shapes[task.out.stem][0] for task in tasks)
+    seconds = num_frames * encoder.seconds_per_frame(tasks[0].shard)
+    return max(1, min(available, len(tasks), int(seconds / WORKER_START_SECONDS)))
 
 
 def _encode_here(tasks: list[ShardTask], encoder: Encoder) -> Iterator[None]:

@@ -141,7 +141,7 @@ def check_output(path: str | Path, *, fps: float = 8) -> Path:
     if fps <= 0:
         raise ValueError(f"fps must be above 0, got {fps}")
     if fps > 50 and path.suffix.lower() == ".gif":
-        raise ValueError(f"{path}: a .gif has at most 50 frames per second, got {fps}; choose another format")
+        raise ValueError(f"{path}: a .gif shows at most 50 frames a second, got {fps}; choose another format")
     return path
 
 

@@ -29,7 +29,8 @@ def check(
     frames: Annotated[int, typer.Option(min=1, help="minimum number of frames per clip")] = 16,
     fps: Annotated[float, typer.Option(min=0.001, help="frames per second at which clips are inspected")] = 8,
     aspects: Annotated[
-        int | None, typer.Option(min=8, help="inspect whole frames, as `pack --aspects` keeps them, instead of central squares")
+        int | None,
+        typer.Option(min=8, help="inspect whole frames, as `pack --aspects` keeps them, not central squares"),
     ] = None,
     workers: Workers = 2,
 ) -> None:
@@ -64,7 +65,15 @@ def pack(
 
     with Progress("packing") as progress:
         problems = packing.pack(
-            folder, out, size=size, fps=fps, aspects=aspects, split_cuts=split_cuts, shard_mb=shard_mb, workers=workers, progress=progress
+            folder,
+            out,
+            size=size,
+            fps=fps,
+            aspects=aspects,
+            split_cuts=split_cuts,
+            shard_mb=shard_mb,
+            workers=workers,
+            progress=progress,
         )
     for name, reason in problems:
         print(f"skipped {name}: {reason}")
@@ -97,10 +106,14 @@ def preview(
     rows: Annotated[int, typer.Option(min=1, help="number of clips")] = 8,
     columns: Annotated[int, typer.Option(min=1, help="frames shown per clip")] = 8,
     num_frames: Annotated[
-        int | None, typer.Option(min=1, help="length of the clips as in training with this data.num_frames; default: whole clips")
+        int | None,
+        typer.Option(min=1, help="number of frames per clip, as data.num_frames; default: whole clips"),
     ] = None,
     stride: Annotated[int, typer.Option(min=1, help="show every n-th frame")] = 1,
-    split: Annotated[list[str] | None, typer.Option(help="split to sample from, may be repeated; default: train")] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="split to sample from, may be repeated; default: train"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Draw a contact sheet of random clips. They are sampled as in training, so some may appear twice."""

@@ -161,8 +161,7 @@ def encode(
         progress: called with (number of shards done, number of shards).
 
     Returns:
-        The new store. Its latents are scaled by the autoencoder's `scaling_factor`, as the U-Net expects
-        them.
+        The new store. Its latents are scaled by `scaling_factor`, as the U-Net expects them.
 
     Raises:
         ValueError: not a store of pixels, `out` is an input, or `strides` or the frames' sides are invalid.
@@ -201,8 +200,8 @@ def _check_sides(source: Store, factor: int) -> None:
     invalid = sorted({side for shape in source.shapes.values() for side in shape[1:3] if side % factor})
     if invalid:
         raise ValueError(
-            f"{source.folder} has frames with sides of {', '.join(map(str, invalid))} pixels, but the autoencoder needs "
-            f"multiples of {factor}; pack the clips again at such a size"
+            f"{source.folder} has frames with sides of {', '.join(map(str, invalid))} pixels, but the autoencoder "
+            f"needs multiples of {factor}; pack the clips again at such a size"
         )
 
 

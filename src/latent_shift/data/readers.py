@@ -185,8 +185,8 @@ def _read_captioned_files(folder: Path) -> Iterator[tuple[Record, Media]]:
         clips.append((Record(str(path.relative_to(folder)), texts, concept=texts[0] if texts else path.stem), path))
     if not any(record.texts for record, _ in clips):
         raise ValueError(
-            f"{folder}: expected metadata.jsonl or metadata.csv, .tar shards, UCF-101, MSR-VTT, or media files each with "
-            "a caption in a .txt of the same name"
+            f"{folder}: expected metadata.jsonl or metadata.csv, .tar shards, UCF-101, MSR-VTT, or media files each "
+            "with a caption in a .txt of the same name"
         )
     return iter(clips)
 

@@ -45,11 +45,11 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 _STORE_FILES = {  # of pixels or latents
-    "store.json", "index.jsonl", "index.npy", "shards", "autoencoder", "text_encoder", "tokenizer", "texts.npy", "texts.json",
-    "texts.partial.json", "captions.npy",
+    "store.json", "index.jsonl", "index.npy", "shards", "autoencoder", "text_encoder", "tokenizer", "texts.npy",
+    "texts.json", "texts.partial.json", "captions.npy",
 }  # fmt: skip
 _SHARD_FILE = re.compile(r"[0-9a-f]{24}\.npy|\..*\.partial")
-_PER_STORE_KEYS = ("shards", "index_bytes", "source", "splits")  # of store.json; the others must be equal in all parts
+_PER_STORE_KEYS = ("shards", "index_bytes", "source", "splits")  # the other keys are equal in all parts
 
 
 class Store:

@@ -35,7 +35,7 @@ def test_help_comes_at_once_without_torch():
 
 
 def test_generate_writes_every_format_and_the_same_bytes_again(video_model, tmp_path):
-    outputs = [tmp_path / f"clip{suffix}" for suffix in video.WRITABLE]
+    outputs = [tmp_path / f"clip{suffix}" for suffix in video.OUTPUT_SUFFIXES]
     words = ["generate", "a red square", "-m", video_model, "--steps", 2, "--seed", 3]
     printed = run(*words, *(word for path in outputs for word in ("-o", path)))
     assert printed.split() == [str(path) for path in outputs]
@@ -81,7 +81,7 @@ def test_one_frame_is_a_picture_and_long_prompts_are_told(video_model, tmp_path,
 def test_the_whole_path_by_the_command_line(media, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "3 clips, 1 stills, 3 concepts, 0 with problems" in run("data", "check", media)
-    assert "4 records, 61 frames, 0 left out" in run("data", "pack", media, "pixels", "--size", 32, "--workers", 1)
+    assert "4 records, 61 frames, 0 skipped" in run("data", "pack", media, "pixels", "--size", 32, "--workers", 1)
     shown = run("data", "preview", "pixels", "preview.png", "--rows", 2, "--columns", 4).splitlines()
     assert len(shown) == 3 and {*shown[:2]} <= {text for record in Store("pixels").records for text in record.texts}
     recipe = tmp_path / "set" / "autoencoder.toml"

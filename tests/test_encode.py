@@ -1,10 +1,8 @@
-"""Latents are made once, whole and the same, whoever makes them and whatever stops them."""
+"""Encoding: the latents and embeddings are right, and the same for any number of processes and after any interruption."""
 
 import json
-import os
+import multiprocessing
 import shutil
-import signal
-import subprocess
 import sys
 import time
 
@@ -13,7 +11,10 @@ import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTokenizer
+from typer.testing import CliRunner
 
+from latent_shift.cli.main import app
 from latent_shift.data import encode as encoding
 from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore
@@ -21,17 +22,21 @@ from latent_shift.data.pack import pack
 from latent_shift.data.store import Store
 from latent_shift.diffusion import correlated_noise
 from latent_shift.models.autoencoder import to_pixels
+from latent_shift.runtime import start_worker
+
+context = multiprocessing.get_context("forkserver")  # processes start with these modules imported
+context.set_forkserver_preload(["latent_shift.training.loop", "transformers.models.clip.modeling_clip", "pytest"])
 
 
-def everything(folder):
-    """Every byte of a store of latents that training reads."""
+def read_files(folder) -> dict[str, bytes]:
+    """Return the content of every file of a store of latents that training reads."""
     names = ["store.json", "index.jsonl", "index.npy", "texts.json", "texts.npy", "captions.npy"]
     return {path.name: path.read_bytes() for path in [*(folder / "shards").iterdir(), *(folder / name for name in names)]}
 
 
 @pytest.fixture(scope="module")
 def shards(media, tmp_path_factory):
-    """The clips of `media` in several small shards."""
+    """The clips of `media` in four small shards."""
     folder = tmp_path_factory.mktemp("shards")
     pack(media, folder, size=32, fps=8, shard_mb=0.05)
     assert len(Store(folder).shapes) == 4
@@ -39,14 +44,14 @@ def shards(media, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def once(shards, autoencoder, texts, tmp_path_factory):
-    """What one process makes of `shards`, mirrored too."""
-    folder = tmp_path_factory.mktemp("once")
+def reference(shards, autoencoder, texts, tmp_path_factory):
+    """`shards` encoded by one process, with mirror images."""
+    folder = tmp_path_factory.mktemp("reference")
     encode(shards, folder, autoencoder=autoencoder, texts=texts, mirror=True)
     return folder
 
 
-def test_latents_are_whole(packed, latents, autoencoder):
+def test_encode_writes_posterior_moments_and_all_captions(packed, latents, autoencoder):
     pixels, store = Store(packed), LatentStore(latents)
     assert list(store.shapes.values()) == [(61, 2, 4, 4, 4)]
     assert [record.texts for record in store.records] == [record.texts for record in pixels.records]
@@ -56,23 +61,25 @@ def test_latents_are_whole(packed, latents, autoencoder):
     latent = torch.from_numpy(store.window(1, 5, 3).astype(np.float32))
     torch.testing.assert_close(latent[:, 0], posterior.mean, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(latent[:, 1], posterior.std, rtol=1e-2, atol=1e-3)
-    # The cached embeddings are what diffusers' own pipeline computes from the words.
     captions = {text for record in pixels.records for text in record.texts} | {""}
-    assert store.num_captions == len(captions) == len({text.tobytes() for text in store.embed(list(captions))})
-    with pytest.raises(KeyError, match="a caption nobody gave"):
-        store.embed(["", "a caption nobody gave"])
+    assert store.num_captions == len(captions) == len({embedding.tobytes() for embedding in store.embed(list(captions))})
+    with pytest.raises(KeyError, match="a caption that was not encoded"):
+        store.embed(["", "a caption that was not encoded"])
 
 
-def test_cached_embeddings_are_the_pipelines(latents, video_model):
-    store = LatentStore(latents)
-    pipe = StableDiffusionPipeline.from_pretrained(video_model, dtype=torch.float32)
-    ours = torch.from_numpy(store.embed(["a red square", ""]))
-    theirs = torch.cat(pipe.encode_prompt("a red square", "cpu", 1, True))
-    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=5e-3)
+def test_embed_returns_what_the_diffusers_pipeline_computes(latents):
+    pipe = StableDiffusionPipeline(
+        tokenizer=CLIPTokenizer.from_pretrained(latents / "tokenizer"),
+        text_encoder=CLIPTextModel.from_pretrained(latents / "text_encoder"),
+        vae=None, unet=None, scheduler=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    cached = torch.from_numpy(LatentStore(latents).embed(["a red square", ""]))
+    computed = torch.cat(pipe.encode_prompt("a red square", "cpu", 1, True))
+    torch.testing.assert_close(cached, computed, rtol=1e-2, atol=5e-3)
 
 
-def test_mirror_images_but_of_what_names_a_side(media, shards, once, autoencoder, texts, tmp_path):
-    pixels, store = Store(shards), LatentStore(once)
+def test_encode_mirrors_clips_whose_captions_name_no_direction(media, shards, reference, autoencoder, texts, tmp_path):
+    pixels, store = Store(shards), LatentStore(reference)
     assert [record.texts for record in store.records] == 2 * [record.texts for record in pixels.records]
     vae = AutoencoderKL.from_pretrained(autoencoder)
     with torch.no_grad():
@@ -92,165 +99,267 @@ def test_mirror_images_but_of_what_names_a_side(media, shards, once, autoencoder
     assert not np.array_equal(store.window(2, 0, 1), store.window(8, 0, 1))
 
 
-def test_other_settings_make_other_shards(shards, once, autoencoder, texts, tmp_path):
+def test_encode_with_another_autoencoder_writes_other_shards(shards, reference, autoencoder, texts, tmp_path):
     vae = AutoencoderKL.from_pretrained(autoencoder)
     with torch.no_grad():
         vae.encoder.conv_in.bias[0] += 1e-3
     vae.save_pretrained(tmp_path / "autoencoder")
     encode(shards, tmp_path / "out", autoencoder=autoencoder, texts=texts)
-    plain = set(LatentStore(tmp_path / "out").shapes)
-    assert plain < set(LatentStore(once).shapes)  # the mirror images are other shards, what is not mirrored is the same
+    before = set(LatentStore(tmp_path / "out").shapes)
+    assert before < set(LatentStore(reference).shapes)  # mirror images are further shards
     encode(shards, tmp_path / "out", autoencoder=tmp_path / "autoencoder", texts=texts)
-    other = set(LatentStore(tmp_path / "out").shapes)
-    assert not other & plain
-    assert {path.stem for path in (tmp_path / "out" / "shards").iterdir()} == other
+    after = set(LatentStore(tmp_path / "out").shapes)
+    assert not before & after
+    assert {path.stem for path in (tmp_path / "out" / "shards").iterdir()} == after
 
 
-def test_any_number_of_processes_makes_the_same(shards, once, autoencoder, texts, tmp_path):
-    done = []
-    encode(shards, tmp_path / "two", autoencoder=autoencoder, texts=texts, mirror=True, workers=2, progress=lambda *both: done.append(both))
-    assert everything(tmp_path / "two") == everything(once)
-    assert done == [(number, 8) for number in range(1, 9)]
+def test_encode_with_two_workers_writes_the_same_files(shards, reference, autoencoder, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding.multiprocessing, "get_context", lambda _: context)
+    progress = []
+    encode(
+        shards, tmp_path, autoencoder=autoencoder, texts=texts, mirror=True, workers=2,
+        progress=lambda num_done, num_shards: progress.append((num_done, num_shards)),
+    )  # fmt: skip
+    assert read_files(tmp_path) == read_files(reference)
+    assert progress == [(num_done, 8) for num_done in range(1, 9)]
 
 
-def test_what_stops_it_loses_no_shard_and_doubles_none(shards, once, autoencoder, texts, tmp_path):
-    """Killed by SIGKILL as soon as a shard is there, again and again, until it is done."""
-    code = (
-        "import sys, latent_shift.encode as e, time; slow = e.Encoder.__call__\n"
-        "e.Encoder.__call__ = lambda *args: (slow(*args), time.sleep(0.3))\n"
-        "e.encode(sys.argv[1], sys.argv[2], autoencoder=sys.argv[3], texts=sys.argv[4], mirror=True)"
-    )
-    out, kept = tmp_path / "out", dict[str, int]()
-    for kills in range(20):
-        process = subprocess.Popen([sys.executable, "-c", code, *map(str, (shards, out, autoencoder, texts))])
-        while process.poll() is None and len(list((out / "shards").glob("*.npy"))) < min(8, len(kept) + 3):
-            time.sleep(0.02)
-        if process.poll() is None and kills < 3:
-            os.kill(process.pid, signal.SIGKILL)
-        if process.wait() == 0:
-            break
+@pytest.mark.parametrize(("start_seconds", "num_processes"), [(1e9, 1), (1e-9, 2)])
+def test_encode_workers_none_starts_only_processes_that_save_time(
+    shards, autoencoder, texts, tmp_path, monkeypatch, start_seconds, num_processes
+):
+    pools = []
+
+    def encode_in_pool(tasks, encoder_args, workers):
+        pools.append(workers)
+        return encoding._encode_here(tasks, encoding.Encoder(*encoder_args))
+
+    monkeypatch.setattr(encoding, "WORKER_START_SECONDS", start_seconds)
+    monkeypatch.setattr(encoding.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(encoding, "_encode_in_pool", encode_in_pool)
+    encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, workers=None)
+    assert pools == ([] if num_processes == 1 else [num_processes])
+
+
+def encode_step_by_step(connection, *args, **options) -> None:
+    """Encode, and wait for a message after each shard."""
+
+    def progress(num_done: int, num_shards: int) -> None:
+        connection.send(num_done)
+        connection.recv()
+
+    encode(*args, **options, progress=progress)
+
+
+def test_encode_continues_after_it_was_killed(shards, reference, autoencoder, texts, tmp_path):
+    """SIGKILL when 2, 3 and 6 of 8 shards are there: no shard is encoded twice, and the files are the same in the end."""
+    options = {"autoencoder": autoencoder, "texts": texts, "mirror": True}
+    complete: dict[str, int] = {}
+    for num_shards in (2, 3, 6):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=encode_step_by_step, args=(theirs, shards, tmp_path), kwargs=options)
+        process.start()
+        theirs.close()
+        while ours.recv() < num_shards:
+            ours.send(None)
+        process.kill()
+        process.join()
         with pytest.raises(ValueError, match="not a packed data set"):
-            LatentStore(out)
-        times = {path.name: path.stat().st_mtime_ns for path in (out / "shards").glob("*.npy")}
-        assert kept.items() <= times.items()  # none is made again
-        kept = times
-    assert kills > 1 and process.returncode == 0
-    assert everything(out) == everything(once)
+            LatentStore(tmp_path)
+        times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "shards").glob("*.npy")}
+        assert len(times) == num_shards and complete.items() <= times.items()
+        complete = times
+    encode(shards, tmp_path, **options)
+    assert complete.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}.items()
+    assert read_files(tmp_path) == read_files(reference)
 
 
-def test_workers_end_with_who_started_them(shards, autoencoder, texts, tmp_path):
-    code = "import sys, latent_shift.encode as e\ne.encode(sys.argv[1], sys.argv[2], autoencoder=sys.argv[3], texts=sys.argv[4], workers=2)"
-    slow = tmp_path / "slow"  # as a script: workers import it anew, and it must do nothing then
-    slow.mkdir()
-    (slow / "run.py").write_text(f"if __name__ == '__main__':\n    exec({code!r})\n")
-    process = psutil.Popen([sys.executable, slow / "run.py", *map(str, (shards, tmp_path / "out", autoencoder, texts))])
-    while process.poll() is None and len(workers := [each for each in process.children() if "spawn_main" in " ".join(each.cmdline())]) < 2:
-        time.sleep(0.02)
+def test_encode_replaces_incomplete_shards(shards, reference, autoencoder, texts, tmp_path):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    shard = next((tmp_path / "shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1])
+    shard.with_name(f".{shard.name}.1.partial").write_bytes(b"x")
+    encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, mirror=True)
+    assert read_files(tmp_path) == read_files(reference)
+
+
+def wait_for_end(*processes: psutil.Process) -> None:
+    """Return when no process runs; the orphans of this test may stay zombies. The test's timeout limits the wait."""
+    for process in processes:
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.02)
+
+
+def test_encode_workers_end_with_their_parent(shards, autoencoder, texts, tmp_path):
+    options = {"autoencoder": autoencoder, "texts": texts, "workers": 2}
+    process = context.Process(target=encode, args=(shards, tmp_path), kwargs=options)
+    process.start()
+    workers: list[psutil.Process] = []
+    while len(workers) < 2:
+        assert process.is_alive()
+        workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.002)
     process.kill()
-    process.wait()
-    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    process.join()
+    wait_for_end(*workers)
 
 
+def start_importing_worker(connection, folder: str) -> None:
+    """Start a worker that never ends its imports, and send its process id."""
+    sys.path.insert(0, folder)
+    worker = multiprocessing.get_context("fork").Process(target=start_worker, args=("endless", "start"))
+    worker.start()
+    connection.send(worker.pid)
+    worker.join()
+
+
+def test_start_worker_watches_its_parent_while_it_imports(tmp_path):
+    started = tmp_path / "started"
+    (tmp_path / "endless.py").write_text(f"import time\nopen({str(started)!r}, 'w').close()\nwhile True:\n    time.sleep(1)\n")
+    ours, theirs = context.Pipe()
+    parent = context.Process(target=start_importing_worker, args=(theirs, str(tmp_path)))
+    parent.start()
+    worker = psutil.Process(ours.recv())
+    while not started.exists():
+        assert worker.is_running()
+        time.sleep(0.002)
+    parent.kill()
+    parent.join()
+    wait_for_end(worker)
+
+
+def test_ray_encoder_encodes_the_shard_of_a_row(shards, reference, autoencoder, texts, tmp_path):
+    (tmp_path / "shards").mkdir()
+    tasks, _, shapes = encoding._plan_shards(Store(shards), tmp_path, encoding.Encoder(autoencoder), mirror=True)
+    assert shapes == LatentStore(reference).shapes
+    with encoding.single_thread():
+        encoder = encoding._RayEncoder(tasks, (reference / "autoencoder", None, "cpu"))
+        for index, task in enumerate(tasks):
+            assert encoder({"id": index}) == {"id": index}
+            assert task.out.read_bytes() == (reference / "shards" / task.out.name).read_bytes()
+
+
+@pytest.mark.slow  # starts two nodes and their workers; its fast twin is the test above
 @pytest.mark.timeout(300)
-def test_a_cluster_that_loses_a_machine_makes_the_same(shards, once, autoencoder, texts, tmp_path):
-    """Two nodes of Ray, of which one is killed when the first shard is there."""
+def test_encode_on_ray_survives_the_loss_of_a_machine(shards, reference, autoencoder, texts, tmp_path):
+    """One of two nodes is killed after the first shard."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    dies, done = cluster.add_node(num_cpus=1), []
+    node = cluster.add_node(num_cpus=1)
+    shards_done = []
 
-    def progress(number, total):
-        done.append(number)
-        if number == 1:
-            cluster.remove_node(dies, allow_graceful=False)
+    def progress(num_done: int, num_shards: int) -> None:
+        shards_done.append(num_done)
+        if num_done == 1:
+            cluster.remove_node(node, allow_graceful=False)
 
     try:
-        out = tmp_path / "out"
-        encode(shards, out, autoencoder=autoencoder, texts=texts, mirror=True, workers=2, ray=cluster.address, progress=progress)
-        assert everything(out) == everything(once)
-        assert done == list(range(1, 9))
+        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, mirror=True, workers=2, ray=cluster.address, progress=progress)
+        assert read_files(tmp_path) == read_files(reference)
+        assert shards_done == list(range(1, 9))
     finally:
         cluster.shutdown()
 
 
-def test_latents_never_lie_over_the_pixels_or_beside_another_autoencoder(shards, once, autoencoder, texts, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="is read from; expected another folder"):
-        encode(shards, shards, autoencoder=autoencoder, texts=texts)
-    encode(shards, tmp_path / "latents", autoencoder=autoencoder, texts=texts)
-    (tmp_path / "latents" / "texts.json").unlink()
-    monkeypatch.setattr(encoding.text, "embed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        encode(shards, tmp_path / "latents", autoencoder=autoencoder, texts=texts)
-    with pytest.raises(ValueError, match="not a packed data set"):
-        LatentStore(tmp_path / "latents")
+def test_encode_refuses_an_input_as_output(shards, autoencoder, texts, tmp_path):
+    for name in "ab":
+        shutil.copytree(shards, tmp_path / name)
+    for packed, out in ((shards, shards), (tmp_path / "*", tmp_path / "b")):
+        with pytest.raises(ValueError, match="is also an input; choose another folder"):
+            encode(packed, out, autoencoder=autoencoder, texts=texts)
+        assert Store(out).info["dtype"] == "uint8"
 
 
-def test_sides_that_the_autoencoder_would_cut_are_refused(media, autoencoder, texts, tmp_path):
+def test_encode_refuses_invalid_strides_and_sides(media, shards, autoencoder, texts, tmp_path):
+    with pytest.raises(ValueError, match="strides must be 1 or more"):
+        encode(shards, tmp_path / "latents", autoencoder=autoencoder, texts=texts, strides=[1, 0])
     pack(media, tmp_path / "pixels", size=33, fps=8)
-    with pytest.raises(ValueError, match="frames of 33 pixels: the autoencoder needs multiples of 8"):
+    with pytest.raises(ValueError, match="frames with sides of 33 pixels, but the autoencoder needs multiples of 8"):
         encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts)
     assert not (tmp_path / "latents").exists()
 
 
-def test_no_part_of_a_pattern_is_written_over(shards, autoencoder, texts, tmp_path):
-    for name in "ab":
-        shutil.copytree(shards, tmp_path / name)
-    with pytest.raises(ValueError, match="is read from; expected another folder"):
-        encode(tmp_path / "*", tmp_path / "b", autoencoder=autoencoder, texts=texts)
-    assert Store(tmp_path / "b").info["dtype"] == "uint8"
-    with pytest.raises(ValueError, match="strides must be 1 or more"):
-        encode(tmp_path / "a", tmp_path / "out", autoencoder=autoencoder, texts=texts, strides=[1, 0])
+def test_encode_invalidates_a_store_before_it_changes(shards, autoencoder, texts, tmp_path, monkeypatch):
+    encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)
+    (tmp_path / "texts.json").unlink()
+    monkeypatch.setattr(encoding.text, "embed", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)
+    with pytest.raises(ValueError, match="not a packed data set"):
+        LatentStore(tmp_path)
 
 
-def test_workers_share_the_gpus():
-    assert [encoding.device_of_worker("cuda", number, 2) for number in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    assert encoding.device_of_worker("cuda:1", 0, 2) == "cuda:1"
-    assert encoding.device_of_worker("cpu", 3, 0) == "cpu"
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
-def test_captions_that_are_embedded_are_not_embedded_again(shards, once, autoencoder, texts, tmp_path, monkeypatch):
-    asked, embed = [], encoding.text.embed
+def test_worker_device_takes_the_gpus_in_turn():
+    assert [encoding.worker_device("cuda", worker, 2) for worker in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert encoding.worker_device("cuda:1", 0, 2) == "cuda:1"
+    assert encoding.worker_device("cpu", 3, 0) == "cpu"
 
-    def counted(tokenizer, text_encoder, captions):
-        asked.extend(captions)
-        if len(asked) > 4:
+
+def test_encode_continues_with_the_captions_after_an_interruption(shards, reference, autoencoder, texts, tmp_path, monkeypatch):
+    embedded = []
+    embed = encoding.text.embed
+
+    def embed_and_record(tokenizer, text_encoder, captions):
+        embedded.extend(captions)
+        if len(embedded) == max_captions:
             raise KeyboardInterrupt
         return embed(tokenizer, text_encoder, captions)
 
-    monkeypatch.setattr(encoding, "CAPTIONS_NOTED", 1)
-    monkeypatch.setattr(encoding.text, "embed", counted)
+    monkeypatch.setattr(encoding, "CAPTION_SAVE_INTERVAL", 1)
+    monkeypatch.setattr(encoding.text, "embed", embed_and_record)
+    max_captions = 5
     with pytest.raises(KeyboardInterrupt):
         encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, batch_size=1)
-    first = asked[1:4]  # before them the null prompt, to see the shape of an embedding
-    asked.clear()
-    monkeypatch.setattr(encoding.text, "embed", lambda *args: asked.extend(args[2]) or embed(*args))
+    first = embedded[1:4]  # after the null prompt, which gives the shape of an embedding
+    embedded.clear()
+    max_captions = None
     store = encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, batch_size=1)
     captions = json.loads((tmp_path / "texts.json").read_text(encoding="utf-8"))["captions"]
-    assert captions == [*first, *asked[1:]] and store.num_captions == len(captions)
-    assert np.array_equal(store.embed(captions), LatentStore(once).embed(captions))
+    assert captions == [*first, *embedded[1:]] and store.num_captions == len(captions)
+    assert np.array_equal(store.embed(captions), LatentStore(reference).embed(captions))
     assert not (tmp_path / "texts.partial.json").exists()
 
 
-def test_the_noise_that_matches_clips_is_found(latents, monkeypatch):
-    """In clips that are noise themselves, of a known share and correlation."""
+def test_frame_correlation_recovers_the_settings_of_noise(latents, monkeypatch):
     store = LatentStore(latents)
     store.index["loop"] = False
     rng = np.random.default_rng(0)
     frames = np.zeros((store.num_frames, 2, 4, 64, 64))
     for record in store.records:
-        own, common = (rng.standard_normal((1, number, 4, 64, 64)) for number in (record.num_frames, 1))
-        frames[record.start : record.start + record.num_frames, 0] = 2 * correlated_noise(own, common, 0.6, 0.8)[0]
-    monkeypatch.setattr(store, "_open", lambda _: frames)
-    found = store.likeness(num=50)
-    assert found["diffusion.shared_noise"] == pytest.approx(0.6, abs=0.05)
-    assert found["diffusion.noise_correlation"] == pytest.approx(0.8, abs=0.05)
-    assert found["correlation 2 apart"] == pytest.approx(0.6 + 0.4 * 0.64, abs=0.03)
-    # What moves evenly is farther apart four frames on than noise of any share and correlation: the nearest has nothing in common.
-    still = np.sin(np.arange(400)[:, None, None, None, None] / 6 + np.linspace(0, 6, 64)) * np.ones((1, 2, 4, 64, 1))
-    monkeypatch.setattr(store, "_open", lambda _: still[: store.num_frames])
-    found = store.likeness(num=50)
-    share, r = found["diffusion.shared_noise"], found["diffusion.noise_correlation"]
-    assert 1 - found["correlation 4 apart"] > 2 * (1 - found["correlation 2 apart"]) and share < 0.05
+        frame_noise, clip_noise = (rng.standard_normal((1, number, 4, 64, 64)) for number in (record.num_frames, 1))
+        frames[record.start : record.start + record.num_frames, 0] = 2 * correlated_noise(frame_noise, clip_noise, 0.6, 0.8)[0]
+    monkeypatch.setattr(store, "_open_shard", lambda _: frames)
+    result = store.frame_correlation(num_clips=50)
+    assert result["diffusion.shared_noise"] == pytest.approx(0.6, abs=0.05)
+    assert result["diffusion.noise_correlation"] == pytest.approx(0.8, abs=0.05)
+    assert result["correlation 2 apart"] == pytest.approx(0.6 + 0.4 * 0.64, abs=0.03)
+
+
+def test_frame_correlation_of_uniform_motion_has_no_shared_noise(latents, monkeypatch):
+    """The difference between its frames grows faster than that of any correlated noise, so the fit is the nearest one."""
+    store = LatentStore(latents)
+    store.index["loop"] = False
+    phase = np.arange(store.num_frames)[:, None, None, None, None] / 6 + np.linspace(0, 6, 64)
+    frames = np.sin(phase) * np.ones((1, 2, 4, 64, 1))
+    monkeypatch.setattr(store, "_open_shard", lambda _: frames)
+    result = store.frame_correlation(num_clips=50)
+    shared, r = result["diffusion.shared_noise"], result["diffusion.noise_correlation"]
+    assert 1 - result["correlation 4 apart"] > 2 * (1 - result["correlation 2 apart"]) and shared < 0.05
     for k in (2, 4):
-        assert share + (1 - share) * r**k == pytest.approx(found[f"correlation {k} apart"], abs=0.1)
+        assert shared + (1 - shared) * r**k == pytest.approx(result[f"correlation {k} apart"], abs=0.1)
+
+
+def test_data_noise_prints_the_settings_also_under_its_former_name(latents):
+    result = CliRunner().invoke(app, ["data", "noise", str(latents)])
+    assert result.exit_code == 0 and result.stderr == ""
+    names = [line.replace("=", ": ").partition(": ")[0] for line in result.stdout.splitlines()]
+    assert names == [*(f"correlation {k} apart" for k in (1, 2, 4, 8)), "diffusion.shared_noise", "diffusion.noise_correlation"]
+    former = CliRunner().invoke(app, ["data", "likeness", str(latents)])
+    assert former.stdout == result.stdout
+    assert "data likeness is now latent-shift data noise" in former.stderr

@@ -79,7 +79,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def exit_with_parent() -> None:
-    """What a process of a pool does first: see to it that it ends when the one that started it does, however that ends."""
+    """End this process when its parent process ends, in whatever way. A worker calls this first."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -108,7 +108,11 @@ def quiet_libraries() -> None:
 
 
 def start_worker(module: str, function: str, *args: object) -> None:
-    """Begin a process of a pool with a call of a function given by name, so that what it imports is quiet there, too."""
+    """Initialize a process of a pool: watch its parent, silence the libraries, then import a module and call a function of it.
+
+    The parent is watched before anything heavy is imported: imports take seconds, in which the parent may be killed.
+    """
+    exit_with_parent()
     quiet_libraries()
     getattr(importlib.import_module(module), function)(*args)
 

@@ -1,7 +1,8 @@
-"""`latent-shift data`: folders of captioned videos, checked, packed and looked at."""
+"""`latent-shift data`: check, pack and preview folders of captioned videos."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,87 +11,112 @@ import typer
 from latent_shift.cli.terminal import Progress
 from latent_shift.runtime import quiet_libraries
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at and prepare folders of captioned videos.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check, pack and preview captioned videos.")
 
 Folder = Annotated[
     str,
     typer.Argument(
-        help="media files with metadata.jsonl, metadata.csv or .txt captions; WebDataset .tar shards, also by URL and with {000..127}; "
-        "UCF-101; MSR-VTT"
+        help="media files with metadata.jsonl, metadata.csv or .txt captions; WebDataset .tar shards, also as URLs "
+        "and with {000..127}; UCF-101; MSR-VTT"
     ),
 ]
-Workers = Annotated[int, typer.Option(min=1, help="processes that decode")]
+Workers = Annotated[int, typer.Option(min=1, help="number of processes that decode")]
 
 
 @app.command()
 def check(
     folder: Folder,
-    frames: Annotated[int, typer.Option(min=1, help="frames a clip must have")] = 16,
-    fps: Annotated[float, typer.Option(min=0.001, help="frames a second to look at")] = 8,
+    frames: Annotated[int, typer.Option(min=1, help="minimum number of frames per clip")] = 16,
+    fps: Annotated[float, typer.Option(min=0.001, help="frames per second at which clips are inspected")] = 8,
     aspects: Annotated[
-        int | None, typer.Option(min=8, help="look at whole frames, packed with this factor, instead of their central squares")
+        int | None,
+        typer.Option(min=8, help="inspect whole frames, as `pack --aspects` keeps them, not central squares"),
     ] = None,
     workers: Workers = 2,
 ) -> None:
-    """Read every file as training would and name each that is no good, with the reason."""
-    from latent_shift.data.check import check as look
+    """List unusable clips with the reason. Clips are decoded as in training. Exits with 1 if there are any."""
+    from latent_shift.data import check as checks
 
-    counts, problems = look(folder, min_frames=frames, fps=fps, aspects=aspects, workers=workers)
+    counts, problems = checks.check(folder, min_frames=frames, fps=fps, aspects=aspects, workers=workers)
     for name, reason in problems:
         print(f"{name}: {reason}")
-    print(", ".join(f"{number} {what}" for what, number in counts.items()) + f", {len({name for name, _ in problems})} with problems")
+    summary = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+    print(f"{summary}, {len({name for name, _ in problems})} with problems")
     raise typer.Exit(1 if problems else 0)
 
 
 @app.command()
 def pack(
     folder: Folder,
-    out: Annotated[Path, typer.Argument(help="where the packed frames go")],
-    size: Annotated[int, typer.Option(min=8, help="side in pixels")] = 128,
-    fps: Annotated[float, typer.Option(min=0.001, help="frames a second to keep")] = 8,
+    out: Annotated[Path, typer.Argument(help="output folder")],
+    size: Annotated[int, typer.Option(min=8, help="side of the frames in pixels")] = 128,
+    fps: Annotated[float, typer.Option(min=0.001, help="frames per second")] = 8,
     aspects: Annotated[
-        int | None, typer.Option(min=8, help="keep shapes: sizes with this factor instead of squares (64 for Stable Diffusion)")
+        int | None,
+        typer.Option(min=8, help="keep aspect ratios, with sides that are multiples of this (64 for Stable Diffusion)"),
     ] = None,
-    split_cuts: Annotated[bool, typer.Option("--split-cuts", help="make one clip of each scene")] = False,
-    shard_mb: Annotated[float, typer.Option(min=0.001, help="megabytes of a shard")] = 64,
+    split_cuts: Annotated[bool, typer.Option("--split-cuts", help="store each scene as a clip of its own")] = False,
+    shard_mb: Annotated[float, typer.Option(min=0.001, help="size of a shard in megabytes")] = 64,
     workers: Workers = 2,
 ) -> None:
-    """Decode every file once into shards of frames. What is in the folder of a packed data set is replaced."""
-    from latent_shift.data.pack import pack
+    """Decode every clip once into shards of frames. A packed data set in the output folder is replaced."""
+    from latent_shift.data import pack as packing
     from latent_shift.data.store import Store
 
     with Progress("packing") as progress:
-        problems = pack(
-            folder, out, size=size, fps=fps, aspects=aspects, split_cuts=split_cuts, shard_mb=shard_mb, workers=workers, progress=progress
+        problems = packing.pack(
+            folder,
+            out,
+            size=size,
+            fps=fps,
+            aspects=aspects,
+            split_cuts=split_cuts,
+            shard_mb=shard_mb,
+            workers=workers,
+            progress=progress,
         )
     for name, reason in problems:
-        print(f"left out {name}: {reason}")
+        print(f"skipped {name}: {reason}")
     store = Store(out)
-    print(f"{out}: {len(store.records)} records, {store.num_frames} frames, {len(problems)} left out")
+    print(f"{out}: {len(store.records)} records, {store.num_frames} frames, {len(problems)} skipped")
 
 
 @app.command()
-def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) -> None:
-    """Measure how alike the frames of the clips are, and say which noise matches: settings for `train`, as TABLE.KEY=VALUE."""
+def noise(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) -> None:
+    """Measure the correlation between frames. Prints the settings of the noise that matches it, for `train`."""
     quiet_libraries()
     from latent_shift.data.latents import LatentStore
 
-    for name, value in LatentStore(latents).likeness().items():
+    for name, value in LatentStore(latents).frame_correlation().items():
         print(f"{name}={value:.3f}" if "." in name else f"{name}: {value:.3f}")
+
+
+@app.command(hidden=True)
+def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) -> None:
+    """Run `noise` under its former name."""
+    notice = "latent-shift data likeness is now latent-shift data noise; the old name will go in the next release"
+    print(notice, file=sys.stderr)
+    noise(latents)
 
 
 @app.command()
 def preview(
-    store: Annotated[Path, typer.Argument(help="a packed data set, or an encoded one")],
-    out: Annotated[Path, typer.Argument(help="a .png")],
-    rows: Annotated[int, typer.Option(min=1, help="clips")] = 8,
-    columns: Annotated[int, typer.Option(min=1, help="frames of each")] = 8,
-    num_frames: Annotated[int | None, typer.Option(min=1, help="as training with this data.num_frames draws them; default: all")] = None,
-    stride: Annotated[int, typer.Option(min=1, help="every second frame (2), ...")] = 1,
-    split: Annotated[list[str] | None, typer.Option(help="may be repeated; default train")] = None,
+    store: Annotated[Path, typer.Argument(help="a packed or encoded data set")],
+    out: Annotated[Path, typer.Argument(help="output file, .png")],
+    rows: Annotated[int, typer.Option(min=1, help="number of clips")] = 8,
+    columns: Annotated[int, typer.Option(min=1, help="frames shown per clip")] = 8,
+    num_frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="number of frames per clip, as data.num_frames; default: whole clips"),
+    ] = None,
+    stride: Annotated[int, typer.Option(min=1, help="show every n-th frame")] = 1,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="split to sample from, may be repeated; default: train"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Draw clips and stills as training draws them, at random, so some may come twice: a row each under its caption. Captions are printed."""
+    """Draw a contact sheet of random clips. They are sampled as in training, so some may appear twice."""
     quiet_libraries()
     from latent_shift import video
     from latent_shift.data import latents, pack

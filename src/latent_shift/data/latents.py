@@ -1,12 +1,16 @@
-"""A data set as the image and video stages read it: latents and the embeddings of the captions.
+"""Read latents and caption embeddings, the data set of the image and video stages. encode.py writes it.
 
     latents/
-      store.json, index.jsonl, shards/KEY.npy   a store (store.py) whose frames are (2, C, h, w): posterior mean and std
-      texts.npy, texts.json, captions.npy       every caption once, and the null prompt, as (L, D) float16; what they say, and
-                                                digests of that in ascending order, by which they are found
-      autoencoder/, text_encoder/, tokenizer/   what made them, so that a trained U-Net can be exported whole
+      store.json, index.jsonl, shards/KEY.npy   a store (store.py) with frames of shape (2, C, h, w), posterior
+                                                mean and std
+      texts.npy                                 (captions, L, D) float16 embeddings of every caption and of the
+                                                null prompt
+      texts.json                                the captions
+      captions.npy                              64-bit digests of the captions in ascending order, for the lookup
+      autoencoder/, text_encoder/, tokenizer/   the models that encoded the data, with which a trained U-Net is
+                                                exported
 
-encode.py makes it.
+F frames, H W, C channels and h w of the latents, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -20,15 +24,15 @@ import torch
 from diffusers import AutoencoderKL
 
 from latent_shift.data.sampler import BalancedSampler
-from latent_shift.data.store import Store, digest
+from latent_shift.data.store import Store, text_digest
 from latent_shift.models.autoencoder import decode_latents, load_autoencoder, to_frames
 
 
 class LatentStore(Store):
-    """A store of latents, with the embeddings of its captions.
+    """A store of latents with the embeddings of its captions.
 
-    Attributes:
-        num_captions: different ones.
+    Raises:
+        ValueError: as `Store`, or a store of pixels.
     """
 
     def __init__(self, folder: str | Path):
@@ -42,18 +46,31 @@ class LatentStore(Store):
 
     @property
     def num_captions(self) -> int:
+        """Number of distinct captions."""
         return len(self._digests)
 
     def embed(self, captions: Sequence[str]) -> np.ndarray:
-        """`(captions, L, D) float32`; "" is the null prompt. Raises KeyError for a caption that was not encoded."""
-        digests = np.array([digest(caption) for caption in captions], np.uint64)
-        places = np.searchsorted(self._digests, digests).clip(max=self.num_captions - 1)
-        if (unknown := np.flatnonzero(self._digests[places] != digests)).size:
+        """Look up the embeddings of captions.
+
+        Args:
+            captions: captions of the store; "" is the null prompt.
+
+        Returns:
+            `(captions, L, D) float32`.
+
+        Raises:
+            KeyError: a caption that was not encoded.
+        """
+        digests = np.array([text_digest(caption) for caption in captions], np.uint64)
+        positions = np.searchsorted(self._digests, digests).clip(max=self.num_captions - 1)
+        unknown = np.flatnonzero(self._digests[positions] != digests)
+        if unknown.size:
             raise KeyError(captions[unknown[0]])
-        rows = self._rows[places]
+        rows = self._rows[positions]
         parts = np.searchsorted(self._ends, rows, side="right")
         starts = np.append(0, self._ends)
-        return np.stack([self._embeddings[part][row - starts[part]] for part, row in zip(parts, rows, strict=True)]).astype(np.float32)
+        embeddings = [self._embeddings[part][row - starts[part]] for part, row in zip(parts, rows, strict=True)]
+        return np.stack(embeddings).astype(np.float32)
 
     @functools.cached_property
     def _autoencoder(self) -> AutoencoderKL:
@@ -61,46 +78,57 @@ class LatentStore(Store):
 
     @torch.no_grad()
     def draw_pixels(self, rng: np.random.Generator, index: int, num_frames: int, *, stride: int = 1) -> np.ndarray:
-        """`draw_window`, sampled and decoded: `(F, H, W, 3) uint8`."""
+        """Return `draw_window`, sampled from the posterior and decoded, as `(F, H, W, 3) uint8` frames."""
         vae = self._autoencoder
         mean, std = self.draw_window(rng, index, num_frames, stride=stride).astype(np.float32).transpose(1, 0, 2, 3, 4)
         latents = torch.from_numpy(mean + std * rng.standard_normal(mean.shape, np.float32))
         return to_frames(decode_latents(vae, latents, batch_size=1)).numpy()
 
-    def likeness(self, *, splits: Iterable[str] = ("train",), num: int = 1000) -> dict[str, float]:
-        """How alike the frames of a clip are: correlation of the latents 1, 2, 4 and 8 frames apart, and the noise that matches.
+    def frame_correlation(self, *, splits: Iterable[str] = ("train",), num_clips: int = 1000) -> dict[str, float]:
+        """Measure the correlation between frames of a clip, and fit the noise with the same covariance.
 
-        Noise with the covariance of the clips hides what stays and what moves at the same timesteps. With a share s and a correlation r its
-        frames k apart differ by (1 - s)(1 - r^k) of the variance; s and r are those that come nearest to the clips' differences 2 and 4
-        frames apart (least squares). What moves evenly differs by more than any such noise.
+        Noise that resembles the clips hides their static and their moving parts at the same timesteps. Frames
+        of `correlated_noise` at distance k differ by (1 - s)(1 - r^k) of the variance, where s is the shared
+        fraction and r the correlation of successive frames. The fit minimizes the squared error of that
+        difference at the distances 2 and 4. It cannot reproduce uniform motion, whose difference grows faster
+        than that of any such noise.
 
         Args:
-            splits: where the clips come from.
-            num: clips of 9 frames to draw, every concept as likely as any other.
+            splits: splits to sample from.
+            num_clips: number of clips of 9 frames to sample, with equal probability for every concept.
+
+        Returns:
+            "correlation k apart" of the latents for the distances 1, 2, 4 and 8, and the settings
+            `diffusion.shared_noise` (s) and `diffusion.noise_correlation` (r).
 
         Raises:
             ValueError: no clip of 9 frames.
         """
-        long = self.select(splits=splits, num_frames=9)
-        if not len(long):
+        indices = self.select(splits=splits, num_frames=9)
+        if not len(indices):
             raise ValueError(f"{self.folder}: expected clips of 9 frames or more in {', '.join(splits)}")
         rng = np.random.default_rng(0)
-        chosen = BalancedSampler(self, long).draw(rng, num)
-        clips = np.stack([self.draw_window(rng, index, 9)[:, 0] for index in chosen]).astype(np.float32)
-        variance = clips.var(axis=(0, 1, 3, 4)).mean()
-        apart = {k: float(np.square(clips[:, k:] - clips[:, :-k]).mean() / (2 * variance)) for k in (1, 2, 4, 8)}
-        correlations = np.linspace(0, 0.995, 9_951)
-        of_noise, of_clips = 1 - np.stack([correlations**2, correlations**4]), np.array([[apart[2]], [apart[4]]])
-        own = np.clip((of_noise * of_clips).sum(axis=0) / np.square(of_noise).sum(axis=0), 0.01, 1)  # 1 - s, for each r
-        best = np.square(own * of_noise - of_clips).sum(axis=0).argmin()
+        sample = BalancedSampler(self, indices).draw(rng, num_clips)
+        clips_BFCHW = np.stack([self.draw_window(rng, index, 9)[:, 0] for index in sample]).astype(np.float32)
+        variance = clips_BFCHW.var(axis=(0, 1, 3, 4)).mean()
+        differences = {}
+        for k in (1, 2, 4, 8):
+            squares = np.square(clips_BFCHW[:, k:] - clips_BFCHW[:, :-k])
+            differences[k] = float(squares.mean() / (2 * variance))
+        # Least squares on a grid of r: for each r, the best 1 - s is a linear fit of the clips to the noise.
+        r = np.linspace(0, 0.995, 9_951)
+        noise = 1 - np.stack([r**2, r**4])
+        target = np.array([[differences[2]], [differences[4]]])
+        independent = np.clip((noise * target).sum(axis=0) / np.square(noise).sum(axis=0), 0.01, 1)  # 1 - s
+        best = np.square(independent * noise - target).sum(axis=0).argmin()
         return {
-            **{f"correlation {k} apart": 1 - difference for k, difference in apart.items()},
-            "diffusion.shared_noise": float(1 - own[best]),
-            "diffusion.noise_correlation": float(correlations[best]),
+            **{f"correlation {k} apart": 1 - difference for k, difference in differences.items()},
+            "diffusion.shared_noise": float(1 - independent[best]),
+            "diffusion.noise_correlation": float(r[best]),
         }
 
 
 def open_store(folder: str | Path) -> Store:
-    """A store of whatever it holds."""
+    """Open a store of pixels or of latents."""
     store = Store(folder)
     return LatentStore(folder) if "texts" in store.info else store

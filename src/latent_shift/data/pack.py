@@ -1,9 +1,12 @@
-"""Captioned clips, wherever they come from, decoded once into a store of pixels."""
+"""Decode captioned clips once into a store of pixels.
+
+F frames, H W.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from operator import length_hint
@@ -30,118 +33,140 @@ def pack(
     workers: int = 1,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> list[tuple[str, str]]:
-    """Decode every record once into a store of `(F, H, W, 3) uint8` frames.
+    """Decode every clip once into a store of `(F, H, W, 3) uint8` frames.
 
     Args:
-        source: captioned clips in one of the layouts of sources.py.
+        source: captioned clips in one of the layouts of readers.py.
         out: where the store goes.
-        size: side of the frames in pixels; clips are cut to squares.
-        fps: frames a second kept of every clip.
-        aspects: instead of squares the nearest of the sizes that have this factor and no more than `size * size` pixels (64 for
-            Stable Diffusion's networks; the sizes of `sizes_of`).
-        split_cuts: a clip with cuts becomes one of each scene, under the same caption.
-        shard_mb: megabytes of a shard.
-        workers: processes that decode.
-        progress: called with (records done, records in all, None where only the end will tell).
+        size: side of the frames in pixels; clips are cropped to squares.
+        fps: frame rate of the store, in frames per second.
+        aspects: crop to the nearest of `aspect_sizes(size, aspects)` instead of a square: sides are multiples
+            of this factor (64 for Stable Diffusion's networks) and frames have at most `size * size` pixels.
+        split_cuts: store each scene of a clip with cuts as a clip of its own, with the same captions.
+        shard_mb: size of a shard in megabytes.
+        workers: number of processes that decode.
+        progress: called with (number of clips done, number of clips, or None if unknown).
 
     Returns:
-        The files that could not be used, as (file name, reason). They are left out, never replaced.
+        (file name, reason) of the clips that are unusable. They are skipped, never replaced.
 
     Raises:
-        ValueError: no clips in any layout, or none that can be used; or `out` holds files that are not a store's.
+        ValueError: no clips in any layout, no usable clip, or files in `out` that do not belong to a store.
     """
     if not fps > 0:
         raise ValueError(f"fps must be above 0, got {fps}")
     writer = StoreWriter(out, shard_mb=shard_mb)
-    clips, done = read(source), 0
-    total = length_hint(clips) or None
+    clips = read(source)
+    num_clips = length_hint(clips) or None
+    num_done = 0
     problems = []
-    for done, (record, frames) in enumerate(decoded(clips, sizes_of(size, aspects), fps, workers), 1):
+    for record, frames in decode_records(clips, aspect_sizes(size, aspects), fps, workers):
+        num_done += 1
         if isinstance(frames, str):
             problems.append((record.file_name, frames))
         else:
-            scenes = np.split(frames, video.cuts(frames)) if split_cuts and len(frames) > 1 else [frames]
-            for number, scene in enumerate(scenes):
-                part = replace(record, file_name=f"{record.file_name}#{number}", loop=False) if len(scenes) > 1 else record
+            cuts = video.find_cuts(frames) if split_cuts and len(frames) > 1 else []
+            for number, scene in enumerate(np.split(frames, cuts)):
+                part = replace(record, file_name=f"{record.file_name}#{number}", loop=False) if cuts else record
                 writer.add(part, scene)
         if progress:
-            progress(done, total)
-    if done == len(problems):
+            progress(num_done, num_clips)
+    if num_done == len(problems):
         first = f"; the first: {': '.join(problems[0])}" if problems else ""
-        raise ValueError(f"{source}: none of {done} files can be used{first}")
+        raise ValueError(f"{source}: none of {num_done} files can be used{first}")
     writer.close(dtype="uint8", fps=fps, size=size, source=Path(source).name)
     return problems
 
 
-def sizes_of(size: int, factor: int | None) -> list[tuple[int, int]]:
-    """`(height, width)` from 2:1 to 1:2, multiples of `factor` with at most `size * size` pixels; without a factor the square alone.
+def aspect_sizes(size: int, factor: int | None) -> list[tuple[int, int]]:
+    """Return the `(height, width)` to which clips are cropped.
+
+    Args:
+        size: frames have at most `size * size` pixels.
+        factor: sides are multiples of it, with aspect ratios from 2:1 to 1:2. None returns the square alone.
 
     Raises:
-        ValueError: a factor that is larger than the square.
+        ValueError: `factor` is larger than `size`.
     """
     if factor is None:
         return [(size, size)]
     heights = range(factor, 2 * size + 1, factor)
-    pairs = [(height, size**2 // height // factor * factor) for height in heights]
-    found = [(height, width) for height, width in pairs if width and 0.5 <= height / width <= 2]
-    if not found:
-        raise ValueError(f"no size of at most {size}x{size} pixels has the factor {factor}")
-    return found
+    widths = [size**2 // height // factor * factor for height in heights]
+    pairs = zip(heights, widths, strict=True)
+    sizes = [(height, width) for height, width in pairs if width and 0.5 <= height / width <= 2]
+    if not sizes:
+        raise ValueError(f"no size of at most {size}x{size} pixels has sides that are multiples of {factor}")
+    return sizes
 
 
-def preview(
-    store: Store, *, rows: int = 8, columns: int = 8, num_frames: int | None = None, stride: int = 1, splits: tuple[str, ...] = ("train",),
-    seed: int = 0,
-) -> tuple[np.ndarray, list[str]]:  # fmt: skip
-    """What training sees: random records of a store of pixels, or of latents as they decode.
+def decode_records(
+    clips: Iterable[tuple[Record, Media]], sizes: list[tuple[int, int]], fps: float, workers: int
+) -> Iterator[tuple[Record, np.ndarray | str]]:
+    """Yield each record with its `(F, H, W, 3) uint8` frames, or with the reason why it has none.
 
     Args:
-        store: the records.
-        rows: of the sheet, a record each.
-        columns: frames shown of each, evenly spread.
-        num_frames, stride, splits: settings of `data` whose draws are shown; without num_frames stills and clips of all lengths.
-        seed: of the draws.
-
-    Returns:
-        The `(H, W, 3) uint8` sheet, and the captions that stand in it.
-
-    Raises:
-        ValueError: no record can be drawn.
+        clips: records and media, as from `readers.read`.
+        sizes: `(height, width)`s to crop to; see `video.read`.
+        fps: frames per second.
+        workers: number of processes; two clips per process are in memory at a time.
     """
-    rng = np.random.default_rng(seed)
-    indices = BalancedSampler(store, store.select(splits=splits, num_frames=num_frames or 1, stride=stride)).draw(rng, rows)
-    strips, captions = [], []
-    for index in indices:
-        length = num_frames or min(columns, (store.records[index].num_frames - 1) // stride + 1)
-        strips.append(store.draw_pixels(rng, index, length, stride=stride))
-        captions.append(store.caption(rng, index, stride=stride if length > 1 else 1))
-    return video.labelled_rows(strips, captions, columns=columns), captions
+    clips = ((record, media if record.texts else "no caption") for record, media in clips)
+    if workers <= 1:
+        yield from ((record, _decode(media, record.file_name, sizes, fps)) for record, media in clips)
+        return
+    with ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
+        pending: deque[tuple[Record, Future]] = deque()
+        for record, media in clips:
+            pending.append((record, pool.submit(_decode, media, record.file_name, sizes, fps)))
+            if len(pending) >= 2 * workers:
+                record, future = pending.popleft()
+                yield record, future.result()
+        yield from ((record, future.result()) for record, future in pending)
 
 
 def _decode(media: Media, name: str, sizes: list[tuple[int, int]], fps: float) -> np.ndarray | str:
+    """Return the frames, or the reason why there are none."""
     if isinstance(media, str):
         return media
+    path, content = (name, media) if isinstance(media, bytes) else (media, None)
     try:
-        return video.read(
-            name if isinstance(media, bytes) else media, content=media if isinstance(media, bytes) else None, fps=fps, size=sizes
-        )[0]
+        return video.read(path, content=content, fps=fps, size=sizes)[0]
     except ValueError as error:
-        return str(error).removeprefix(f"{media if isinstance(media, Path) else name}: ")
+        return str(error).removeprefix(f"{path}: ")
 
 
-def decoded(
-    clips: Iterator[tuple[Record, Media]], sizes: list[tuple[int, int]], fps: float, workers: int
-) -> Iterator[tuple[Record, np.ndarray | str]]:
-    """Each record with its frames, or with the reason why there are none; two clips a worker are on their way at any time."""
-    tasks = ((record, (media if record.texts else "no caption", record.file_name, sizes, fps)) for record, media in clips)
-    if workers <= 1:
-        yield from ((record, _decode(*task)) for record, task in tasks)
-        return
-    with ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
-        underway: deque[tuple[Record, Future]] = deque()
-        for record, task in tasks:
-            underway.append((record, pool.submit(_decode, *task)))
-            if len(underway) >= 2 * workers:
-                record, future = underway.popleft()
-                yield record, future.result()
-        yield from ((record, future.result()) for record, future in underway)
+def preview(
+    store: Store,
+    *,
+    rows: int = 8,
+    columns: int = 8,
+    num_frames: int | None = None,
+    stride: int = 1,
+    splits: tuple[str, ...] = ("train",),
+    seed: int = 0,
+) -> tuple[np.ndarray, list[str]]:
+    """Draw a contact sheet of random clips, sampled as in training.
+
+    Args:
+        store: a store of pixels, or of latents, which are decoded.
+        rows: number of clips.
+        columns: number of frames shown per clip, evenly spaced.
+        num_frames: `data.num_frames` of the training to imitate; None shows stills and clips of every length.
+        stride: show every `stride`-th frame, as `data.strides` does.
+        splits: splits to sample from.
+        seed: seed of the sampling.
+
+    Returns:
+        The `(H, W, 3) uint8` sheet and the captions in it.
+
+    Raises:
+        ValueError: no suitable clip.
+    """
+    rng = np.random.default_rng(seed)
+    sampler = BalancedSampler(store, store.select(splits=splits, num_frames=num_frames or 1, stride=stride))
+    clips, captions = [], []
+    for index in sampler.draw(rng, rows):
+        length = num_frames or min(columns, (store.records[index].num_frames - 1) // stride + 1)
+        clips.append(store.draw_pixels(rng, index, length, stride=stride))
+        captions.append(store.caption(rng, index, stride=stride if length > 1 else 1))
+    return video.labelled_rows(clips, captions, columns=columns), captions

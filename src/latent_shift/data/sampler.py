@@ -1,4 +1,4 @@
-"""Draw records of a store so that every concept is equally likely."""
+"""Sample records of a store with equal probability for every concept."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ from latent_shift.data.store import Store
 
 
 class BalancedSampler:
-    """Draw records so that every concept is equally likely, whatever number of files it has; those of one draw are of one size.
+    """Sample records with equal probability for every concept, whatever its number of records.
 
     Args:
-        store: where the records are.
-        indices: which of them.
+        store: the store of the records.
+        indices: `(N,)` records to sample from.
 
     Raises:
-        ValueError: no record.
+        ValueError: no records.
     """
 
     def __init__(self, store: Store, indices: np.ndarray):
         if not len(indices):
-            raise ValueError("no record to train on: check the split names and that clips have the frames asked for")
-        self.num, rows = len(indices), store.index[indices]
-        _, concepts, counts = np.unique(rows["concept"], return_inverse=True, return_counts=True)
-        shares, sizes = 1 / counts[concepts], store.sizes()[rows["shard"]]
-        groups = [sizes == size for size in np.unique(sizes)]
-        self.indices = [np.asarray(indices)[group] for group in groups]
-        self.shares = [_cumulative(shares[group]) for group in groups]
-        self.sizes = _cumulative(np.array([shares[group].sum() for group in groups]))
+            raise ValueError("no record to train on: check the names of the splits and that clips have enough frames")
+        rows = store.index[indices]
+        _, concept_ids, counts = np.unique(rows["concept"], return_inverse=True, return_counts=True)
+        weights = 1 / counts[concept_ids]
+        shape_ids = store.shape_ids()[rows["shard"]]
+        groups = [shape_ids == shape_id for shape_id in np.unique(shape_ids)]
+        self._indices = [np.asarray(indices)[group] for group in groups]
+        self._cumulative = [_cumulative_probabilities(weights[group]) for group in groups]
+        self._group_cumulative = _cumulative_probabilities(np.array([weights[group].sum() for group in groups]))
 
     def draw(self, rng: np.random.Generator, num: int) -> list[int]:
-        size = int(np.searchsorted(self.sizes, rng.random(), side="right"))
-        return self.indices[size][np.searchsorted(self.shares[size], rng.random(num), side="right")].tolist()
+        """Return `num` random indices of records with frames of equal shape, so that they form a batch."""
+        group = int(np.searchsorted(self._group_cumulative, rng.random(), side="right"))
+        positions = np.searchsorted(self._cumulative[group], rng.random(num), side="right")
+        return self._indices[group][positions].tolist()
 
 
-def _cumulative(shares: np.ndarray) -> np.ndarray:
-    total = np.cumsum(shares)
-    return np.append(total[:-1] / total[-1], 1.0)  # the last is 1 to the last digit: no draw is beyond it
+def _cumulative_probabilities(weights: np.ndarray) -> np.ndarray:
+    total = np.cumsum(weights)
+    return np.append(total[:-1] / total[-1], 1.0)  # exactly 1 at the end: rng.random() < 1 is always inside

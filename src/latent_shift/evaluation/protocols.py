@@ -15,7 +15,7 @@ import numpy as np
 
 from latent_shift import __version__, video
 from latent_shift.data import readers
-from latent_shift.data.store import Store, pixels
+from latent_shift.data.store import Store, open_pixel_store
 
 SOURCES = {
     "own": "a clip of the plainest caption of each concept of a packed data set, beside the real clip of that caption",
@@ -117,13 +117,15 @@ def open_protocol(
     if name != "own" and splits:
         raise ValueError(f"protocol {name} has its splits; expected protocol own to choose others")
     if name in CAPTIONED:
-        return _captions(name, pixels(data), num, num_frames or 16, splits or ("train",))
+        return _captions(name, open_pixel_store(data), num, num_frames or 16, splits or ("train",))
     return (_ucf101 if name == "ucf101" else _msrvtt)(name, Path(data), num)
 
 
 def _captions(name: str, store: Store, num: int | None, num_frames: int, splits: tuple[str, ...]) -> Protocol:
     side = store.info["size"]
-    candidates = [index for index in store.select(splits=splits, num_frames=num_frames).tolist() if store.shape(index) == (side, side, 3)]
+    candidates = [
+        index for index in store.select(splits=splits, num_frames=num_frames).tolist() if store.frame_shape(index) == (side, side, 3)
+    ]
     plainest: dict[str, int] = {}  # the record with the shortest caption of each concept: no skin tone, no variant
     for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
         plainest.setdefault(store.records[index].concept, index)

@@ -26,8 +26,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from latent_shift.config import PACKING, Config
 from latent_shift.data.encode import encode
 from latent_shift.data.pack import pack
-from latent_shift.data.readers import splits_of
-from latent_shift.data.store import Store, stores
+from latent_shift.data.readers import find_splits
+from latent_shift.data.store import Store, find_stores
 from latent_shift.diffusion import schedule_of
 from latent_shift.models import sizes
 from latent_shift.models.baselines import TEMPORAL_NETWORKS, saved_class
@@ -60,7 +60,7 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
         init = str(_as_folder(init, run / "base"))
         check_start(config, Path(init))
     defaults = {name: type(config.data).model_fields[name].default for name in PACKING}
-    packed = stores(path)
+    packed = find_stores(path)
     done = () if not packed else PACKING if "texts" in Store(path).info else tuple(name for name in PACKING if name != "mirror")
     if any(getattr(config.data, name) != defaults[name] for name in done):
         raise ValueError(
@@ -70,7 +70,7 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
     workers = os.cpu_count() or 1
     if not packed:
         path, videos = run / "pixels", config.data.path
-        splits = splits_of(videos)
+        splits = find_splits(videos)
         if splits is not None and (unknown := {*config.data.splits, *config.data.val_splits} - splits):
             raise ValueError(f"{videos}: has no split {', '.join(sorted(unknown))}; expected {', '.join(sorted(splits))}")
         size, settings = config.data.size or _size_of(init), config.data

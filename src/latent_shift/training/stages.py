@@ -19,7 +19,7 @@ from latent_shift import video
 from latent_shift.config import Config
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.sampler import BalancedSampler
-from latent_shift.data.store import Store, at_rate, pixels
+from latent_shift.data.store import Store, caption_at_rate, open_pixel_store
 from latent_shift.diffusion import correlated_noise, draw_timesteps, schedule_of
 from latent_shift.models import autoencoder, sizes
 from latent_shift.models.autoencoder import load_autoencoder
@@ -52,7 +52,7 @@ class AutoencoderStage:
 
     def __init__(self, config: Config):
         self.config = config
-        self.store = pixels(config.data.path)
+        self.store = open_pixel_store(config.data.path)
         _check_splits(config, self.store)
         self.sampler = BalancedSampler(self.store, self.store.select(splits=config.data.splits))
         self.held_out = _held_out(config, self.store)
@@ -209,7 +209,7 @@ class DenoiserStage:
         seen = self.samplers[self.config.data.num_frames, self.config.data.strides[0]].draw(rng, 8)
         held = self.store.select(splits=self.store.splits - {"train"})
         held = rng.choice(held, size=min(4, len(held)), replace=False)
-        prompts = [at_rate(records[index].texts[0], self.store.info["fps"], self.stride) for index in (*seen, *held)]
+        prompts = [caption_at_rate(records[index].texts[0], self.store.info["fps"], self.stride) for index in (*seen, *held)]
         pipe = self.pipeline().to(self.model.device)
         pipe.set_progress_bar_config(disable=True)
         rows = [row % len(prompts) for row in range(rank, -(-len(prompts) // world) * world, world)]

@@ -1,4 +1,4 @@
-"""Every layout in which people have captioned videos, as it lies on their disks."""
+"""Every layout of captioned videos that can be read."""
 
 import csv
 import gzip
@@ -11,7 +11,7 @@ import threading
 import fsspec
 import numpy as np
 import pytest
-from test_data import counting_clip
+from test_video import counting_clip
 from typer.testing import CliRunner
 
 from latent_shift import video
@@ -26,7 +26,7 @@ def records(path):
     return [record for record, _ in readers.read(path)]
 
 
-def test_media_beside_their_captions(tmp_path):
+def test_read_media_with_caption_files(tmp_path):
     video.write(counting_clip(16), tmp_path / "sub" / "a.mp4")
     (tmp_path / "sub" / "a.txt").write_text("a cat\nthe same cat\n")
     video.write(counting_clip(16), tmp_path / "b.webm")
@@ -45,7 +45,7 @@ def test_media_beside_their_captions(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "clips.jsonl", "clips.csv"])
-def test_tables(tmp_path, name):
+def test_read_tables(tmp_path, name):
     rows = [
         {"file_name": "sub/a.mp4", "text": "a cat, seen", "concept": "cat", "split": "val", "loop": True},
         {"file_name": "b.mp4", "text": "a dog"},
@@ -62,7 +62,7 @@ def test_tables(tmp_path, name):
     assert dog == (readers.Record("b.mp4", ("a dog",), "a dog"), tmp_path / "b.mp4")
 
 
-def test_lines_of_tables_are_checked(tmp_path):
+def test_read_table_names_invalid_lines(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "a"}\n{"file_name": "b.mp4"}\n')
     with pytest.raises(ValueError, match=r"metadata.jsonl:2: expected file_name and text, got .*b.mp4"):
         readers.read(tmp_path)
@@ -73,8 +73,8 @@ def test_lines_of_tables_are_checked(tmp_path):
         readers.read(tmp_path / "none.csv")
 
 
-def test_empty_cells_are_left_out_and_logs_are_no_annotations(tmp_path):
-    """pandas writes null where a table has no value."""
+def test_read_treats_null_as_absent_and_logs_as_no_annotations(tmp_path):
+    """pandas writes null for an empty cell."""
     row = {"file_name": "a.mp4", "text": "x", "concept": None, "split": None, "loop": None}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     ((record, _),) = readers.read(tmp_path)
@@ -88,20 +88,20 @@ def test_empty_cells_are_left_out_and_logs_are_no_annotations(tmp_path):
     video.write(np.zeros((2, 8, 8, 3), np.uint8), tmp_path / "b.mp4")
     (tmp_path / "b.txt").write_text("y")
     assert [record.file_name for record, _ in readers.read(tmp_path)] == ["b.mp4"]
-    assert readers.splits_of(tmp_path) == {"train"}
-    assert readers.splits_of("x-{0..3}.tar") is None
+    assert readers.find_splits(tmp_path) == {"train"}
+    assert readers.find_splits("x-{0..3}.tar") is None
 
 
-def test_captions_in_a_csv_are_whole(tmp_path):
+def test_read_csv_keeps_commas_and_line_breaks_in_captions(tmp_path):
     table = tmp_path / "list.csv"
     table.write_text('file_name,text\na.mp4,"one, two\nthree"\nb.mp4,\nc.mp4,line\u2028separator\n')
     assert [record.texts for record, _ in readers.read(table)] == [("one, two\nthree",), (), ("line\u2028separator",)]
     table.write_text("file_name,text\na.mp4,a cat, seen from above, by day\n")
-    with pytest.raises(ValueError, match="2 more columns than the head; a comma in a caption needs quotes"):
+    with pytest.raises(ValueError, match="2 more columns than the header; a comma in a caption needs quotes"):
         readers.read(table)
 
 
-def test_what_is_no_source_is_said_to_be_none(tmp_path):
+def test_read_refuses_other_files(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match=r"clip.mp4: expected a folder, a .jsonl or .csv table or .tar shards"):
         readers.read(tmp_path / "clip.mp4")
@@ -110,7 +110,7 @@ def test_what_is_no_source_is_said_to_be_none(tmp_path):
 
 
 def write_shard(path, samples):
-    """`samples`: key -> {suffix: bytes}, written one after the other as WebDataset's writer does."""
+    """Write `samples`, {key: {suffix: content}}, as WebDataset's writer does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as shard:
         for key, parts in samples.items():
@@ -123,7 +123,7 @@ def write_shard(path, samples):
 
 @pytest.fixture
 def clip(tmp_path):
-    return video.write(counting_clip(16), tmp_path / "made" / "clip.mp4").read_bytes()
+    return video.write(counting_clip(16), tmp_path / "media" / "clip.mp4").read_bytes()
 
 
 @pytest.fixture
@@ -134,21 +134,21 @@ def shards(tmp_path, clip):
         {
             "000": {".json": json.dumps({"caption": "a counter", "width": 32}).encode(), ".mp4": clip},
             "001": {".mp4": clip, ".txt": b"counting\nnumbers\n", ".json": b"{}"},
-            "sub/002.first": {".mp4": clip, ".txt": b"not this one: its key ends at the first dot"},
+            "sub/002.first": {".mp4": clip, ".txt": b"no sample: the key ends at the first dot"},
         },
     )
     write_shard(folder / "web-001.tar", {"003": {".txt": b"words alone"}, "004": {".mp4": clip}, "005": {".MP4": clip, ".txt": b"loud"}})
     return folder
 
 
-def test_shards(shards, tmp_path):
-    found = list(readers.read(shards))
-    assert [record.texts for record, _ in found[:2]] == [("a counter",), ("counting", "numbers")]
-    assert all(isinstance(media, bytes) for _, media in found[:2])
-    assert found[2][1].startswith("no media among")
+def test_read_shards(shards, tmp_path):
+    clips = list(readers.read(shards))
+    assert [record.texts for record, _ in clips[:2]] == [("a counter",), ("counting", "numbers")]
+    assert all(isinstance(media, bytes) for _, media in clips[:2])
+    assert clips[2][1].startswith("no media among")
     compressed = tmp_path / "web.tar.gz"
     compressed.write_bytes(gzip.compress((shards / "web-000.tar").read_bytes()))
-    assert [(record.texts, media) for record, media in readers.read(compressed)] == [(record.texts, media) for record, media in found[:3]]
+    assert [(record.texts, media) for record, media in readers.read(compressed)] == [(record.texts, media) for record, media in clips[:3]]
     for caption in ([None, 3, " x "], 5, None):
         (shards / "bad").mkdir(exist_ok=True)
         write_shard(shards / "bad" / "0.tar", {"0": {".json": json.dumps({"caption": caption}).encode(), ".mp4": b""}})
@@ -165,20 +165,20 @@ def test_shards(shards, tmp_path):
     assert store.num_frames == 3 * 16
 
 
-def test_shards_by_address_and_range(shards):
+def test_read_shards_from_urls_with_ranges(shards):
     files = fsspec.filesystem("memory")
     for path in shards.glob("*.tar"):
         files.pipe(f"/web/{path.name}", path.read_bytes())
-    there = list(readers.read("memory://web/web-{000..001}.tar"))
-    here = list(readers.read(shards / "web-{000..001}.tar"))
-    assert [(record.texts, media) for record, media in there] == [(record.texts, media) for record, media in here]
-    assert len(there) == 6
-    told = CliRunner().invoke(app, ["data", "check", f"file://{shards}/web-{{000..001}}.tar"])
-    assert told.output.splitlines()[-1] == "3 clips, 0 stills, 6 concepts, 5 with problems"
-    assert readers.expand("a{1..2}-{08..10}.tar") == [f"a{i}-{j}.tar" for i in (1, 2) for j in ("08", "09", "10")]
+    remote = list(readers.read("memory://web/web-{000..001}.tar"))
+    local = list(readers.read(shards / "web-{000..001}.tar"))
+    assert [(record.texts, media) for record, media in remote] == [(record.texts, media) for record, media in local]
+    assert len(remote) == 6
+    result = CliRunner().invoke(app, ["data", "check", f"file://{shards}/web-{{000..001}}.tar"])
+    assert result.output.splitlines()[-1] == "3 clips, 0 stills, 6 concepts, 5 with problems"
+    assert readers.expand_braces("a{1..2}-{08..10}.tar") == [f"a{i}-{j}.tar" for i in (1, 2) for j in ("08", "09", "10")]
 
 
-def test_shards_from_a_server_that_may_break_off(shards):
+def test_read_shards_from_a_server_that_breaks_off(shards):
     cut = {"/web-001.tar"}
 
     class Server(http.server.BaseHTTPRequestHandler):
@@ -195,71 +195,81 @@ def test_shards_from_a_server_that_may_break_off(shards):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        address = f"http://127.0.0.1:{server.server_port}/web-{{000..001}}.tar"
-        broken = list(readers.read(address))
+        url = f"http://127.0.0.1:{server.server_port}/web-{{000..001}}.tar"
+        broken = list(readers.read(url))
         cut.clear()
-        whole = list(readers.read(address))
+        complete = list(readers.read(url))
     finally:
         server.shutdown()
         server.server_close()
-    here = list(readers.read(shards / "web-{000..001}.tar"))
-    assert [(record.texts, media) for record, media in whole] == [(record.texts, media) for record, media in here]
-    assert isinstance(broken[-1][1], str) and broken[-1][1].startswith("the shard cannot be read on: ")
-    assert [media for _, media in broken[:-1]] == [media for _, media in whole[: len(broken) - 1]]
+    local = list(readers.read(shards / "web-{000..001}.tar"))
+    assert [(record.texts, media) for record, media in complete] == [(record.texts, media) for record, media in local]
+    assert isinstance(broken[-1][1], str) and broken[-1][1].startswith("cannot read the shard: ")
+    assert [media for _, media in broken[:-1]] == [media for _, media in complete[: len(broken) - 1]]
 
 
-def test_a_broken_shard_is_told_and_the_others_count(shards):
-    whole = (shards / "web-000.tar").read_bytes()
-    (shards / "web-000.tar").write_bytes(whole[: len(whole) // 2])
+def test_read_shards_reports_broken_shards_and_reads_the_others(shards):
+    content = (shards / "web-000.tar").read_bytes()
+    (shards / "web-000.tar").write_bytes(content[: len(content) // 2])
     (shards / "web-002.tar").write_bytes(b"no tar at all")
-    found = list(readers.read(shards))
-    reasons = [(record.file_name.rpartition("/")[2], media) for record, media in found if isinstance(media, str) and "shard" in media]
-    assert [name for name, _ in reasons] == ["web-000.tar", "web-002.tar"]
-    assert any(record.texts == ("loud",) for record, _ in found)
-    ((_, reason),) = list(readers.read(shards / "web-{7..7}.tar"))
-    assert reason.startswith("the shard cannot be read on: [Errno 2]")
+    clips = list(readers.read(shards))
+    errors = [(record.file_name.rpartition("/")[2], media) for record, media in clips if isinstance(media, str) and "the shard" in media]
+    assert [name for name, _ in errors] == ["web-000.tar", "web-002.tar"]
+    assert any(record.texts == ("loud",) for record, _ in clips)
+    ((_, error),) = list(readers.read(shards / "web-{7..7}.tar"))
+    assert error.startswith("cannot read the shard: [Errno 2]")
     with pytest.raises(ValueError, match="Protocol not known: nowhere"):
         list(readers.read("nowhere://web.tar"))
 
 
-def test_ucf101_as_it_is_unpacked(tmp_path):
+def test_read_shards_never_completes_a_sample_from_the_next_shard(tmp_path, clip):
+    """A shard ends inside the caption of a sample, and the next one begins with a file of the same key."""
+    path = write_shard(tmp_path / "web" / "0.tar", {"0": {".mp4": clip, ".txt": b"first"}, "1": {".mp4": clip, ".txt": b"x" * 5000}})
+    path.write_bytes(path.read_bytes()[:-15_000])  # a tar file is padded to 10,240 bytes
+    write_shard(tmp_path / "web" / "1.tar", {"1": {".txt": b"second"}, "2": {".mp4": clip, ".txt": b"third"}})
+    clips = list(readers.read(tmp_path / "web"))
+    assert [record.texts for record, media in clips if isinstance(media, bytes)] == [("first",), ("third",)]
+    assert clips[1][1].startswith("cannot read the shard: ") and clips[2][1] == "no media among .txt"
+
+
+def test_read_ucf101_as_unpacked(tmp_path):
     sentences = readers.ucf101_sentences()
     assert len(sentences) == 101
     assert len(set(sentences.values())) == 101
+    content = video.write(counting_clip(8), tmp_path / "clip.mp4").read_bytes()  # FFmpeg detects the container by its content
     for action, group in (("ApplyEyeMakeup", 1), ("ApplyEyeMakeup", 8), ("YoYo", 9)):
-        video.write(counting_clip(8), tmp_path / "made.mp4")
         path = tmp_path / "UCF-101" / action / f"v_{action}_g{group:02}_c01.avi"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((tmp_path / "made.mp4").read_bytes())  # the container is told by its contents
+        path.write_bytes(content)
     lists = tmp_path / "ucfTrainTestlist"
     lists.mkdir()
     (lists / "trainlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\nYoYo/v_YoYo_g09_c01.avi 101\n")
     (lists / "testlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi\n")
     (lists / "trainlist02.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi 1\n")
-    found = records(tmp_path)
-    assert [(record.texts[0], record.split) for record in found] == [
+    clips = records(tmp_path)
+    assert [(record.texts[0], record.split) for record in clips] == [
         ("A person is applying eye makeup", "test"), ("A person is applying eye makeup", "train"), ("A person is playing with a yo-yo", "train"),
     ]  # fmt: skip
-    assert [record.concept for record in found] == ["ApplyEyeMakeup", "ApplyEyeMakeup", "YoYo"]
-    stands = tmp_path / "stands" / "HandstandPushups" / "v_HandStandPushups_g01_c01.avi"  # one class whose capitals differ
+    assert [record.concept for record in clips] == ["ApplyEyeMakeup", "ApplyEyeMakeup", "YoYo"]
+    stands = tmp_path / "stands" / "HandstandPushups" / "v_HandStandPushups_g01_c01.avi"  # the capitals of this class differ
     stands.parent.mkdir(parents=True)
-    stands.write_bytes((tmp_path / "made.mp4").read_bytes())
+    stands.write_bytes(content)
     assert [(record.concept, record.texts) for record in records(tmp_path / "stands")] == [
         ("HandstandPushups", (sentences["HandstandPushups"],))
     ]
     stands.unlink()
     assert check(tmp_path, min_frames=2) == (
         {"clips": 3, "stills": 0, "concepts": 2},
-        [(record.file_name, f"shows what {found[0].file_name} shows") for record in found[1:]],
+        [(record.file_name, f"duplicate of {clips[0].file_name}") for record in clips[1:]],
     )
     other = tmp_path / "UCF-101" / "Sleeping" / "v_Sleeping_g01_c01.avi"
     other.parent.mkdir()
     other.write_bytes(b"")
-    reason = ("UCF-101/Sleeping/v_Sleeping_g01_c01.avi", "Sleeping is none of the 101 classes")
+    reason = ("UCF-101/Sleeping/v_Sleeping_g01_c01.avi", "Sleeping is not one of the 101 classes")
     assert reason in check(tmp_path, min_frames=2)[1]
 
 
-def test_msrvtt_as_it_is_unpacked(tmp_path):
+def test_read_msrvtt_as_unpacked(tmp_path):
     rows = {
         "info": {"year": "2016"},
         "videos": [

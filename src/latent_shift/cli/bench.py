@@ -44,13 +44,13 @@ def shift(
     from latent_shift.benchmark.step import shift_overhead
     from latent_shift.benchmark.timing import command_seconds
     from latent_shift.pipelines import loading
-    from latent_shift.runtime import device_of
+    from latent_shift.runtime import resolve_device
 
     own = {}
     if model:
         pipe = loading.load(model, device=device)
         own = {"unet": pipe.unet, "text_length": pipe.tokenizer.model_max_length}
-    device = str(device_of(device))
+    device = str(resolve_device(device))
     result = machine(device) | {"model": model}
     result |= shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, **own)
     if commands:
@@ -66,13 +66,13 @@ def peers(frames: Frames = 16, rounds: Rounds = 5, device: Device = "cpu", outpu
 
     from latent_shift.benchmark import step
     from latent_shift.benchmark.hardware import machine
-    from latent_shift.runtime import device_of
+    from latent_shift.runtime import resolve_device
 
     variants: dict[str, dict] = {
         "float32": {}, "float32, channels last": {"channels_last": True},
         "bfloat16": {"dtype": torch.bfloat16}, "float32, compiled": {"compiled": True},
     }  # fmt: skip
-    device = str(device_of(device))
+    device = str(resolve_device(device))
     result = machine(device)
     for name, options in variants.items():
         result[name] = step.against_peers(num_frames=frames, rounds=rounds, device=device, **options)
@@ -101,9 +101,9 @@ def sweep(
     from latent_shift.benchmark import sweep
     from latent_shift.benchmark.hardware import machine
     from latent_shift.report.plots import save as save_plots
-    from latent_shift.runtime import device_of
+    from latent_shift.runtime import resolve_device
 
-    device, numbers, dtype = str(device_of(device)), frames or list(sweep.FRAMES), torch.bfloat16 if half else torch.float32
+    device, numbers, dtype = str(resolve_device(device)), frames or list(sweep.FRAMES), torch.bfloat16 if half else torch.float32
     found = sweep.sweep(
         num_frames=numbers,
         sides=sides or (8, 16, 32, 64),

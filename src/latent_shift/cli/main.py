@@ -144,14 +144,14 @@ def train(
     from rich.console import Console
 
     from latent_shift.benchmark.hardware import matrix_rate
-    from latent_shift.runtime import device_of, dtype_of
+    from latent_shift.runtime import dtype_of, resolve_device
     from latent_shift.training import memory
     from latent_shift.training.loop import train
 
     def estimate(ready: config.Config) -> None:
         if ready.stage == "autoencoder":
             return
-        device, precision = device_of(), dtype_of(ready.train.precision)
+        device, precision = resolve_device(), dtype_of(ready.train.precision)
         needs = memory.of_run(ready, device.type)
         seconds = needs.flops / matrix_rate(device, precision)
         hours = ready.optim.steps * seconds / 3600
@@ -197,12 +197,12 @@ def encode(
     quiet_libraries()
     from latent_shift.data.encode import encode
     from latent_shift.pipelines import loading
-    from latent_shift.runtime import device_of
+    from latent_shift.runtime import resolve_device
 
     with Progress("encoding") as progress:
         store = encode(
             packed, out, autoencoder=loading.folder(autoencoder), texts=loading.folder(texts), mirror=mirror, strides=[1, *(stride or [])], batch_size=batch_size,
-            device=device_of(device), workers=workers, ray=ray, progress=progress,
+            device=resolve_device(device), workers=workers, ray=ray, progress=progress,
         )  # fmt: skip
     print(f"{out}: {store.num_frames} frames, {store.num_captions} captions with the empty one")
 
@@ -249,7 +249,7 @@ def evaluate(
     from latent_shift import runtime
     from latent_shift.evaluation import evaluate, measures, protocols, systems
     from latent_shift.evaluation.tables import lacking, table
-    from latent_shift.runtime import device_of
+    from latent_shift.runtime import resolve_device
 
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise ValueError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
@@ -264,7 +264,7 @@ def evaluate(
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
     if noise is not None and "denoising" not in task.measures:
         raise ValueError(f"--noise: protocol {protocol} shows models no real clips through noise; expected own or emoji")
-    networks, first = measures.Weights.told(weights or [], device=str(device_of(device))), runtime.rank() == 0
+    networks, first = measures.Weights.told(weights or [], device=str(resolve_device(device))), runtime.rank() == 0
     if first:  # who measures
         networks.check(task.measures)
     results, where = [], out or Path("evals") / protocol

@@ -1,4 +1,7 @@
-"""Files: atomic writes, checksums, JSON, Markdown tables, and the header of a `.safetensors` file."""
+"""Files: atomic writes, checksums, JSON, Markdown tables, and the header of a `.safetensors` file.
+
+NumPy and safetensors are imported inside the functions: the command imports this file before it parses its arguments.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextmanager
@@ -49,6 +53,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
     """Write a `.npy` file atomically."""
+    import numpy as np
+
     with atomic_write(path) as file:
         np.save(file, array)
 

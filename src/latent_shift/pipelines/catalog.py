@@ -164,6 +164,26 @@ def identify_file(path: str | Path) -> str:
         raise ValueError(f"{path}: {error}") from None
 
 
+def unused_packages(model: str | Path, *, lora: bool = False, scheduler: str | None = None) -> set[str]:
+    """Return the optional packages that sampling with a model does not use, though diffusers imports them where they are installed.
+
+    Args:
+        model: a name, folder, file or Hub id; of a Hub id nothing is known here, so every package may be used.
+        lora: whether a LoRA will be loaded (peft).
+        scheduler: the name of another scheduler than the model's (scipy: LMSDiscrete, and sigmas of a beta distribution).
+    """
+    if on_hub(model):
+        return set()
+    configs = [] if Path(model).is_file() else list(folder(model).glob("*/*config.json"))
+    settings = [json.loads(path.read_text()) for path in configs]
+    unused = set() if lora else {"peft"}
+    if not any("quantization_config" in config for config in settings):
+        unused |= {"bitsandbytes", "torchao"}
+    if scheduler is None and not any(config.get("use_beta_sigmas") or "LMS" in config.get("_class_name", "") for config in settings):
+        unused.add("scipy")
+    return unused
+
+
 def read_index(path: Path) -> dict:
     """Return the model_index.json of a pipeline's folder; raise ValueError if a part is missing or has another class."""
     if not (path / "model_index.json").exists():

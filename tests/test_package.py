@@ -9,7 +9,9 @@ import pytest
 
 import latent_shift
 
-MODULES = sorted(module.name for module in pkgutil.iter_modules(latent_shift.__path__) if module.name != "__main__")
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(latent_shift.__path__, "latent_shift.") if not module.name.endswith("__main__")
+)
 EXTRAS = [
     "torchvision",
     "efficientnet_lite_pytorch",
@@ -25,13 +27,14 @@ EXTRAS = [
     "cv2",
     "matplotlib",
     "scipy",
+    "torchao",
 ]
 BLOCK = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # None: as if it were not installed
 
 
 def test_every_module_imports_with_the_core_alone():
-    script = BLOCK + "".join(f"import latent_shift.{name}\n" for name in MODULES)
-    script += "from latent_shift.autoencoder import FeatureDistance\ntry:\n    FeatureDistance()\nexcept RuntimeError as error:\n    print(error)\n"
+    script = BLOCK + "".join(f"import {name}\n" for name in MODULES)
+    script += "from latent_shift.models.perceptual import FeatureDistance\ntry:\n    FeatureDistance()\nexcept RuntimeError as error:\n    print(error)\n"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "pip install 'latent-shift-video[perceptual]'" in result.stdout

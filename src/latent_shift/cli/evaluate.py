@@ -12,6 +12,8 @@ from latent_shift.files import write_json
 from latent_shift.runtime import quiet_libraries, skip_packages
 
 if TYPE_CHECKING:
+    import torch
+
     from latent_shift.evaluation.measures import Weights
     from latent_shift.evaluation.protocols import Protocol
 
@@ -50,12 +52,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the records to this .json")] = None,
 ) -> None:
     """Measure systems against real clips, each number with its protocol, its weights and its interval."""
-    if dtype not in (None, "float32", "float16", "bfloat16"):
-        raise ValueError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
-    models = _parse_models(model or ["emoji"])
+    models, torch_dtype = _parse_models(model or ["emoji"]), _parse_dtype(dtype)
     quiet_libraries()
-    import torch
-
     from latent_shift import runtime
     from latent_shift.evaluation import measures, protocols, systems
     from latent_shift.evaluation.tables import lacking, table
@@ -65,12 +63,10 @@ def evaluate(
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
     networks = measures.Weights.told(weights or [], device=str(runtime.resolve_device(device)))
     settings = dict(
-        height=size, width=size, num_inference_steps=steps, guidance_scale=guidance, device=device,
-        dtype=getattr(torch, dtype) if dtype else None, compile=compile,
+        height=size, width=size, num_inference_steps=steps, guidance_scale=guidance, device=device, dtype=torch_dtype, compile=compile,
     )  # fmt: skip
-    results = _evaluate_systems(
-        models, task, out or Path("evals") / protocol, networks=networks, noise=noise, batch_size=batch_size, settings=settings
-    )
+    folder = out or Path("evals") / protocol
+    results = _evaluate_systems(models, task, folder, networks=networks, noise=noise, batch_size=batch_size, settings=settings)
     if runtime.rank() > 0:
         return
     print(table(results))
@@ -78,6 +74,15 @@ def evaluate(
         print(f"no {measure}: {reason}")
     if output:
         write_json(results, output)
+
+
+def _parse_dtype(name: str | None) -> torch.dtype | None:
+    """Return the dtype of `--dtype`."""
+    if name not in (None, "float32", "float16", "bfloat16"):
+        raise ValueError(f"--dtype: expected float32, float16 or bfloat16, got {name!r}")
+    import torch
+
+    return getattr(torch, name) if name else None
 
 
 def _parse_models(values: list[str]) -> list[tuple[str, str]]:

@@ -12,7 +12,10 @@ from latent_shift import video
 from latent_shift.config import Config
 from latent_shift.data.encode import encode
 from latent_shift.data.pack import pack
+from latent_shift.runtime import keep_freed_memory
 from latent_shift.training.loop import train
+
+keep_freed_memory()  # as the command does before it trains
 
 ROUNDING = 1e-3 if torch.cuda.is_available() else 0.0
 """How far apart two runs of the same may be: a GPU's kernels add in another order every time."""

@@ -1,15 +1,27 @@
 """What the package promises as a whole: core dependencies suffice, names are there, the layout stays readable."""
 
+import hashlib
+import json
+import os
 import pkgutil
+import platform
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import latent_shift
+from latent_shift import files, runtime
+from latent_shift.config import Model
+from latent_shift.pipelines import catalog
+from latent_shift.shift import Shift
 
-MODULES = sorted(module.name for module in pkgutil.iter_modules(latent_shift.__path__) if module.name != "__main__")
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(latent_shift.__path__, "latent_shift.") if not module.name.endswith("__main__")
+)
 EXTRAS = [
     "torchvision",
     "efficientnet_lite_pytorch",
@@ -25,13 +37,14 @@ EXTRAS = [
     "cv2",
     "matplotlib",
     "scipy",
+    "torchao",
 ]
 BLOCK = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # None: as if it were not installed
 
 
 def test_every_module_imports_with_the_core_alone():
-    script = BLOCK + "".join(f"import latent_shift.{name}\n" for name in MODULES)
-    script += "from latent_shift.autoencoder import FeatureDistance\ntry:\n    FeatureDistance()\nexcept RuntimeError as error:\n    print(error)\n"
+    script = BLOCK + "".join(f"import {name}\n" for name in MODULES)
+    script += "from latent_shift.models.perceptual import FeatureDistance\ntry:\n    FeatureDistance()\nexcept RuntimeError as error:\n    print(error)\n"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "pip install 'latent-shift-video[perceptual]'" in result.stdout
@@ -52,3 +65,100 @@ def test_the_method_imports_nothing_of_ours_and_no_file_is_long():
             assert "from latent_shift" not in text
         if not path.name.startswith("cli"):
             assert "print(" not in text, path
+
+
+def test_atomic_write_leaves_the_old_file_after_an_error(tmp_path):
+    path = tmp_path / "numbers.json"
+    files.write_json([1], path)
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json([float("nan")], path)
+
+    def write_half() -> None:
+        with files.atomic_write(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert path.read_text() == "[\n 1\n]\n"
+    assert list(tmp_path.iterdir()) == [path]
+    with files.atomic_path(tmp_path / "a.png", suffix=".png") as partial:
+        assert partial.suffix == ".png"
+        partial.write_bytes(b"x")
+    assert (tmp_path / "a.png").read_bytes() == b"x"
+
+
+def test_sha256_is_that_of_the_whole_file(tmp_path):
+    (tmp_path / "large").write_bytes(b"abc" * 2**20)
+    assert files.sha256(tmp_path / "large") == hashlib.sha256(b"abc" * 2**20).hexdigest()
+
+
+MMAPPED_BLOCKS = """
+import ctypes, sys
+from latent_shift.runtime import keep_freed_memory
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype, libc.malloc.restype, libc.malloc.argtypes = Info, ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+if "call" in sys.argv:
+    keep_freed_memory()
+before = libc.mallinfo2()
+block = libc.malloc(64 * 2**20)
+mapped = libc.mallinfo2().hblks - before.hblks
+libc.free(block)
+print(mapped, libc.mallinfo2().arena >= 512 * 2**20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
+@pytest.mark.parametrize(
+    ("arguments", "variables", "output"),
+    [
+        ([], {}, "1 False"),  # a mapping of its own, given back at once
+        (["call"], {}, "0 True"),  # a part of the heap, which stays
+        ([], {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "536870912"}, "0 True"),
+        (["call"], {"MALLOC_MMAP_MAX_": "65536"}, "1 False"),  # the user's choice
+    ],
+)
+def test_keep_freed_memory_equals_the_environment_variables(arguments, variables, output):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | variables
+    result = subprocess.run([sys.executable, "-c", MMAPPED_BLOCKS, *arguments], capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == output, result.stderr
+
+
+def test_resolve_device_refuses_what_is_not_there():
+    for name in ("foo", "cuda:99", "mps"):
+        if name == "mps" and torch.backends.mps.is_available():
+            continue
+        with pytest.raises(ValueError, match=rf"device '?{name}'?: .*expected (cpu|cuda)"):
+            runtime.resolve_device(name)
+    assert runtime.resolve_device("cpu").type == "cpu"
+
+
+def test_catalog_describes_with_the_defaults_of_the_pipeline():
+    for field in fields(Shift):
+        assert Model.model_fields[field.name].default == field.default
+    described = catalog.describe("emoji")
+    pipe = latent_shift.load("emoji", device="cpu")
+    assert described["picture"] == "x".join([str(pipe.unet.config.sample_size * pipe.vae_scale_factor)] * 2) + " pixels"
+    assert described["frames"] == f"{pipe.call_defaults['num_frames']} at {pipe.call_defaults['fps']} fps by default"
+    assert described["shift"] == "forward 0.333, backward 0.333, place conv1, edge hold"
+    assert all((catalog.WEIGHTS / name).is_dir() for name in catalog.MODELS)
+
+
+def test_unused_packages_are_those_that_neither_model_nor_options_need(tmp_path):
+    every = {"bitsandbytes", "peft", "scipy", "torchao"}
+    assert catalog.unused_packages("emoji") == every
+    assert catalog.unused_packages("emoji", lora=True) == every - {"peft"}
+    assert catalog.unused_packages("emoji", scheduler="LMSDiscrete") == every - {"scipy"}
+    for settings, used in (
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, {"bitsandbytes", "torchao"}),
+        ({"use_beta_sigmas": True}, {"scipy"}),
+        ({"_class_name": "LMSDiscreteScheduler"}, {"scipy"}),
+    ):
+        (tmp_path / "unet").mkdir(exist_ok=True)
+        (tmp_path / "unet" / "config.json").write_text(json.dumps(settings))
+        assert catalog.unused_packages(tmp_path) == every - used

@@ -6,42 +6,42 @@ from diffusers import DDIMScheduler
 from test_modes import sd
 
 from latent_shift import video
-from latent_shift.pipelines.request import Request, generate
+from latent_shift.pipelines.request import Request, generate_clip
 
 
-def test_generate_gives_the_clip_of_a_call(texts):
+def test_generate_clip_gives_the_clip_of_a_call(texts):
     pipe = sd(texts)
     steps = []
-    clip = generate(pipe, Request(prompt="red", seed=3), on_step=lambda *progress: steps.append(progress))
-    again = generate(pipe, Request(prompt="red", seed=3, fps=4))
+    clip = generate_clip(Request(prompt="red", seed=3), pipe, on_step=lambda *progress: steps.append(progress))
+    again = generate_clip(Request(prompt="red", seed=3, fps=4), pipe)
     assert (clip.frames.shape, clip.frames.dtype, clip.fps, again.fps) == ((6, 32, 32, 3), np.uint8, 8, 4)
     assert np.array_equal(clip.frames, again.frames)
-    assert not np.array_equal(clip.frames, generate(pipe, Request(prompt="red", seed=4)).frames)
+    assert not np.array_equal(clip.frames, generate_clip(Request(prompt="red", seed=4), pipe).frames)
     assert steps == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_generate_leaves_the_pipeline_as_it_was(texts, tmp_path):
+def test_generate_clip_leaves_the_pipeline_as_it_was(texts, tmp_path):
     pipe, still = sd(texts), tmp_path / "still.png"
     video.write(np.zeros((1, 32, 32, 3), np.uint8), still)
-    plain = generate(pipe, Request(prompt="red")).frames
-    other = generate(pipe, Request(prompt="red", scheduler="EulerAncestralDiscrete", free_init=2)).frames
+    plain = generate_clip(Request(prompt="red"), pipe).frames
+    other = generate_clip(Request(prompt="red", scheduler="EulerAncestralDiscrete", free_init=2), pipe).frames
     assert not np.array_equal(plain, other)
     assert type(pipe.scheduler) is DDIMScheduler and not pipe.free_init_enabled
     with pytest.raises(ValueError, match="num_frames must be 3"):
-        generate(pipe, Request(prompt="red", scheduler="LCM", image=still, last_image=still, num_frames=2))
+        generate_clip(Request(prompt="red", scheduler="LCM", image=still, last_image=still, num_frames=2), pipe)
     assert type(pipe.scheduler) is DDIMScheduler
 
 
-def test_generate_reads_pictures_at_the_size_of_the_clip(texts, tmp_path):
+def test_generate_clip_reads_pictures_at_the_size_of_the_clip(texts, tmp_path):
     """A model that is wider than high, and a request for another shape."""
     pipe = sd(texts)
     pipe.unet.register_to_config(sample_size=(4, 6))
     video.write(np.zeros((1, 100, 80, 3), np.uint8), tmp_path / "still.png")
     video.write(np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8), tmp_path / "clip.webp")
     video.write(np.full((1, 64, 64, 3), 255, np.uint8), tmp_path / "mask.png")
-    assert generate(pipe, Request(prompt="red", image=tmp_path / "still.png")).frames.shape == (6, 32, 48, 3)
+    assert generate_clip(Request(prompt="red", image=tmp_path / "still.png"), pipe).frames.shape == (6, 32, 48, 3)
     request = Request(prompt="red", video=tmp_path / "clip.webp", mask=tmp_path / "mask.png", num_frames=4, width=64, height=40)
-    assert generate(pipe, request).frames.shape == (4, 40, 64, 3)
+    assert generate_clip(request, pipe).frames.shape == (4, 40, 64, 3)
 
 
 @pytest.mark.parametrize(

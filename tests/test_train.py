@@ -23,7 +23,7 @@ from latent_shift.data.store import Store
 from latent_shift.models.autoencoder import to_pixels, whiten
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
-from latent_shift.runtime import has_bf16_units, precision_of
+from latent_shift.runtime import has_bf16_units, resolve_precision
 from latent_shift.training import checkpoint, loop, prepare, stages
 from latent_shift.training.loop import train
 from latent_shift.training.objectives import AutoencoderObjective
@@ -123,15 +123,15 @@ def test_short_clips_and_unknown_splits_are_told(latents, caplog):
 
 
 def test_the_precision_is_that_of_the_device(latents, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(loading, "device_of", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(loading, "resolve_device", lambda *_: torch.device("cpu"))
     for units, expected in ((True, "bf16"), (False, "no")):
         monkeypatch.setattr(loading, "has_bf16_units", lambda units=units: units)
         ready = prepare.prepare(tiny_config("video", latents, train={"precision": "auto"}), tmp_path)
         assert ready.train.precision == expected
     loop.check(tiny_config("video", latents, train={"precision": "bf16"}))
     assert "no units for bf16" in caplog.text
-    assert precision_of("auto", torch.device("cuda")) == "bf16"  # of a machine that is elsewhere
-    assert precision_of("fp16", torch.device("cpu")) == "fp16"
+    assert resolve_precision("auto", torch.device("cuda")) == "bf16"  # of a machine that is elsewhere
+    assert resolve_precision("fp16", torch.device("cpu")) == "fp16"
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads what Linux says of an x86")

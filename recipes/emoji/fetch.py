@@ -2,8 +2,8 @@
 
     python recipes/emoji/fetch.py data/emoji
 
-Six npm packages, 750 MB, all MIT. Each is checked against its sha512; a broken download goes on where it stopped.
-The npm client, if there is one, is only asked which registry it is set up for.
+The set is six npm packages, 750 MB, all MIT. Each is checked against its sha512, and an interrupted download resumes.
+The npm client, if installed, is only asked for the registry that it is configured with.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from latent_shift import video
+from latent_shift.files import write_text
 
 PACKAGES = {  # name, version -> sha512 as the registry states it
     ("@lobehub/fluent-emoji-anim-1", "1.0.0"): "/4m31vAuZEQ4aUJ5pxcOU5PVkuJya55GRxUZL7+zgLlxZXpzzE8jPqpDyhZICE3n47nS/Y9M5/vLdizi8201QA==",
@@ -37,7 +38,7 @@ TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 
 
 def download(name: str, version: str, sha512: str, folder: Path, registry: str, progress: Progress) -> Path:
-    """One package into `folder`, resumed from a `.part` file; raises ValueError when the bytes are not the pinned ones."""
+    """Download one package into `folder`, resuming from a `.part` file; raise ValueError if its checksum is not the pinned one."""
     stem = name.split("/")[-1]
     target = folder / f"{stem}-{version}.tgz"
     if not target.exists():
@@ -55,10 +56,12 @@ def download(name: str, version: str, sha512: str, folder: Path, registry: str, 
                     while block := response.read(1 << 20):
                         file.write(block)
                         progress.advance(task, len(block))
-            if part.stat().st_size < total:  # a connection that breaks reads like an end
-                raise ValueError(f"{name} {version}: the connection broke after {part.stat().st_size} of {total} bytes; run again to go on")
+            if part.stat().st_size < total:  # a broken connection reads like the end of the file
+                raise ValueError(
+                    f"{name} {version}: the connection broke after {part.stat().st_size} of {total} bytes; run again to resume"
+                )
         except urllib.error.HTTPError as error:
-            if not (have and error.code == 416):  # nothing is left to send: the part is the whole file
+            if not (have and error.code == 416):  # nothing is left to send: the part is complete
                 raise
         digest = hashlib.sha512()
         with part.open("rb") as file:
@@ -72,7 +75,7 @@ def download(name: str, version: str, sha512: str, folder: Path, registry: str, 
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """The webp files of a package, flat, into `folder`."""
+    """Extract the webp files of a package into `folder`, without subfolders."""
     with tarfile.open(archive) as tar:
         for member in tar:
             path = folder / Path(member.name).name
@@ -81,7 +84,7 @@ def extract(archive: Path, folder: Path) -> None:
 
 
 def names(archive: Path) -> dict[str, dict]:
-    """Code points (lower case, without fe0f) -> {label, tags, concept}; a skin-tone variant has the concept of its base."""
+    """Return {label, tags, concept} by code point (see `key`); a skin-tone variant has the concept of its base."""
     with tarfile.open(archive) as tar:
         entries = json.load(tar.extractfile("package/en/data.json"))
     table = {}
@@ -94,11 +97,12 @@ def names(archive: Path) -> dict[str, dict]:
 
 
 def key(hexcode: str) -> str:
+    """Return a code point in lower case, without fe0f."""
     return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
 
 
 def split(concept: str, code: str) -> str:
-    """5 % of concepts are never trained on (val_concept), and 5 % of the skin-tone variants of the others (val_combo)."""
+    """Return the split: 5 % of the concepts are held out (val_concept), and 5 % of the skin-tone variants of the others (val_combo)."""
     if int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 20 == 0:
         return "val_concept"
     variant = any(tone in code for tone in TONES)
@@ -106,7 +110,7 @@ def split(concept: str, code: str) -> str:
 
 
 def captions(label: str, tags: list[str], code: str) -> list[str]:
-    """The label first, then as people write it, then two wordings with keywords of the set's own annotators, drawn by the code point."""
+    """Return captions: the label, two common wordings, and up to two with keywords of the set's annotators, shuffled by code point."""
     tags = [tag for tag in tags if tag.isascii() and tag.lower() not in label.lower()]
     texts = [label, f"{'an' if label[0].lower() in 'aeio' else 'a'} {label}", f"{label} emoji"]
     if any(tone in code for tone in TONES) or not tags:
@@ -117,9 +121,9 @@ def captions(label: str, tags: list[str], code: str) -> list[str]:
 
 
 def motion(frames: np.ndarray) -> list[str]:
-    """Words that the frames prove: where the object's centre goes, whether it grows, how much changes.
+    """Return words for the motion in the frames: the path of the object's centre, its growth, the change between frames.
 
-    Thresholds are shares of the frame's side: 4 % of travel, 15 % of area, 1.5 and 6 grey levels between frames.
+    Thresholds are fractions of the frame's side: 4 % of travel, 15 % of area, 1.5 and 6 grey levels between frames.
     """
     ink = (frames.min(axis=-1) < 245).astype(np.float32)  # the object on its white background
     area = ink.sum(axis=(1, 2)).clip(1)
@@ -140,7 +144,7 @@ def motion(frames: np.ndarray) -> list[str]:
 
 
 def describe(task: tuple[Path, dict, str]) -> dict | tuple[str, str]:
-    """One metadata record, or (file, reason) for a file that cannot be used."""
+    """Return a metadata record, or (file, reason) for an unusable file."""
     path, name, code = task
     try:
         frames, fps = video.read(path, fps=8, size=64)
@@ -156,7 +160,7 @@ def describe(task: tuple[Path, dict, str]) -> dict | tuple[str, str]:
     if fps:
         gap = np.abs(frames[0].astype(np.int16) - frames[-1]).mean()
         step = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean()
-        # The last frame runs on into the first as smoothly as any two neighbours do.
+        # From the last frame to the first, no more changes than between neighbours.
         record["loop"] = bool(gap <= 2 * step + 0.5)
         texts.append(f"{name['label']}, {' and '.join(motion(frames))}")
     return record
@@ -166,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--registry", help="npm registry address; default: what the npm client is set up for, or npm's own")
+    parser.add_argument("--registry", help="npm registry address; default: the npm client's, or npm's own")
     args = parser.parse_args()
     registry = args.registry
     if registry is None:
@@ -193,7 +197,7 @@ def main() -> None:
             tasks.append((path, table[code], code))
         else:
             rejected.append((path.name, "no entry in emojibase"))
-    records, seen = [], set()
+    records, concepts = [], set()
     with ProcessPoolExecutor(args.workers) as pool, Progress() as progress:
         for result in progress.track(pool.map(describe, tasks, chunksize=16), total=len(tasks), description="reading"):
             if isinstance(result, tuple):
@@ -202,13 +206,11 @@ def main() -> None:
                 rejected.append((result["file_name"], "a single frame; its still is used"))
             else:
                 records.append(result)
-                seen.add(result["concept"])
-    with (args.folder / "metadata.jsonl").open("w") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    with (args.folder / "rejected.jsonl").open("w") as file:
-        file.writelines(json.dumps({"file": name, "reason": why}) + "\n" for name, why in rejected)
+                concepts.add(result["concept"])
+    write_text(args.folder / "rejected.jsonl", "".join(json.dumps({"file": name, "reason": why}) + "\n" for name, why in rejected))
+    write_text(args.folder / "metadata.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     clips = sum("loop" in record for record in records)
-    print(f"{len(records)} records ({clips} clips) of {len(seen)} concepts, {len(rejected)} not used (rejected.jsonl)")
+    print(f"{len(records)} records ({clips} clips) of {len(concepts)} concepts, {len(rejected)} rejected (rejected.jsonl)")
 
 
 if __name__ == "__main__":

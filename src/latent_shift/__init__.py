@@ -10,10 +10,9 @@ Names are imported when first used: `import latent_shift` itself imports neither
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-_HOME = {
+_MODULES = {
     "Shift": "shift",
     "temporal_shift": "shift",
     "inflate": "shift",
@@ -21,23 +20,21 @@ _HOME = {
     "frames": "shift",
     "shift_of": "shift",
     "LatentShiftPipeline": "pipelines.stable_diffusion",
+    "LatentShiftXLPipeline": "pipelines.stable_diffusion",
     "LatentVDMUNet": "models.baselines",
     "load": "pipelines.loading",
     "seed": "runtime",
     "save_video": "video",
     "load_video": "video",
 }
-__all__ = list(_HOME)
-
-try:
-    __version__ = version("latent-shift-video")
-except PackageNotFoundError:  # imported from a source tree that was not installed
-    __version__ = "0.0.0"
+__all__ = list(_MODULES)
 
 if TYPE_CHECKING:
+    __version__: str
     from latent_shift.models.baselines import LatentVDMUNet as LatentVDMUNet
     from latent_shift.pipelines.loading import load as load
     from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline as LatentShiftPipeline
+    from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline as LatentShiftXLPipeline
     from latent_shift.runtime import seed as seed
     from latent_shift.shift import Shift as Shift
     from latent_shift.shift import deflate as deflate
@@ -50,6 +47,13 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("latent-shift-video")
+        except PackageNotFoundError:  # a source tree that is not installed
+            return "0.0.0"
+    if name not in _MODULES:
         raise AttributeError(f"module 'latent_shift' has no attribute {name!r}")
-    return getattr(import_module(f"latent_shift.{_HOME[name]}"), name)
+    return getattr(import_module(f"latent_shift.{_MODULES[name]}"), name)

@@ -1,64 +1,111 @@
+"""Files: atomic writes, checksums, JSON, Markdown tables, and the header of a `.safetensors` file.
+
+NumPy and safetensors are imported inside the functions: the command imports this file before it parses its arguments.
+"""
+
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
-def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a `.safetensors` file, without reading them.
+@contextmanager
+def atomic_path(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
+    """Yield a path beside `path` that is renamed to `path` when the block ends, so that no reader ever sees half a file.
 
-    Raises:
-        ValueError: not such a file, or one that ends too soon.
+    An error in the block removes the partial file and leaves `path` as it was.
+
+    Args:
+        path: the file to write; one that exists is replaced.
+        suffix: of the partial file, for writers that choose a format by it. None by default, so that no search for `*.npy` finds it.
     """
     path = Path(path)
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise ValueError(f"{path}: a pickle file can run any program when it is opened; expected .safetensors")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            entries = json.loads(file.read(length)) if length < size else {}
-        except (struct.error, ValueError):
-            entries = {}
-    tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
-    if not tensors:
-        raise ValueError(f"{path}: expected a .safetensors file with weights")
-    expected = 8 + length + max(entry["data_offsets"][1] for entry in tensors.values())
-    if size < expected:
-        raise ValueError(f"{path}: ends after {size} of {expected} bytes; download it again")
-    return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial{suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it into place."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a binary file that replaces `path` when the block ends; its content is on the disk before that."""
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
-def write_array(path: Path, frames: np.ndarray) -> None:
-    """Write a shard aside and rename it into place: one that is there is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.save(file, frames)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Write a `.npy` file atomically."""
+    import numpy as np
+
+    with atomic_write(path) as file:
+        np.save(file, array)
+
+
+def write_json(value: object, path: str | Path) -> None:
+    """Write a JSON file atomically, and create its folder.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not have.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table."""
+    """Return a Markdown table of text cells."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
-def write_json(value: object, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors in a `.safetensors` file, read from its header alone.
+
+    Raises:
+        ValueError: a pickle file, a file of another kind, one without tensors, or one that is cut short.
+        FileNotFoundError: there is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(f"{path}: a pickle file can run any program when it is opened; expected .safetensors")
+    try:
+        with safe_open(path, framework="np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        message = f"{path}: expected a .safetensors file with weights; "
+        if "incomplete metadata" in str(error):  # the header is whole and adds up to another size
+            message += f"its header describes another size than its {path.stat().st_size} bytes: the file is cut short, download it again"
+        else:
+            message += str(error)
+        raise ValueError(message) from error
+    if not shapes:
+        raise ValueError(f"{path}: expected a .safetensors file with weights")
+    return shapes

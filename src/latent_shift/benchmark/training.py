@@ -25,7 +25,7 @@ from latent_shift.data.store import StoreWriter
 from latent_shift.diffusion import noise_schedule
 from latent_shift.models import sizes
 from latent_shift.pipelines import loading, single_file
-from latent_shift.runtime import dtype_of, precision_of
+from latent_shift.runtime import dtype_of, resolve_precision
 from latent_shift.shift import deflate, share_text
 from latent_shift.training import memory
 from latent_shift.training.objectives import DenoisingObjective, attention_kernel
@@ -88,7 +88,7 @@ def training_step(
     networks["shift, compiled"] = copy.deepcopy(networks["shift"])
     networks["shift, compiled"].compile(dynamic=False)
     draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
-    dtype = dtype_of(precision_of("auto", torch.device(device)))
+    dtype = dtype_of(resolve_precision("auto", torch.device(device)))
 
     def step(unet: UNet2DConditionModel, num_clips: int, length: int) -> Callable[[], None]:
         latents, noise = (draw(num_clips, length, unet.config.in_channels, side, side) for _ in range(2))

@@ -1,4 +1,4 @@
-"""`latent-shift bench`: what the shift costs, against other systems' U-Nets, and what memory it takes."""
+"""`latent-shift bench`: time and memory of the shift, of other systems' U-Nets, of training and of encoding."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from latent_shift.files import markdown_table, write_json
-from latent_shift.runtime import quiet_libraries
+from latent_shift.runtime import keep_freed_memory, quiet_libraries
 
 app = typer.Typer(
-    rich_markup_mode=None, help="Time one denoising step with the shift against the same U-Net frame by frame, in turn; or compare more."
+    rich_markup_mode=None, help="Time one denoising step with the shift against the same U-Net without it, in turn; or measure more."
 )
 
-Frames = Annotated[int, typer.Option(min=1, help="frames a clip")]
-Rounds = Annotated[int, typer.Option(min=1, help="counted rounds; of commands 3 at most")]
+Frames = Annotated[int, typer.Option(min=1, help="frames of a clip")]
+Rounds = Annotated[int, typer.Option(min=1, help="rounds after the warm-up; at most 3 for whole commands")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="take this model's U-Net instead of the 34 M one")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")]
@@ -35,24 +35,24 @@ def shift(
 ) -> None:
     if command := context.invoked_subcommand:
         sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-        if given:
-            raise ValueError(f"bench {command}: its options come after it, not before it: --{', --'.join(given)}")
+        misplaced = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+        if misplaced:
+            raise ValueError(f"bench {command}: its options come after it, not before it: --{', --'.join(misplaced)}")
         return
-    quiet_libraries()
+    _prepare_process()
     from latent_shift.benchmark.hardware import machine
     from latent_shift.benchmark.step import shift_overhead
     from latent_shift.benchmark.timing import command_seconds
     from latent_shift.pipelines import loading
-    from latent_shift.runtime import device_of
+    from latent_shift.runtime import resolve_device
 
-    own = {}
+    network = {}
     if model:
         pipe = loading.load(model, device=device)
-        own = {"unet": pipe.unet, "text_length": pipe.tokenizer.model_max_length}
-    device = str(device_of(device))
+        network = {"unet": pipe.unet, "text_length": pipe.tokenizer.model_max_length}
+    device = str(resolve_device(device))
     result = machine(device) | {"model": model}
-    result |= shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, **own)
+    result |= shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, **network)
     if commands:
         result["commands, seconds"] = command_seconds(model or "emoji", rounds=min(rounds, 3), device=device)
     _show(result, output)
@@ -60,19 +60,19 @@ def shift(
 
 @app.command()
 def peers(frames: Frames = 16, rounds: Rounds = 5, device: Device = "cpu", output: Output = None) -> None:
-    """Time the step against AnimateDiff's and ModelScope's U-Nets of the same widths, in four ways of running them."""
-    quiet_libraries()
+    """Time the step against U-Nets of AnimateDiff and ModelScope with the same widths, in float32, bfloat16, channels last and compiled."""
+    _prepare_process()
     import torch
 
     from latent_shift.benchmark import step
     from latent_shift.benchmark.hardware import machine
-    from latent_shift.runtime import device_of
+    from latent_shift.runtime import resolve_device
 
     variants: dict[str, dict] = {
         "float32": {}, "float32, channels last": {"channels_last": True},
         "bfloat16": {"dtype": torch.bfloat16}, "float32, compiled": {"compiled": True},
     }  # fmt: skip
-    device = str(device_of(device))
+    device = str(resolve_device(device))
     result = machine(device)
     for name, options in variants.items():
         result[name] = step.against_peers(num_frames=frames, rounds=rounds, device=device, **options)
@@ -82,30 +82,32 @@ def peers(frames: Frames = 16, rounds: Rounds = 5, device: Device = "cpu", outpu
 
 @app.command()
 def sweep(
-    frames: Annotated[list[int] | None, typer.Option(min=1, help="frames a clip; may be repeated; default 1, 2, 4, ... 256")] = None,
-    sides: Annotated[list[int] | None, typer.Option(min=1, help="of the latents; may be repeated; default 8, 16, 32, 64")] = None,
-    clips: Annotated[list[int] | None, typer.Option(min=1, help="at once; may be repeated; default 1, 2, 4")] = None,
+    frames: Annotated[list[int] | None, typer.Option(min=1, help="frames of a clip; may be repeated; default: 1, 2, 4, ... 256")] = None,
+    sides: Annotated[list[int] | None, typer.Option(min=1, help="side of the latents; may be repeated; default: 8, 16, 32, 64")] = None,
+    clips: Annotated[list[int] | None, typer.Option(min=1, help="clips in a batch; may be repeated; default: 1, 2, 4")] = None,
     rounds: Rounds = 3,
     device: Device = "cpu",
     half: Annotated[bool, typer.Option("--half", help="bfloat16 instead of float32")] = False,
-    full: Annotated[bool, typer.Option("--full", help="U-Nets as wide as Stable Diffusion 1.5's, for a GPU")] = False,
-    side: Annotated[int, typer.Option(min=1, help="of the latents where frames and clips grow")] = 16,
-    model: Annotated[str, typer.Option("--model", "-m", help="of the whole clips")] = "emoji",
-    plots: Annotated[Path | None, typer.Option(help="also draw plots (.svg) in this folder")] = None,
+    full: Annotated[bool, typer.Option("--full", help="U-Nets of the widths of Stable Diffusion 1.5, for a GPU")] = False,
+    side: Annotated[int, typer.Option(min=1, help="side of the latents where frames and clips vary")] = 16,
+    model: Annotated[str, typer.Option("--model", "-m", help="model of the whole clips")] = "emoji",
+    plots: Annotated[Path | None, typer.Option(help="also write plots (.svg) to this folder")] = None,
     output: Output = None,
 ) -> None:
-    """Time a step of ours and of the others against frames, size and batch, beside what the machine can do at most."""
-    quiet_libraries()
+    """Time a step of each system against frames, size and batch, next to the machine's matrix rate."""
+    _prepare_process()
     import torch
 
     from latent_shift.benchmark import sweep
     from latent_shift.benchmark.hardware import machine
     from latent_shift.report.plots import save as save_plots
-    from latent_shift.runtime import device_of
+    from latent_shift.runtime import resolve_device
 
-    device, numbers, dtype = str(device_of(device)), frames or list(sweep.FRAMES), torch.bfloat16 if half else torch.float32
-    found = sweep.sweep(
-        num_frames=numbers,
+    device = str(resolve_device(device))
+    num_frames = frames or list(sweep.FRAMES)
+    dtype = torch.bfloat16 if half else torch.float32
+    steps = sweep.sweep(
+        num_frames=num_frames,
         sides=sides or (8, 16, 32, 64),
         clips=clips or (1, 2, 4),
         side=side,
@@ -114,11 +116,12 @@ def sweep(
         device=device,
         dtype=dtype,
     )
-    result = machine(device) | found
+    result = machine(device) | steps
     if device == "cpu":
-        result["memory"] = sweep.memory_of_steps(numbers, side=side, full=full, dtype=dtype)
-    result["whole clips"] = clips_of_model = sweep.whole_clips(model, device=device, dtype=dtype, rounds=rounds)
-    print(sweep.table(found["points"]), sweep.table_of_clips(clips_of_model), sep="\n\n")
+        result["memory"] = sweep.memory_of_steps(num_frames, side=side, full=full, dtype=dtype)
+    clip_times = sweep.whole_clips(model, device=device, dtype=dtype, rounds=rounds)
+    result["whole clips"] = clip_times
+    print(sweep.table(steps["points"]), sweep.table_of_clips(clip_times), sep="\n\n")
     if output:
         write_json(result, output)
     if plots:
@@ -127,11 +130,11 @@ def sweep(
 
 @app.command()
 def memory(
-    model: Annotated[str, typer.Option("--model", "-m", help="of the long clips: a name, a folder or a .safetensors file")] = "emoji",
+    model: Annotated[str, typer.Option("--model", "-m", help="model of the long clips: a name, a folder or a .safetensors file")] = "emoji",
     output: Output = None,
 ) -> None:
-    """Measure on the CPU what long clips, a step of SD 1.5's size and its training take."""
-    quiet_libraries()
+    """Measure on the CPU the memory of long clips, and of a step and a training step of the size of SD 1.5."""
+    _prepare_process()
     from latent_shift.benchmark import step
     from latent_shift.benchmark.hardware import machine
     from latent_shift.benchmark.training import training_memory
@@ -148,7 +151,14 @@ def memory(
     )
 
 
+def _prepare_process() -> None:
+    """Set the allocator as in training and silence the libraries."""
+    keep_freed_memory()
+    quiet_libraries()
+
+
 def _show(result: dict, output: Path | None) -> None:
+    """Print a result and write it to a file."""
     if output:
         write_json(result, output)
     print(json.dumps(result, indent=1))
@@ -156,10 +166,13 @@ def _show(result: dict, output: Path | None) -> None:
 
 @app.command()
 def training(
-    model: Annotated[str, typer.Option("--model", "-m")] = "emoji", rounds: Rounds = 10, device: Device = "cpu", output: Output = None
+    model: Annotated[str, typer.Option("--model", "-m", help="model that is trained")] = "emoji",
+    rounds: Rounds = 10,
+    device: Device = "cpu",
+    output: Output = None,
 ) -> None:
-    """Time a training step on clips against one on as many images, and going on with a run that was ended."""
-    quiet_libraries()
+    """Time a training step on clips against one on as many images, and resuming a run."""
+    _prepare_process()
     from latent_shift.benchmark.hardware import machine
     from latent_shift.benchmark.training import resuming, training_step
 
@@ -170,14 +183,14 @@ def training(
 @app.command("encode")
 def encoding(
     workers: Annotated[list[int] | None, typer.Option(min=1, help="processes; may be repeated; default 1 and 2")] = None,
-    shards: Annotated[int, typer.Option(min=1, help="of 128 frames")] = 40,
-    size: Annotated[int, typer.Option(min=8, help="side of the frames in pixels")] = 128,
-    model: Annotated[str, typer.Option("--model", "-m", help="whose autoencoder")] = "emoji",
+    shards: Annotated[int, typer.Option(min=1, help="shards of 128 frames")] = 40,
+    size: Annotated[int, typer.Option(min=8, help="height and width of the frames in pixels")] = 128,
+    model: Annotated[str, typer.Option("--model", "-m", help="model of the autoencoder")] = "emoji",
     ray: Annotated[str | None, typer.Option(help="address of a Ray cluster whose workers are timed: local, auto, host:port")] = None,
     output: Output = None,
 ) -> None:
-    """Time the encoding of frames by one process and by several."""
-    quiet_libraries()
+    """Time encoding frames with one process and with several."""
+    _prepare_process()
     from latent_shift.benchmark.hardware import machine
     from latent_shift.benchmark.throughput import encoding
 
@@ -187,8 +200,8 @@ def encoding(
 
 @app.command()
 def index(clips: Annotated[int, typer.Option(min=1, help="records")] = 100_000, output: Output = None) -> None:
-    """Time what an index of many clips costs, and drawing from it."""
-    quiet_libraries()
+    """Time opening an index of many clips and sampling from it."""
+    _prepare_process()
     from latent_shift.benchmark.hardware import machine
     from latent_shift.benchmark.throughput import index
 
@@ -197,29 +210,34 @@ def index(clips: Annotated[int, typer.Option(min=1, help="records")] = 100_000, 
 
 @app.command()
 def runs(folders: Annotated[list[Path], typer.Argument(help="run folders")], output: Output = None) -> None:
-    """What training runs learnt and took, side by side: losses, clips a second, memory, parameters."""
-    quiet_libraries()
+    """Print losses, clips per second, memory and parameters of training runs, side by side."""
+    _prepare_process()
     from latent_shift.benchmark.training import runs
 
     rows = runs(folders)
-    shown = lambda value: f"{value:.4g}" if isinstance(value, float) else "" if value is None else f"{value}"  # noqa: E731
-    print(markdown_table(list(rows[0]), (map(shown, row.values()) for row in rows)))
+    print(markdown_table(list(rows[0]), (map(_cell, row.values()) for row in rows)))
     if output:
         write_json(rows, output)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @app.command()
 def measures(
     data: Annotated[Path, typer.Argument(help="a packed data set")],
-    num: Annotated[int, typer.Option(min=6, help="clips, one half compared with, one spoilt")] = 80,
-    num_frames: Annotated[int, typer.Option(min=4)] = 16,
+    num: Annotated[int, typer.Option(min=6, help="clips: one half is the reference, the other is degraded")] = 80,
+    num_frames: Annotated[int, typer.Option(min=4, help="frames of a clip")] = 16,
     weights: Annotated[
-        list[str] | None, typer.Option(help="KIND=PATH of a network whose distances are asked, too: i3d, inception or videomae; repeated")
+        list[str] | None, typer.Option(help="KIND=PATH of a network to measure distances with: i3d, inception or videomae; may be repeated")
     ] = None,
     output: Output = None,
 ) -> None:
-    """Spoil real clips more and more, and see which measures tell."""
-    quiet_libraries()
+    """Degrade real clips step by step and show which measures respond."""
+    _prepare_process()
     import numpy as np
 
     from latent_shift.benchmark.hardware import machine
@@ -232,5 +250,5 @@ def measures(
     results = sensitivity.verify(np.stack([task.real(k) for k in range(num)]), extractors)
     print(sensitivity.table(results))
     if output:
-        told = {"data": task.reference, "num_frames": num_frames, "extractors": [each.record() for each in extractors]}
-        write_json(machine() | told | {"measures": results}, output)
+        settings = {"data": task.reference, "num_frames": num_frames, "extractors": [extractor.record() for extractor in extractors]}
+        write_json(machine() | settings | {"measures": results}, output)

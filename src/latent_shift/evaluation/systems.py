@@ -23,7 +23,7 @@ from latent_shift.models import sizes
 from latent_shift.models.baselines import LatentVDMUNet, PixelSpace, VDMUNet
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.clip_pipeline import ClipPipeline
-from latent_shift.runtime import device_of, seed
+from latent_shift.runtime import resolve_device, seed
 from latent_shift.shift import Shift, shift_of
 from latent_shift.video import to_uint8
 
@@ -77,7 +77,7 @@ def open_system(
     Raises:
         ValueError: no such model, a pipeline that is neither ours nor one of `PEERS`, or a rate that it cannot be thinned to.
     """
-    kind, device = _pipeline(model), device_of(device)
+    kind, device = _pipeline(model), resolve_device(device)
     asked = dict(num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     options: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     every, settings = 1, dict[str, Any]()

@@ -1,6 +1,7 @@
 """A request for a clip, as a person makes it: words, files, numbers; and the one function that fulfils it.
 
-The command, a server and the contact sheet use the same `Request`, so that checks, reading of pictures and names are the same.
+The command, a server and the contact sheet use the same `Request`, so that checks, reading of pictures and names are the same. Torch and
+diffusers are imported by `generate_clip`, so that a wrong request is refused at once.
 """
 
 from __future__ import annotations
@@ -8,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from latent_shift.pipelines.clip_pipeline import ClipPipeline
-from latent_shift.pipelines.loading import make_scheduler
 from latent_shift.runtime import seed
 from latent_shift.video import read, to_uint8
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latent_shift.pipelines.clip_pipeline import ClipPipeline
 
 _CALL_ARGUMENTS = (
     "num_frames", "height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "shared_noise", "noise_correlation",
@@ -52,7 +55,7 @@ class Request:
 
     Raises:
         ValueError: options that contradict each other or have no effect. This is checked before a model is loaded; what depends on
-            the model is checked by `generate`.
+            the model is checked by `generate_clip`.
     """
 
     prompt: str
@@ -95,17 +98,19 @@ class Request:
         return letters[:60].strip("-") or "clip"
 
 
-def generate(pipe: ClipPipeline, request: Request, *, on_step: Callable[[int, int], None] | None = None) -> Clip:
+def generate_clip(request: Request, pipe: ClipPipeline, *, on_step: Callable[[int, int], None] | None = None) -> Clip:
     """Generate the clip of a request.
 
     Args:
-        pipe: a loaded pipeline. Its scheduler and FreeInit settings are set for this request and then restored.
         request: what to generate.
+        pipe: a loaded pipeline. Its scheduler and FreeInit settings are set for this request and then restored.
         on_step: called after every sampling step with (steps done, steps in all).
 
     Raises:
         ValueError: a file that cannot be read, or a request that does not fit the model.
     """
+    from latent_shift.pipelines.loading import make_scheduler
+
     guidance_scale = pipe.call_defaults["guidance_scale"] if request.guidance_scale is None else request.guidance_scale
     if request.negative_prompt and guidance_scale <= 1:
         raise ValueError("negative_prompt has no effect without guidance; expected guidance_scale above 1")

@@ -32,7 +32,7 @@ from torch import Tensor
 from latent_shift.config import Config, dump, load
 from latent_shift.files import write_text
 from latent_shift.models import sizes
-from latent_shift.runtime import device_of, has_bf16_units, peak_memory_gib, rank, world_size
+from latent_shift.runtime import has_bf16_units, peak_memory_gib, rank, resolve_device, world_size
 from latent_shift.training import checkpoint, fsdp, prepare
 from latent_shift.training import optimizer as optim
 from latent_shift.training.objectives import attention_kernel
@@ -71,7 +71,7 @@ def train(
             if rank() == 0:
                 run.mkdir(parents=True, exist_ok=True)
                 write_text(run / "config.toml", dump(config))  # from here on the folder alone says what to go on with
-            ready = prepare.prepare(config, run, device=device_of(), progress=progress)
+            ready = prepare.prepare(config, run, device=resolve_device(), progress=progress)
             if prepared and rank() == 0:
                 prepared(ready)
             return _train(config, ready, run, report)
@@ -97,9 +97,9 @@ def check(config: Config) -> None:
         raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'")
     if config.train.shard and world == 1:
         raise ValueError("train.shard needs several processes: start the run with torchrun")
-    if config.train.precision == "fp16" and device_of().type == "cpu":  # which has no gradient scaler
+    if config.train.precision == "fp16" and resolve_device().type == "cpu":  # which has no gradient scaler
         raise ValueError("train.precision=fp16 needs a GPU; on a CPU take bf16")
-    if config.train.precision == "bf16" and device_of().type == "cpu" and not has_bf16_units():
+    if config.train.precision == "bf16" and resolve_device().type == "cpu" and not has_bf16_units():
         log.warning("this CPU has no units for bf16, in which it is many times slower than in float32: train.precision=auto or no")
     if config.model.size:
         sizes.check_size(config.model.size, autoencoder=config.stage == "autoencoder")
@@ -302,7 +302,7 @@ def _accelerator(config: Config, run: Path) -> Accelerator:
         gradient_accumulation_steps=config.optim.accumulate,
         log_with=config.train.tracker,
         project_dir=run,
-        cpu=world > 1 and device_of().type == "cpu",  # else processes on a CPU would not know of each other
+        cpu=resolve_device().type == "cpu",  # one decision: accelerate alone would take Apple's GPU, and would not join processes on a CPU
     )
     if accelerator.num_processes != world:
         raise RuntimeError(f"WORLD_SIZE is {world}, but {accelerator.num_processes} processes found each other: start them with torchrun")

@@ -26,7 +26,7 @@ from latent_shift.models import sizes
 from latent_shift.models.baselines import saved_class
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.lora import add_lora
-from latent_shift.runtime import dtype_of, precision_of, world_size
+from latent_shift.runtime import dtype_of, resolve_precision, world_size
 from latent_shift.shift import share_text
 from latent_shift.training.objectives import DenoisingObjective, attention_kernel
 
@@ -90,7 +90,7 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
         text_length: tokens of a caption.
         device: "cpu" or "cuda": attention keeps more on a CPU, where train.py takes the kernel that is faster backwards.
     """
-    precision = dtype_of(precision_of(config.train.precision, torch.device(device)))
+    precision = dtype_of(resolve_precision(config.train.precision, torch.device(device)))
     with torch.device("meta"):
         unet = sizes.inflate_unet(unet, config.model)
         if config.lora:

@@ -33,7 +33,7 @@ from latent_shift.models import sizes
 from latent_shift.models.baselines import TEMPORAL_NETWORKS, saved_class
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
-from latent_shift.runtime import precision_of, rank
+from latent_shift.runtime import rank, resolve_precision
 
 log = logging.getLogger("latent_shift")
 
@@ -101,7 +101,7 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
                     workers=workers if torch.device(device).type == "cpu" else torch.cuda.device_count(), progress=each,
                 )  # fmt: skip
     changed = {"path": str(path), **defaults}
-    precision = precision_of(config.train.precision, torch.device(device))
+    precision = resolve_precision(config.train.precision, torch.device(device))
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=changed),

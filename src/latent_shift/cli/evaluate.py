@@ -1,0 +1,186 @@
+"""`latent-shift eval`, `report` and `sheet`: systems measured, shown on a page, and sampled on a contact sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latent_shift.cli.terminal import Progress
+from latent_shift.files import write_json
+from latent_shift.runtime import quiet_libraries, skip_packages
+
+if TYPE_CHECKING:
+    import torch
+
+    from latent_shift.evaluation.measures import Weights
+    from latent_shift.evaluation.protocols import Protocol
+
+
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="the real clips of the protocol: a packed data set, a folder of UCF-101 or MSR-VTT")],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help="[NAME=]MODEL: a name, a folder or file of ours, of AnimateDiff, ModelScope, ...; may be repeated"
+        ),
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="own, emoji, classes, ucf101, msrvtt-mav or msrvtt-lavie")] = "own",
+    num: Annotated[int | None, typer.Option(min=1, help="number of clips, the protocol's first; default: all (own: at most 100)")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=2, help="own, classes: frames of a clip; default: the first model's")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="own: split of the captions; may be repeated; default: train")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="height and width in pixels of generated clips; default: each system's")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: on a GPU what each was published in")] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help="KIND=PATH of a network to measure with: i3d, c3d, inception, videomae or clip; may be repeated"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="clips in a batch")] = 5,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="compile the networks: minutes at first, then faster clips")] = False,
+    noise: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="shared noise and noise correlation of the denoising measures; default: those of the first model of ours"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder of clips and features; an interrupted evaluation continues; default: evals/ and the protocol"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the records to this .json")] = None,
+) -> None:
+    """Measure systems against real clips, each number with its protocol, its weights and its interval."""
+    models, torch_dtype = _parse_models(model or ["emoji"]), _parse_dtype(dtype)
+    quiet_libraries()
+    from latent_shift import runtime
+    from latent_shift.evaluation import measures, protocols, systems
+    from latent_shift.evaluation.tables import lacking, table
+
+    if protocol in ("own", "classes") and num_frames is None:
+        num_frames = systems.num_frames_of(models[0][1])
+    task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
+    networks = measures.Weights.told(weights or [], device=str(runtime.resolve_device(device)))
+    settings = dict(
+        height=size, width=size, num_inference_steps=steps, guidance_scale=guidance, device=device, dtype=torch_dtype, compile=compile,
+    )  # fmt: skip
+    folder = out or Path("evals") / protocol
+    results = _evaluate_systems(models, task, folder, networks=networks, noise=noise, batch_size=batch_size, settings=settings)
+    if runtime.rank() > 0:
+        return
+    print(table(results))
+    for measure, reason in lacking(results):
+        print(f"no {measure}: {reason}")
+    if output:
+        write_json(results, output)
+
+
+def _parse_dtype(name: str | None) -> torch.dtype | None:
+    """Return the dtype of `--dtype`."""
+    if name not in (None, "float32", "float16", "bfloat16"):
+        raise ValueError(f"--dtype: expected float32, float16 or bfloat16, got {name!r}")
+    import torch
+
+    return getattr(torch, name) if name else None
+
+
+def _parse_models(values: list[str]) -> list[tuple[str, str]]:
+    """Return names and models of `--model [NAME=]MODEL`; an existing path may contain the sign itself."""
+    models = []
+    for value in values:
+        name, separator, path = value.partition("=")
+        models.append((value, value) if Path(value).exists() or not separator else (name or path, path))
+    return models
+
+
+def _evaluate_systems(
+    models: list[tuple[str, str]], task: Protocol, folder: Path, *, networks: Weights, noise: tuple[float, float] | None, batch_size: int,
+    settings: dict,
+) -> list[dict]:  # fmt: skip
+    """Measure one system after the other and compare them; all processes generate, the first one measures."""
+    import gc
+
+    import torch
+
+    from latent_shift import runtime
+    from latent_shift.evaluation import evaluate, systems
+
+    if len({evaluate.folder_name(name) for name, _ in models}) < len(models):
+        names = ", ".join(name for name, _ in models)
+        raise ValueError(f"--model: two systems have one folder: expected NAME=MODEL with different names, got {names}")
+    if noise is not None and "denoising" not in task.measures:
+        raise ValueError(f"--noise: protocol {task.name} has no denoising measures; expected own or emoji")
+    is_main = runtime.rank() == 0
+    if is_main:
+        networks.check(task.measures)
+    results = []
+    for name, path in models:
+        system = systems.open_system(path, name=name, num_frames=task.num_frames, fps=task.rate, **settings)
+        if noise is None and "shared_noise" in system.settings:
+            noise = (system.settings["shared_noise"], system.settings["noise_correlation"])
+        with Progress(f"{system.name}: clips") as progress:
+            results.append(evaluate.evaluate(system, task, folder, weights=networks, noise=noise, batch_size=batch_size, progress=progress))
+        del system  # a GPU may not hold two of them
+        gc.collect()
+        torch.cuda.empty_cache()
+    return evaluate.compared(results, folder) if is_main else results
+
+
+def report(
+    out: Annotated[Path, typer.Argument(help="folder of the page")],
+    compared: Annotated[Path, typer.Argument(help="folder of an evaluation (`eval --out`), its systems in columns")],
+    show: Annotated[list[str] | None, typer.Option(help="its systems from left to right; may be repeated; default: all")] = None,
+    ablation: Annotated[list[Path] | None, typer.Option(help="an evaluation, as a table of all its systems; may be repeated")] = None,
+    training: Annotated[Path | None, typer.Option(help="a .json of `bench runs -o`, as a table")] = None,
+    classes: Annotated[Path | None, typer.Option(help="an evaluation with protocol classes, as rows of clips")] = None,
+    sweep: Annotated[list[Path] | None, typer.Option(help="a .json of `bench sweep -o`, as plots; may be repeated")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="prompts shown")] = 8,
+    title: Annotated[str, typer.Option(help="title of the page")] = "Latent-Shift beside others",
+    note: Annotated[str, typer.Option(help="introduction of the page: what readers must know about these systems")] = "",
+) -> None:
+    """Write evaluations as a web page: clips side by side, numbers, plots. It opens from disk."""
+    quiet_libraries()
+    from latent_shift.report import page
+
+    options = dict(training=training, classes=classes, sweeps=sweep or [], rows=rows, title=title, note=note)
+    print(page.report(out, compared, shown=show or [], ablations=ablation or [], **options))  # type: ignore[arg-type]
+
+
+def sheet(
+    prompts: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a text file with a prompt per line; # starts a comment")],
+    outputs: Annotated[
+        list[Path], typer.Argument(help="a .png: a row of frames per prompt; a .gif, .webp, .mp4 or .webm: all clips side by side")
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="a name or a diffusers folder")] = "emoji",
+    seed: Annotated[int, typer.Option(help="seed of every clip")] = 0,
+    columns: Annotated[int, typer.Option(min=1, help="frames of each clip in a .png, clips per row otherwise")] = 8,
+    steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+) -> None:
+    """Generate a contact sheet: a clip for each prompt of a list, with one seed, none selected."""
+    from latent_shift import video
+    from latent_shift.pipelines import catalog
+
+    for path in outputs:
+        video.check_output(path)
+    catalog.check_model(model)
+    skip_packages(catalog.unused_packages(model))
+    quiet_libraries()
+    from latent_shift.pipelines.loading import load
+    from latent_shift.pipelines.request import Request, generate_clip
+
+    lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
+    pipe = load(model, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    clips = []
+    with Progress("clips") as progress:
+        for line in lines:
+            request = Request(prompt=line, seed=seed, num_inference_steps=steps, guidance_scale=guidance)
+            clips.append(generate_clip(request, pipe).frames)
+            progress(len(clips), len(lines))
+    for path in outputs:
+        still = path.suffix.lower() == ".png"
+        picture = video.labelled_rows(clips, lines, columns=columns)[None] if still else video.side_by_side(clips, columns=columns)
+        print(video.write(picture, path, fps=pipe.call_defaults["fps"]))

@@ -51,7 +51,7 @@ OTHERS: dict[str, tuple] = {
     "diffusion.motion_weight": ("video", 3.0, {}),
     "diffusion.shared_noise": ("video", 0.5, {}),
     "diffusion.noise_correlation": ("video", 0.5, {}),
-    "diffusion.independent_share": ("video", 1.0, {"diffusion.shared_noise": 0.5}),
+    "diffusion.independent_noise_prob": ("video", 1.0, {"diffusion.shared_noise": 0.5}),
     "diffusion.caption_dropout": ("image", 1.0, {}),
     "optim.steps": ("image", 3, {}),
     "optim.lr": ("image", 1e-4, {}),

@@ -274,14 +274,14 @@ def test_batches_do_not_depend_on_who_draws_them(latents, tmp_path):
 
 def test_some_batches_may_have_independent_noise(latents):
     def alike(share: float) -> list[bool]:
-        options = {"shared_noise": 0.9, "independent_share": share}
+        options = {"shared_noise": 0.9, "independent_noise_prob": share}
         stage = stages.DenoiserStage(tiny_config("video", latents, diffusion=options))
         noises = [stage.draw(np.random.default_rng(k))[1] for k in range(12)]
         return [float((noise[:, 0] * noise[:, 1]).mean()) > 0.5 for noise in noises]
 
     assert all(alike(0.0)) and not any(alike(1.0)) and len(set(alike(0.5))) == 2
-    with pytest.raises(ValueError, match=r"independent_share has no effect without shared_noise or noise_correlation"):
-        tiny_config("video", latents, diffusion={"independent_share": 0.5})
+    with pytest.raises(ValueError, match=r"independent_noise_prob has no effect without shared_noise or noise_correlation"):
+        tiny_config("video", latents, diffusion={"independent_noise_prob": 0.5})
 
 
 def test_a_killed_runs_last_lines_are_not_written_twice(tmp_path):

@@ -147,14 +147,15 @@ def train(
     from latent_shift.runtime import device_of, dtype_of
     from latent_shift.training import memory
     from latent_shift.training.loop import train
+    from latent_shift.training.prepare import Prepared
 
-    def estimate(ready: config.Config) -> None:
-        if ready.stage == "autoencoder":
+    def estimate(prepared: Prepared) -> None:
+        if resolved.stage == "autoencoder":
             return
-        device, precision = device_of(), dtype_of(ready.train.precision)
-        needs = memory.of_run(ready, device.type)
+        device, precision = device_of(), dtype_of(prepared.precision)
+        needs = memory.estimate_run(resolved, prepared, device.type)
         seconds = needs.flops / matrix_rate(device, precision)
-        hours = ready.optim.steps * seconds / 3600
+        hours = resolved.optim.steps * seconds / 3600
         whole = f"{hours:.2g} h" if hours >= 1 else f"{60 * hours:.2g} min"
         print(f"{needs}\ntime: at least {seconds:.2g} s a step, {whole} in all ({needs.flops / 1e12:.2g} TFLOP)")
 
@@ -175,7 +176,7 @@ def train(
             if bar.disable:
                 print(f"step {row['step']}  {status}", flush=True)
 
-        print(train(resolved, run, report=report, prepared=estimate, progress=Progress))
+        print(train(resolved, run, report=report, on_prepared=estimate, progress=Progress))
 
 
 @app.command()

@@ -13,6 +13,8 @@ from latent_shift.config import Config
 from latent_shift.data.encode import encode
 from latent_shift.data.pack import pack
 from latent_shift.training.loop import train
+from latent_shift.training.prepare import Prepared
+from latent_shift.training.stages import AutoencoderStage, DenoiserStage, Stage
 
 ROUNDING = 1e-3 if torch.cuda.is_available() else 0.0
 """How far apart two runs of the same may be: a GPU's kernels add in another order every time."""
@@ -101,6 +103,13 @@ def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
     for name, values in sections.items():
         tables[name] = values if name == "model" else {**tables.get(name, {}), **values}
     return Config.model_validate({"stage": stage, **tables})
+
+
+def stage_of(config: Config) -> Stage:
+    """The stage of a config whose data is a store and whose model.init, if any, is a diffusers folder."""
+    init = Path(config.model.init) if config.model.init else None
+    stage = AutoencoderStage if config.stage == "autoencoder" else DenoiserStage
+    return stage(config, Prepared(config.data.path, init, "no"))
 
 
 @pytest.fixture(scope="session")

@@ -180,7 +180,7 @@ def full_disk(config: Config, run: Path, kills: int) -> str:
         process = begin(config, run, limit)
         process.join()
         log = run.with_suffix(".log").read_text()
-        assert process.exitcode == 2 and "could not be saved" in log and "is whole, and the same command goes on" in log, log
+        assert process.exitcode == 2 and "could not be saved" in log and "is complete, and the same command resumes" in log, log
     assert not list((run / "checkpoints").glob(".step*"))
     finish(config, run)
     return "no room for a checkpoint: it says so, keeps the last and leaves no debris"
@@ -194,7 +194,7 @@ def cut_checkpoint(config: Config, run: Path, kills: int) -> str:
         with (newest / name).open("r+b") as file:
             file.truncate((newest / name).stat().st_size - 1)
         finish(config, run)
-        assert f"step-000000{STEPS} is left out: {name} has" in run.with_suffix(".log").read_text()
+        assert f"step-000000{STEPS} is skipped: {name} has" in run.with_suffix(".log").read_text()
     return "the newest checkpoint cut short: it is named and left out, the one before counts"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from latent_shift.config import dump, load
-from latent_shift.training.loop import learning_rate
+from latent_shift.training.optimizer import learning_rate
 
 RECIPE = """
 stage = "image"

@@ -18,7 +18,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_shift import config
 from latent_shift.benchmark.hardware import matrix_rate
-from latent_shift.data import pack
 from latent_shift.data.store import Store
 from latent_shift.models import sizes
 from latent_shift.pipelines import loading
@@ -121,8 +120,8 @@ def test_a_lora_brings_its_shift_and_size(checkpoint, media, tmp_path, place):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_model_under_a_lora_is_frozen_and_as_small_as_the_precision(checkpoint, media, tmp_path, precision):
-    settings = prepare.prepare(resolved(checkpoint, media, "lora.rank=2", f"train.precision={precision}"), tmp_path)
-    unet = stages.DenoiserStage(settings).model
+    settings = resolved(checkpoint, media, "lora.rank=2", f"train.precision={precision}")
+    unet = stages.DenoiserStage(settings, prepare.prepare(settings, tmp_path)).model
     dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in unet.parameters()}
     assert dtypes == {(True, torch.float32), (False, {"no": torch.float32, "bf16": torch.bfloat16}[precision])}
     if precision == "bf16":
@@ -132,31 +131,33 @@ def test_the_model_under_a_lora_is_frozen_and_as_small_as_the_precision(checkpoi
 
 def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents, tmp_path, monkeypatch):
     """A folder of videos, a store of pixels, a store of latents; a checkpoint that is a variant."""
-    made = prepare.prepare(resolved(checkpoint, media), tmp_path)
-    assert (made.data.path, made.model.init) == (str(tmp_path / "latents"), str(checkpoint))
+    prepared = prepare.prepare(resolved(checkpoint, media), tmp_path)
+    assert prepared == prepare.Prepared(str(tmp_path / "latents"), checkpoint, "no")
     before = (tmp_path / "latents" / "store.json").stat().st_mtime_ns
-    assert prepare.prepare(resolved(checkpoint, media), tmp_path) == prepare.prepare(made, tmp_path) == made
+    assert prepare.prepare(resolved(checkpoint, media), tmp_path) == prepared
+    assert prepare.prepare(resolved(checkpoint, prepared.store), tmp_path) == prepared
     assert (tmp_path / "latents" / "store.json").stat().st_mtime_ns == before
     assert set(Store(tmp_path / "pixels").shapes.values()) == {(61, 32, 32, 3)}  # the model's size
 
     of_pixels = prepare.prepare(resolved(checkpoint, packed), tmp_path / "2")
-    assert of_pixels.data.path == str(tmp_path / "2" / "latents")
+    assert of_pixels.store == str(tmp_path / "2" / "latents")
     assert not (tmp_path / "2" / "pixels").exists()
-    assert prepare.prepare(resolved(checkpoint, latents), tmp_path / "3").data.path == str(latents)
+    assert prepare.prepare(resolved(checkpoint, latents), tmp_path / "3").store == str(latents)
     assert not (tmp_path / "3").exists()
     with pytest.raises(ValueError, match=r"data\.size, data\.fps, data\.aspects have no effect: .* is packed already"):
         prepare.prepare(resolved(checkpoint, packed, "data.size=16"), tmp_path / "4")
     with pytest.raises(ValueError, match=r"data\.mirror have no effect: .* is encoded already"):
         prepare.prepare(resolved(checkpoint, latents, "data.mirror=true"), tmp_path / "4")
     mirrored = prepare.prepare(resolved(checkpoint, packed, "data.mirror=true"), tmp_path / "4")
-    assert len(Store(mirrored.data.path).records) == 2 * len(Store(packed).records)
+    assert len(Store(mirrored.store).records) == 2 * len(Store(packed).records)
     assert set(Store(finetune_path(checkpoint, media, tmp_path / "5")).shapes.values()) == {(61, 16, 16, 3)}
 
     half = tmp_path / "half"
     StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None).to(torch.float16).save_pretrained(half, variant="fp16")
-    of_variant = prepare.prepare(resolved(half, latents), tmp_path / "6")
-    assert of_variant.model.init == str(tmp_path / "6" / "base")
-    assert isinstance(stages.DenoiserStage(of_variant).model, UNet2DConditionModel)  # an image model, whatever edge it is given
+    settings = resolved(half, latents)
+    of_variant = prepare.prepare(settings, tmp_path / "6")
+    assert of_variant.init == tmp_path / "6" / "base"
+    assert isinstance(stages.DenoiserStage(settings, of_variant).model, UNet2DConditionModel)  # an image model fits any edge
     with pytest.raises(ValueError, match=r"was made of .* delete it or choose another folder"):
         prepare.prepare(resolved(checkpoint, media, "data.size=16"), tmp_path)
     for setting in ("data.size=20", "data.aspects=12"):
@@ -168,9 +169,9 @@ def test_whatever_has_to_be_made_is_made_once(checkpoint, media, packed, latents
     assert Store(tmp_path / "latents").info["strides"] == [1, 2]
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents" / "shards").iterdir()} == shards
     monkeypatch.setenv("RANK", "1")  # what the first process has made is there for the others
-    assert prepare.prepare(resolved(checkpoint, media), tmp_path) == made
+    assert prepare.prepare(resolved(checkpoint, media), tmp_path) == prepared
     ready, told = tmp_path / "ready", threading.Event()
-    waiting = threading.Thread(target=lambda: (prepare._to_make(ready, "store.json", {"data": 1}, told.is_set), told.set()))
+    waiting = threading.Thread(target=lambda: (prepare._claim_build(ready, "store.json", {"data": 1}, told.is_set), told.set()))
     waiting.start()
     ready.mkdir()
     (tmp_path / "ready.json").write_text('{"data": 1}')
@@ -188,7 +189,7 @@ def finetune_path(checkpoint, media, run_folder):
 
 
 def test_mistakes_are_told_before_anything_is_packed(checkpoint, video_model, media, tmp_path, monkeypatch):
-    monkeypatch.setattr(pack, "pack", lambda *_, **__: pytest.fail("the data was packed"))
+    monkeypatch.setattr(prepare, "pack", lambda *_, **__: pytest.fail("the data was packed"))
     for options, message in (
         (["data.splits=['trian']"], "has no split trian; expected train, val_concept"),
         (["data.val_splits=['test']"], "has no split test"),
@@ -209,7 +210,9 @@ def test_mistakes_are_told_before_anything_is_packed(checkpoint, video_model, me
 
 
 def test_mistakes_are_told(checkpoint, media, tmp_path):
-    with pytest.raises(ValueError, match=r"lora trains additions to a denoiser's weights: expected stage image or video, and model\.init"):
+    with pytest.raises(
+        ValueError, match=r"a lora adds to the weights of a trained denoiser: expected stage image or video, and model\.init"
+    ):
         config.Config.model_validate({"stage": "image", "data": {"path": "x"}, "model": {"size": "tiny"}, "lora": {"rank": 2}, "optim": {"steps": 1000, "lr": 1e-3}})  # fmt: skip
     with pytest.raises(ValueError, match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that"):
         train(resolved(checkpoint, media, "diffusion.prediction=v_prediction"), tmp_path / "1")
@@ -225,7 +228,7 @@ def test_mistakes_are_told(checkpoint, media, tmp_path):
     double = tmp_path / "xl"
     shutil.copytree(checkpoint, double)
     (double / "text_encoder_2").mkdir()
-    with pytest.raises(ValueError, match="the family of Stable Diffusion XL is generated with, not trained"):
+    with pytest.raises(ValueError, match="the family of Stable Diffusion XL can generate here, but not be trained"):
         prepare.prepare(resolved(double, media), tmp_path / "5")
     wrong = resolved(checkpoint, media, "lora.rank=3")
     train(wrong, tmp_path / "6")
@@ -246,7 +249,8 @@ def test_the_estimate_counts_what_autograd_keeps(checkpoint, media, tmp_path):
     assert live.now <= 4_100  # x.grad and z
 
     def of(*overrides):
-        return memory.of_run(prepare.prepare(resolved(checkpoint, media, *overrides), tmp_path))
+        settings = resolved(checkpoint, media, *overrides)
+        return memory.estimate_run(settings, prepare.prepare(settings, tmp_path))
 
     plain, frozen = of(), of("lora.rank=2")
     number = sizes.num_parameters(sizes.unet("tiny"))
@@ -262,25 +266,27 @@ def test_the_estimate_counts_what_autograd_keeps(checkpoint, media, tmp_path):
 
 
 def test_a_fake_step_takes_what_a_real_one_takes(checkpoint, media, tmp_path):
-    ready = prepare.prepare(resolved(checkpoint, media, "train.gradient_checkpointing=false"), tmp_path)
-    stage = stages.DenoiserStage(ready)
+    settings = resolved(checkpoint, media, "train.gradient_checkpointing=false")
+    prepared = prepare.prepare(settings, tmp_path)
+    stage = stages.DenoiserStage(settings, prepared)
     rng = np.random.default_rng(0)
-    batch = next(batch for batch in iter(lambda: stage.draw(rng), None) if batch[0].shape[1] > 1)
+    batch = next(batch for batch in iter(lambda: stage.draw_batch(rng), None) if batch[0].shape[1] > 1)
     live = memory._Live()
     stage.objective.train()
     with live, sdpa_kernel(SDPBackend.MATH):
         for _ in range(2):
             loss, _ = stage.objective(*batch)
             loss.backward()
-    assert memory.of_run(ready, "cpu").step == pytest.approx(live.peak, rel=0.1)
+    assert memory.estimate_run(settings, prepared, "cpu").step == pytest.approx(live.peak, rel=0.1)
 
 
 def test_multiplications_are_counted_as_a_real_step_does_them(checkpoint, media, tmp_path):
-    settings = prepare.prepare(resolved(checkpoint, media, "data.batch_size=2", "train.gradient_checkpointing=false"), tmp_path)
-    stage = stages.DenoiserStage(settings)
+    settings = resolved(checkpoint, media, "data.batch_size=2", "train.gradient_checkpointing=false")
+    prepared = prepare.prepare(settings, tmp_path)
+    stage = stages.DenoiserStage(settings, prepared)
     stage.objective.train()
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
-        stage.objective(*stage.draw(np.random.default_rng(0)))[0].backward()
+        stage.objective(*stage.draw_batch(np.random.default_rng(0)))[0].backward()
     accumulated = settings.optim.accumulate
-    assert memory.of_run(settings, "cpu").flops == pytest.approx(accumulated * counted.get_total_flops(), rel=0.01)
+    assert memory.estimate_run(settings, prepared, "cpu").flops == pytest.approx(accumulated * counted.get_total_flops(), rel=0.01)
     assert matrix_rate("cpu", torch.float32, seconds=0.01) > 1e9

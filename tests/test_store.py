@@ -119,7 +119,7 @@ def test_several_stores_are_read_as_one(media, packed, sizes, autoencoder, texts
     assert every.splits == one.splits | {"test"} and every.num_frames == 2 * 61 + 9
     assert every.select(splits=["test"]).tolist() == [len(both.records)]
     config = tiny_config("video", tmp_path / "latents" / "*", data={"splits": ["train", "test"]})
-    clips, _, _, _ = DenoiserStage(prepare.prepare(config, tmp_path / "run")).draw(np.random.default_rng(0))
+    clips, _, _, _ = DenoiserStage(config, prepare.prepare(config, tmp_path / "run")).draw_batch(np.random.default_rng(0))
     assert clips.shape == (config.data.batch_size, 4, 4, 4, 4)
     for part in every.folders:  # each caption is that of its own store
         store = LatentStore(part)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROUNDING, alike, tiny_config, traced
+from conftest import ROUNDING, alike, stage_of, tiny_config, traced
 from PIL import Image
 from safetensors.torch import load_file
 
-from latent_shift import video
+from latent_shift import runtime, video
 from latent_shift.config import dump, load
 from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore
@@ -24,8 +24,9 @@ from latent_shift.models.autoencoder import to_pixels, whiten
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 from latent_shift.runtime import has_bf16_units, precision_of
-from latent_shift.training import checkpoint, loop, prepare, stages
+from latent_shift.training import checkpoint, checks, loop, prepare, stages
 from latent_shift.training.loop import train
+from latent_shift.training.memory import suggest_smaller_settings
 from latent_shift.training.objectives import AutoencoderObjective
 
 
@@ -116,21 +117,22 @@ def test_a_run_that_was_stopped_while_its_data_was_made_goes_on(latents, tmp_pat
 
 
 def test_short_clips_and_unknown_splits_are_told(latents, caplog):
-    stages.DenoiserStage(tiny_config("video", latents, data={"num_frames": 21}))
-    assert "2 of 3 clips are too short for 21 frames, every 1., and left out" in caplog.text
+    stage_of(tiny_config("video", latents, data={"num_frames": 21}))
+    assert "2 of 3 clips are too short for 21 frames at stride 1 and are skipped" in caplog.text
     with pytest.raises(ValueError, match=r"has no split vall; expected train, val_concept"):
-        stages.DenoiserStage(tiny_config("video", latents, data={"splits": ["train", "vall"]}))
+        stage_of(tiny_config("video", latents, data={"splits": ["train", "vall"]}))
 
 
 def test_the_precision_is_that_of_the_device(latents, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(loading, "device_of", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(checks, "device_of", lambda: torch.device("cpu"))
     for units, expected in ((True, "bf16"), (False, "no")):
-        monkeypatch.setattr(loading, "has_bf16_units", lambda units=units: units)
-        ready = prepare.prepare(tiny_config("video", latents, train={"precision": "auto"}), tmp_path)
-        assert ready.train.precision == expected
-    loop.check(tiny_config("video", latents, train={"precision": "bf16"}))
+        for module in (runtime, checks):
+            monkeypatch.setattr(module, "has_bf16_units", lambda units=units: units)
+        prepared = prepare.prepare(tiny_config("video", latents, train={"precision": "auto"}), tmp_path)
+        assert prepared.precision == expected
+    checks.check_settings(tiny_config("video", latents, train={"precision": "bf16"}), tmp_path)
     assert "no units for bf16" in caplog.text
-    assert precision_of("auto", torch.device("cuda")) == "bf16"  # of a machine that is elsewhere
+    assert precision_of("auto", torch.device("cuda")) == "bf16"  # on a machine without CUDA: that of a recent GPU
     assert precision_of("fp16", torch.device("cpu")) == "fp16"
 
 
@@ -150,7 +152,7 @@ def test_a_checkpoint_that_was_left_out_does_not_push_out_whole_ones(latents, tm
 
 
 def test_what_can_be_known_is_told_before_data_is_read(media, image_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.finetune, "prepare", lambda *_, **__: pytest.fail("data was read"))
+    monkeypatch.setattr(prepare, "prepare", lambda *_, **__: pytest.fail("data was read"))
     config = tiny_config("video", media, model={"init": str(image_model)})
 
     def refused(message: str, **sections) -> None:
@@ -159,13 +161,13 @@ def test_what_can_be_known_is_told_before_data_is_read(media, image_model, tmp_p
 
     refused("unknown model size 'nope'; expected one of", model={"size": "nope"})
     refused(r"train\.shard needs several processes", train={"shard": True})
-    found = loop.find_spec
+    find_spec = checks.find_spec
     for package, sections in (
         ("bitsandbytes", {"optim": {"optimizer": "adamw8bit", "steps": 2, "lr": 1e-3, "warmup_steps": 1}}),
         ("peft", {"lora": {"rank": 2}}),
         ("wandb", {"train": {"tracker": "wandb"}}),
     ):
-        monkeypatch.setattr(loop, "find_spec", lambda name, package=package: None if name == package else found(name))
+        monkeypatch.setattr(checks, "find_spec", lambda name, package=package: None if name == package else find_spec(name))
         refused("pip install", **sections)
     assert config.with_settings({"optim.steps": 5}).optim.steps == 5
     assert not list(tmp_path.iterdir())
@@ -189,8 +191,8 @@ def test_accumulated_batches_are_one_larger_batch(latents, tmp_path):
     train(config, tmp_path, report=rows.append)
     assert [row["step"] for row in rows] == [1, 2]
     torch.manual_seed(config.train.seed)
-    stage = stages.DenoiserStage(config)
-    losses = [stage.objective(*stage.draw(np.random.default_rng([0, 0, part])))[0] for part in range(3)]
+    stage = stage_of(config)
+    losses = [stage.objective(*stage.draw_batch(np.random.default_rng([0, 0, part])))[0] for part in range(3)]
     torch.stack(losses).mean().backward()
     norm = torch.stack([parameter.grad.norm() for parameter in stage.model.parameters()]).norm()
     assert rows[0]["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
@@ -275,8 +277,8 @@ def test_batches_do_not_depend_on_who_draws_them(latents, tmp_path):
 def test_some_batches_may_have_independent_noise(latents):
     def alike(share: float) -> list[bool]:
         options = {"shared_noise": 0.9, "independent_noise_prob": share}
-        stage = stages.DenoiserStage(tiny_config("video", latents, diffusion=options))
-        noises = [stage.draw(np.random.default_rng(k))[1] for k in range(12)]
+        stage = stage_of(tiny_config("video", latents, diffusion=options))
+        noises = [stage.draw_batch(np.random.default_rng(k))[1] for k in range(12)]
         return [float((noise[:, 0] * noise[:, 1]).mean()) > 0.5 for noise in noises]
 
     assert all(alike(0.0)) and not any(alike(1.0)) and len(set(alike(0.5))) == 2
@@ -294,9 +296,9 @@ def test_a_killed_runs_last_lines_are_not_written_twice(tmp_path):
 
 def test_crops_must_fit(packed):
     with pytest.raises(ValueError, match="crop must be a multiple of 8, the autoencoder's factor, got 20"):
-        stages.AutoencoderStage(tiny_config("autoencoder", packed, data={"crop": 20}))
+        stage_of(tiny_config("autoencoder", packed, data={"crop": 20}))
     with pytest.raises(ValueError, match=r"crop=64 is larger than the frames of .*, 32 a side"):
-        stages.AutoencoderStage(tiny_config("autoencoder", packed, data={"crop": 64}))
+        stage_of(tiny_config("autoencoder", packed, data={"crop": 64}))
 
 
 def test_sigterm_saves_and_the_run_goes_on(packed, tmp_path):
@@ -357,18 +359,18 @@ def test_the_autoencoder_loss_is_its_terms(packed):
 
 
 def test_a_batch_is_what_the_config_says(latents):
-    stage = stages.DenoiserStage(tiny_config("video", latents, data={"image_share": 0.5, "batch_size": 3}))
+    stage = stage_of(tiny_config("video", latents, data={"image_share": 0.5, "batch_size": 3}))
     shapes = set()
     for seed in range(20):
-        x, noise, timesteps, text = stage.draw(np.random.default_rng(seed))
+        x, noise, timesteps, text = stage.draw_batch(np.random.default_rng(seed))
         assert x.shape == noise.shape
         assert timesteps.shape == (len(x),)
         assert text.shape == (len(x), 20, 32)
         shapes.add(tuple(x.shape))
     assert shapes == {(3, 4, 4, 4, 4), (12, 1, 4, 4, 4)}
-    again = stage.draw(np.random.default_rng(19))
+    again = stage.draw_batch(np.random.default_rng(19))
     assert all(torch.equal(a, b) for a, b in zip(again, (x, noise, timesteps, text), strict=True))
-    emptied = stages.DenoiserStage(tiny_config("video", latents, diffusion={"caption_dropout": 1.0})).draw(np.random.default_rng(0))
+    emptied = stage_of(tiny_config("video", latents, diffusion={"caption_dropout": 1.0})).draw_batch(np.random.default_rng(0))
     null = torch.from_numpy(LatentStore(latents).embed([""])[0])
     assert (emptied[3] == null).all()
 
@@ -378,7 +380,7 @@ def test_slower_clips_say_so_in_words(packed, autoencoder, texts, tmp_path):
     store = encode(packed, tmp_path, autoencoder=autoencoder, texts=texts, strides=[1, 2])
     captions = {text for record in store.records for text in record.texts}
     options = {"strides": [1, 2], "window": "first", "image_share": 0.3, "batch_size": 1}
-    stage = stages.DenoiserStage(tiny_config("video", tmp_path, data=options, diffusion={"caption_dropout": 0.0}))
+    stage = stage_of(tiny_config("video", tmp_path, data=options, diffusion={"caption_dropout": 0.0}))
     told = {
         stride: {text.tobytes() for text in store.embed([caption + said for caption in captions])}
         for stride, said in ((1, ""), (2, ", 4 fps"))
@@ -386,7 +388,7 @@ def test_slower_clips_say_so_in_words(packed, autoencoder, texts, tmp_path):
     stage.store._open = lambda key: np.load(tmp_path / "shards" / f"{key}.npy") * np.array([1, 0], np.float16)[:, None, None, None]
     seen = set()
     for seed in range(30):
-        latents, _, _, text = (tensor.numpy() for tensor in stage.draw(np.random.default_rng(seed)))
+        latents, _, _, text = (tensor.numpy() for tensor in stage.draw_batch(np.random.default_rng(seed)))
         stride = next(stride for stride in (1, 2) if text[0].tobytes() in told[stride])
         seen.add((latents.shape[1], stride))
         if latents.shape[1] > 1:
@@ -394,25 +396,25 @@ def test_slower_clips_say_so_in_words(packed, autoencoder, texts, tmp_path):
             assert any(np.array_equal(latents[0], clip) for clip in clips)
     assert seen == {(1, 1), (4, 1), (4, 2)}
     with pytest.raises(ValueError, match=r"has no captions for data\.strides \[3\]: encode it with --stride"):
-        stages.DenoiserStage(tiny_config("video", tmp_path, data={"strides": [1, 3]}))
+        stage_of(tiny_config("video", tmp_path, data={"strides": [1, 3]}))
 
 
 def test_a_model_is_sampled_with_the_noise_it_learnt_to_take_away(latents):
     settings = {"shared_noise": 0.5, "noise_correlation": 0.6}
-    stage = stages.DenoiserStage(tiny_config("video", latents, diffusion=settings, data={"batch_size": 64}))
-    noise = stage.draw(np.random.default_rng(0))[1].flatten(2)
+    stage = stage_of(tiny_config("video", latents, diffusion=settings, data={"batch_size": 64}))
+    noise = stage.draw_batch(np.random.default_rng(0))[1].flatten(2)
     covariance = torch.einsum("bfn,bgn->fg", noise, noise) / (noise.shape[0] * noise.shape[2])
     apart = (torch.arange(4)[:, None] - torch.arange(4)).abs()
     torch.testing.assert_close(covariance, 0.5 + 0.5 * 0.6**apart, atol=0.08, rtol=0)
-    assert settings.items() <= stage.pipeline().call_defaults.items()
+    assert settings.items() <= stage.build_pipeline().call_defaults.items()
     other = {"sample_shared_noise": 0.0, "sample_noise_correlation": 0.9}  # or with what is asked for
-    stage = stages.DenoiserStage(tiny_config("video", latents, diffusion=settings, train=other))
-    assert {"shared_noise": 0.0, "noise_correlation": 0.9}.items() <= stage.pipeline().call_defaults.items()
+    stage = stage_of(tiny_config("video", latents, diffusion=settings, train=other))
+    assert {"shared_noise": 0.0, "noise_correlation": 0.9}.items() <= stage.build_pipeline().call_defaults.items()
 
 
 def test_the_timestep_shift_draws_noisier_steps(latents):
     drawn = [
-        stages.DenoiserStage(tiny_config("video", latents, diffusion={"timestep_shift": shift}, data={"batch_size": 64})).draw(
+        stage_of(tiny_config("video", latents, diffusion={"timestep_shift": shift}, data={"batch_size": 64})).draw_batch(
             np.random.default_rng(0)
         )[2]
         for shift in (1.0, 3.0)
@@ -440,9 +442,11 @@ def test_out_of_memory_says_what_to_lower(error, latents, image_model, tmp_path,
     with pytest.raises(RuntimeError, match=r"^something else$"):
         train(config, tmp_path)
     lowered = config_of(config, "train.gradient_checkpointing=true", "data.batch_size=1", "optim.optimizer=adamw8bit", "data.num_frames=2")
-    assert loop.advice(lowered).endswith(f"try, in this order, train.precision=bf16, lora.rank=32{other}")
+    assert suggest_smaller_settings(lowered).endswith(f"try, in this order, train.precision=bf16, lora.rank=32{other}")
     attention = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, data={"num_frames": 3})
-    assert "lora" not in loop.advice(attention) and "num_frames" not in loop.advice(attention)  # which would be refused
+    assert "lora" not in suggest_smaller_settings(attention) and "num_frames" not in suggest_smaller_settings(
+        attention
+    )  # which would be refused
 
 
 def config_of(config, *overrides):
@@ -455,7 +459,8 @@ def config_of(config, *overrides):
 
 def test_a_start_that_does_not_fit_is_refused(latents, image_model, video_model, tmp_path):
     def begun(**sections):
-        return stages.DenoiserStage(prepare.prepare(tiny_config("video", latents, **sections), tmp_path))
+        config = tiny_config("video", latents, **sections)
+        return stages.DenoiserStage(config, prepare.prepare(config, tmp_path))
 
     moving = {"init": str(video_model), "edge": "wrap"}
     with pytest.raises(ValueError, match=r"model\.edge is wrap, but .* was trained with zero: set it to that"):

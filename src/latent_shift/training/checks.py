@@ -104,8 +104,10 @@ def check_store(config: Config, store: Store) -> None:
     val_clips = store.select(splits=data.val_splits, num_frames=data.num_frames, stride=data.strides[0])
     if data.val_splits and not len(val_clips):
         raise ValueError(f"{store.folder}: no clip of {data.num_frames} frames in data.val_splits {data.val_splits}")
+    if data.num_frames == 1:
+        return
     clips = store.select(splits=data.splits, num_frames=2)
-    for stride in data.strides if data.num_frames > 1 else ():
+    for stride in data.strides:
         long_enough = store.select(splits=data.splits, num_frames=data.num_frames, stride=stride)
         if num_short := len(np.setdiff1d(clips, long_enough)):
             log.warning(

@@ -92,6 +92,7 @@ class TrainState:
     accelerator: Accelerator
     stage: Stage
     objective: nn.Module  # the stage's, as accelerate wraps it
+    parameters: list[nn.Parameter]  # those that are trained
     optimizer: torch.optim.Optimizer
     ema: EMA
     step: int = 0  # steps done
@@ -99,6 +100,7 @@ class TrainState:
     skipped_in_a_row: Tensor | float = 0.0
     stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
 
+    # For statistics, and to know when a checkpoint is due.
     first_step: int = 0  # of this process
     previous_seconds: float = 0.0  # of the run in earlier processes
     data_wait_s: float = 0.0  # since the last line
@@ -148,7 +150,7 @@ def train_step(state: TrainState, batches: Iterator[tuple[Tensor, ...]]) -> None
             loss, terms = forward(state, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(state.ema.parameters, config.optim.grad_clip)
+                norm = accelerator.clip_grad_norm_(state.parameters, config.optim.grad_clip)
                 terms["grad_norm"] = fsdp.full_tensor(norm)
                 terms["skipped"] = optim.step_if_finite(optimizer, terms["grad_norm"], config)
                 state.skipped_in_a_row = (state.skipped_in_a_row + 1) * terms["skipped"]
@@ -320,7 +322,7 @@ def start(config: Config, prepared: prepare.Prepared, run: Path) -> TrainState:
     ema = EMA(parameters, config.optim.ema)
     checkpoint.register_ema(accelerator, ema, list(trained))
     checkpoint.skip_frozen(accelerator, stage.objective)
-    state = TrainState(config, run, accelerator, stage, objective, optimizer, ema)
+    state = TrainState(config, run, accelerator, stage, objective, parameters, optimizer, ema)
     _restore(state)
     if config.train.tracker:
         # TensorBoard's project is a folder in the run folder, and it takes no nested settings.

@@ -32,6 +32,7 @@ from latent_shift.training import checks
 log = logging.getLogger("latent_shift")
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int | None], None] | None]]
+"""Opens a progress bar with a title; the bar is called with the items done and their number, None while it is unknown."""
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,11 @@ def test_prepare_reports_mistakes_before_packing(checkpoint, video_model, media,
     ):
         with pytest.raises(ValueError, match=message):
             train(resolved(checkpoint, media, *options), tmp_path / "run")
+    from_scratch = config.Config.model_validate(
+        {"stage": "image", "data": {"path": str(media), "size": 32}, "model": {"size": "tiny"}, "optim": {"steps": 1000, "lr": 1e-3}}
+    )
+    with pytest.raises(ValueError, match=r"holds no latents, and there is no model\.init to encode it with"):
+        train(from_scratch, tmp_path / "run")
     with pytest.raises(ValueError, match=r"model\.temporal is none, but .* was trained with shift: set it to that"):
         train(resolved(video_model, media, "model.temporal=none", "model.edge=zero"), tmp_path / "run")
     for options, message in (

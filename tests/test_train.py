@@ -173,6 +173,13 @@ def test_check_settings_runs_before_data_is_read(media, image_model, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("ema", "steps", "warns"), [(0.999, 600, True), (0.999, 5000, False), (0.0, 4, False)])
+def test_check_settings_warns_of_a_long_average(ema, steps, warns, tmp_path, caplog):
+    checks.check_settings(tiny_config("image", "data", steps=steps, optim={"ema": ema}), tmp_path)
+    assert ("optim.ema=0.999 averages over about 1000 steps, optim.steps is 600" in caplog.text) == warns
+    assert ("try optim.ema=0.983333" in caplog.text) == warns
+
+
 def test_check_same_run_refuses_another_run(packed, latents, tmp_path):
     train(tiny_config("image", latents, steps=1), tmp_path)
     with pytest.raises(ValueError, match="holds a run with another stage; choose another folder with --run"):

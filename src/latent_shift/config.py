@@ -327,11 +327,12 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Args:
         path: a TOML file.
-        overrides: `table.key=value`, the value in TOML (a bare word is a string); `data=` and `model=` set `data.path` and `model.init`.
+        overrides: `table.key=value`, the value in TOML (a bare word is a string); `data=` and `model=` set
+            `data.path` and `model.init`.
 
     Raises:
-        ValueError: the file cannot be read, a key is unknown (the message names the nearest one), a value has the wrong type, or
-            settings contradict each other.
+        ValueError: the file cannot be read, a key is unknown (the message names the nearest one), a value has
+            the wrong type, or settings contradict each other.
     """
     path = Path(path)
     try:

@@ -5,7 +5,8 @@ run/
   stats.jsonl            a line every `train.log_every` steps; `seconds` is the run's time so far, sampling and saving included
   samples/               pictures and clips sampled during training
   checkpoints/step-*/    weights and averaged weights (safetensors), optimizer states (PyTorch's format); a sharded run has weights and
-                         optimizer in `sharded/`, one file a process; state.json lists every file with its size and is written last
+                         optimizer in `sharded/`, one file a process; state.json lists every file with its size
+                         and is written last
   model/                 the averaged weights as a diffusers folder when the run is finished; for a LoRA its file
   .lock                  locked by the process that trains here; the system releases it however the process ends
 """
@@ -36,15 +37,16 @@ log = logging.getLogger("latent_shift")
 
 
 def save(accelerator: Accelerator, run: Path, step: int, *, keep: int, losses: dict[str, list[float]]) -> Path:
-    """Write the checkpoint of `step` to a partial folder, rename it into place, and delete all but the newest `keep` checkpoints.
+    """Write the checkpoint of `step` aside, rename it into place, and delete all but the newest `keep`.
 
-    Checkpoints after `step` are deleted too: they are the corrupt ones that the run passed over when it resumed.
+    Checkpoints after `step` are deleted too: they are corrupt, and the run skipped them when it resumed.
 
     Args:
         losses: the losses that have no line in stats.jsonl yet, by name.
 
     Raises:
-        OSError: the checkpoint could not be written, for example because the disk is full; earlier checkpoints are unchanged.
+        OSError: the checkpoint could not be written, for example because the disk is full; earlier checkpoints
+            are unchanged.
     """
     target = run / "checkpoints" / f"step-{step:08d}"
     partial = target.with_name(f".{target.name}.partial")
@@ -111,9 +113,9 @@ def lock(run: Path) -> Iterator[None]:
 
 
 def register_ema(accelerator: Accelerator, ema: EMA, names: list[str]) -> None:
-    """Save and load the averaged weights, under the names of their parameters, with the accelerator's checkpoints.
+    """Save and load the averaged weights, by the names of their parameters, with the accelerator's checkpoints.
 
-    Runs from before the average was bias-corrected resume: their averages count as those of the steps they have done.
+    Checkpoints with another kind of average load too: it then counts as the average of the steps so far.
     """
 
     def save_averages(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
@@ -183,7 +185,7 @@ def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[fl
 
 
 def trim_stats(run: Path, step: int) -> float:
-    """Delete the lines of stats.jsonl after `step`, which will be written again, and a last line that a crash cut off.
+    """Delete the lines of stats.jsonl after `step`, which will be written again, and a truncated last line.
 
     Returns:
         The run's time in seconds up to `step`.

@@ -30,7 +30,8 @@ def check_settings(config: Config, run: Path) -> None:
     """Check the settings against this machine, the installed packages and the run folder.
 
     Raises:
-        ValueError: an unknown size, a missing package, a setting that this machine does not support, or a folder with another run.
+        ValueError: an unknown size, a missing package, a setting that this machine does not support, or a
+            folder with another run.
         RuntimeError: the package of `train.tracker` is not installed.
     """
     tracker, device = config.train.tracker, device_of()
@@ -46,6 +47,12 @@ def check_settings(config: Config, run: Path) -> None:
         raise ValueError("train.precision=fp16 needs a GPU; on a CPU take bf16")
     if config.train.precision == "bf16" and device.type == "cpu" and not has_bf16_units():
         log.warning("this CPU has no units for bf16, in which it is many times slower than in float32: train.precision=auto or no")
+    ema, num_steps = config.optim.ema, config.optim.steps
+    if 1 / (1 - ema) > num_steps / 2:
+        log.warning(
+            "optim.ema=%g averages over about %d steps, optim.steps is %d: the exported weights will lag behind; try optim.ema=%g",
+            ema, round(1 / (1 - ema)), num_steps, max(0.0, 1 - 10 / num_steps),
+        )  # fmt: skip
     if config.model.size:
         sizes.check_size(config.model.size, autoencoder=config.stage == "autoencoder")
     check_same_run(config, run)
@@ -70,7 +77,8 @@ def check_source(config: Config, factor: int | None) -> None:
         factor: pixels per latent pixel of the autoencoder that will encode the frames; None where none will.
 
     Raises:
-        ValueError: a setting without effect, pixels that nothing can encode, an unknown split, or a size that the autoencoder would cut.
+        ValueError: a setting without effect, pixels that nothing can encode, an unknown split, or a size that
+            the autoencoder would cut.
     """
     data, source = config.data, config.data.path
     packed = bool(stores(source))
@@ -92,10 +100,10 @@ def check_source(config: Config, factor: int | None) -> None:
 
 
 def check_store(config: Config, store: Store) -> None:
-    """Check that a store has the splits, strides and validation clips of the settings; log how many clips are too short.
+    """Check that a store has what the settings name; log how many clips are too short.
 
     Raises:
-        ValueError: it lacks one of them.
+        ValueError: it lacks a split, captions for a stride, or validation clips.
     """
     data = config.data
     if config.stage != "autoencoder" and (missing := set(data.strides) - set(store.info["strides"])):

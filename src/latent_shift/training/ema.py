@@ -12,8 +12,9 @@ from torch import nn
 class EMA:
     """Average the weights of the steps 1 ... n: step i weighs (1 - decay) decay^(n - i) / (1 - decay^n).
 
-    This is Adam's bias correction (Kingma and Ba 2015, section 3) applied to weights. The weights from before the first step get no
-    share, so the decay needs no warm-up: it is `decay` at every step, and a short run averages over the steps it has.
+    This is Adam's bias correction (Kingma and Ba 2015, section 3) applied to weights. The weights from before
+    the first step get no share, so the decay needs no warm-up: it is `decay` at every step, and a short run
+    averages over the steps it has.
 
     Args:
         parameters: the trained parameters, possibly sharded; the averages lie on the same devices.

@@ -1,7 +1,7 @@
 """Shard weights, gradients and optimizer states over the processes by PyTorch's fully_shard (FSDP2).
 
-The weights of a block are gathered when the block runs and freed after it: a process holds about 1/N of everything and one full block.
-Losses are those of unsharded training.
+The weights of a block are gathered when the block runs and freed after it: a process holds about 1/N of
+everything and one full block. Losses are those of unsharded training.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The training loop of all three stages: autoencoder, text to image, text to video.
 
-The random numbers of a batch come from a generator seeded with (seed, step, part), where part counts the batches of a step over
-processes and accumulation. So a resumed run continues exactly without saving random states, and two processes train as one process
-that accumulates twice as many batches.
+The random numbers of a batch come from a generator seeded with (seed, step, part), where part counts the
+batches of a step over processes and accumulation. So a resumed run continues exactly without saving random
+states, and two processes train as one process that accumulates twice as many batches.
 """
 
 from __future__ import annotations
@@ -59,11 +59,14 @@ def train(
         progress: opens a progress bar of a title, for packing and encoding.
 
     Returns:
-        `run/model`, the exported diffusers folder or the folder of a LoRA's file; `run` if SIGTERM stopped the run before its last step.
+        `run/model`, the exported diffusers folder or the folder of a LoRA's file; `run` if SIGTERM stopped the
+        run before its last step.
 
     Raises:
-        ValueError: settings or data that do not fit together, or a run folder that holds another run or that another process uses.
-        RuntimeError: the package of `train.tracker` is missing; out of memory, or no finite gradient for many steps, with what to lower.
+        ValueError: settings or data that do not fit together, or a run folder that holds another run or that
+            another process uses.
+        RuntimeError: the package of `train.tracker` is missing; out of memory, or no finite gradient for many
+            steps, with what to lower.
         OSError: a checkpoint could not be written; earlier ones are complete.
     """
     run = Path(run)
@@ -261,9 +264,9 @@ def _finite_mean(values: list[Tensor]) -> Tensor:
 
 
 def maybe_checkpoint(state: TrainState) -> bool:
-    """Save a checkpoint if one is due, after the last step, or if a process got SIGTERM; return whether the run stops for a SIGTERM.
+    """Save a checkpoint if one is due, at the end and on SIGTERM; return whether the run stops for a SIGTERM.
 
-    The processes save and stop together, so they ask each other every two seconds.
+    The processes save and stop together: they synchronize about every two seconds.
     """
     config, accelerator = state.config, state.accelerator
     checkpoint_due, stop = 0.0, 0.0

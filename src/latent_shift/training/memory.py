@@ -1,7 +1,8 @@
 """Estimate the memory and the time of a training step before it runs.
 
-A step runs on fake tensors, which have shapes but no storage. Every storage is counted from its first use to its last: what autograd
-keeps, what checkpointing recomputes, casts of mixed precision, gradients. Multiplications are counted too.
+A step runs on fake tensors, which have shapes but no storage. Every storage is counted from its first use to
+its last: what autograd keeps, what checkpointing recomputes, casts of mixed precision, gradients.
+Multiplications are counted too.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class AutoencoderObjective(nn.Module):
         perceptual: weight of the perceptual distance; 0 loads no network for it.
 
     Raises:
-        ValueError: the autoencoder lacks the two 1x1 convolutions around the latents, into which `whiten` folds their scale.
+        ValueError: the autoencoder lacks the two 1x1 convolutions around the latents, into which `whiten` folds
+            their scale.
     """
 
     def __init__(self, vae: AutoencoderKL, *, kl: float, perceptual: float):
@@ -58,10 +59,10 @@ class AutoencoderObjective(nn.Module):
 def attention_kernel(device: str, *, noise: Tensor) -> AbstractContextManager:
     """Return a context with the fastest correct attention kernels for training.
 
-    On a CPU, PyTorch's fused kernel is slow in the backward pass: a step of the emoji U-Net takes 0.51 s with it, 0.41 s without. Above
-    32x32 latents the attention matrices it avoids would take gigabytes. On a GPU, cuDNN's kernel is excluded: some of its gradients in
-    half precision are NaN for finite inputs (github.com/NVIDIA/cudnn-frontend/issues/160; with masks,
-    github.com/pytorch/pytorch/issues/196678).
+    On a CPU, PyTorch's fused kernel is slow in the backward pass: a step of the emoji U-Net takes 0.51 s with
+    it, 0.41 s without. Above 32x32 latents the attention matrices it avoids would take gigabytes. On a GPU,
+    cuDNN's kernel is excluded: some of its gradients in half precision are NaN for finite inputs
+    (github.com/NVIDIA/cudnn-frontend/issues/160; with masks, github.com/pytorch/pytorch/issues/196678).
 
     Args:
         device: "cpu" or "cuda".
@@ -80,8 +81,9 @@ class DenoisingObjective(nn.Module):
         unet: inflated, with one text per clip (`share_text`).
         schedule: noise schedule.
         min_snr: gamma of the min-SNR weight of timesteps; None: all weigh the same.
-        motion_weight: weight of the part of the error that differs from the clip's mean over frames. Still content is learned first;
-            above 1 motion does not fall behind (the aim of MotionDirector's loss, Zhao et al. 2023, section 3.3).
+        motion_weight: weight of the part of the error that differs from the clip's mean over frames. Still
+            content is learned first; above 1 motion does not fall behind (the aim of MotionDirector's loss,
+            Zhao et al. 2023, section 3.3).
 
     Raises:
         ValueError: the schedule predicts something else.

@@ -33,7 +33,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor, config: 
         grad_norm: norm of all gradients, a scalar on their device.
 
     Returns:
-        1 if the step was skipped, else 0. Fused AdamW skips on the device, as for a gradient scaler, so the host does not wait.
+        1 if the step was skipped, else 0. Fused AdamW skips on the device, as for a gradient scaler, so the
+        host does not wait.
     """
     skipped = (~grad_norm.isfinite()).float()
     scaler = getattr(optimizer, "scaler", None)
@@ -48,8 +49,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor, config: 
 def learning_rate(config: Config, step: int) -> float:
     """Return the rate of the step after `step` steps.
 
-    It rises linearly over `optim.warmup_steps` to `optim.lr`, stays, and falls to 0 over the last `optim.cooldown_steps`, along a line
-    or half a cosine.
+    It rises linearly over `optim.warmup_steps` to `optim.lr`, stays, and falls to 0 over the last
+    `optim.cooldown_steps`, along a line or half a cosine.
     """
     optim = config.optim
     up = (step + 1) / max(1, optim.warmup_steps)

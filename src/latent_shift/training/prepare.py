@@ -1,4 +1,4 @@
-"""Turn what a recipe names, a checkpoint and captioned videos, into what the stages read. Everything is built once, in the run folder.
+"""Prepare the checkpoint and the captioned videos of a recipe for its stage. Everything is built once, in the run folder.
 
 run/
   base/        the checkpoint as a diffusers folder, if it is a single file, a Hub id or a variant
@@ -54,15 +54,15 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
     """Convert the checkpoint, pack the videos and encode them, each only where needed and not built before.
 
     Args:
-        config: `data.path` may name captioned videos or a store (or a pattern of stores) of pixels where latents are needed;
-            `model.init` may be anything that `loading.load` takes.
+        config: `data.path` may name captioned videos or a store (or a pattern of stores) of pixels where
+            latents are needed; `model.init` may be anything that `loading.load` takes.
         run: the run folder.
         device: where frames and captions are encoded.
         progress: opens a progress bar of the given title.
 
     Raises:
-        ValueError: no such data or model, a family that cannot be trained, settings that do not fit the data or the starting weights
-            (see checks.py), or a run folder whose data was built from another source.
+        ValueError: no such data or model, a family that cannot be trained, settings that do not fit the data or
+            the starting weights (see checks.py), or a run folder whose data was built from another source.
     """
     init, store = config.model.init, config.data.path
     open_bar = progress or (lambda title: nullcontext())

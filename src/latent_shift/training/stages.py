@@ -112,9 +112,10 @@ class AutoencoderStage:
 
 
 class DenoiserStage:
-    """Train a U-Net from text to single frames (stage image) or to clips (stage video), with one objective for both.
+    """Train a text-to-image or text-to-video U-Net: the same objective on one or on more frames a clip.
 
-    With `data.image_share` some steps of the video stage train on as many single frames instead: the network stays an image model.
+    With `data.image_share` some steps of the video stage train on as many single frames instead: the network
+    stays an image model.
     """
 
     def __init__(self, config: Config, prepared: Prepared):
@@ -225,9 +226,9 @@ class DenoiserStage:
             video.write(video.side_by_side(clips, columns=4), folder / f"{step:08d}.webp", fps=self.store.info["fps"] / self.stride)
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write a pipeline folder in half precision, which diffusers' StableDiffusionPipeline reads too; for a LoRA only its file.
+        """Write a pipeline folder in half precision, or for a LoRA only its file.
 
-        The folder contains no path of this machine.
+        diffusers' StableDiffusionPipeline reads the folder too. It contains no path of this machine.
         """
         pipe = self.build_pipeline()
         if self.config.lora:

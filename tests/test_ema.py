@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ROUNDING, tiny_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latent_shift.training import checkpoint
@@ -61,3 +61,17 @@ def test_ema_applied_gives_the_averages_and_restores_the_weights():
     with ema.applied():
         torch.testing.assert_close(parameter.detach(), torch.full((3,), 2.0))  # (0.5 * 0 + 1 * 3) / 1.5
     assert parameter.tolist() == [3.0, 3.0, 3.0]
+
+
+def test_register_ema_resumes_from_the_average_of_a_checkpoint(latents, tmp_path):
+    """Whatever average the checkpoint holds counts as that of the steps done: runs from before the bias correction resume."""
+    train(tiny_config("image", latents, steps=2), tmp_path)
+    path = checkpoint.steps(tmp_path)[-1] / "average.safetensors"
+    before = {name: 2 * tensor for name, tensor in load_file(path).items()}
+    save_file(before, path, metadata={"steps": "2"})
+    train(tiny_config("image", latents, steps=3, optim={"ema": 0.5}), tmp_path)
+    newest = checkpoint.steps(tmp_path)[-1]
+    weights, averages = (load_file(newest / f"{name}.safetensors") for name in ("model", "average"))
+    for name, average in averages.items():
+        expected = (0.75 * 0.5 * before[name] + 0.5 * weights[name]) / 0.875
+        torch.testing.assert_close(average, expected, rtol=1e-5 + ROUNDING, atol=1e-6)

@@ -253,21 +253,21 @@ def test_estimate_counts_what_autograd_keeps(checkpoint, media, tmp_path):
     assert 12_000 <= live.peak <= 16_100
     assert live.now <= 4_100  # x.grad and z
 
-    def of(*overrides):
+    def estimate_of(*overrides):
         settings = resolved(checkpoint, media, *overrides)
         return memory.estimate_run(settings, prepare.prepare(settings, tmp_path))
 
-    plain, frozen = of(), of("lora.rank=2")
+    plain, frozen = estimate_of(), estimate_of("lora.rank=2")
     number = sizes.num_parameters(sizes.unet("tiny"))
     assert plain.weights == 4 * number
-    assert of("optim.optimizer=adamw").optimizer == 4 * plain.optimizer
-    assert of("optim.accumulate=1").step < plain.step  # no gradients of an earlier batch
+    assert estimate_of("optim.optimizer=adamw").optimizer == 4 * plain.optimizer
+    assert estimate_of("optim.accumulate=1").step < plain.step  # no gradients of an earlier batch
     assert plain.step > 4 * number  # includes the gradients
     assert frozen.averaged < plain.averaged / 4
     assert frozen.step < plain.step - 3 * number
-    assert of("train.gradient_checkpointing=false").step > plain.step
-    assert of("data.batch_size=4").step > 2 * plain.step - 12 * number
-    assert of("train.precision=bf16", "lora.rank=2").weights < 0.6 * frozen.weights
+    assert estimate_of("train.gradient_checkpointing=false").step > plain.step
+    assert estimate_of("data.batch_size=4").step > 2 * plain.step - 12 * number
+    assert estimate_of("train.precision=bf16", "lora.rank=2").weights < 0.6 * frozen.weights
 
 
 def test_estimate_run_agrees_with_a_real_step(checkpoint, media, tmp_path):

@@ -79,7 +79,7 @@ def train(
             prepared = prepare.prepare(config, run, device=device_of(), progress=progress)
             if on_prepared and rank() == 0:
                 on_prepared(prepared)
-            return run_steps(start(config, prepared, run), report)
+            return run_steps(create_state(config, prepared, run), report)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
                 raise
@@ -302,7 +302,7 @@ def export(state: TrainState) -> None:
     accelerator.wait_for_everyone()
 
 
-def start(config: Config, prepared: prepare.Prepared, run: Path) -> TrainState:
+def create_state(config: Config, prepared: prepare.Prepared, run: Path) -> TrainState:
     """Build the network, its optimizer and its average, and load the newest checkpoint of the run folder."""
     accelerator = _create_accelerator(config, prepared, run)
     torch.manual_seed(config.train.seed)
@@ -326,7 +326,7 @@ def start(config: Config, prepared: prepare.Prepared, run: Path) -> TrainState:
     checkpoint.register_ema(accelerator, ema, list(trained))
     checkpoint.skip_frozen(accelerator, stage.objective)
     state = TrainState(config, run, accelerator, stage, objective, parameters, optimizer, ema)
-    _restore(state)
+    _restore_state(state)
     if config.train.tracker:
         # TensorBoard's project is a folder in the run folder, and it takes no nested settings.
         project, settings = ("latent-shift", config.model_dump()) if config.train.tracker == "wandb" else ("tensorboard", None)
@@ -338,7 +338,7 @@ def start(config: Config, prepared: prepare.Prepared, run: Path) -> TrainState:
     return state
 
 
-def _restore(state: TrainState) -> None:
+def _restore_state(state: TrainState) -> None:
     """Load the newest checkpoint of the run folder, if there is one, and start the clocks."""
     config, accelerator, run = state.config, state.accelerator, state.run
     step, pending = checkpoint.restore(accelerator, run)

@@ -14,6 +14,8 @@ from latent_shift.data.encode import encode
 from latent_shift.data.pack import pack
 from latent_shift.runtime import keep_freed_memory
 from latent_shift.training.loop import train
+from latent_shift.training.prepare import Prepared
+from latent_shift.training.stages import AutoencoderStage, DenoiserStage, Stage
 
 keep_freed_memory()  # as the command does before it trains
 
@@ -104,6 +106,13 @@ def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
     for name, values in sections.items():
         tables[name] = values if name == "model" else {**tables.get(name, {}), **values}
     return Config.model_validate({"stage": stage, **tables})
+
+
+def stage_of(config: Config) -> Stage:
+    """The stage of a config whose data is a store and whose model.init, if any, is a diffusers folder."""
+    init = Path(config.model.init) if config.model.init else None
+    stage = AutoencoderStage if config.stage == "autoencoder" else DenoiserStage
+    return stage(config, Prepared(config.data.path, init, "no"))
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
-"""Everything that can happen to a training run, done to one; and what was lost by it. `python tests/faults.py 50` prints the table.
+"""Fault tolerance of training: inflict every fault on a real run and report what was lost. `python tests/faults.py 50` prints a table.
 
-Each fault is done to a real run in a process of its own: the video stage of the smallest model on moving squares, 20 steps, a checkpoint
-after each. Then the same command is given again until the run is done, and the weights, averaged weights, optimizer state and logged
-losses of its last checkpoint are compared, bit for bit, with those of a run that nothing happened to.
+A run is the video stage of the smallest model on moving squares in a process of its own: 20 steps, a checkpoint after each. After the
+fault the same command is repeated until the run is finished. The weights, averaged weights, optimizer states and logged losses of its
+last checkpoint are compared, bit for bit, with those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ from latent_shift.training.loop import train
 
 STEPS = 20
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["latent_shift.training.loop", "transformers.models.clip.modeling_clip", "pytest"])  # a run begins at once
+context.set_forkserver_preload(
+    ["latent_shift.training.loop", "transformers.models.clip.modeling_clip", "pytest"]
+)  # a run then starts at once
 
 
 def prepare(folder: Path) -> Config:
-    """The data of the runs, and their settings."""
+    """Write the data of the runs and return their settings."""
     make_media(folder / "media")
     pack(folder / "media", folder / "pixels", size=32, fps=8, shard_mb=0.05)
     torch.manual_seed(0)
@@ -49,14 +51,14 @@ def prepare(folder: Path) -> Config:
     return tiny_config("video", folder / "latents", steps=STEPS, train=settings)
 
 
-def begin(config: Config, run: Path, file_bytes: int | None = None) -> BaseProcess:
+def start_run(config: Config, run: Path, file_bytes: int | None = None) -> BaseProcess:
     process = context.Process(target=_train, args=(config, run, file_bytes))
     process.start()
     return process
 
 
 def _train(config: Config, run: Path, file_bytes: int | None) -> None:
-    """`latent-shift train`, with what it prints in `run.log`; no file may have more than `file_bytes`."""
+    """Run `latent-shift train` with its output in `run.log` and files of at most `file_bytes`."""
     os.setpgrp()
     run.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -73,20 +75,20 @@ def _train(config: Config, run: Path, file_bytes: int | None) -> None:
         sys.exit(2)
 
 
-def finish(config: Config, run: Path) -> None:
-    process = begin(config, run)
+def run_to_end(config: Config, run: Path) -> None:
+    process = start_run(config, run)
     process.join()
     assert process.exitcode == 0, run.with_suffix(".log").read_text()[-2000:]
 
 
-def until(run: Path, step: int, process: BaseProcess) -> None:
+def wait_for_step(run: Path, step: int, process: BaseProcess) -> None:
     """Wait until the run has a checkpoint of `step`."""
     while process.is_alive() and not any(int(path.name[5:]) >= step for path in checkpoint.steps(run)):
         time.sleep(0.002)
 
 
-def lost(run: Path, whole: Path) -> list[str]:
-    """What of a finished run, or of a finished store, is not as in one that nothing happened to."""
+def find_differences(run: Path, whole: Path) -> list[str]:
+    """Name the parts of a finished run or store that differ from those of an undisturbed one."""
     if (run / "shards").exists():
         names = {
             str(path.relative_to(folder)) for folder in (run, whole) for path in folder.rglob("*") if path.suffix in (".npy", ".jsonl")
@@ -107,23 +109,23 @@ def lost(run: Path, whole: Path) -> list[str]:
 
 
 def killed_in_the_middle(config: Config, run: Path, kills: int) -> str:
-    process = begin(config, run)
-    until(run, 10, process)
+    process = start_run(config, run)
+    wait_for_step(run, 10, process)
     process.kill()
     process.join()
     start, before = time.monotonic(), len(checkpoint.steps(run))
-    process = begin(config, run)
-    until(run, int(checkpoint.steps(run)[-1].name[5:]) + 1, process)
+    process = start_run(config, run)
+    wait_for_step(run, int(checkpoint.steps(run)[-1].name[5:]) + 1, process)
     seconds = time.monotonic() - start
     process.join()
     assert before and process.exitcode == 0
-    return f"SIGKILL after 10 of {STEPS} steps; {seconds:.1f} s until the next step was done"
+    return f"SIGKILL after 10 of {STEPS} steps; {seconds:.1f} s to the next step"
 
 
 def killed_at_random_moments(config: Config, run: Path, kills: int) -> str:
     rng, done = np.random.default_rng(0), 0
     while True:
-        process = begin(config, run)
+        process = start_run(config, run)
         process.join(float(rng.uniform(0.05, 2.0)) if done < kills else None)
         if process.exitcode is None:
             process.kill()
@@ -133,104 +135,104 @@ def killed_at_random_moments(config: Config, run: Path, kills: int) -> str:
         assert process.exitcode == 0, run.with_suffix(".log").read_text()[-2000:]
         if done >= kills:
             return f"SIGKILL at {done} random moments"
-        again(run)
+        check_and_delete(run)
 
 
 def killed_while_it_saves(config: Config, run: Path, kills: int) -> str:
     done = 0
     while done < kills:
         step = int(checkpoint.steps(run)[-1].name[5:]) + 1 if checkpoint.steps(run) else 1
-        process = begin(config, run)
+        process = start_run(config, run)
         while process.is_alive() and not list((run / "checkpoints").glob(f".step-{step + 1:08}.partial/*")):
             time.sleep(0.0002)
         if process.is_alive():
             process.kill()
             done += 1
         process.join()
-        if process.exitcode != -signal.SIGKILL:  # it was done before a save was seen
+        if process.exitcode != -signal.SIGKILL:  # it finished before a save was observed
             assert process.exitcode == 0, run.with_suffix(".log").read_text()[-2000:]
-            again(run)
-    finish(config, run)
-    return f"SIGKILL {done} times while a checkpoint was being written"
+            check_and_delete(run)
+    run_to_end(config, run)
+    return f"SIGKILL {done} times during a save"
 
 
-def again(run: Path) -> None:
-    """A run that was killed and is done all the same: it must be as the one that nothing happened to. Another one begins."""
-    assert not (different := lost(run, run.parent / "whole")), different
+def check_and_delete(run: Path) -> None:
+    """Check a killed run that finished all the same, and delete it so that another one can start."""
+    assert not (different := find_differences(run, run.parent / "whole")), different
     shutil.rmtree(run)
 
 
 def asked_to_stop(config: Config, run: Path, kills: int) -> str:
-    process = begin(config, run)
-    until(run, 5, process)
+    process = start_run(config, run)
+    wait_for_step(run, 5, process)
     process.terminate()
     process.join()
     assert process.exitcode == 0 and not (run / "model").exists()
-    finish(config, run)
-    return "SIGTERM: it saves and ends with 0"
+    run_to_end(config, run)
+    return "SIGTERM: it saves and exits with 0"
 
 
 def full_disk(config: Config, run: Path, kills: int) -> str:
-    process = begin(config, run)
-    until(run, 5, process)
+    process = start_run(config, run)
+    wait_for_step(run, 5, process)
     process.kill()
     process.join()
     size = (checkpoint.steps(run)[-1] / "model.safetensors").stat().st_size
-    for limit in (size // 2, size + 1000):  # the weights do not fit, or the optimizer's state, which is twice as large
-        process = begin(config, run, limit)
+    for limit in (size // 2, size + 1000):  # too small for the weights, or for the optimizer states, which are twice as large
+        process = start_run(config, run, limit)
         process.join()
         log = run.with_suffix(".log").read_text()
-        assert process.exitcode == 2 and "could not be saved" in log and "is whole, and the same command goes on" in log, log
+        assert process.exitcode == 2 and "could not be saved" in log and "is complete, and the same command resumes" in log, log
     assert not list((run / "checkpoints").glob(".step*"))
-    finish(config, run)
-    return "no room for a checkpoint: it says so, keeps the last and leaves no debris"
+    run_to_end(config, run)
+    return "disk full: an error, the last checkpoint stays, no partial files"
 
 
 def cut_checkpoint(config: Config, run: Path, kills: int) -> str:
-    finish(config, run)
+    run_to_end(config, run)
     shutil.rmtree(run / "model")
     for name in ("optimizer.bin", "average.safetensors"):
         newest = checkpoint.steps(run)[-1]
         with (newest / name).open("r+b") as file:
             file.truncate((newest / name).stat().st_size - 1)
-        finish(config, run)
-        assert f"step-000000{STEPS} is left out: {name} has" in run.with_suffix(".log").read_text()
-    return "the newest checkpoint cut short: it is named and left out, the one before counts"
+        run_to_end(config, run)
+        assert f"step-000000{STEPS} is skipped: {name} has" in run.with_suffix(".log").read_text()
+    return "newest checkpoint truncated: reported and skipped"
 
 
 def cut_statistics(config: Config, run: Path, kills: int) -> str:
-    process = begin(config, run)
-    until(run, 8, process)
+    process = start_run(config, run)
+    wait_for_step(run, 8, process)
     process.kill()
     process.join()
     with (run / "stats.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
-    finish(config, run)
-    return "a line of stats.jsonl cut short"
+    run_to_end(config, run)
+    return "line of stats.jsonl truncated"
 
 
 def two_in_one_folder(config: Config, run: Path, kills: int) -> str:
-    first = begin(config, run)
-    until(run, 2, first)
-    os.kill(first.pid, signal.SIGSTOP)  # so that it is not done before the second has begun
-    second = begin(config, run)
+    first = start_run(config, run)
+    wait_for_step(run, 2, first)
+    os.kill(first.pid, signal.SIGSTOP)  # so that it cannot finish before the second starts
+    second = start_run(config, run)
     second.join()
     os.kill(first.pid, signal.SIGCONT)
     assert second.exitcode == 2 and "another process trains there" in run.with_suffix(".log").read_text()
     first.join()
-    return "a second process in the same folder: refused, the first goes on"
+    return "second process in the same folder: refused"
 
 
 def other_settings(config: Config, run: Path, kills: int) -> str:
-    process = begin(config, run)
-    until(run, 2, process)
+    process = start_run(config, run)
+    wait_for_step(run, 2, process)
     process.kill()
     process.join()
     changed = config.model_copy(update={"model": config.model.model_copy(update={"edge": "wrap"})})
-    process = begin(changed, run)
+    process = start_run(changed, run)
     process.join()
     assert process.exitcode == 2 and "holds a run with another model.edge" in run.with_suffix(".log").read_text()
-    finish(config, run)
+    run_to_end(config, run)
     return "resumed with another shift: refused"
 
 
@@ -247,7 +249,7 @@ def encoding_killed(config: Config, out: Path, kills: int) -> str:
             done += 1
         process.join()
         if process.exitcode == 0:
-            return f"encoding: SIGKILL {done} times, each when a shard was made"
+            return f"encoding: SIGKILL {done} times, after a shard"
 
 
 def _encode(folder: Path, out: Path) -> None:
@@ -264,12 +266,12 @@ def main(kills: int) -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         config, runs = prepare(Path(folder)), Path(folder)
-        finish(config, runs / "whole")
-        print("| what was done to the run | what was lost |\n|---|---|", flush=True)
+        run_to_end(config, runs / "whole")
+        print("| fault | lost |\n|---|---|", flush=True)
         for fault in FAULTS:
             done = fault(config, runs / fault.__name__, kills)
             whole = runs / ("latents" if fault is encoding_killed else "whole")
-            print(f"| {done} | {', '.join(lost(runs / fault.__name__, whole)) or 'nothing'} |", flush=True)
+            print(f"| {done} | {', '.join(find_differences(runs / fault.__name__, whole)) or 'nothing'} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Recipes: what is written is what is used, and every mistake is named before anything is read."""
+"""Recipes: settings are used as written, and every mistake is reported before anything is read."""
 
 from pathlib import Path
 
 import pytest
 
-from latent_shift.config import dump, load
-from latent_shift.training.loop import learning_rate
+from latent_shift.config import RENAMED_KEYS, Config, Data, Diffusion, Lora, Loss, Model, Optim, Train, dump, load
+from latent_shift.training.optimizer import learning_rate
 
 RECIPE = """
 stage = "image"
@@ -28,7 +28,7 @@ def recipe(tmp_path):
     return path
 
 
-def test_overrides_and_the_way_back(recipe, tmp_path):
+def test_load_applies_overrides_and_reads_back_a_dump(recipe, tmp_path):
     config = load(recipe, ["optim.lr=5e-4", "data.path=/elsewhere/a b", "train.tracker=wandb", 'data.splits=["train", "val"]'])
     assert config.optim.lr == 5e-4
     assert config.data.path == "/elsewhere/a b"
@@ -65,21 +65,48 @@ def test_overrides_and_the_way_back(recipe, tmp_path):
         (["stage.name=1"], "stage is a value, not a table"),
     ],
 )
-def test_mistakes_are_named(recipe, overrides, message):
+def test_load_names_mistakes(recipe, overrides, message):
     with pytest.raises(ValueError, match=message):
         load(recipe, overrides)
 
 
-def test_mistakes_in_a_lora_are_named(recipe):
+def test_load_names_mistakes_in_a_lora(recipe):
     with pytest.raises(ValueError, match=r"unknown key lora\.rnk; did you mean lora\.rank\?"):
         load(recipe, ["lora.rnk=3"])
 
 
-def test_unreadable_recipes_are_named(tmp_path):
+def test_load_names_unreadable_recipes(tmp_path):
     (tmp_path / "bad.toml").write_text("stage = [")
     for name in ("bad.toml", "absent.toml"):
         with pytest.raises(ValueError, match=name):
             load(tmp_path / name)
+
+
+def test_load_takes_renamed_keys_with_a_notice(recipe, caplog):
+    video = ["stage=video", "data.num_frames=4", "diffusion.shared_noise=0.5"]
+    assert load(recipe, [*video, "diffusion.independent_share=0.25"]).diffusion.independent_noise_prob == 0.25
+    assert "diffusion.independent_share is now called diffusion.independent_noise_prob" in caplog.text
+    caplog.clear()
+    recipe.write_text(RECIPE + "[diffusion]\nindependent_share = 0.5\n")
+    assert load(recipe, video).diffusion.independent_noise_prob == 0.5
+    assert f"{recipe}: diffusion.independent_share is now called diffusion.independent_noise_prob" in caplog.text
+    assert load(recipe, [*video, "diffusion.independent_noise_prob=0.75"]).diffusion.independent_noise_prob == 0.75
+    recipe.write_text(RECIPE + "[diffusion]\nindependent_share = 0.5\nindependent_noise_prob = 0.5\n")
+    with pytest.raises(ValueError, match=r"independent_share is the old name of diffusion\.independent_noise_prob: leave it out"):
+        load(recipe, video)
+
+
+def test_renamed_keys_point_to_present_ones():
+    for old, new in RENAMED_KEYS.items():
+        (old_table, old_key), (new_table, new_key) = old.split("."), new.split(".")
+        assert old_key not in Config.model_fields[old_table].annotation.model_fields
+        assert new_key in Config.model_fields[new_table].annotation.model_fields
+
+
+def test_every_key_has_a_description():
+    for section in (Data, Model, Lora, Diffusion, Loss, Optim, Train):
+        for key, field in section.model_fields.items():
+            assert field.description and field.description.endswith(".") and "\n" not in field.description, key
 
 
 def test_every_recipe_loads():
@@ -87,7 +114,7 @@ def test_every_recipe_loads():
     assert {load(recipe).stage for recipe in recipes} == {"autoencoder", "image", "video"}
 
 
-def test_the_rate_rises_stays_and_falls(recipe):
+def test_learning_rate_rises_stays_and_falls(recipe):
     config = load(recipe)
     rates = [learning_rate(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)

@@ -1,4 +1,4 @@
-"""Several processes train one model: the same losses as one process that accumulates, sharded or not."""
+"""Training on several processes gives the losses of one process that accumulates, sharded or not."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from latent_shift.training import checkpoint
 
 
 def launch(config, run, *, processes):
-    """`latent-shift train`, in one process or under torchrun."""
+    """Run `latent-shift train` in one process or under torchrun, and return the lines of stats.jsonl."""
     run.parent.mkdir(parents=True, exist_ok=True)
     recipe = run.with_suffix(".toml")
     recipe.write_text(dump(config))
@@ -27,13 +27,13 @@ def launch(config, run, *, processes):
 
 @pytest.fixture(scope="module")
 def alone(packed, image_model, tmp_path_factory):
-    """One process, two batches a step."""
+    """The statistics and folder of a run of one process with two batches a step."""
     run = tmp_path_factory.mktemp("alone") / "run"
     return launch(settings(packed, image_model, accumulate=2), run, processes=1), run
 
 
 def settings(packed, image_model, *, accumulate, steps=4, **train):
-    """Of pixels, which the first process encodes while the other waits."""
+    """Settings with a store of pixels, which the first process encodes while the other waits."""
     data = {"val_splits": ["train"], "image_share": 0.3}
     train = {"sample_every": 4, "validate_every": 2, "val_batches": 2, "sample_steps": 1, **train}
     model = {"init": str(image_model)}
@@ -42,20 +42,20 @@ def settings(packed, image_model, *, accumulate, steps=4, **train):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_train_as_one_that_accumulates(shard, alone, packed, image_model, tmp_path):
-    expected, whole = alone
+def test_train_on_two_processes_equals_one_that_accumulates(shard, alone, packed, image_model, tmp_path):
+    expected, run_alone = alone
     launch(settings(packed, image_model, accumulate=1, steps=2, shard=shard), tmp_path / "run", processes=2)
-    rows = launch(settings(packed, image_model, accumulate=1, shard=shard), tmp_path / "run", processes=2)  # goes on
+    rows = launch(settings(packed, image_model, accumulate=1, shard=shard), tmp_path / "run", processes=2)  # resumes
     for row, other in zip(rows, expected, strict=True):
         for name in ("loss", "mse", "grad_norm", *(["val_loss"] if "val_loss" in other else [])):
             assert row[name] == pytest.approx(other[name], rel=1e-4), name
     assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {"00000004.png", "00000004.webp"}
-    parts = list((checkpoint.steps(tmp_path / "run")[-1]).rglob("*.distcp"))  # each process its own, of weights and optimizer
+    parts = list((checkpoint.steps(tmp_path / "run")[-1]).rglob("*.distcp"))  # one file a process, with weights and optimizer states
     assert len(parts) == (2 if shard else 0)
-    a, b = (load_file(checkpoint.steps(run)[-1] / "average.safetensors") for run in (tmp_path / "run", whole))
+    a, b = (load_file(checkpoint.steps(run)[-1] / "average.safetensors") for run in (tmp_path / "run", run_alone))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
-    a, b = (load_file(run / "model" / "unet" / "diffusion_pytorch_model.safetensors") for run in (tmp_path / "run", whole))
+    a, b = (load_file(run / "model" / "unet" / "diffusion_pytorch_model.safetensors") for run in (tmp_path / "run", run_alone))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Steps whose gradients are not finite: what is left out, and when a run ends."""
+"""Steps whose gradients are not finite are skipped; many in a row end the run."""
 
 import json
 
@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 
 from latent_shift.training import checkpoint, optimizer, stages
 from latent_shift.training.loop import train
-from latent_shift.training.optimizer import make, step
+from latent_shift.training.optimizer import create_optimizer, step_if_finite
 
 
 @pytest.mark.parametrize("bad_value", [float("nan"), float("inf")])
-def test_a_step_whose_gradients_are_not_finite_is_left_out(bad_value, latents, tmp_path, monkeypatch):
-    """Of four batches the second is bad: what is learnt is what the three others teach, and the statistics are theirs."""
-    draw, batches = stages.DenoiserStage.draw, iter(range(10))
+def test_train_skips_steps_with_infinite_gradients(bad_value, latents, tmp_path, monkeypatch):
+    """The second of four batches is not finite: weights and statistics come from the other three."""
+    draw, batches = stages.DenoiserStage.draw_batch, iter(range(10))
 
     def bad(*args, **options):
         first, *rest = draw(*args, **options)
         return (first * bad_value if next(batches) == 1 else first, *rest)
 
-    monkeypatch.setattr(stages.DenoiserStage, "draw", bad)
+    monkeypatch.setattr(stages.DenoiserStage, "draw_batch", bad)
     train(tiny_config("video", latents, train={"log_every": 4}), tmp_path)
     (row,) = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     assert row["skipped"] == 0.25 and all(np.isfinite(value) for value in row.values())
@@ -32,38 +32,38 @@ def test_a_step_whose_gradients_are_not_finite_is_left_out(bad_value, latents, t
         assert all(tensor.isfinite().all() for tensor in load_file(newest / f"{name}.safetensors").values())
 
 
-def test_a_run_of_such_steps_ends(latents, tmp_path, monkeypatch):
-    """It says so, and its statistics are JSON."""
-    draw = stages.DenoiserStage.draw
+def test_train_ends_after_many_skipped_steps(latents, tmp_path, monkeypatch):
+    """The error says so, and stats.jsonl stays valid JSON."""
+    draw = stages.DenoiserStage.draw_batch
 
     def bad(*args, **options):
         first, *rest = draw(*args, **options)
         return (first * torch.nan, *rest)
 
-    monkeypatch.setattr(stages.DenoiserStage, "draw", bad)
-    monkeypatch.setattr(optimizer, "PATIENCE", 3)
-    with pytest.raises(RuntimeError, match=r"of the last 3 steps, to step 3, no gradient was finite; try a smaller optim\.lr"):
+    monkeypatch.setattr(stages.DenoiserStage, "draw_batch", bad)
+    monkeypatch.setattr(optimizer, "MAX_SKIPPED_STEPS", 3)
+    with pytest.raises(RuntimeError, match=r"no gradient was finite in the last 3 steps, to step 3; try a smaller optim\.lr"):
         train(tiny_config("video", latents), tmp_path)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     assert [(row["loss"], row["skipped"]) for row in rows] == [(None, 1), (None, 1)]
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "sharded", "scaled"])
-def test_what_a_step_left_out_leaves(latents, kind):
-    """The weights, and what the optimizer remembers. As accelerate wraps it the optimizer itself leaves it out, or the scaler, which then
-    halves its scale and goes on."""
+def test_step_if_finite_leaves_weights_and_states(latents, kind):
+    """A skipped step changes neither weights nor optimizer states; wrapped by accelerate, the optimizer skips by itself, or the scaler,
+    which halves its scale."""
     config = tiny_config("video", latents, train={"shard": True} if kind == "sharded" else {})
     weight = torch.nn.Parameter(torch.ones(3))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if kind == "scaled" else None
-    adamw = make(config, [weight])
+    adamw = create_optimizer(config, [weight])
     adamw = adamw if kind == "sharded" else AcceleratedOptimizer(adamw, scaler=scaler)
     for gradient, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (1.0, 0)):
         loss = (weight * gradient).sum()
         (scaler.scale(loss) if scaler else loss).backward()
         if scaler:
             scaler.unscale_(adamw.optimizer)
-        before = [each.clone() for each in (weight.detach(), *adamw.state_dict()["state"].get(0, {}).values())]
-        assert float(step(adamw, weight.grad.norm(), config)) == skipped
+        before = [tensor.clone() for tensor in (weight.detach(), *adamw.state_dict()["state"].get(0, {}).values())]
+        assert float(step_if_finite(adamw, weight.grad.norm(), config)) == skipped
         adamw.zero_grad()
         after = (weight.detach(), *adamw.state_dict()["state"][0].values())
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False)) == bool(skipped)

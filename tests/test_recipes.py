@@ -1,4 +1,4 @@
-"""The emoji recipe: downloads that resume and are checked, captions and splits that are what the docs say."""
+"""The emoji recipe: downloads resume and are checked; captions and splits are as documented."""
 
 import base64
 import hashlib
@@ -27,13 +27,13 @@ SHA = base64.b64encode(hashlib.sha512(BODY).digest()).decode()
 
 @pytest.fixture
 def registry():
-    """A server on the loopback that knows one file and ranges of it; yields its address and the ranges asked for."""
-    asked = []
+    """A local server of one file and its ranges; yields its address and a list of the requests."""
+    requests = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-            asked.append((self.path, start))
+            requests.append((self.path, start))
             if start >= len(BODY):
                 self.send_error(416)
                 return
@@ -47,39 +47,39 @@ def registry():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/", asked
+    yield f"http://127.0.0.1:{server.server_port}/", requests
     server.shutdown()
     server.server_close()
 
 
-def test_a_broken_download_goes_on_and_is_checked(registry, tmp_path):
-    address, asked = registry
+def test_download_resumes_and_is_checked(registry, tmp_path):
+    address, requests = registry
     (tmp_path / "pack-1.0.0.part").write_bytes(BODY[:40_000])
     with Progress(disable=True) as progress:
         path = fetch.download("@scope/pack", "1.0.0", SHA, tmp_path, address, progress)
         assert path.read_bytes() == BODY
-        assert asked == [("/@scope/pack/-/pack-1.0.0.tgz", 40_000)]
+        assert requests == [("/@scope/pack/-/pack-1.0.0.tgz", 40_000)]
         fetch.download("@scope/pack", "1.0.0", SHA, tmp_path, address, progress)
-        assert len(asked) == 1  # what is there is not fetched again
+        assert len(requests) == 1  # a complete file is not downloaded again
         (tmp_path / "other-1.0.0.part").write_bytes(b"x" * 40_000)
         with pytest.raises(ValueError, match=r"other 1\.0\.0: the download does not match its sha512"):
             fetch.download("other", "1.0.0", SHA, tmp_path, address, progress)
     assert not (tmp_path / "other-1.0.0.part").exists()
 
 
-def test_a_connection_that_breaks_loses_nothing(registry, tmp_path):
-    address, asked = registry
+def test_download_survives_a_broken_connection(registry, tmp_path):
+    address, requests = registry
     with Progress(disable=True) as progress:
         with pytest.raises(ValueError, match="the connection broke after 50000 of 100000 bytes"):
             fetch.download("breaks", "1.0.0", SHA, tmp_path, address, progress)
         assert fetch.download("breaks", "1.0.0", SHA, tmp_path, address, progress).read_bytes() == BODY
-        assert [start for _, start in asked] == [0, 50_000]
-        # Killed between the last byte and the check: there is nothing left to ask for.
-        (tmp_path / "whole-1.0.0.part").write_bytes(BODY)
-        assert fetch.download("whole", "1.0.0", SHA, tmp_path, address, progress).read_bytes() == BODY
+        assert [start for _, start in requests] == [0, 50_000]
+        # Killed between the last byte and the check: there is no range left to request.
+        (tmp_path / "complete-1.0.0.part").write_bytes(BODY)
+        assert fetch.download("complete", "1.0.0", SHA, tmp_path, address, progress).read_bytes() == BODY
 
 
-def test_names_and_variants_share_a_concept(tmp_path):
+def test_names_give_variants_one_concept(tmp_path):
     entries = [
         {
             "label": "waving hand",
@@ -100,7 +100,7 @@ def test_names_and_variants_share_a_concept(tmp_path):
     assert fetch.key("0023-FE0F-20E3") == "0023-20e3"
 
 
-def test_splits_keep_a_concept_on_one_side():
+def test_split_keeps_a_concept_on_one_side():
     concepts = [f"1f{number:03x}" for number in range(2000)]
     held = {concept for concept in concepts if fetch.split(concept, concept) == "val_concept"}
     assert 60 < len(held) < 140
@@ -121,7 +121,7 @@ def test_captions_are_labels_and_keywords():
     assert sorted(word for word in texts[3].split(", ")[1:] + texts[4].split()) == ["animal", "feline", "kitty", "meow", "pet"]
 
 
-def test_words_of_motion_are_what_the_frames_show(tmp_path):
+def test_motion_describes_what_the_frames_show(tmp_path):
     def clip(place, side=lambda k: 16):
         frames = np.full((16, 64, 64, 3), 255, np.uint8)
         for k in range(16):

@@ -1,4 +1,4 @@
-"""Every setting of a recipe counts: a run with another value of it does not leave the same behind."""
+"""Every setting has an effect: a run with another value of it has another outcome."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from latent_shift.data.encode import encode
 from latent_shift.training import checkpoint, loop
 from latent_shift.training.loop import train
 
-# key: (stage, another value, settings that both runs have beside it)
+# key: (stage, another value, further settings of both runs); ... stands for the image model
 OTHERS: dict[str, tuple] = {
     "stage": ("image", None, {}),
     "data.path": ("image", None, {}),
@@ -51,7 +51,7 @@ OTHERS: dict[str, tuple] = {
     "diffusion.motion_weight": ("video", 3.0, {}),
     "diffusion.shared_noise": ("video", 0.5, {}),
     "diffusion.noise_correlation": ("video", 0.5, {}),
-    "diffusion.independent_share": ("video", 1.0, {"diffusion.shared_noise": 0.5}),
+    "diffusion.independent_noise_prob": ("video", 1.0, {"diffusion.shared_noise": 0.5}),
     "diffusion.caption_dropout": ("image", 1.0, {}),
     "optim.steps": ("image", 3, {}),
     "optim.lr": ("image", 1e-4, {}),
@@ -84,42 +84,41 @@ OTHERS: dict[str, tuple] = {
 
 
 def keys() -> set[str]:
-    found = set()
+    names = set()
     for name, field in config.Config.model_fields.items():
         section = config.Lora if name == "lora" else field.annotation
-        found |= {f"{name}.{key}" for key in section.model_fields} if hasattr(section, "model_fields") else {name}
-    return found
+        names |= {f"{name}.{key}" for key in section.model_fields} if hasattr(section, "model_fields") else {name}
+    return names
 
 
-def test_every_setting_is_here():
+def test_others_cover_every_setting():
     assert set(OTHERS) == keys()
 
 
 def outcome(settings: config.Config, run) -> dict[str, object] | str:
-    """What a run leaves behind, or why there is none; times apart."""
+    """Return everything that a run leaves except times, or the error that ends it."""
     recomputed, compiled, loaders = [], [], []
-    pool = loop.ThreadPoolExecutor
-    once = torch.utils.checkpoint.checkpoint
+    executor, recompute = loop.ThreadPoolExecutor, torch.utils.checkpoint.checkpoint
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **options: recomputed.append(1) or once(*args, **options))
+        patch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **options: recomputed.append(1) or recompute(*args, **options))
         patch.setattr(nn.Module, "compile", traced(compiled))
-        patch.setattr(loop, "ThreadPoolExecutor", lambda threads: loaders.append(threads) or pool(threads))
+        patch.setattr(loop, "ThreadPoolExecutor", lambda threads: loaders.append(threads) or executor(threads))
         try:
             model = train(settings, run)
         except ValueError as error:
             return str(error)
     rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     newest = checkpoint.steps(run)[-1]
-    hidden = ("seconds", "clips_per_s", "data_wait_s", "eta_s", "gib_peak")
+    times = ("seconds", "clips_per_s", "data_wait_s", "eta_s", "gib_peak")
     return {
-        "rows": [{name: value for name, value in row.items() if name not in hidden} for row in rows],
+        "rows": [{name: value for name, value in row.items() if name not in times} for row in rows],
         "weights": {name: digest(tensor) for name, tensor in load_file(newest / "model.safetensors").items()},
         "average": {name: digest(tensor) for name, tensor in load_file(newest / "average.safetensors").items()},
         "optimizer": sorted(str(state.keys()) for state in torch.load(newest / "optimizer.bin", weights_only=False)["state"].values()),
         "files": sorted(
             str(path.relative_to(run)) for path in run.rglob("*") if "tfevents" not in path.name and path.name != "config.toml"
         ),
-        "told": (model / "model_index.json").read_text() if (model / "model_index.json").exists() else "",
+        "index": (model / "model_index.json").read_text() if (model / "model_index.json").exists() else "",
         "recomputed": len(recomputed),
         "compiled": len(compiled),
         "loaders": loaders,
@@ -130,40 +129,47 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
+@pytest.fixture(scope="module")
+def plain_outcomes() -> dict[str, object]:
+    return {}
+
+
 @pytest.mark.parametrize("key", OTHERS)
-def test_the_setting_counts(key, media, packed, latents, image_model, autoencoder, texts, tmp_path):
-    stage, value, beside = OTHERS[key]
+def test_setting_changes_the_outcome(key, plain_outcomes, media, packed, latents, image_model, autoencoder, texts, tmp_path):
+    stage, value, further = OTHERS[key]
     path = packed if stage == "autoencoder" else latents
     if key == "data.strides":
         path = encode(packed, tmp_path / "latents", autoencoder=autoencoder, texts=texts, strides=[1, 2]).folder
     if key.removeprefix("data.") in config.PACKING:  # of a folder that is packed and encoded first
-        path, beside = media, {"model.init": ...}
+        path, further = media, {"model.init": ...}
     if key == "data.path":
         value = str(encode(packed, tmp_path / "mirrored", autoencoder=autoencoder, texts=texts, mirror=True).folder)
     value = {"stage": "video", "model.init": str(image_model)}.get(key, value)
 
-    def run(name: str, changes: dict[str, object]) -> object:
+    def run(folder, changes: dict[str, object]) -> object:
         tables = tiny_config(stage, path, steps=2).model_dump(exclude_none=True)
-        for where, what in changes.items():
-            table, _, field = where.rpartition(".")
-            what = str(image_model) if what is ... else what
-            (tables.setdefault(table, {}) if table else tables)[field] = what
-            if where == "model.init":
+        for name, setting in changes.items():
+            table, _, field = name.rpartition(".")
+            (tables.setdefault(table, {}) if table else tables)[field] = str(image_model) if setting is ... else setting
+            if name == "model.init":
                 tables["model"].pop("size", None)
-            if where == "stage":
+            if name == "stage":
                 tables["data"]["num_frames"] = 4
-        return outcome(config.Config.model_validate(tables), tmp_path / name)
+        return outcome(config.Config.model_validate(tables), folder)
 
-    plain = run("plain", beside)
+    same_run = f"{stage} {path} {further}"  # most keys share the run without the other value
+    if same_run not in plain_outcomes:
+        plain_outcomes[same_run] = run(tmp_path / "plain", further)
+    plain = plain_outcomes[same_run]
     assert not isinstance(plain, str), plain
-    other = run("other", {**beside, key: value})
+    other = run(tmp_path / "other", {**further, key: value})
     assert other != plain
-    # What sharding does is seen where there are several processes: test_distributed.py.
+    # Sharding has its effect on several processes: test_distributed.py.
     assert isinstance(other, str) == (key == "train.shard"), other
 
 
-def test_the_same_settings_leave_the_same(latents, tmp_path):
-    """Else the test above could not fail."""
+def test_outcome_is_the_same_for_the_same_settings(latents, tmp_path):
+    """Otherwise the test above could not fail."""
     for stage in ("image", "video"):
         settings = tiny_config(stage, latents, steps=2)
         assert outcome(settings, tmp_path / f"{stage}1") == outcome(settings, tmp_path / f"{stage}2")

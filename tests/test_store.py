@@ -98,7 +98,7 @@ def test_store_opens_several_stores_as_one(media, packed, autoencoder, texts, tm
     assert latents.splits == one.splits | {"test"} and latents.num_frames == 2 * 61 + 9
     assert latents.select(splits=["test"]).tolist() == [len(both.records)]
     config = tiny_config("video", tmp_path / "latents" / "*", data={"splits": ["train", "test"]})
-    clips, _, _, _ = DenoiserStage(prepare.prepare(config, tmp_path / "run")).draw(np.random.default_rng(0))
+    clips, _, _, _ = DenoiserStage(config, prepare.prepare(config, tmp_path / "run")).draw_batch(np.random.default_rng(0))
     assert clips.shape == (config.data.batch_size, 4, 4, 4, 4)
     for folder in latents.folders:
         part = LatentStore(folder)

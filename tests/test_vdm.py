@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import stage_of, tiny_config
 
 from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore
@@ -14,7 +14,6 @@ from latent_shift.models import sizes
 from latent_shift.models.autoencoder import load_autoencoder, to_pixels
 from latent_shift.models.baselines import PixelSpace, TemporalAttention, TemporalConv, VDMUNet
 from latent_shift.pipelines import loading
-from latent_shift.training import stages
 from latent_shift.training.loop import train
 
 
@@ -62,4 +61,4 @@ def test_vdm_trains_and_generates_in_pixels(in_pixels, tmp_path):
     with pytest.raises(ValueError, match=r"model\.temporal is attention, but .* was trained with vdm: set it to that"):
         train(tiny_config("video", in_pixels / "stored", model={"init": str(run), "temporal": "attention"}), tmp_path / "other")
     with pytest.raises(ValueError, match="has latents of 3 channels and texts 384 wide, the U-Net takes 4 and 384"):
-        stages.DenoiserStage(tiny_config("video", in_pixels / "stored", model={"size": "emoji", "temporal": "vdm"}))
+        stage_of(tiny_config("video", in_pixels / "stored", model={"size": "emoji", "temporal": "vdm"}))

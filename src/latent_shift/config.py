@@ -1,14 +1,20 @@
-"""Recipes: typed, frozen settings read from TOML, with `key=value` overrides; a mistake is an error before any data is read."""
+"""Recipes: typed, frozen settings read from TOML, with `key=value` overrides; every mistake is reported before data is read."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import typing
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+log = logging.getLogger("latent_shift")
+
+RENAMED_KEYS = {"diffusion.independent_share": "diffusion.independent_noise_prob"}
+"""Old keys that recipes, overrides and run folders may still use, and their present names."""
 
 
 class Section(BaseModel):
@@ -16,33 +22,59 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    path: str  # a store (pixels for the autoencoder, latents for the other stages), a pattern of several, or what finetune.py makes one of
-    size: int | None = Field(None, ge=8)  # side in pixels at which a folder of videos is packed; unset: the model's
-    fps: float = Field(8, gt=0)  # frames a second at which it is packed
-    aspects: int | None = Field(None, ge=8)  # it is packed in the nearest of the sizes with this factor; unset: in squares
-    mirror: bool = False  # clips whose captions name no side also count mirrored
-    batch_size: int = Field(16, ge=1)  # crops, images or clips a step and process
-    loaders: int = Field(1, ge=1)  # threads that draw batches ahead; what is drawn does not depend on them
-    crop: int = Field(64, ge=8)  # autoencoder: side of the random crops in pixels
-    num_frames: int = Field(1, ge=1)  # frames a clip; 1 trains the image model
-    strides: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [
-        1
-    ]  # clips of every frame, every second, ...: one of these, drawn for each batch; the first for samples
-    window: Literal["random", "first"] = "random"  # where in a longer clip its frames are taken; stills from anywhere
-    image_share: float = Field(0.0, ge=0, le=1)  # share of the video steps that train on single frames instead
-    splits: Annotated[list[str], Field(min_length=1)] = ["train"]
-    val_splits: list[str] = []  # where the clips come from on which the loss is validated; none: it is not
+    """The clips a run trains on, and how batches are drawn from them."""
+
+    path: str = Field(
+        description="A store, a glob pattern of stores, or captioned videos in any layout that `data pack` reads; "
+        "the autoencoder trains on pixels, the other stages on latents."
+    )
+    size: int | None = Field(
+        None, ge=8, description="Side in pixels to which videos are resized when they are packed; unset: the size of the model."
+    )
+    fps: float = Field(8, gt=0, description="Frame rate at which videos are packed.")
+    aspects: int | None = Field(
+        None,
+        ge=8,
+        description="Pack each video in the nearest aspect ratio whose sides are multiples of this; unset: square frames.",
+    )
+    mirror: bool = Field(False, description="Also train on the mirror image of clips whose captions do not mention left or right.")
+    batch_size: int = Field(16, ge=1, description="Crops, images or clips in a batch, per process.")
+    loaders: int = Field(1, ge=1, description="Threads that prepare batches in advance; the batches do not depend on it.")
+    crop: int = Field(64, ge=8, description="Side in pixels of the random crops that the autoencoder trains on.")
+    num_frames: int = Field(1, ge=1, description="Frames in a clip; 1 trains an image model.")
+    strides: list[Annotated[int, Field(ge=1)]] = Field(
+        [1],
+        min_length=1,
+        description="Frame strides of the clips, one chosen at random for each batch; the first is used for validation and samples.",
+    )
+    window: Literal["random", "first"] = Field(
+        "random", description="Which frames of a longer clip are taken: a random window or the first one; single frames are always random."
+    )
+    image_share: float = Field(
+        0.0, ge=0, le=1, description="Probability that a step of the video stage trains on single frames instead of clips."
+    )
+    splits: list[str] = Field(["train"], min_length=1, description="Splits to train on.")
+    val_splits: list[str] = Field([], description="Splits on which the validation loss is computed; empty: no validation.")
 
 
 class Model(Section):
-    size: str | None = None  # a name of models.py: start from random weights
-    init: str | None = None  # a folder with weights: start from those
-    # What sees time: the paper's shift, nothing, or its baselines: Latent-VDM (convolution and attention), VDM (attention alone).
-    temporal: Literal["shift", "none", "attention", "vdm"] = "shift"
-    place: Literal["conv1", "conv2", "end"] = "conv1"  # where in the residual branch the channels shift
-    forward: float = Field(1 / 3, ge=0, le=1)  # share of the channels that come from the frame before
-    backward: float = Field(1 / 3, ge=0, le=1)  # share that comes from the frame after
-    edge: Literal["zero", "wrap", "hold"] = "zero"  # what fills the vacated slots at the ends of a clip
+    """The network to train and its temporal layers."""
+
+    size: str | None = Field(None, description="A named size to start from with random weights.")
+    init: str | None = Field(None, description="A checkpoint to start from: a model's name, a diffusers folder, a single file or a Hub id.")
+    temporal: Literal["shift", "none", "attention", "vdm"] = Field(
+        "shift",
+        description="How frames exchange information: the paper's shift, not at all, or a baseline: Latent-VDM (convolution and "
+        "attention over time) or VDM (attention over time).",
+    )
+    place: Literal["conv1", "conv2", "end"] = Field(
+        "conv1", description="Where channels shift in a residual block: before its first convolution, before its second, or at its end."
+    )
+    forward: float = Field(1 / 3, ge=0, le=1, description="Fraction of channels taken from the previous frame.")
+    backward: float = Field(1 / 3, ge=0, le=1, description="Fraction of channels taken from the next frame.")
+    edge: Literal["zero", "wrap", "hold"] = Field(
+        "zero", description="What fills the shifted channels at the ends of a clip: zeros, the other end, or the frame's own channels."
+    )
 
     @model_validator(mode="after")
     def _one_start(self) -> Model:
@@ -53,7 +85,8 @@ class Model(Section):
                 raise ValueError(f"{name} has no effect on temporal={self.temporal}: leave it out")
         if self.forward + self.backward > 1:
             raise ValueError(
-                f"forward and backward are shares of the same channels, got {self.forward} and {self.backward}: 1 at most together"
+                f"forward and backward are fractions of the same channels: expected at most 1 together, "
+                f"got {self.forward} and {self.backward}"
             )
         return self
 
@@ -61,75 +94,124 @@ class Model(Section):
 class Lora(Section):
     """Train low-rank additions to the weights instead of the weights (Hu et al. 2021)."""
 
-    rank: int = Field(ge=1)
-    # Attention, and the convolutions that mix each frame's channels with those its neighbours lent it.
-    modules: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
+    rank: int = Field(ge=1, description="Rank of the added matrices; setting it trains a LoRA instead of the weights.")
+    # The default covers attention, and the convolutions that mix a frame's own channels with the shifted ones.
+    modules: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"], min_length=1, description="Names of the layers that get a LoRA."
+    )
 
 
 class Diffusion(Section):
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"  # the paper predicts the noise
-    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    num_timesteps: int = Field(1000, ge=1)
-    zero_terminal_snr: bool = False
-    timestep_shift: float = Field(1.0, gt=0)  # 1 draws t uniformly (the paper); above 1 draws more of the noisy end
-    min_snr: float | None = Field(None, gt=0)  # gamma of the min-SNR loss weight; unset: every timestep weighs the same
-    motion_weight: float = Field(1.0, gt=0)  # of the part of the error that changes within a clip, beside the part that stays
-    shared_noise: float = Field(0.0, ge=0, lt=1)  # share of the noise's variance that all frames of a clip have in common
-    noise_correlation: float = Field(0.0, ge=0, lt=1)  # of the rest, from one frame to the next
-    independent_share: float = Field(0.0, ge=0, le=1)  # of the batches of clips, whose frames' noise is independent all the same
-    caption_dropout: float = Field(0.1, ge=0, le=1)  # share of captions emptied, for classifier-free guidance
+    """Noise schedule, prediction target, and the noise of clips."""
+
+    prediction: Literal["epsilon", "v_prediction"] = Field(
+        "epsilon", description="What the network predicts: the noise (as in the paper) or v."
+    )
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
+        "scaled_linear", description="Beta schedule, by diffusers' name; scaled_linear is Stable Diffusion's."
+    )
+    num_timesteps: int = Field(1000, ge=1, description="Number of training timesteps.")
+    zero_terminal_snr: bool = Field(False, description="Rescale the schedule to end in pure noise; needs v_prediction.")
+    timestep_shift: float = Field(
+        1.0, gt=0, description="1 samples timesteps uniformly (as in the paper); above 1 samples noisier timesteps more often."
+    )
+    min_snr: float | None = Field(None, gt=0, description="Gamma of the min-SNR loss weights; unset: all timesteps weigh the same.")
+    motion_weight: float = Field(
+        1.0, gt=0, description="Weight of the error that changes from frame to frame, relative to the error of the clip's mean frame."
+    )
+    shared_noise: float = Field(0.0, ge=0, lt=1, description="Fraction of the noise variance that all frames of a clip share.")
+    noise_correlation: float = Field(0.0, ge=0, lt=1, description="Correlation of the remaining noise from one frame to the next.")
+    independent_noise_prob: float = Field(
+        0.0, ge=0, le=1, description="Probability that a batch of clips has independent noise, despite the two settings above."
+    )
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="Probability that a caption is replaced by the empty one, for classifier-free guidance."
+    )
 
     @model_validator(mode="after")
     def _pure_noise(self) -> Diffusion:
         if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError("zero_terminal_snr needs prediction v_prediction: from pure noise the noise says nothing")
-        if self.independent_share and not (self.shared_noise or self.noise_correlation):
-            raise ValueError("independent_share has no effect without shared_noise or noise_correlation: leave it out")
+            raise ValueError("zero_terminal_snr needs prediction v_prediction: in pure noise, predicting the noise teaches nothing")
+        if self.independent_noise_prob and not (self.shared_noise or self.noise_correlation):
+            raise ValueError("independent_noise_prob has no effect without shared_noise or noise_correlation: leave it out")
         return self
 
 
 class Loss(Section):
-    """Weights of the autoencoder's terms beside the mean absolute error."""
+    """Weights of the autoencoder's loss terms; the mean absolute error weighs 1."""
 
-    kl: float = Field(5e-4, ge=0)
-    perceptual: float = Field(0.0, ge=0)  # EfficientNet-lite0 features, from the extra "perceptual"
+    kl: float = Field(5e-4, ge=0, description="Weight of the KL divergence of the latents from a standard normal.")
+    perceptual: float = Field(0.0, ge=0, description="Weight of the distance of EfficientNet-lite0 features, from the extra `perceptual`.")
 
 
 class Optim(Section):
-    steps: int = Field(ge=1)
-    lr: float = Field(gt=0)
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory, from the extra "finetune"
-    warmup_steps: int = Field(200, ge=0)
-    cooldown_steps: int = Field(0, ge=0)  # the last steps, over which the rate falls to 0
-    cooldown: Literal["linear", "cosine"] = "linear"  # how
-    weight_decay: float = Field(0.01, ge=0)
-    beta2: float = Field(0.99, gt=0, lt=1)
-    grad_clip: float = Field(1.0, gt=0)
-    ema: float = Field(0.999, ge=0, lt=1)  # decay a step of the averaged weights that are sampled and exported
-    accumulate: int = Field(1, ge=1)  # batches a step
+    """Optimizer, learning rate schedule, and the average of the weights."""
+
+    steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
+    lr: float = Field(gt=0, description="Learning rate after warm-up.")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="AdamW, or AdamW with 8-bit states, which take a quarter of the memory, from the extra `finetune`."
+    )
+    warmup_steps: int = Field(200, ge=0, description="First steps, over which the learning rate rises linearly.")
+    cooldown_steps: int = Field(0, ge=0, description="Last steps, over which the learning rate falls to 0.")
+    cooldown: Literal["linear", "cosine"] = Field("linear", description="Shape of that fall.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    beta2: float = Field(0.99, gt=0, lt=1, description="Decay of AdamW's second moment.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient; larger gradients are scaled down to it.")
+    ema: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        description="Decay per step of the averaged weights, which are sampled and exported: they average about the last "
+        "1 / (1 - ema) steps; 0 takes the weights of the last step.",
+    )
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients are accumulated for each step.")
 
 
 class Train(Section):
-    seed: int = Field(0, ge=0)
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # bf16 where the device has units for it, else float32 ("no")
-    log_every: int = Field(50, ge=1)  # steps
-    sample_every: int = Field(1000, ge=1)  # steps
-    sample_steps: int = Field(20, ge=1)  # of sampling; with the guidance what the trained model does when nothing is asked for
-    sample_guidance: float = Field(4.0, ge=1)
-    sample_shared_noise: float | None = Field(None, ge=0, le=1)  # likewise; unset: as in training
-    sample_noise_correlation: float | None = Field(None, ge=0, lt=1)
-    checkpoint_minutes: float = Field(5.0, gt=0)
-    keep_checkpoints: int = Field(2, ge=1)
-    validate_every: int = Field(500, ge=1)  # steps
-    val_batches: int = Field(8, ge=1)
-    tracker: Literal["tensorboard", "wandb"] | None = None  # from the extra "track"; stats.jsonl is always written
-    compile: bool = False  # the network by torch.compile: minutes at the start, every later step shorter
-    gradient_checkpointing: bool = False
-    shard: bool = False  # weights, gradients and optimizer in parts over the processes (FSDP2), for models too large for one
+    """Seed, precision, logging, checkpoints, and memory."""
+
+    seed: int = Field(0, ge=0, description="Seed of the new weights and of every batch.")
+    precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto",
+        description="Mixed precision; `no` is float32, `auto` is bf16 where the device supports it, fp16 on older GPUs, else float32.",
+    )
+    log_every: int = Field(50, ge=1, description="Steps between two lines of stats.jsonl.")
+    sample_every: int = Field(1000, ge=1, description="Steps between two sets of samples.")
+    sample_steps: int = Field(20, ge=1, description="Sampling steps of the samples, and the default of the exported model.")
+    sample_guidance: float = Field(4.0, ge=1, description="Guidance scale of the samples, and the default of the exported model.")
+    sample_shared_noise: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Shared noise of the samples, and the default of the exported model; unset: diffusion.shared_noise.",
+    )
+    sample_noise_correlation: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Noise correlation of the samples, and the default of the exported model; unset: diffusion.noise_correlation.",
+    )
+    checkpoint_minutes: float = Field(5.0, gt=0, description="Minutes between two checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="Number of checkpoints kept.")
+    validate_every: int = Field(500, ge=1, description="Steps between two validations.")
+    val_batches: int = Field(8, ge=1, description="Batches in a validation.")
+    tracker: Literal["tensorboard", "wandb"] | None = Field(
+        None, description="Also log to this tracker, from the extra of its name; stats.jsonl is always written."
+    )
+    compile: bool = Field(False, description="Compile the network: minutes at the start, every later step faster.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower steps.")
+    shard: bool = Field(
+        False, description="Shard weights, gradients and optimizer states over the processes (FSDP2), for models too large for one device."
+    )
 
 
 class Config(Section):
-    stage: Literal["autoencoder", "image", "video"]
+    """All settings of a run, as in `config.toml` of its folder."""
+
+    stage: Literal["autoencoder", "image", "video"] = Field(
+        description="What is trained: an autoencoder, a text-to-image model, or a text-to-video model."
+    )
     data: Data
     model: Model
     optim: Optim
@@ -150,23 +232,25 @@ class Config(Section):
             if getattr(getattr(self, section), key) != default:
                 raise ValueError(f"{name} has no effect in stage {self.stage}: leave it out")
         if self.lora and self.train.shard:
-            raise ValueError("train.shard is for models too large for one device; a lora's frozen weights are not sharded: leave it out")
+            raise ValueError("train.shard has no effect on the frozen weights under a lora: leave it out")
         if self.train.shard and (self.stage == "autoencoder" or self.optim.optimizer != "adamw"):
-            raise ValueError("train.shard is for denoisers with optim.optimizer=adamw: neither autoencoders nor adamw8bit can be sharded")
+            raise ValueError(
+                "train.shard needs stage image or video and optim.optimizer=adamw: neither autoencoders nor adamw8bit can be sharded"
+            )
         if self.train.shard and self.train.precision == "fp16":
             raise ValueError("train.shard with train.precision=fp16: expected bf16 or no")
         if self.lora and self.model.place == "end" and self.model.temporal == "shift" and "conv2" in self.lora.modules:
             raise ValueError("with model.place=end conv2 shifts and takes no LoRA: leave it out of lora.modules")
         if self.lora and self.model.temporal in ("attention", "vdm"):
             raise ValueError(
-                f"a lora adds to weights that are there; those of model.temporal={self.model.temporal} are new: train all, without lora"
+                f"the layers of model.temporal={self.model.temporal} are new, and a lora only adds to trained weights: train without lora"
             )
         if self.optim.cooldown != "linear" and not self.optim.cooldown_steps:
             raise ValueError("optim.cooldown has no effect without optim.cooldown_steps")
         if not self.data.val_splits and (self.train.validate_every, self.train.val_batches) != (500, 8):
             raise ValueError("train.validate_every and train.val_batches have no effect without data.val_splits")
         if self.lora and (self.stage == "autoencoder" or self.model.init is None):
-            raise ValueError("lora trains additions to a denoiser's weights: expected stage image or video, and model.init")
+            raise ValueError("a lora adds to the weights of a trained denoiser: expected stage image or video, and model.init")
         if self.optim.warmup_steps + self.optim.cooldown_steps > self.optim.steps:
             warmup, cooldown = self.optim.warmup_steps, self.optim.cooldown_steps
             raise ValueError(
@@ -175,7 +259,7 @@ class Config(Section):
         return self
 
     def with_settings(self, settings: dict[str, object]) -> Config | None:
-        """With other values of some `table.key`, unless they contradict the others."""
+        """Return a Config with other values for some `table.key`, or None if they contradict the rest."""
         tables = self.model_dump(exclude_none=True)
         for name, value in settings.items():
             table, key = name.split(".")
@@ -186,7 +270,7 @@ class Config(Section):
             return None
 
     def identity(self) -> dict[str, object]:
-        """What the weights and the optimizer's state of a run mean; a run that goes on keeps it, everything else may change."""
+        """Return the settings that must stay when a run is resumed: they decide what its weights and optimizer states mean."""
         diffusion = ("prediction", "schedule", "num_timesteps", "zero_terminal_snr")
         return {
             "stage": self.stage,
@@ -200,9 +284,9 @@ class Config(Section):
 
 
 PACKING = ("size", "fps", "aspects", "mirror")
-"""Settings of `data` that say how a folder of videos is packed and encoded: of no effect on what is."""
+"""Settings of `data` for packing and encoding a folder of videos; without effect on a store."""
 _DIFFUSION = [f"diffusion.{name}" for name in Diffusion.model_fields]
-_IGNORED = {  # settings that a stage does not read
+_IGNORED = {  # settings that have no effect in a stage
     "autoencoder": [
         *_DIFFUSION,
         "data.mirror",
@@ -224,7 +308,7 @@ _IGNORED = {  # settings that a stage does not read
         "diffusion.motion_weight",
         "diffusion.shared_noise",
         "diffusion.noise_correlation",
-        "diffusion.independent_share",
+        "diffusion.independent_noise_prob",
         "train.sample_shared_noise",
         "train.sample_noise_correlation",
         "data.crop",
@@ -243,43 +327,70 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Args:
         path: a TOML file.
-        overrides: `table.key=value`, the value in TOML (a bare word is a string); `data=` and `model=` are `data.path` and `model.init`.
+        overrides: `table.key=value`, the value in TOML (a bare word is a string); `data=` and `model=` set
+            `data.path` and `model.init`.
 
     Raises:
-        ValueError: unreadable, an unknown key (the nearest valid one is named), a wrong type, or settings that contradict.
+        ValueError: the file cannot be read, a key is unknown (the message names the nearest one), a value has
+            the wrong type, or settings contradict each other.
     """
     path = Path(path)
     try:
         settings = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
     except (OSError, tomlkit.exceptions.ParseError) as error:
         raise ValueError(f"{path}: {error}") from error
+    _rename_keys(settings, path)
     for override in overrides or []:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ValueError(f"expected table.key=value, got {override!r}")
-        try:
-            value = tomlkit.value(text).unwrap()
-        except tomlkit.exceptions.ParseError:
-            value = text
-        *tables, name = {"data": "data.path", "model": "model.init"}.get(key, key).split(".")
-        target = settings
-        for table in tables:
-            target = target.setdefault(table, {})
-            if not isinstance(target, dict):
-                raise ValueError(f"{key}: {table} is a value, not a table")
-        target[name] = value
+        _apply_override(settings, override)
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
         raise ValueError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from None
 
 
+def _rename_keys(settings: dict[str, Any], path: Path) -> None:
+    """Move the values of renamed keys to their present names, in place."""
+    for old, new in RENAMED_KEYS.items():
+        (old_table, old_key), (new_table, new_key) = old.split("."), new.split(".")
+        if not isinstance(settings.get(old_table), dict) or old_key not in settings[old_table]:
+            continue
+        if new_key in settings.get(new_table, {}):
+            raise ValueError(f"{path}: {old} is the old name of {new}: leave it out")
+        log.warning(_RENAMED, f"{path}: {old}", new)
+        settings.setdefault(new_table, {})[new_key] = settings[old_table].pop(old_key)
+
+
+_RENAMED = "%s is now called %s; the old name works in this release only"
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    """Set the key of a `table.key=value`, in place."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"expected table.key=value, got {override!r}")
+    try:
+        value = tomlkit.value(text).unwrap()
+    except tomlkit.exceptions.ParseError:
+        value = text
+    if key in RENAMED_KEYS:
+        log.warning(_RENAMED, key, RENAMED_KEYS[key])
+    key = {"data": "data.path", "model": "model.init", **RENAMED_KEYS}.get(key, key)
+    *tables, name = key.split(".")
+    target = settings
+    for table in tables:
+        target = target.setdefault(table, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"{key}: {table} is a value, not a table")
+    target[name] = value
+
+
 def dump(config: Config) -> str:
-    """The settings as TOML, every default written out; `load` reads it back to an equal Config."""
+    """Return the settings as TOML with all defaults; `load` reads it back to an equal Config."""
     return tomlkit.dumps(config.model_dump(exclude_none=True))
 
 
 def _explain(problem) -> str:
+    """Return a pydantic error as one line, with the nearest valid key for an unknown one."""
     *tables, name = [str(part) for part in problem["loc"]] or [""]
     if problem["type"] == "extra_forbidden":
         section: type[BaseModel] = Config

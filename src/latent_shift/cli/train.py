@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from latent_shift.runtime import keep_freed_memory, quiet_libraries
 
 if TYPE_CHECKING:
     from latent_shift.config import Config
+    from latent_shift.training.prepare import Prepared
 
 
 def train(
@@ -41,10 +43,10 @@ def train(
     from latent_shift.training import loop
 
     with TrainingProgress(resolved.stage, resolved.optim.steps) as report:
-        print(loop.train(resolved, run, report=report, prepared=_print_estimate, progress=Progress))
+        print(loop.train(resolved, run, report=report, on_prepared=partial(_print_estimate, resolved), progress=Progress))
 
 
-def _print_estimate(config: Config) -> None:
+def _print_estimate(config: Config, prepared: Prepared) -> None:
     """Print the memory and the least time that a run needs."""
     if config.stage == "autoencoder":
         return
@@ -53,8 +55,8 @@ def _print_estimate(config: Config) -> None:
     from latent_shift.training import memory
 
     device = resolve_device()
-    needs = memory.of_run(config, device.type)
-    seconds = needs.flops / matrix_rate(device, dtype_of(config.train.precision))
+    needs = memory.estimate_run(config, prepared, device.type)
+    seconds = needs.flops / matrix_rate(device, dtype_of(prepared.precision))
     hours = config.optim.steps * seconds / 3600
     total = f"{hours:.2g} h" if hours >= 1 else f"{60 * hours:.2g} min"
     print(f"{needs}\ntime: at least {seconds:.2g} s a step, {total} in all ({needs.flops / 1e12:.2g} TFLOP)")

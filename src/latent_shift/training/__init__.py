@@ -1,1 +1,1 @@
-"""The training loop, its stages and objectives, checkpoints, memory."""
+"""Training: the loop, its stages and objectives, preparation and checks, checkpoints, memory."""

@@ -1,13 +1,14 @@
-"""The run folder: what a training run leaves on disk, written so that a crash at any moment loses minutes, never the run.
+"""Checkpoints in the run folder. A crash at any moment loses minutes of a run, never the run.
 
 run/
-  config.toml            every setting, defaults written out; `latent-shift train run` resumes from it
-  stats.jsonl            a line every `log_every` steps; `seconds` is the run's time so far, sampling and saving included
-  samples/               pictures and clips drawn while it trains
-  checkpoints/step-*/    weights and averaged weights (safetensors), optimizer state (PyTorch's own format); of a sharded run both in
-                         `sharded/`, a file a process; state.json names every file and its size, and is written last
-  model/                 the averaged weights as a diffusers folder, when the run is done; of a LoRA its file
-  .lock                  held by the process that trains here; the system lets go of it whatever ends the process
+  config.toml            every setting with its default; `latent-shift train run` resumes from it
+  stats.jsonl            a line every `train.log_every` steps; `seconds` is the run's time so far, sampling and saving included
+  samples/               pictures and clips sampled during training
+  checkpoints/step-*/    weights and averaged weights (safetensors), optimizer states (PyTorch's format); a sharded run has weights and
+                         optimizer in `sharded/`, one file a process; state.json lists every file with its size
+                         and is written last
+  model/                 the averaged weights as a diffusers folder when the run is finished; for a LoRA its file
+  .lock                  locked by the process that trains here; the system releases it however the process ends
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
-from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,117 +31,124 @@ from torch import nn
 
 from latent_shift.files import write_text
 from latent_shift.training import fsdp
+from latent_shift.training.ema import EMA
 
 log = logging.getLogger("latent_shift")
 
 
-def save(accelerator: Accelerator, run: Path, step: int, *, keep: int, seen: dict[str, list[float]]) -> Path:
-    """Write checkpoint `step` aside, rename it into place, and delete all but the newest `keep`; later ones, which were not whole when
-    the run went on from an earlier one, too. `seen` are the losses that have no line in stats.jsonl yet.
+def save(accelerator: Accelerator, run: Path, step: int, *, keep: int, losses: dict[str, list[float]]) -> Path:
+    """Write the checkpoint of `step` aside, rename it into place, and delete all but the newest `keep`.
+
+    Checkpoints after `step` are deleted too: they are corrupt, and the run skipped them when it resumed.
+
+    Args:
+        losses: the losses that have no line in stats.jsonl yet, by name.
 
     Raises:
-        OSError: it could not be written: the disk is full, say. The checkpoints before it are as they were.
+        OSError: the checkpoint could not be written, for example because the disk is full; earlier checkpoints
+            are unchanged.
     """
     target = run / "checkpoints" / f"step-{step:08d}"
     partial = target.with_name(f".{target.name}.partial")
     if accelerator.is_main_process:
-        for left in target.parent.glob(".step-*.partial"):  # of a run that was killed while it saved
-            shutil.rmtree(left)
+        for leftover in target.parent.glob(".step-*.partial"):  # a run that was killed while saving leaves one
+            shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial), safe_serialization=True)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            _seal(partial, step, seen)
-    except Exception as error:  # each of the libraries has its own for a file that cannot be written
+            _write_manifest(partial, step, losses)
+    except Exception as error:  # every library raises its own class for a file that cannot be written
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
             raise  # out of memory
-        whole = [folder.name for folder in steps(run) if _flaw(folder) is None]
-        raise OSError(
-            f"{run}: step {step} could not be saved ({error}); "
-            f"{f'{whole[-1]} is whole, and the same command goes on from there' if whole else 'nothing was saved before it'}"
-        ) from error
+        complete = [folder.name for folder in steps(run) if _find_corruption(folder) is None]
+        remaining = f"{complete[-1]} is complete, and the same command resumes from it" if complete else "there is no earlier checkpoint"
+        raise OSError(f"{run}: step {step} could not be saved ({error}); {remaining}") from error
     if accelerator.is_main_process:
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
-        kept = [folder for folder in steps(run) if folder <= target and _flaw(folder) is None][-keep:]
+        newest = [folder for folder in steps(run) if folder <= target and _find_corruption(folder) is None][-keep:]
         for folder in steps(run):
-            if folder not in kept:
+            if folder not in newest:
                 shutil.rmtree(folder)
     return target
 
 
-def _seal(folder: Path, step: int, seen: dict[str, list[float]]) -> None:
-    """Have every file on the disk, and then the one that says so."""
+def _write_manifest(folder: Path, step: int, losses: dict[str, list[float]]) -> None:
+    """Flush every file to the disk, then write state.json, whose presence marks a complete checkpoint."""
     sizes = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("r+b") as file:  # Windows wants to write to what it flushes
+        with path.open("r+b") as file:  # Windows flushes only files opened for writing
             os.fsync(file.fileno())
         sizes[str(path.relative_to(folder))] = path.stat().st_size
-    write_text(folder / "state.json", json.dumps({"step": step, "sizes": sizes, "seen": seen}))
+    write_text(folder / "state.json", json.dumps({"step": step, "sizes": sizes, "seen": losses}))
 
 
-def _flaw(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, if anything is."""
+def _find_corruption(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None."""
     try:
         sizes = json.loads((folder / "state.json").read_text(encoding="utf-8"))["sizes"]
     except (OSError, ValueError, KeyError) as error:
         return f"state.json cannot be read ({error})"
-    for name, size in sizes.items():
-        found = (folder / name).stat().st_size if (folder / name).exists() else 0
-        if found != size:
-            return f"{name} has {found} bytes of {size}"
+    for name, expected in sizes.items():
+        size = (folder / name).stat().st_size if (folder / name).exists() else 0
+        if size != expected:
+            return f"{name} has {size} bytes of {expected}"
     return None
 
 
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Hold the run folder. Raises ValueError if another process does."""
+    """Lock the run folder inside the `with` block; raise ValueError if another process has locked it."""
     run.mkdir(parents=True, exist_ok=True)
     try:
-        held = FileLock(run / ".lock").acquire(timeout=0)
+        file_lock = FileLock(run / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{run}: another process trains there; choose another folder with --run") from None
-    with held:
+    with file_lock:
         yield
 
 
-def average_too(accelerator: Accelerator, ema: EMAModel, names: list[str]) -> None:
-    """Save and load the averaged weights, by the names of the parameters, with the others."""
+def register_ema(accelerator: Accelerator, ema: EMA, names: list[str]) -> None:
+    """Save and load the averaged weights, by the names of their parameters, with the accelerator's checkpoints.
 
-    def save_average(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
-        tensors = fsdp.gathered(zip(names, ema.shadow_params, strict=True), accelerator.is_main_process)
+    Checkpoints with another kind of average load too: it then counts as the average of the steps so far.
+    """
+
+    def save_averages(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
+        tensors = fsdp.gather_tensors(zip(names, ema.averages, strict=True), keep=accelerator.is_main_process)
         if accelerator.is_main_process:
-            save_file(tensors, Path(folder) / "average.safetensors", metadata={"steps": str(ema.optimization_step)})
+            save_file(tensors, Path(folder) / "average.safetensors", metadata={"steps": str(ema.num_steps)})
 
-    def load_average(modules: list[nn.Module], folder: str) -> None:
+    def load_averages(modules: list[nn.Module], folder: str) -> None:
         with safe_open(Path(folder) / "average.safetensors", framework="pt") as file:
-            for name, tensor in zip(names, ema.shadow_params, strict=True):
-                fsdp.copy(file.get_tensor(name), tensor)
-            ema.optimization_step = int(file.metadata()["steps"])
+            for name, tensor in zip(names, ema.averages, strict=True):
+                fsdp.copy_into_shard(file.get_tensor(name), tensor)
+            ema.num_steps = int(file.metadata()["steps"])
 
-    accelerator.register_save_state_pre_hook(save_average)
-    accelerator.register_load_state_pre_hook(load_average)
+    accelerator.register_save_state_pre_hook(save_averages)
+    accelerator.register_load_state_pre_hook(load_averages)
 
 
-def leave_out_frozen(accelerator: Accelerator, module: nn.Module) -> None:
-    """Save only what is trained: of a LoRA megabytes, not the gigabytes of the model it adds to."""
+def skip_frozen(accelerator: Accelerator, module: nn.Module) -> None:
+    """Save and load trained parameters alone: megabytes of a LoRA instead of the gigabytes of the model under it."""
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     if len(trained) == len(list(module.parameters())):
         return
 
     def save_trained(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
-        bare = [{name.removeprefix("module."): tensor for name, tensor in state.items()} for state in weights]  # what DDP puts before
-        weights[:] = [{name: state[name] for name in trained} for state in bare]
+        states = [{name.removeprefix("module."): tensor for name, tensor in state.items()} for state in weights]  # DDP's prefix
+        weights[:] = [{name: state[name] for name in trained} for state in states]
 
     def load_trained(modules: list[nn.Module], folder: str) -> None:
-        saved = load_file(Path(folder) / "model.safetensors")
-        if saved.keys() != trained:
-            raise ValueError(f"{folder}: expected the {len(trained)} trained tensors of this run, got {len(saved)} others")
+        tensors = load_file(Path(folder) / "model.safetensors")
+        if tensors.keys() != trained:
+            raise ValueError(f"{folder}: expected the {len(trained)} trained tensors of this run, got {len(tensors)} others")
         for wrapped in modules:
-            accelerator.unwrap_model(wrapped).load_state_dict(saved, strict=False)
+            accelerator.unwrap_model(wrapped).load_state_dict(tensors, strict=False)
         modules.clear()
 
     accelerator.register_save_state_pre_hook(save_trained)
@@ -149,35 +156,40 @@ def leave_out_frozen(accelerator: Accelerator, module: nn.Module) -> None:
 
 
 def steps(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the checkpoint folders of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step-*"))
 
 
 def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[float]]]:
-    """Load the newest checkpoint that is whole, if there is one; returns the number of steps done and the losses seen since the last
-    line of stats.jsonl.
+    """Load the newest complete checkpoint, if there is one.
+
+    Returns:
+        The number of steps done, and the losses that have no line in stats.jsonl yet.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole.
+        ValueError: there are checkpoints, but none is complete.
     """
-    flaws = []
+    problems = []
     for folder in reversed(steps(run)):
-        if (flaw := _flaw(folder)) is None:
-            if accelerator.scaler is not None and not (folder / "scaler.pt").exists():  # of a run that went on in fp16
+        if (problem := _find_corruption(folder)) is None:
+            if accelerator.scaler is not None and not (folder / "scaler.pt").exists():  # the run had another precision before
                 torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
             accelerator.load_state(str(folder))
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             return int(state["step"]), state["seen"]
-        log.warning("%s is left out: %s", folder, flaw)
-        flaws.append(f"{folder.name}: {flaw}")
-    if flaws:
-        raise ValueError(f"{run}: no checkpoint is whole ({'; '.join(flaws)}); delete the folder to begin again")
+        log.warning("%s is skipped: %s", folder, problem)
+        problems.append(f"{folder.name}: {problem}")
+    if problems:
+        raise ValueError(f"{run}: no checkpoint is complete ({'; '.join(problems)}); delete the folder to start again")
     return 0, {}
 
 
 def trim_stats(run: Path, step: int) -> float:
-    """Drop the lines of stats.jsonl after `step`, which are about to be written again, and one that a crash cut short; returns the
-    seconds up to there."""
+    """Delete the lines of stats.jsonl after `step`, which will be written again, and a truncated last line.
+
+    Returns:
+        The run's time in seconds up to `step`.
+    """
     path = run / "stats.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = [row for row in (json.loads(line) for line in lines if line.endswith("}\n")) if row["step"] <= step]

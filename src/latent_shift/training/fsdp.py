@@ -1,7 +1,7 @@
-"""Weights, gradients and optimizer states in parts over the processes: PyTorch's fully_shard (FSDP2).
+"""Shard weights, gradients and optimizer states over the processes by PyTorch's fully_shard (FSDP2).
 
-Each block of a network is gathered when it is needed and let go of after, so that a process holds about 1/N of everything and one
-block whole. What is learnt is what unsharded processes learn.
+The weights of a block are gathered when the block runs and freed after it: a process holds about 1/N of
+everything and one full block. Losses are those of unsharded training.
 """
 
 from __future__ import annotations
@@ -23,25 +23,17 @@ from torch.optim import Optimizer
 
 
 def shard(objective: nn.Module, network: nn.Module, accelerator: Accelerator) -> None:
-    """Shard an objective and the network in it, in place; parameters become DTensors.
-
-    Raises:
-        ValueError: one process, or mixed precision that scales gradients.
-    """
-    if accelerator.num_processes == 1:
-        raise ValueError("train.shard needs several processes: start the run with torchrun")
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError("train.shard with train.precision=fp16: expected bf16 or no")
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))  # to whose devices each part goes by itself
+    """Shard an objective and its network in place and move each shard to its device; parameters become DTensors."""
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for module in network.modules():
         if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
             fully_shard(module, mesh=mesh)
-    fully_shard(network, mesh=mesh)  # samples are drawn with the network alone
+    fully_shard(network, mesh=mesh)  # on its own, because samples run the network without the objective
     fully_shard(objective, mesh=mesh)
 
 
-def register(accelerator: Accelerator, objective: nn.Module, optimizer: Optimizer) -> None:
-    """Have the accelerator save and load what is sharded: PyTorch's distributed checkpoint, a file a process."""
+def register_sharded_state(accelerator: Accelerator, objective: nn.Module, optimizer: Optimizer) -> None:
+    """Save and load sharded weights and optimizer states with the accelerator's checkpoints, one file a process."""
 
     def save(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
         model, states = get_state_dict(objective, optimizer)
@@ -57,23 +49,23 @@ def register(accelerator: Accelerator, objective: nn.Module, optimizer: Optimize
     accelerator.register_load_state_pre_hook(load)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each process may hold a part; all of them must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor gathered from its shards; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, one gathered after the other, of those processes that keep them; all of them must ask."""
-    found = {}
+def gather_tensors(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
+    """Gather tensors one after the other and return them on the CPU where `keep` is set; every process must call this."""
+    gathered = {}
     for name, tensor in tensors:
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         if keep:
-            found[name] = tensor.cpu().contiguous()
-    return found
+            gathered[name] = tensor.cpu().contiguous()
+    return gathered
 
 
-def copy(source: Tensor, target: Tensor) -> None:
-    """Copy a whole tensor into one of which each process may hold a part."""
+def copy_into_shard(source: Tensor, target: Tensor) -> None:
+    """Copy a full tensor into one that may be sharded; every process must call this."""
     if isinstance(target, DTensor):
         source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
     target.copy_(source)

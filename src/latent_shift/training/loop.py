@@ -1,8 +1,8 @@
-"""One training loop for the three stages: autoencoder, text-to-image, text-to-video.
+"""The training loop of all three stages: autoencoder, text to image, text to video.
 
-Every random number of step k comes from a generator seeded with (seed, k, batch), the batches of a step being counted over processes
-and accumulation. So a resumed run goes on exactly where it was, nothing random has to be saved, and two processes train as one does
-that accumulates twice as much.
+The random numbers of a batch come from a generator seeded with (seed, step, part), where part counts the
+batches of a step over processes and accumulation. So a resumed run continues exactly without saving random
+states, and two processes train as one process that accumulates twice as many batches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -26,317 +26,363 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
-from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from latent_shift.config import Config, dump, load
+from latent_shift.config import Config, dump
 from latent_shift.files import write_text
 from latent_shift.models import sizes
-from latent_shift.runtime import has_bf16_units, peak_memory_gib, rank, resolve_device, world_size
-from latent_shift.training import checkpoint, fsdp, prepare
+from latent_shift.runtime import peak_memory_gib, rank, resolve_device, world_size
+from latent_shift.training import checkpoint, checks, fsdp, prepare
 from latent_shift.training import optimizer as optim
+from latent_shift.training.ema import EMA
+from latent_shift.training.memory import suggest_smaller_settings
 from latent_shift.training.objectives import attention_kernel
 from latent_shift.training.optimizer import learning_rate
 from latent_shift.training.stages import AutoencoderStage, DenoiserStage, Stage
 
 log = logging.getLogger("latent_shift")
 
+Report = Callable[[dict], None]
+
 
 def train(
-    config: Config, run: str | Path, *, report: Callable[[dict], None] | None = None,
-    prepared: Callable[[Config], None] | None = None, progress: prepare.Progress | None = None,
+    config: Config, run: str | Path, *, report: Report | None = None, on_prepared: Callable[[prepare.Prepared], None] | None = None,
+    progress: prepare.Progress | None = None,
 ) -> Path:  # fmt: skip
-    """Train one stage in the folder `run`, going on from its newest checkpoint if it has one.
+    """Train one stage in the folder `run`, or resume it from its newest checkpoint.
 
     Args:
-        config: what to train. A run that goes on must keep what its weights mean (`Config.identity`); the rest may change.
-        run: the run folder (see checkpoint.py). One that has all its steps is exported again.
-        report: called with the statistics of every `log_every` steps.
-        prepared: called before the first step with the settings as `finetune.prepare` gives them back.
-        progress: opens a progress bar of a name, for packing and encoding.
+        config: the settings. A resumed run must keep those of `Config.identity`; the others may change.
+        run: the run folder (see checkpoint.py). A finished run is exported again.
+        report: called with every line of stats.jsonl.
+        on_prepared: called with the prepared sources before the first step.
+        progress: opens a progress bar of a title, for packing and encoding.
 
     Returns:
-        `run/model`, the exported diffusers folder, or that of a LoRA's file; the run folder if SIGTERM stopped it before its last step.
+        `run/model`, the exported diffusers folder or the folder of a LoRA's file; `run` if SIGTERM stopped the
+        run before its last step.
 
     Raises:
-        ValueError: settings or data that do not fit together, or a run folder that holds another model's run or another process.
-        RuntimeError: `train.tracker` without its package; out of memory, or no finite gradient for many steps, with what to lower.
-        OSError: a checkpoint could not be written; those before it are whole.
+        ValueError: settings or data that do not fit together, or a run folder that holds another run or that
+            another process uses.
+        RuntimeError: the package of `train.tracker` is missing; out of memory, or no finite gradient for many
+            steps, with what to lower.
+        OSError: a checkpoint could not be written; earlier ones are complete.
     """
     run = Path(run)
-    check(config)
-    check_run(config, run)
+    checks.check_settings(config, run)
     with checkpoint.lock(run) if rank() == 0 else nullcontext():
         try:
             if rank() == 0:
                 run.mkdir(parents=True, exist_ok=True)
-                write_text(run / "config.toml", dump(config))  # from here on the folder alone says what to go on with
-            ready = prepare.prepare(config, run, device=resolve_device(), progress=progress)
-            if prepared and rank() == 0:
-                prepared(ready)
-            return _train(config, ready, run, report)
+                write_text(run / "config.toml", dump(config))  # from here on the folder alone is enough to resume
+            prepared = prepare.prepare(config, run, device=resolve_device(), progress=progress)
+            if on_prepared and rank() == 0:
+                on_prepared(prepared)
+            return run_steps(create_state(config, prepared, run), report)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
                 raise
-            raise RuntimeError(f"out of memory: {advice(config)} ({error})") from error
+            raise RuntimeError(f"out of memory: {suggest_smaller_settings(config)} ({error})") from error
 
 
-def check(config: Config) -> None:
-    """Raise for what can be told to be wrong before data is read.
+@dataclass
+class TrainState:
+    """A run in progress. Losses stay on the device: reading a number would make the host wait for it."""
+
+    config: Config
+    run: Path
+    accelerator: Accelerator
+    stage: Stage
+    objective: nn.Module  # the stage's, as accelerate wraps it
+    parameters: list[nn.Parameter]  # those that are trained
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    step: int = 0  # steps done
+    losses: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))  # since the last line of stats.jsonl
+    skipped_in_a_row: Tensor | float = 0.0
+    stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
+
+    # For statistics, and to know when a checkpoint is due.
+    first_step: int = 0  # of this process
+    previous_seconds: float = 0.0  # of the run in earlier processes
+    data_wait_s: float = 0.0  # since the last line
+    logged_step: int = 0
+    started_at: float = field(default_factory=time.monotonic)
+    logged_at: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=time.monotonic)
+    next_sync_step: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.step == self.config.optim.steps
+
+
+def run_steps(state: TrainState, report: Report | None = None) -> Path:
+    """Train to the last step, or until SIGTERM; export the averaged weights at the end."""
+    config, settings = state.config, state.config.train
+    stopped = False
+    with _set_on_sigterm(state.stop), ThreadPoolExecutor(config.data.loaders) as loader:
+        batches = prefetch_batches(state, loader)
+        while not state.is_done and not stopped:
+            train_step(state, batches)
+            validates = bool(config.data.val_splits) and (state.step % settings.validate_every == 0 or state.is_done)
+            if validates:
+                state.losses["val_loss"] = [validate(state)]
+            if state.step % settings.log_every == 0 or validates or state.is_done:
+                log_row(state, report)
+            if state.step % settings.sample_every == 0:
+                write_samples(state)
+            stopped = maybe_checkpoint(state)
+    if stopped:
+        log.warning("stopped by SIGTERM at step %d of %d; the same command resumes from there", state.step, config.optim.steps)
+    else:
+        export(state)
+    state.accelerator.end_training()
+    return state.run if stopped else state.run / "model"
+
+
+def train_step(state: TrainState, batches: Iterator[tuple[Tensor, ...]]) -> None:
+    """Take one optimizer step on the gradients of `optim.accumulate` batches, and update the averaged weights."""
+    config, accelerator, optimizer = state.config, state.accelerator, state.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+    for _ in range(config.optim.accumulate):
+        batch = next(batches)
+        with accelerator.accumulate(state.objective), attention_kernel(accelerator.device.type, noise=batch[1]):
+            loss, terms = forward(state, batch)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(state.parameters, config.optim.grad_clip)
+                terms["grad_norm"] = fsdp.full_tensor(norm)
+                terms["skipped"] = optim.step_if_finite(optimizer, terms["grad_norm"], config)
+                state.skipped_in_a_row = (state.skipped_in_a_row + 1) * terms["skipped"]
+                optimizer.zero_grad()
+        for name, value in {"loss": loss.detach(), **terms}.items():
+            state.losses[name].append(value)
+    state.ema.update()
+    state.step += 1
+
+
+def forward(state: TrainState, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of a batch and its terms, in the run's precision."""
+    with state.accelerator.autocast():
+        return state.objective(*(tensor.to(state.accelerator.device) for tensor in batch))
+
+
+def draw_batch(state: TrainState, number: int) -> tuple[Tensor, ...]:
+    """Return batch `number` of this process, counted from the start of the run."""
+    accelerator = state.accelerator
+    step, part = divmod(number, state.config.optim.accumulate)
+    seed = [state.config.train.seed, step, part * accelerator.num_processes + accelerator.process_index]
+    return state.stage.draw_batch(np.random.default_rng(seed))
+
+
+def prefetch_batches(state: TrainState, loader: ThreadPoolExecutor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the batches of the remaining steps, drawn `data.loaders` ahead in the threads of `loader`."""
+    accumulate = state.config.optim.accumulate
+    numbers = iter(range(state.step * accumulate, state.config.optim.steps * accumulate))
+    prefetched = deque(loader.submit(draw_batch, state, number) for number in islice(numbers, state.config.data.loaders))
+    while prefetched:
+        start = time.monotonic()
+        batch = prefetched.popleft().result()
+        state.data_wait_s += time.monotonic() - start
+        if (number := next(numbers, None)) is not None:
+            prefetched.append(loader.submit(draw_batch, state, number))
+        yield batch
+
+
+@contextmanager
+def averaged_weights(state: TrainState) -> Iterator[None]:
+    """Use the averaged weights, for inference."""
+    precision = state.accelerator.autocast() if state.config.stage != "autoencoder" else nullcontext()
+    state.stage.model.eval()
+    # Validation and sampling run eagerly: their shapes would need graphs of their own, for few calls.
+    with state.ema.applied(), torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):
+        yield
+    state.stage.model.train()
+
+
+def validate(state: TrainState) -> Tensor:
+    """Return the loss of the averaged weights on the held-out splits, on the same clips, noise and timesteps every time."""
+    process, num_processes = state.accelerator.process_index, state.accelerator.num_processes
+    losses = []
+    with averaged_weights(state):
+        for number in range(process, -(-state.config.train.val_batches // num_processes) * num_processes, num_processes):
+            # A seed of four numbers is never that of a training batch, which has three.
+            batch = state.stage.draw_batch(np.random.default_rng([0, number, 0, 1]), held_out=True)
+            loss, terms = forward(state, batch)
+            losses.append(terms.get("mse", loss))
+    return torch.stack(losses).mean()
+
+
+def write_samples(state: TrainState) -> None:
+    """Sample with the averaged weights, every process its part, and write the result to `run/samples`."""
+    accelerator = state.accelerator
+    with averaged_weights(state):
+        parts = gather_object([state.stage.sample(accelerator.process_index, accelerator.num_processes)])
+    if accelerator.is_main_process:
+        samples = {position: sample for part in parts for position, sample in part.items()}
+        state.stage.write_samples(samples, state.run / "samples", state.step)
+
+
+def log_row(state: TrainState, report: Report | None = None) -> None:
+    """Write a line of stats.jsonl: the mean losses since the last line, over all processes, and speed.
 
     Raises:
-        ValueError: a named size that is none, packages that are missing, or settings that this machine cannot do.
-        RuntimeError: `train.tracker` without its package.
+        RuntimeError: the last `optim.MAX_SKIPPED_STEPS` steps and more had no finite gradient.
     """
-    tracker, world = config.train.tracker, world_size()
-    if tracker and not find_spec(tracker):
-        raise RuntimeError(f"train.tracker={tracker} needs its package: pip install 'latent-shift-video[{tracker}]'")
-    if config.optim.optimizer == "adamw8bit" and not find_spec("bitsandbytes"):
-        raise ValueError("optim.optimizer=adamw8bit needs the extra: pip install 'latent-shift-video[finetune]'")
-    if config.lora and not find_spec("peft"):
-        raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'")
-    if config.train.shard and world == 1:
-        raise ValueError("train.shard needs several processes: start the run with torchrun")
-    if config.train.precision == "fp16" and resolve_device().type == "cpu":  # which has no gradient scaler
-        raise ValueError("train.precision=fp16 needs a GPU; on a CPU take bf16")
-    if config.train.precision == "bf16" and resolve_device().type == "cpu" and not has_bf16_units():
-        log.warning("this CPU has no units for bf16, in which it is many times slower than in float32: train.precision=auto or no")
-    if config.model.size:
-        sizes.check_size(config.model.size, autoencoder=config.stage == "autoencoder")
+    config, accelerator = state.config, state.accelerator
+    elapsed, num_steps = time.monotonic() - state.logged_at, state.step - state.logged_step
+    means = torch.stack([_finite_mean(values) for values in state.losses.values()])
+    row = {"step": state.step, **dict(zip(state.losses, accelerator.reduce(means, "mean").tolist(), strict=True))}
+    if state.skipped_in_a_row >= optim.MAX_SKIPPED_STEPS:
+        num_skipped = int(state.skipped_in_a_row)
+        raise RuntimeError(f"{state.run}: no gradient was finite in the last {num_skipped} steps, to step {state.step}; {optim.DIVERGED}")
+    row |= {
+        "lr": state.optimizer.param_groups[-1]["lr"],
+        "clips_per_s": num_steps * config.optim.accumulate * config.data.batch_size * accelerator.num_processes / elapsed,
+        "data_wait_s": state.data_wait_s,
+        "gib_peak": peak_memory_gib(accelerator.device),
+        "eta_s": (config.optim.steps - state.step) * elapsed / num_steps,
+    }
+    if accelerator.is_main_process:
+        row["seconds"] = state.previous_seconds + time.monotonic() - state.started_at
+        with (state.run / "stats.jsonl").open("a") as stats:
+            stats.write(json.dumps({name: value if np.isfinite(value) else None for name, value in row.items()}) + "\n")
+        accelerator.log(row, step=state.step)
+        if report:
+            report(row)
+    state.logged_at, state.logged_step, state.data_wait_s = time.monotonic(), state.step, 0.0
+    state.losses.clear()
 
 
-def _train(config: Config, ready: Config, run: Path, report: Callable[[dict], None] | None) -> Path:
-    accelerator = _accelerator(ready, run)
+def _finite_mean(values: list[Tensor]) -> Tensor:
+    """Return the mean of the finite values; a skipped step may have none."""
+    stacked = torch.stack(values).float()
+    return stacked.masked_fill(~stacked.isfinite(), torch.nan).nanmean()
+
+
+def maybe_checkpoint(state: TrainState) -> bool:
+    """Save a checkpoint if one is due, at the end and on SIGTERM; return whether the run stops for a SIGTERM.
+
+    The processes save and stop together: they synchronize about every two seconds.
+    """
+    config, accelerator = state.config, state.accelerator
+    checkpoint_due, stop = 0.0, 0.0
+    if state.step >= state.next_sync_step or state.is_done:
+        now = time.monotonic()
+        is_due = now - state.saved_at > 60 * config.train.checkpoint_minutes
+        seconds_per_step = (now - state.started_at) / (state.step - state.first_step)
+        checkpoint_due, stop, seconds_per_step = all_reduce_sum(accelerator, is_due, state.stop.is_set(), seconds_per_step)
+        world = accelerator.num_processes
+        state.next_sync_step = state.step + (1 if world == 1 else max(1, min(50, int(2 * world / seconds_per_step))))
+    if checkpoint_due or stop or state.is_done:
+        losses = {name: torch.stack(values).float() for name, values in state.losses.items()}
+        pending = {name: accelerator.reduce(values, "mean").tolist() for name, values in losses.items()}
+        checkpoint.save(accelerator, state.run, state.step, keep=config.train.keep_checkpoints, losses=pending)
+        state.saved_at = time.monotonic()
+    return bool(stop)
+
+
+def all_reduce_sum(accelerator: Accelerator, *values: float) -> list[float]:
+    """Return the sums of numbers over the processes."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    return accelerator.reduce(torch.tensor(values, device=accelerator.device)).tolist()
+
+
+def export(state: TrainState) -> None:
+    """Write the averaged weights as `run/model`."""
+    accelerator = state.accelerator
+    with averaged_weights(state):
+        weights = fsdp.gather_tensors(state.stage.model.state_dict().items(), keep=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            state.stage.export(state.run / "model", weights)
+    accelerator.wait_for_everyone()
+
+
+def create_state(config: Config, prepared: prepare.Prepared, run: Path) -> TrainState:
+    """Build the network, its optimizer and its average, and load the newest checkpoint of the run folder."""
+    accelerator = _create_accelerator(config, prepared, run)
     torch.manual_seed(config.train.seed)
-    stage: Stage = AutoencoderStage(ready) if config.stage == "autoencoder" else DenoiserStage(ready)
+    stage: Stage = AutoencoderStage(config, prepared) if config.stage == "autoencoder" else DenoiserStage(config, prepared)
     if config.train.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
     stage.objective.train()
     if config.train.compile:
-        stage.model.compile(dynamic=False)  # a graph for clips, one for stills
+        stage.model.compile(dynamic=False)  # one graph for clips, one for single frames
     objective = stage.objective
     if config.train.shard:
         fsdp.shard(objective, stage.model, accelerator)
     trained = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     parameters = list(trained.values())
-    optimizer = optim.make(config, parameters)
+    optimizer = optim.create_optimizer(config, parameters)
     if config.train.shard:
-        fsdp.register(accelerator, objective, optimizer)
+        fsdp.register_sharded_state(accelerator, objective, optimizer)
     else:
         objective, optimizer = accelerator.prepare(objective, optimizer)
-    ema = EMAModel(parameters, decay=config.optim.ema, use_ema_warmup=True, power=0.75, foreach=not config.train.shard)
-    ema.to(accelerator.device)
-    checkpoint.average_too(accelerator, ema, list(trained))
-    checkpoint.leave_out_frozen(accelerator, stage.objective)
-    done, pending = checkpoint.restore(accelerator, run)
-    if done > config.optim.steps:
-        raise ValueError(
-            f"{run} has done {done} steps, optim.steps is {config.optim.steps}: expected {done} or more, or another run folder"
-        )
-    # A checkpoint brings the optimizer's settings it was saved with; the config's are the ones that count.
-    accelerator.step = 0
-    for group in optimizer.param_groups:
-        group["betas"], group["weight_decay"] = (0.9, config.optim.beta2), config.optim.weight_decay
-    if accelerator.is_main_process:
-        seconds = checkpoint.trim_stats(run, done)
-        stats = (run / "stats.jsonl").open("a")
+    ema = EMA(parameters, config.optim.ema)
+    checkpoint.register_ema(accelerator, ema, list(trained))
+    checkpoint.skip_frozen(accelerator, stage.objective)
+    state = TrainState(config, run, accelerator, stage, objective, parameters, optimizer, ema)
+    _restore_state(state)
     if config.train.tracker:
-        # TensorBoard's is a folder in the run's and takes no tables of settings.
-        told = ("latent-shift", config.model_dump()) if config.train.tracker == "wandb" else ("tensorboard", None)
-        accelerator.init_trackers(*told, init_kwargs={"wandb": {"name": run.name, "dir": str(run)}})
+        # TensorBoard's project is a folder in the run folder, and it takes no nested settings.
+        project, settings = ("latent-shift", config.model_dump()) if config.train.tracker == "wandb" else ("tensorboard", None)
+        accelerator.init_trackers(project, settings, init_kwargs={"wandb": {"name": run.name, "dir": str(run)}})
     log.info(
         "%s: %d of %d parameters, step %d of %d, %d on %s", config.stage, sum(parameter.numel() for parameter in parameters),
-        sizes.num_parameters(stage.model), done, config.optim.steps, accelerator.num_processes, accelerator.device,
+        sizes.num_parameters(stage.model), state.step, config.optim.steps, accelerator.num_processes, accelerator.device,
     )  # fmt: skip
-    world, rank, accumulate = accelerator.num_processes, accelerator.process_index, config.optim.accumulate
-
-    def draw(batch: int) -> tuple[Tensor, ...]:
-        step, part = divmod(batch, accumulate)
-        return stage.draw(np.random.default_rng([config.train.seed, step, part * world + rank]))
-
-    def forward(tensors: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        with accelerator.autocast():
-            return objective(*(tensor.to(accelerator.device) for tensor in tensors))
-
-    @contextmanager
-    def averaged() -> Iterator[None]:
-        """The averaged weights are the model's."""
-        ema.store(parameters)
-        ema.copy_to(parameters)
-        stage.model.eval()
-        precision = accelerator.autocast() if config.stage != "autoencoder" else nullcontext()
-        with torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):  # other graphs, each asked for a few times
-            yield
-        stage.model.train()
-        ema.restore(parameters)
-
-    def validate() -> Tensor:
-        """The error of the averaged weights on the held-out splits: the same clips, noise and timesteps every time."""
-        with averaged():
-            losses = []
-            for batch in range(rank, -(-config.train.val_batches // world) * world, world):
-                tensors = stage.draw(np.random.default_rng([0, batch, 0, 1]), held_out=True)  # of no step: those have three words
-                loss, terms = forward(tensors)
-                losses.append(terms.get("mse", loss))
-        return torch.stack(losses).mean()
-
-    def sample(count: int) -> None:
-        """Each process draws its part of the samples."""
-        with averaged():
-            drawn = gather_object([stage.sample(rank, world)])
-        if accelerator.is_main_process:
-            stage.show({row: picture for part in drawn for row, picture in part.items()}, run / "samples", count)
-
-    def agreed(*values: float) -> list[float]:
-        """Sums over the processes: they save and stop together. To know them the host waits for the device."""
-        return list(values) if world == 1 else accelerator.reduce(torch.tensor(values, device=device)).tolist()
-
-    stopping, device, ask = threading.Event(), accelerator.device, done + 1
-    started = saved = began = time.monotonic()
-    logged, waited, stop, bad = done, 0.0, 0.0, torch.zeros((), device=device)
-    seen: defaultdict[str, list[Tensor]] = defaultdict(list)  # stays on the device: reading a number would wait for it
-    seen |= {name: [torch.tensor(value, device=device) for value in values] for name, values in pending.items()}
-    batches = iter(range(done * accumulate, config.optim.steps * accumulate))
-    with handler(stopping), ThreadPoolExecutor(config.data.loaders) as loader:
-        ahead = deque(loader.submit(draw, batch) for batch in islice(batches, config.data.loaders))
-        for step in range(done, config.optim.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
-            for _ in range(accumulate):
-                start = time.monotonic()
-                batch = ahead.popleft().result()
-                waited += time.monotonic() - start
-                if (number := next(batches, None)) is not None:
-                    ahead.append(loader.submit(draw, number))
-                with accelerator.accumulate(objective), attention_kernel(accelerator.device.type, noise=batch[1]):
-                    loss, terms = forward(batch)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        terms["grad_norm"] = fsdp.whole(accelerator.clip_grad_norm_(parameters, config.optim.grad_clip))
-                        terms["skipped"] = optim.step(optimizer, terms["grad_norm"], config)
-                        bad = (bad + 1) * terms["skipped"]
-                        optimizer.zero_grad()
-                for name, value in {"loss": loss.detach(), **terms}.items():
-                    seen[name].append(value)
-            ema.step(parameters)
-
-            count = step + 1
-            last = count == config.optim.steps
-            validated = bool(config.data.val_splits) and (count % config.train.validate_every == 0 or last)
-            if validated:
-                seen["val_loss"] = [validate()]
-            if count % config.train.log_every == 0 or validated or last:
-                elapsed, num = time.monotonic() - began, count - logged
-                means = torch.stack([_mean(values) for values in seen.values()])
-                row = {"step": count, **dict(zip(seen, accelerator.reduce(means, "mean").tolist(), strict=True))}
-                if bad >= optim.PATIENCE:
-                    raise RuntimeError(f"{run}: of the last {int(bad)} steps, to step {count}, no gradient was finite; {optim.UNSTABLE}")
-                row |= {
-                    "lr": group["lr"],
-                    "clips_per_s": num * accumulate * config.data.batch_size * world / elapsed,
-                    "data_wait_s": waited,
-                    "gib_peak": peak_memory_gib(accelerator.device),
-                    "eta_s": (config.optim.steps - count) * elapsed / num,
-                }
-                if accelerator.is_main_process:
-                    row["seconds"] = seconds + time.monotonic() - started
-                    stats.write(json.dumps({name: value if np.isfinite(value) else None for name, value in row.items()}) + "\n")
-                    stats.flush()
-                    accelerator.log(row, step=count)
-                    if report:
-                        report(row)
-                began, logged, waited = time.monotonic(), count, 0.0
-                seen.clear()
-            if count % config.train.sample_every == 0:
-                sample(count)
-            due = 0.0
-            if count >= ask or last:
-                since = time.monotonic() - saved
-                due, stop, pace = agreed(
-                    since > 60 * config.train.checkpoint_minutes, stopping.is_set(), (time.monotonic() - started) / (count - done)
-                )
-                ask = count + (1 if world == 1 else max(1, min(50, int(2 * world / pace))))  # every two seconds
-            if due or stop or last:
-                values = {name: torch.stack(each).float() for name, each in seen.items()}
-                pending = {name: accelerator.reduce(each, "mean").tolist() for name, each in values.items()}
-                checkpoint.save(accelerator, run, count, keep=config.train.keep_checkpoints, seen=pending)
-                saved = time.monotonic()
-            if stop:
-                break
-    if stop:
-        log.warning("stopped by SIGTERM at step %d of %d; the same command goes on from there", count, config.optim.steps)
-    else:
-        with averaged():
-            weights = fsdp.gathered(stage.model.state_dict().items(), accelerator.is_main_process)
-            if accelerator.is_main_process:
-                stage.export(run / "model", weights)
-        accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return run if stop else run / "model"
+    return state
 
 
-def _mean(values: list[Tensor]) -> Tensor:
-    """Of those that are finite; a step that was left out may have none."""
-    stacked = torch.stack(values).float()
-    return stacked.masked_fill(~stacked.isfinite(), torch.nan).nanmean()
+def _restore_state(state: TrainState) -> None:
+    """Load the newest checkpoint of the run folder, if there is one, and start the clocks."""
+    config, accelerator, run = state.config, state.accelerator, state.run
+    step, pending = checkpoint.restore(accelerator, run)
+    if step > config.optim.steps:
+        raise ValueError(
+            f"{run} has done {step} steps, optim.steps is {config.optim.steps}: expected {step} or more, or another run folder"
+        )
+    accelerator.step = 0
+    # A checkpoint restores the optimizer's settings too, but those of the config count.
+    for group in state.optimizer.param_groups:
+        group["betas"], group["weight_decay"] = (0.9, config.optim.beta2), config.optim.weight_decay
+    if accelerator.is_main_process:
+        state.previous_seconds = checkpoint.trim_stats(run, step)
+    state.step = state.first_step = state.logged_step = step
+    state.next_sync_step = step + 1
+    state.losses |= {name: [torch.tensor(value, device=accelerator.device) for value in values] for name, values in pending.items()}
+    state.skipped_in_a_row = torch.zeros((), device=accelerator.device)
+    state.started_at = state.logged_at = state.saved_at = time.monotonic()
+
+
+def _create_accelerator(config: Config, prepared: prepare.Prepared, run: Path) -> Accelerator:
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision=prepared.precision,
+        gradient_accumulation_steps=config.optim.accumulate,
+        log_with=config.train.tracker,
+        project_dir=run,
+        cpu=resolve_device().type == "cpu",  # one decision: accelerate alone would take Apple's GPU, and join no processes on CPUs
+    )
+    if accelerator.num_processes != world_size():
+        raise RuntimeError(
+            f"WORLD_SIZE is {world_size()}, but {accelerator.num_processes} processes found each other: start them with torchrun"
+        )
+    return accelerator
 
 
 @contextmanager
-def handler(stopping: threading.Event) -> Iterator[None]:
-    """SIGTERM sets the event; outside of the main thread it does what it did."""
+def _set_on_sigterm(event: threading.Event) -> Iterator[None]:
+    """Set an event on SIGTERM inside the `with` block; outside of the main thread SIGTERM keeps its effect."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _accelerator(config: Config, run: Path) -> Accelerator:
-    AcceleratorState._reset_state()  # another run of this process may have had another precision
-    world = world_size()
-    accelerator = Accelerator(
-        mixed_precision=config.train.precision,
-        gradient_accumulation_steps=config.optim.accumulate,
-        log_with=config.train.tracker,
-        project_dir=run,
-        cpu=resolve_device().type == "cpu",  # one decision: accelerate alone would take Apple's GPU, and would not join processes on a CPU
-    )
-    if accelerator.num_processes != world:
-        raise RuntimeError(f"WORLD_SIZE is {world}, but {accelerator.num_processes} processes found each other: start them with torchrun")
-    return accelerator
-
-
-def check_run(config: Config, run: str | Path) -> None:
-    """Raise ValueError if the folder `run` holds a run whose weights mean something else."""
-    if checkpoint.steps(Path(run)):
-        before = load(Path(run) / "config.toml")
-        changed = [name for name, value in before.identity().items() if config.identity()[name] != value]
-        if changed:
-            raise ValueError(f"{run} holds a run with another {', '.join(changed)}; choose another folder with --run")
-
-
-def advice(config: Config) -> str:
-    """The settings that would take less memory and fit the others, first those that change nothing in what is learnt."""
-    size, frames = config.data.batch_size, config.data.num_frames
-    options: list[dict[str, object]] = [
-        {"train.gradient_checkpointing": True},
-        {"data.batch_size": size // 2, "optim.accumulate": config.optim.accumulate * 2},
-        {"train.precision": "bf16"},
-        {"optim.optimizer": "adamw8bit"},
-        {"lora.rank": 32},
-        {"data.num_frames": frames // 2},
-    ]
-    wanted = [
-        not config.train.gradient_checkpointing, size > 1, config.train.precision == "no", config.optim.optimizer == "adamw",
-        not config.lora, frames > 1,
-    ]  # fmt: skip
-    told = []
-    for option, useful in zip(options, wanted, strict=True):
-        changed = config.with_settings(option) if useful else None
-        if changed:
-            shown = " ".join(f"{key}={'true' if value is True else value}" for key, value in option.items())
-            told.append(shown + (" in another run folder" if changed.identity() != config.identity() else ""))
-    return "try, in this order, " + ", ".join(told or ["a smaller model"])

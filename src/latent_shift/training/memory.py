@@ -1,7 +1,8 @@
-"""What a training run will need of memory and of time, before any of it is taken.
+"""Estimate the memory and the time of a training step before it runs.
 
-A step is run on fake tensors, which have shapes and no storage, while every storage that comes to life is counted until it dies:
-what autograd keeps, what checkpointing computes anew, casts of mixed precision, gradients. Its multiplications are counted, too.
+A step runs on fake tensors, which have shapes but no storage. Every storage is counted from its first use to
+its last: what autograd keeps, what checkpointing recomputes, casts of mixed precision, gradients.
+Multiplications are counted too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,22 +26,30 @@ from latent_shift.data.store import Store
 from latent_shift.diffusion import noise_schedule
 from latent_shift.models import sizes
 from latent_shift.models.baselines import saved_class
-from latent_shift.pipelines import loading
 from latent_shift.pipelines.lora import add_lora
 from latent_shift.runtime import dtype_of, resolve_precision, world_size
 from latent_shift.shift import share_text
 from latent_shift.training.objectives import DenoisingObjective, attention_kernel
+from latent_shift.training.prepare import Prepared
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLOPS = {**flop_registry, _FUSED: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention]}
-"""What an operation multiplies and adds; PyTorch's own table leaves out the attention of CPUs."""
+"""Multiplications and additions of an operation; PyTorch's table lacks the attention of CPUs."""
 
 
 @dataclass
 class Estimate:
-    """Bytes, on one device, at the peak of a training step: `weights` of the U-Net, `optimizer` states, `averaged` weights, and the
-    `step` itself, activations and gradients. Not counted: the context and workspaces of CUDA, and what sampling takes. `flops` of
-    matrices, convolutions and attention in a step."""
+    """Bytes on one device at the peak of a training step, and the operations of the step.
+
+    The context and workspaces of CUDA and the memory of sampling are not counted.
+
+    Attributes:
+        weights: of the U-Net.
+        optimizer: states of the optimizer.
+        averaged: averaged weights.
+        step: activations and gradients.
+        flops: of matrix products, convolutions and attention.
+    """
 
     weights: int
     optimizer: int
@@ -56,19 +66,19 @@ class Estimate:
         return f"memory of a training step: {self.total / 2**30:.2f} GiB ({parts})"
 
 
-def of_run(config: Config, device: str = "cuda") -> Estimate:
-    """The memory that a run of `config`, as `finetune.prepare` gives it back, takes on `device`.
+def estimate_run(config: Config, prepared: Prepared, device: str = "cuda") -> Estimate:
+    """Estimate the memory of a run on `device`.
 
     Raises:
         ValueError: a run of the autoencoder, which is small.
     """
     if config.stage == "autoencoder":
         raise ValueError("expected a run of the stages image or video")
-    store = Store(config.data.path)
+    store = Store(prepared.store)
     with torch.device("meta"):
-        if config.model.init:
-            start = saved_class(loading.folder(config.model.init) / "unet", UNet2DConditionModel)
-            unet = start.from_config(start.load_config(loading.folder(config.model.init), subfolder="unet"))
+        if prepared.init:
+            network = saved_class(Path(prepared.init) / "unet", UNet2DConditionModel)
+            unet = network.from_config(network.load_config(prepared.init, subfolder="unet"))
         else:
             unet = sizes.unet(str(config.model.size))
     return estimate(
@@ -81,14 +91,14 @@ def of_run(config: Config, device: str = "cuda") -> Estimate:
 
 
 def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[int], text_length: int, device: str = "cuda") -> Estimate:
-    """The memory that training takes.
+    """Estimate the memory of training a U-Net.
 
     Args:
         config: batch size, frames, shift, LoRA, precision, accumulation, checkpointing and optimizer are read.
         unet: on the meta device.
         latents: `(C, h, w)` of a frame.
         text_length: tokens of a caption.
-        device: "cpu" or "cuda": attention keeps more on a CPU, where train.py takes the kernel that is faster backwards.
+        device: "cpu" or "cuda": the attention kernel that is fastest in the backward pass on a CPU keeps more.
     """
     precision = dtype_of(resolve_precision(config.train.precision, torch.device(device)))
     with torch.device("meta"):
@@ -105,50 +115,70 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
             unet.enable_gradient_checkpointing()
         clean = torch.empty(clips, config.data.num_frames, *latents)
         text = torch.empty(clips, text_length, unet.config.cross_attention_dim)
-        parts = min(config.optim.accumulate, 2)
+        num_batches = min(config.optim.accumulate, 2)
         with live, attention_kernel(device, noise=clean):
-            for _ in range(parts):  # of the later batches the earlier ones' gradients are there
+            for _ in range(num_batches):  # from the second batch on, the gradients of the first take memory too
                 with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
                     loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)
                 loss.backward()
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
-    parts_of = world_size() if config.train.shard else 1
+    num_shards = world_size() if config.train.shard else 1
     return Estimate(
-        weights=sum(parameter.nbytes for parameter in unet.parameters()) // parts_of,
-        optimizer=trained * (2 if config.optim.optimizer == "adamw8bit" else 8) // parts_of,
-        averaged=trained * 4 // parts_of,
+        weights=sum(parameter.nbytes for parameter in unet.parameters()) // num_shards,
+        optimizer=trained * (2 if config.optim.optimizer == "adamw8bit" else 8) // num_shards,
+        averaged=trained * 4 // num_shards,
         step=live.peak,
-        flops=live.flops // parts * config.optim.accumulate,
+        flops=live.flops // num_batches * config.optim.accumulate,
     )
 
 
 def _fake(module: nn.Module) -> None:
-    """Give the parameters of a module on the meta device a device that mixed precision knows."""
+    """Move the parameters of a module from the meta device to a fake device that autocast supports."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             part.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad))
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that live, remembers the most, and counts multiplications and additions."""
+    """Count the bytes of live storages, their peak, and the multiplications and additions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.flops = 0
-        self.seen: dict[int, weakref.finalize] = {}
+        self.tracked: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        made = func(*args, **(kwargs or {}))
-        if (counted := FLOPS.get(func._overloadpacket)) is not None:
-            self.flops += counted(*args, **(kwargs or {}), out_val=made)
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor) and id(storage := leaf.untyped_storage()) not in given and id(storage) not in self.seen:
+        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        output = func(*args, **(kwargs or {}))
+        if (count_flops := FLOPS.get(func._overloadpacket)) is not None:
+            self.flops += count_flops(*args, **(kwargs or {}), out_val=output)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and id(storage := leaf.untyped_storage()) not in inputs and id(storage) not in self.tracked:
                 self.now += storage.nbytes()
-                self.seen[id(storage)] = weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+                self.tracked[id(storage)] = weakref.finalize(storage, self._free, id(storage), storage.nbytes())
         self.peak = max(self.peak, self.now)
-        return made
+        return output
 
-    def _gone(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
         self.now -= size
-        del self.seen[key]
+        del self.tracked[key]
+
+
+def suggest_smaller_settings(config: Config) -> str:
+    """Name settings that take less memory and fit the rest, those that do not change the training first."""
+    size, frames = config.data.batch_size, config.data.num_frames
+    options: list[tuple[bool, dict[str, object]]] = [  # whether it can help, and what to set
+        (not config.train.gradient_checkpointing, {"train.gradient_checkpointing": True}),
+        (size > 1, {"data.batch_size": size // 2, "optim.accumulate": config.optim.accumulate * 2}),
+        (config.train.precision == "no", {"train.precision": "bf16"}),
+        (config.optim.optimizer == "adamw", {"optim.optimizer": "adamw8bit"}),
+        (not config.lora, {"lora.rank": 32}),
+        (frames > 1, {"data.num_frames": frames // 2}),
+    ]
+    suggestions = []
+    for can_help, settings in options:
+        changed = config.with_settings(settings) if can_help else None
+        if changed:
+            words = " ".join(f"{key}={'true' if value is True else value}" for key, value in settings.items())
+            suggestions.append(words + (" in another run folder" if changed.identity() != config.identity() else ""))
+    return "try, in this order, " + ", ".join(suggestions or ["a smaller model"])

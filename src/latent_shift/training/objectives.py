@@ -1,3 +1,8 @@
+"""The training objectives of the stages, as modules that accelerate can wrap.
+
+B clips, F frames, C channels, H W, L tokens, D text width, N = B*F.
+"""
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -13,10 +18,16 @@ from latent_shift.shift import frames
 
 
 class AutoencoderObjective(nn.Module):
-    """Reconstruction + KL + perceptual loss of an `AutoencoderKL`, as one module that accelerate can wrap.
+    """Compute the reconstruction, KL and perceptual losses of an `AutoencoderKL`.
+
+    Args:
+        vae: the autoencoder.
+        kl: weight of the KL divergence from a standard normal.
+        perceptual: weight of the perceptual distance; 0 loads no network for it.
 
     Raises:
-        ValueError: an autoencoder without the two 1x1 convolutions around the latents, which `whiten` needs in the end.
+        ValueError: the autoencoder lacks the two 1x1 convolutions around the latents, into which `whiten` folds
+            their scale.
     """
 
     def __init__(self, vae: AutoencoderKL, *, kl: float, perceptual: float):
@@ -26,11 +37,16 @@ class AutoencoderObjective(nn.Module):
         self.vae = vae
         self.kl = kl
         self.perceptual = perceptual
-        # In a tuple: the frozen network is no part of this module's parameters or checkpoints.
+        # A tuple hides the frozen network from this module's parameters and checkpoints.
         self._features = (FeatureDistance(),) if perceptual else ()
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its terms for `(N, 3, H, W)` pixels; `noise` `(N, 4, H/8, W/8)` samples the posterior."""
+        """Return the loss and its terms.
+
+        Args:
+            pixels: `(N, 3, H, W)`, -1..1.
+            noise: `(N, C, H/8, W/8)` standard normal, to sample the posterior with.
+        """
         posterior = self.vae.encode(pixels).latent_dist
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
         terms = {"l1": F.l1_loss(decoded, pixels), "kl": posterior.kl().mean() / noise[0].numel()}
@@ -42,11 +58,16 @@ class AutoencoderObjective(nn.Module):
 
 
 def attention_kernel(device: str, *, noise: Tensor) -> AbstractContextManager:
-    """The attention to train with on noise of the shape of latents.
+    """Return a context with the fastest correct attention kernels for training.
 
-    PyTorch's fused one on a CPU is slow backwards: a step of the emoji U-Net takes 0.51 s with it, 0.41 s without. Above 32x32 latents
-    the matrices it does without would take gigabytes. On a GPU not cuDNN's, of whose gradients in half precision some were seen to
-    be NaN where the inputs are finite (github.com/NVIDIA/cudnn-frontend/issues/160; masked, github.com/pytorch/pytorch/issues/196678).
+    On a CPU, PyTorch's fused kernel is slow in the backward pass: a step of the emoji U-Net takes 0.51 s with
+    it, 0.41 s without. Above 32x32 latents the attention matrices it avoids would take gigabytes. On a GPU,
+    cuDNN's kernel is excluded: some of its gradients in half precision are NaN for finite inputs
+    (github.com/NVIDIA/cudnn-frontend/issues/160; with masks, github.com/pytorch/pytorch/issues/196678).
+
+    Args:
+        device: "cpu" or "cuda".
+        noise: any tensor with the height and width of the latents as its last dimensions.
     """
     if device == "cuda":
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -55,17 +76,18 @@ def attention_kernel(device: str, *, noise: Tensor) -> AbstractContextManager:
 
 
 class DenoisingObjective(nn.Module):
-    """The mean squared error of a U-Net that predicts the noise (or v) in latents, as one module that accelerate can wrap.
+    """Compute the mean squared error of a U-Net that predicts the noise or v.
 
     Args:
-        unet: inflated, with one text a clip (`share_text`).
-        schedule: of the noise.
+        unet: inflated, with one text per clip (`share_text`).
+        schedule: noise schedule.
         min_snr: gamma of the min-SNR weight of timesteps; None: all weigh the same.
-        motion_weight: how much the part of the error weighs that differs from the clip's mean over frames. What stays still is learnt
-            first; above 1 what moves is not left behind (the concern of the loss of MotionDirector, Zhao et al. 2023, section 3.3).
+        motion_weight: weight of the part of the error that differs from the clip's mean over frames. Still
+            content is learned first; above 1 motion does not fall behind (the aim of MotionDirector's loss,
+            Zhao et al. 2023, section 3.3).
 
     Raises:
-        ValueError: a schedule that predicts something else.
+        ValueError: the schedule predicts something else.
     """
 
     def __init__(self, unet: UNet2DConditionModel, schedule: DDPMScheduler, *, min_snr: float | None = None, motion_weight: float = 1.0):
@@ -80,7 +102,7 @@ class DenoisingObjective(nn.Module):
     def forward(
         self, latents_BFCHW: Tensor, noise_BFCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its terms. F = 1 trains the image network: the shift passes single frames by."""
+        """Return the loss and its terms. F = 1 trains the image network: the shift leaves single frames unchanged."""
         num_frames = latents_BFCHW.shape[1]
         timesteps_N = timesteps_B.repeat_interleave(num_frames)
         latents, noise = latents_BFCHW.flatten(0, 1), noise_BFCHW.flatten(0, 1)
@@ -92,15 +114,15 @@ class DenoisingObjective(nn.Module):
         mse_B = error_BFCHW.square().mean(dim=(1, 2, 3, 4))
         loss_B = mse_B
         if self.motion_weight != 1 and num_frames > 1:
-            steady_B = error_BFCHW.mean(dim=1).square().mean(dim=(1, 2, 3))
-            loss_B = steady_B + self.motion_weight * (mse_B - steady_B)
+            mean_error_B = error_BFCHW.mean(dim=1).square().mean(dim=(1, 2, 3))
+            loss_B = mean_error_B + self.motion_weight * (mse_B - mean_error_B)
         return (loss_B * self._weight(timesteps_B)).mean(), {"mse": mse_B.mean().detach()}
 
     def _weight(self, timesteps_B: Tensor) -> Tensor | float:
-        """Min-SNR (Hang et al. 2023, equation 11): the loss on x0 weighs min(SNR, gamma), whatever is predicted."""
+        """Return the min-SNR weights (Hang et al. 2023, equation 11): in terms of x0, a timestep weighs min(SNR, gamma)."""
         if self.min_snr is None:
             return 1.0
         signal = self.schedule.alphas_cumprod.to(timesteps_B.device)[timesteps_B]
         snr = signal / (1 - signal)
-        of_x0 = snr if self.schedule.config.prediction_type == "epsilon" else snr + 1
-        return snr.clamp(max=self.min_snr) / of_x0
+        x0_weight = snr if self.schedule.config.prediction_type == "epsilon" else snr + 1
+        return snr.clamp(max=self.min_snr) / x0_weight

@@ -1,4 +1,4 @@
-"""The optimizer of a run, its rate, and its steps."""
+"""The optimizer of a run, its learning rate, and its steps."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from latent_shift.config import Config
 
-PATIENCE = 50
-"""Steps left out one after the other until a run is given up; a gradient scaler finds its scale in fewer."""
-UNSTABLE = "try a smaller optim.lr, or train.precision=no: with these the run goes on from its checkpoints, which are whole"
+MAX_SKIPPED_STEPS = 50
+"""Skipped steps in a row after which a run ends with an error; a gradient scaler finds its scale in fewer."""
+DIVERGED = "try a smaller optim.lr, or train.precision=no: the run then resumes from its last checkpoint, which is complete"
 
 
-def make(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def create_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer of `optim.optimizer`."""
     options: dict[str, Any] = dict(lr=config.optim.lr, betas=(0.9, config.optim.beta2), weight_decay=config.optim.weight_decay)
     if config.optim.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options, fused=True)
@@ -24,32 +25,36 @@ def make(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimize
     return AdamW8bit(parameters, **options)
 
 
-def step(optimizer: torch.optim.Optimizer, norm: Tensor, config: Config) -> Tensor:
-    """A step, unless its gradients are not finite: they would stay in the weights and their averages for ever.
+def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor, config: Config) -> Tensor:
+    """Take a step unless a gradient is not finite: it would stay in the weights and their averages for good.
 
     Args:
-        optimizer: of `make`, as accelerate wraps it or not.
-        norm: of all gradients, a scalar on their device.
+        optimizer: from `create_optimizer`, wrapped by accelerate or not.
+        grad_norm: norm of all gradients, a scalar on their device.
 
     Returns:
-        1 if the step was left out, else 0. Where the optimizer can it leaves it out on the device, as for a gradient scaler, so that the
-        host need not wait to be told.
+        1 if the step was skipped, else 0. Fused AdamW skips on the device, as for a gradient scaler, so the
+        host does not wait.
     """
-    skipped = (~norm.isfinite()).float()
+    skipped = (~grad_norm.isfinite()).float()
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None and config.optim.optimizer == "adamw" and not config.train.shard:
         optimizer.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         optimizer.step()
-    elif scaler is not None or not skipped:  # a scaler leaves the step out itself, and lowers its scale
+    elif scaler is not None or not skipped:  # a scaler skips the step by itself and lowers its scale
         optimizer.step()
     return skipped
 
 
-def learning_rate(config: Config, done: int) -> float:
-    """Linear warm-up to `optim.lr`, constant, and a fall to 0 over the last `cooldown_steps`, along a line or half a cosine."""
+def learning_rate(config: Config, step: int) -> float:
+    """Return the rate of the step after `step` steps.
+
+    It rises linearly over `optim.warmup_steps` to `optim.lr`, stays, and falls to 0 over the last
+    `optim.cooldown_steps`, along a line or half a cosine.
+    """
     optim = config.optim
-    up = (done + 1) / max(1, optim.warmup_steps)
-    down = min(1.0, (optim.steps - done) / max(1, optim.cooldown_steps))
+    up = (step + 1) / max(1, optim.warmup_steps)
+    down = min(1.0, (optim.steps - step) / max(1, optim.cooldown_steps))
     if optim.cooldown == "cosine":
         down = (1 - np.cos(np.pi * down)) / 2
     return float(optim.lr * min(1.0, up, down))

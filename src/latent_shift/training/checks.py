@@ -1,0 +1,198 @@
+"""Every check of a training run, at the earliest of three moments: before anything is read, with the data, with the starting weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from latent_shift.config import PACKING, Config, load
+from latent_shift.data.readers import find_splits
+from latent_shift.data.store import Store, find_stores
+from latent_shift.diffusion import schedule_of
+from latent_shift.models import sizes
+from latent_shift.models.baselines import TEMPORAL_NETWORKS, saved_class
+from latent_shift.runtime import has_bf16_units, resolve_device, world_size
+from latent_shift.training import checkpoint
+
+log = logging.getLogger("latent_shift")
+
+# Settings: before anything is read.
+
+
+def check_settings(config: Config, run: Path) -> None:
+    """Check the settings against this machine, the installed packages and the run folder.
+
+    Raises:
+        ValueError: an unknown size, a missing package, a setting that this machine does not support, or a
+            folder with another run.
+        RuntimeError: the package of `train.tracker` is not installed.
+    """
+    tracker, device = config.train.tracker, resolve_device()
+    if tracker and not find_spec(tracker):
+        raise RuntimeError(f"train.tracker={tracker} needs its package: pip install 'latent-shift-video[{tracker}]'")
+    if config.optim.optimizer == "adamw8bit" and not find_spec("bitsandbytes"):
+        raise ValueError("optim.optimizer=adamw8bit needs the extra: pip install 'latent-shift-video[finetune]'")
+    if config.lora and not find_spec("peft"):
+        raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'")
+    if config.train.shard and world_size() == 1:
+        raise ValueError("train.shard needs several processes: start the run with torchrun")
+    if config.train.precision == "fp16" and device.type == "cpu":  # there is no gradient scaler for CPUs
+        raise ValueError("train.precision=fp16 needs a GPU; on a CPU take bf16")
+    if config.train.precision == "bf16" and device.type == "cpu" and not has_bf16_units():
+        log.warning("this CPU has no units for bf16, in which it is many times slower than in float32: train.precision=auto or no")
+    ema, num_steps = config.optim.ema, config.optim.steps
+    if 1 / (1 - ema) > num_steps / 2:
+        log.warning(
+            "optim.ema=%g averages over about %d steps, optim.steps is %d: the exported weights will lag behind; try optim.ema=%g",
+            ema, round(1 / (1 - ema)), num_steps, max(0.0, 1 - 10 / num_steps),
+        )  # fmt: skip
+    if config.model.size:
+        sizes.check_size(config.model.size, autoencoder=config.stage == "autoencoder")
+    check_same_run(config, run)
+
+
+def check_same_run(config: Config, run: Path) -> None:
+    """Raise ValueError if the folder `run` has checkpoints of a run with another `Config.identity`."""
+    if checkpoint.steps(run):
+        before, now = load(run / "config.toml").identity(), config.identity()
+        changed = [name for name, value in before.items() if now[name] != value]
+        if changed:
+            raise ValueError(f"{run} holds a run with another {', '.join(changed)}; choose another folder with --run")
+
+
+# Data: the source before it is packed or encoded, then the store.
+
+
+def check_source(config: Config, factor: int | None) -> None:
+    """Check `data.path` before it is packed or encoded.
+
+    Args:
+        factor: pixels per latent pixel of the autoencoder that will encode the frames; None where none will.
+
+    Raises:
+        ValueError: a setting without effect, pixels that nothing can encode, an unknown split, or a size that
+            the autoencoder would cut.
+    """
+    data, source = config.data, config.data.path
+    packed = bool(find_stores(source))
+    encoded = packed and "texts" in Store(source).info
+    without_effect = PACKING if encoded else tuple(name for name in PACKING if name != "mirror") if packed else ()
+    if any(getattr(data, name) != type(data).model_fields[name].default for name in without_effect):
+        names = ", ".join(f"data.{name}" for name in without_effect)
+        raise ValueError(f"{names} have no effect: {source} is {'encoded' if encoded else 'packed'} already")
+    if config.stage != "autoencoder" and not encoded and config.model.init is None:
+        raise ValueError(f"{source} holds no latents, and there is no model.init to encode it with: `latent-shift encode` it")
+    if packed:
+        return
+    splits = find_splits(source)
+    if splits is not None:
+        _check_splits(config, splits, source)
+    name, side = ("size", data.size) if data.aspects is None else ("aspects", data.aspects)
+    if factor is not None and side is not None and side % factor:
+        raise ValueError(f"data.{name}={side}: the autoencoder of {config.model.init} needs a multiple of {factor}")
+
+
+def check_store(config: Config, store: Store) -> None:
+    """Check that a store has what the settings name; log how many clips are too short.
+
+    Raises:
+        ValueError: it lacks a split, captions for a stride, or validation clips.
+    """
+    data = config.data
+    if config.stage != "autoencoder" and (missing := set(data.strides) - set(store.info["strides"])):
+        raise ValueError(f"{data.path} has no captions for data.strides {sorted(missing)}: encode it with --stride")
+    _check_splits(config, store.splits, store.folder)
+    val_clips = store.select(splits=data.val_splits, num_frames=data.num_frames, stride=data.strides[0])
+    if data.val_splits and not len(val_clips):
+        raise ValueError(f"{store.folder}: no clip of {data.num_frames} frames in data.val_splits {data.val_splits}")
+    if data.num_frames == 1:
+        return
+    clips = store.select(splits=data.splits, num_frames=2)
+    for stride in data.strides:
+        long_enough = store.select(splits=data.splits, num_frames=data.num_frames, stride=stride)
+        if num_short := len(np.setdiff1d(clips, long_enough)):
+            log.warning(
+                "%d of %d clips are too short for %d frames at stride %d and are skipped", num_short, len(clips), data.num_frames, stride
+            )
+
+
+def check_crop(config: Config, store: Store, factor: int) -> None:
+    """Raise ValueError if the autoencoder's crops do not fit the frames of the store or its own factor."""
+    crop, smallest = config.data.crop, min(min(shape[1:3]) for shape in store.shapes.values())
+    if crop > smallest:
+        raise ValueError(f"data.crop={crop} is larger than the frames of {config.data.path}, {smallest} a side")
+    if crop % factor:
+        raise ValueError(f"data.crop must be a multiple of {factor}, the autoencoder's factor, got {crop}")
+
+
+def _check_splits(config: Config, splits: set[str], source: object) -> None:
+    if unknown := {*config.data.splits, *config.data.val_splits} - splits:
+        raise ValueError(f"{source}: has no split {', '.join(sorted(unknown))}; expected {', '.join(sorted(splits))}")
+
+
+# Start: the denoiser that the run starts from.
+
+_LEARNED = {  # fields of a checkpoint's scheduler that its weights depend on, and the settings that must agree
+    "prediction_type": "diffusion.prediction",
+    "beta_schedule": "diffusion.schedule",
+    "rescale_betas_zero_snr": "diffusion.zero_terminal_snr",
+    "num_train_timesteps": "diffusion.num_timesteps",
+    "beta_start": "beta_start of diffusion.schedule",
+    "beta_end": "beta_end of diffusion.schedule",
+}
+
+
+def check_start(config: Config, start: Path) -> None:
+    """Check that the denoiser in the diffusers folder `start` is trained further as it was trained before.
+
+    Raises:
+        ValueError: it was trained with another noise schedule, prediction, shift, or temporal layers.
+    """
+    now, before = dict[str, object](), dict[str, object]()
+    scheduler_file, index_file = start / "scheduler" / "scheduler_config.json", start / "model_index.json"
+    if scheduler_file.exists():
+        settings = {name: value for name, value in _read_json(scheduler_file).items() if name in _LEARNED}
+        learned, wanted = DDPMScheduler(**settings).config, schedule_of(config.diffusion).config
+        before |= {name: learned[key] for key, name in _LEARNED.items()}
+        now |= {name: wanted[key] for key, name in _LEARNED.items()}
+    trained = _read_json(index_file).get("latent_shift", {}) if index_file.exists() else {}
+    if trained.get("num_frames", 1) > 1:  # an image model has not learned from shifted channels
+        shifted = trained.get("forward") or trained.get("backward")
+        network = saved_class(start / "unet", UNet2DConditionModel)
+        baseline = next((name for name, baseline in TEMPORAL_NETWORKS.items() if baseline is network), None)
+        before["model.temporal"] = baseline or ("shift" if shifted else "none")
+        now["model.temporal"] = config.model.temporal
+        shift = asdict(sizes.shift_settings(config.model))
+        before |= {f"model.{name}": trained[name] for name in shift if name in trained}
+        now |= {f"model.{name}": shift[name] for name in shift if name in trained}
+    problems = [
+        f"{name} is {_in_toml(now[name])}, but {config.model.init} was trained with {_in_toml(value)}: set it to that"
+        for name, value in before.items()
+        if now[name] != value
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def check_denoiser(unet: UNet2DConditionModel, store: Store) -> None:
+    """Raise ValueError if a U-Net does not take the latents and the text of a store."""
+    channels, width = store.info["channels"], store.info["texts"][1]
+    expected = (unet.config.in_channels, unet.config.cross_attention_dim)
+    if (channels, width) != expected:
+        raise ValueError(
+            f"{store.folder} has latents of {channels} channels and texts {width} wide, the U-Net takes {expected[0]} and {expected[1]}"
+        )
+
+
+def _in_toml(value: object) -> object:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -223,14 +223,16 @@ def measures(
     import numpy as np
 
     from latent_shift.benchmark.hardware import machine
-    from latent_shift.evaluation import measures, protocols, sensitivity
+    from latent_shift.evaluation import features, measures, protocols
+    from latent_shift.evaluation.sensitivity import sensitivity, table
 
-    networks = measures.Weights.told(weights or [])
-    networks.check([name for name, (*_, estimate) in measures.OF_FEATURES.items() if estimate is measures.kernel_estimate])
-    extractors = networks.of_distances()
+    networks = features.Weights.parse(weights or [])
+    measures.check_weights(networks, measures.DISTANCES)
+    distances = measures.open_distances(networks)
     task = protocols.open_protocol("own", data, num=num, num_frames=num_frames)
-    results = sensitivity.verify(np.stack([task.real(k) for k in range(num)]), extractors)
-    print(sensitivity.table(results))
+    results = sensitivity(np.stack([task.real(k) for k in range(num)]), distances)
+    print(table(results))
     if output:
-        told = {"data": task.reference, "num_frames": num_frames, "extractors": [each.record() for each in extractors]}
-        write_json(machine() | told | {"measures": results}, output)
+        extractors = {extractor.name: extractor.record() for _, extractor in distances}
+        settings = {"data": task.reference, "num_frames": num_frames, "extractors": list(extractors.values())}
+        write_json(machine() | settings | {"measures": results}, output)

@@ -247,8 +247,7 @@ def evaluate(
     import torch
 
     from latent_shift import runtime
-    from latent_shift.evaluation import evaluate, measures, protocols, systems
-    from latent_shift.evaluation.tables import lacking, table
+    from latent_shift.evaluation import evaluate, features, measures, protocols, systems, tables
     from latent_shift.runtime import device_of
 
     if dtype not in (None, "float32", "float16", "bfloat16"):
@@ -260,17 +259,17 @@ def evaluate(
         told = ", ".join(name for name, _ in named)
         raise ValueError(f"--model: two systems have one folder: expected NAME=MODEL with different names, got {told}")
     if protocol in ("own", "classes") and num_frames is None:
-        num_frames = systems.num_frames_of(named[0][1])
+        num_frames = systems.default_num_frames(named[0][1])
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
     if noise is not None and "denoising" not in task.measures:
         raise ValueError(f"--noise: protocol {protocol} shows models no real clips through noise; expected own or emoji")
-    networks, first = measures.Weights.told(weights or [], device=str(device_of(device))), runtime.rank() == 0
+    networks, first = features.Weights.parse(weights or [], device=str(device_of(device))), runtime.rank() == 0
     if first:  # who measures
-        networks.check(task.measures)
+        measures.check_weights(networks, task.measures)
     results, where = [], out or Path("evals") / protocol
     for name, path in named:
         system = systems.open_system(
-            path, name=name, num_frames=task.num_frames, fps=task.rate, height=size, width=size,
+            path, name=name, num_frames=task.num_frames, fps=task.required_fps, height=size, width=size,
             num_inference_steps=steps, guidance_scale=guidance, device=device, dtype=getattr(torch, dtype) if dtype else None,
             compile=compile,
         )  # fmt: skip
@@ -283,9 +282,9 @@ def evaluate(
         torch.cuda.empty_cache()
     if not first:
         return
-    results = evaluate.compared(results, where)
-    print(table(results))
-    for measure, reason in lacking(results):
+    results = evaluate.add_paired_differences(results, where)
+    print(tables.markdown(results))
+    for measure, reason in tables.skipped_measures(results):
         print(f"no {measure}: {reason}")
     if output:
         write_json(results, output)
@@ -300,16 +299,25 @@ def report(
     training: Annotated[Path | None, typer.Option(help="what `bench runs -o` wrote, as a table")] = None,
     classes: Annotated[Path | None, typer.Option(help="an evaluation with protocol classes, as rows of clips")] = None,
     sweep: Annotated[list[Path] | None, typer.Option(help="what `bench sweep -o` wrote, as plots; may be repeated")] = None,
+    seeds: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SYSTEM=OTHER,...: systems that differ from SYSTEM in the training seed alone share its column; may be repeated; "
+            "default: by their names SYSTEM-seed-N"
+        ),
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="words shown")] = 8,
     title: str = "Latent-Shift beside others",
     note: Annotated[str, typer.Option(help="what a reader has to know of these systems, at the page's beginning")] = "",
 ) -> None:
     """Write evaluations as a page to look at: clips that play side by side, numbers, plots. It opens from a disk."""
     quiet_libraries()
+    from latent_shift.evaluation.tables import parse_seeds
     from latent_shift.report import page
 
+    groups = parse_seeds(seeds) if seeds else None
     options = dict(training=training, classes=classes, sweeps=sweep or [], rows=rows, title=title, note=note)
-    print(page.report(out, compared, shown=show or [], ablations=ablation or [], **options))  # type: ignore[arg-type]
+    print(page.report(out, compared, shown=show or [], ablations=ablation or [], seeds=groups, **options))  # type: ignore[arg-type]
 
 
 @app.command()

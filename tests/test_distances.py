@@ -124,7 +124,9 @@ def test_kernel_estimate_never_pairs_clips_of_one_caption():
     assert abs(np.mean(alike)) < 3 * np.std(alike) / np.sqrt(300) < -np.mean(wrong)
     same = statistics.kernel_estimate(captions, captions, other_cluster_ids=np.arange(12))
     assert same.value == pytest.approx(0, abs=1e-12) and same.high - same.low == pytest.approx(0, abs=1e-12)
-    some = statistics.kernel_estimate(np.repeat(x, 50, axis=0), y, cluster_ids=np.repeat(np.arange(12), 50), other_cluster_ids=np.arange(12), max_clips=100)
+    some = statistics.kernel_estimate(
+        np.repeat(x, 50, axis=0), y, cluster_ids=np.repeat(np.arange(12), 50), other_cluster_ids=np.arange(12), max_clips=100
+    )
     whole = statistics.kernel_estimate(x, y, other_cluster_ids=np.arange(12))  # a mean over units as they were drawn, not over all of each
     assert some.samples == 12 and some.low < whole.value < some.high
 

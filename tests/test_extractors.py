@@ -206,7 +206,7 @@ def test_digest_differs_between_weights(scripts, clip_folder, tmp_path):
 def test_weights_open_says_where_missing_weights_are_published(scripts):
     weights = Weights({"i3d": str(scripts / "i3d.pt")})
     assert weights.open("i3d") is weights.open("i3d")
-    with pytest.raises(MeasureUnavailable, match="needs the TorchScript file c3d_ucf101.pt of StyleGAN-V"):
+    with pytest.raises(MeasureUnavailable, match=r"needs the TorchScript file c3d_ucf101\.pt of StyleGAN-V"):
         weights.open("c3d")
     with pytest.raises(ValueError, match="--weights c3d=: expected i3d=PATH, c3d=PATH"):
         Weights.parse(["i3d=a", "c3d="])

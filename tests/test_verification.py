@@ -25,9 +25,7 @@ def clips():
 def test_degradations_change_what_they_say(clips):
     rng, clip = np.random.default_rng(0), clips[0]
     assert np.std(sensitivity.add_noise(np.full((4, 64, 64, 3), 128, np.uint8), 0.25, rng)) == pytest.approx(16, rel=0.02)
-    assert (
-        np.abs(np.diff(sensitivity.blur(clip, 1.0, rng).astype(int), axis=2)).mean() < np.abs(np.diff(clip.astype(int), axis=2)).mean()
-    )
+    assert np.abs(np.diff(sensitivity.blur(clip, 1.0, rng).astype(int), axis=2)).mean() < np.abs(np.diff(clip.astype(int), axis=2)).mean()
     mixed = sensitivity.shuffle(clip, 1.0, rng)
     assert not np.array_equal(mixed, clip)
     assert sorted(frame.tobytes() for frame in mixed) == sorted(frame.tobytes() for frame in clip)

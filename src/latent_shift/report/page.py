@@ -237,6 +237,8 @@ def _describe_table(table: Table) -> str:
         text += (
             " Where a system was trained with several seeds, cells show the mean and, in brackets, the least and greatest over the seeds."
         )
+    if table.num_seeds[0] > 1:
+        text += f" Differences are from the first seed of {table.names[0]}."
     return text
 
 

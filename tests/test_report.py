@@ -103,7 +103,9 @@ def test_report_shows_every_result(evals, packed, video_model, tmp_path):
     (trained,) = runs([video_model.parent])
     assert f"<td>{trained['steps']}</td><td>{trained['loss']:.4f}</td><td></td>" in text
     energy = next(
-        record for record in add_paired_differences(results_of(evals), evals / "compare")[1]["records"] if record["measure"] == "motion_energy"
+        record
+        for record in add_paired_differences(results_of(evals), evals / "compare")[1]["records"]
+        if record["measure"] == "motion_energy"
     )["more"]
     assert f"{energy['value']:+.3g} ({energy['low']:+.3g} to {energy['high']:+.3g})</small>" in text and "<b>" not in text
     assert "clipsim" in text and "CLIPModel" in text  # what was not measured, and why
@@ -130,7 +132,11 @@ def test_report_merges_training_seeds(evals, tmp_path):
     flicker = values_of(evals, "b")["flicker"]
     assert f"{flicker + 50:.4g} <small>({flicker:.4g} to {flicker + 100:.4g})</small>" in table
     by_name = report(tmp_path / "two", tmp_path / "compare", **options).read_text()
-    assert re.findall(r'<th scope="col">([^<]*)<small>', by_name[by_name.index('id="numbers"') :])[:3] == ["b", "a &lt;shift&gt;", "a-seed-1"]
+    assert re.findall(r'<th scope="col">([^<]*)<small>', by_name[by_name.index('id="numbers"') :])[:3] == [
+        "b",
+        "a &lt;shift&gt;",
+        "a-seed-1",
+    ]
     with pytest.raises(ValueError, match="--seeds: no results of c; expected some of a <shift>, a-seed-1, b, seed-2"):
         report(tmp_path / "three", tmp_path / "compare", seeds={"b": ["c"]}, **options)
 

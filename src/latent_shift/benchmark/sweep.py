@@ -66,7 +66,7 @@ def sweep(
     for load, names in lines.items():
         numbers = _time_load(load, networks, machine, rounds, device)
         for line in names:
-            points += [{"line": line, **load._asdict(), "name": name, **found} for name, found in numbers.items()]
+            points += [{"line": line, **load._asdict(), "name": name, **values} for name, values in numbers.items()]
     return {"limits": machine, "full": full, "rounds": rounds, "dtype": str(dtype).removeprefix("torch."), "points": points}
 
 
@@ -74,7 +74,7 @@ def _time_load(
     load: Load, networks: dict[str, TimedNetwork], machine: dict[str, float], rounds: int, device: str
 ) -> dict[str, dict[str, Any]]:
     """Return the numbers of every network for one load, those that do not take it first."""
-    too_long = {name for name, network in networks.items() if network.max_frames is not None and load.frames > network.max_frames}
+    too_long = [name for name, network in networks.items() if network.max_frames is not None and load.frames > network.max_frames]
     numbers: dict[str, dict[str, Any]] = {name: {"cannot": f"at most {networks[name].max_frames} frames"} for name in too_long}
     calls = {name: network.call(*load) for name, network in networks.items() if name not in too_long}
     works, peaks = {}, {}

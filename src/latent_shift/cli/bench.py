@@ -132,17 +132,16 @@ def memory(
 ) -> None:
     """Measure on the CPU what long clips, a step of SD 1.5's size and its training take."""
     quiet_libraries()
-    from latent_shift.benchmark import step
+    from latent_shift.benchmark import memory
     from latent_shift.benchmark.hardware import machine
-    from latent_shift.benchmark.training import training_memory
 
     _show(
         machine()
         | {
-            "training SD 1.5, 16 frames of 512x512, GiB": training_memory(),
-            "one step of SD 1.5": step.full_size(),
+            "training SD 1.5, 16 frames of 512x512, GiB": memory.training_memory(),
+            "one step of SD 1.5": memory.full_size_step(),
             "model of the long clips": model,
-            "long clips": step.long_clips(model),
+            "long clips": memory.long_clips(model),
         },
         output,
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latent_shift.evaluation.measures import label_of
+from latent_shift.evaluation.measures import HIGHER, LOWER, MEASURES, REAL, label_of
 from latent_shift.evaluation.records import Record
 from latent_shift.evaluation.sensitivity import trend
 from latent_shift.evaluation.statistics import Estimate
@@ -232,6 +232,18 @@ def systems(seeds: Seeds | None = None) -> str:
     return results.caption() + markdown_table(head, rows)
 
 
+def measures() -> str:
+    """Tabulate the measures: their names in results, which values are better, what they need, and their definitions."""
+    better = {HIGHER: "higher", LOWER: "lower", REAL: "close to real clips", "": ""}
+    rows = []
+    for measure in MEASURES.values():
+        network = "" if measure.network in ("", "efficientnet") else f"`--weights {measure.network}=PATH`"
+        needs = "extra `eval`" if measure.package or measure.network == "efficientnet" else network
+        for name, (text, direction, definition) in measure.labels.items():
+            rows.append([text.replace("= {timestep}", "= T"), f"`{name.replace('{timestep}', 'T')}`", better[direction], needs, definition])
+    return markdown_table(["measure", "name in results", "better", "needs", "definition"], rows)
+
+
 def sensitivity() -> str:
     """Tabulate `latent-shift bench measures`: each measure of original and of most degraded clips."""
     degradations = read_result("measures")["measures"]
@@ -336,7 +348,7 @@ TABLES_OF_SYSTEMS: dict[str, Callable[[Seeds | None], str]] = {
 }
 OTHER_TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (two_runs, sensitivity, overhead, sweep_on_cpu, sweep_on_gpu, peers, long_clips, training_memory)
+    for function in (measures, two_runs, sensitivity, overhead, sweep_on_cpu, sweep_on_gpu, peers, long_clips, training_memory)
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PAGES = [

@@ -83,7 +83,10 @@ class Extractor:
 def i3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
     """Open I3D, 400 logits of 16 frames; their Frechet distance is FVD (Unterthiner et al. 2018)."""
     network = _load_script(path, device)
-    run = lambda clips: network(_as_script_input(clips, device), rescale=True, resize=True, return_features=True)  # noqa: E731
+
+    def run(clips: Tensor) -> Tensor:
+        return network(_as_script_input(clips, device), rescale=True, resize=True, return_features=True)
+
     _check_network(run, 400, "i3d", path)
     preprocessing = "0..255 to -1..1 and bilinear to 224x224, by the file itself"
     return Extractor("i3d-kinetics400", digest(path), preprocessing, "clip", run, num_frames=16)
@@ -92,7 +95,10 @@ def i3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
 def c3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
     """Open C3D, probabilities of the 101 classes of UCF-101, for the inception score of videos (Saito et al. 2017)."""
     network = _load_script(path, device)
-    run = lambda clips: network(_as_script_input(clips, device))  # noqa: E731
+
+    def run(clips: Tensor) -> Tensor:
+        return network(_as_script_input(clips, device))
+
     _check_network(run, 101, "c3d", path, probabilities=True)
     return Extractor("c3d-ucf101", digest(path), "0..255, scaled by the file itself", "clip", run, num_frames=16)
 
@@ -102,7 +108,10 @@ def inception(path: str | Path, *, device: str | torch.device = "cpu", probabili
     its 1,008 classes without the bias of the last layer, for the inception score."""
     network = _load_script(path, device)
     option = {"no_output_bias": True} if probabilities else {"return_features": True}
-    run = lambda clips: network(_images(clips).to(device), **option)  # noqa: E731
+
+    def run(clips: Tensor) -> Tensor:
+        return network(_images(clips).to(device), **option)
+
     _check_network(run, 1008 if probabilities else 2048, "inception", path, probabilities=probabilities)
     name = "inception-2015-12-05" + ("-classes" if probabilities else "")  # cached features of both may lie in one folder
     return Extractor(name, digest(path), "0..255, scaled to 299x299 by the file itself", "frame", run)

@@ -293,8 +293,9 @@ def _distance(name: str, statistic: Callable[..., Estimate], network: str, text:
     return Measure(name, distance, {name: Label(text, LOWER, definition)}, network=network, statistic=statistic, **fields)
 
 
-_RANK = "of the real clip of the same caption among all real clips, by EfficientNet-lite0 features"
-_MOTION = "fraction of motion (deviation of latents from their mean over time) predicted in real clips under noise of timestep t"
+_MOTION = (
+    "R² of the motion in real clips (deviation of latents from their mean over time) that the model predicts under noise of timestep t"
+)
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
@@ -310,14 +311,14 @@ MEASURES: dict[str, Measure] = {
         ),
         Measure(
             "retrieval", retrieval, network="efficientnet", labels={
-                "retrieval_top1": Label("caption retrieval, top 1", HIGHER, f"fraction of clips with rank 1 {_RANK}"),
-                "retrieval_top5": Label("caption retrieval, top 5", HIGHER, f"fraction of clips with rank 5 or better {_RANK}"),
-                "retrieval_median_rank": Label("caption retrieval, median rank", LOWER, f"median rank {_RANK}"),
+                "retrieval_top1": Label("caption retrieval, top 1", HIGHER, "fraction of clips whose nearest real clip, in EfficientNet-lite0 features, has their caption"),
+                "retrieval_top5": Label("caption retrieval, top 5", HIGHER, "fraction of clips with the real clip of their caption among the five nearest"),
+                "retrieval_median_rank": Label("caption retrieval, median rank", LOWER, "median rank of the real clip of the same caption among all real clips"),
             },
         ),
         Measure(
             "motion_error", motion_error, protocols=(*CAPTIONS, "classes"), min_frames=2, labels={
-                "motion_error": Label("motion error, factor", LOWER, "factor between a clip's motion energy and that of the real clip"),
+                "motion_error": Label("motion error, factor", LOWER, "typical factor between the motion energy of a clip and that of the real clip of its caption"),
             },
         ),
         _score(
@@ -346,8 +347,8 @@ MEASURES: dict[str, Measure] = {
         ),
         Measure(
             "denoising", denoising_of_real_clips, labels={
-                "denoising_error": Label("denoising error", LOWER, "mean squared error of the prediction for real clips under noise"),
-                "denoising_error_of_end_frames": Label("denoising error, boundary frames", LOWER, "the same for first and last frames"),
+                "denoising_error": Label("denoising error", LOWER, "mean squared error of the model's prediction for real clips under noise, over four timesteps"),
+                "denoising_error_of_end_frames": Label("denoising error, boundary frames", LOWER, "denoising error of the first and the last frame alone"),
                 "motion_seen_at_{timestep}": Label("motion R² at t = {timestep}", HIGHER, f"{_MOTION}, from all frames together"),
                 "motion_seen_at_{timestep}_frame_by_frame": Label(
                     "per-frame motion R² at t = {timestep}", "", f"{_MOTION}, from each frame alone"
@@ -361,7 +362,7 @@ MEASURES: dict[str, Measure] = {
         ),
         Measure(
             "clipsim", clipsim, protocols=(*CAPTIONS, *MSRVTT), network="clip",
-            labels={"clipsim": Label("CLIPSIM", HIGHER, "mean CLIP similarity of frames and prompt")},
+            labels={"clipsim": Label("CLIPSIM", HIGHER, "mean cosine similarity of frames and prompt in CLIP")},
         ),
         _distance(
             "kvd-videomae", kernel_estimate, "videomae", "KVD, VideoMAE", "kernel distance of VideoMAE features",

@@ -10,7 +10,7 @@ The page is a folder of files that refer to nothing outside of it, so it opens f
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -69,11 +69,10 @@ def report(
         evaluation: folder of an evaluation, whose systems are the columns.
         shown: names of the systems to show, from left to right. (): all.
         ablations: folders of evaluations, each a table of all its systems; `evaluation` may be among them.
-        training: file that `latent-shift bench runs -o` wrote: a table of losses and costs.
+        training: file of `latent-shift bench runs -o`, a table of losses and costs.
         classes: folder of an evaluation with protocol classes; the clips of its first system are shown in rows of one prompt.
         sweeps: files that `latent-shift bench sweep -o` wrote, one a machine.
-        seeds: system to the other systems that differ from it in the training seed alone; they share a column of the tables. None: those
-            that `find_seeds` recognises by name.
+        seeds: system to others that differ from it in the training seed alone and share its column in tables. None: by `find_seeds`.
         rows: prompts shown.
         title: of the page.
         note: a paragraph at its beginning.
@@ -82,49 +81,36 @@ def report(
         The page's file.
 
     Raises:
-        ValueError: a folder without results or without a system to be shown, or an evaluation with fewer clips than rows.
+        ValueError: a folder without results, an unknown system, or an evaluation with fewer clips than rows.
     """
     systems = _choose(evaluation, shown)
-    protocol, prompts = systems[0].result["protocol"], _read_prompts(evaluation)
-    if rows > len(prompts):
-        raise ValueError(f"{evaluation} has {len(prompts)} clips a system, {rows} rows asked for")
+    protocol, prompts = systems[0].result["protocol"], _read_prompts(evaluation, rows)
     (out / "clips").mkdir(parents=True, exist_ok=True)
     real = Column({"system": {"system": "real clips", "fps": protocol["fps"]}}, evaluation / "real")
-    has_real = [(real.folder / "clips" / f"{k:06}.png").exists() for k in range(rows)]
-    clip_columns = [*systems, *([real] if any(has_real) else [])]
-    grid, stills = [], []
-    for k, prompt in enumerate(prompts[:rows]):
-        clips = [
-            _add_clip(column, k, protocol["num_frames"], out, "compared", f"{prompt}, {column.name}")
-            if column is not real or has_real[k]
-            else None
-            for column in clip_columns
-        ]
-        grid.append({"prompt": prompt, "cells": clips})
-        stills.append({"prompt": prompt, "cells": [_add_still(system, k, out, prompt) for system in systems]})
-    sets = [systems, *(_first_to_front(folder, systems[0].name) for folder in ablations)]
-    if seeds is not None:
-        _check_seeds(seeds, {system.name for columns in sets for system in columns})
-    tables = [_table(columns, seeds) for columns in sets]
+    columns = [*systems, *([real] if any((real.folder / "clips" / f"{k:06}.png").exists() for k in range(rows)) else [])]
+    grid = _rows(prompts, columns, lambda column, k: _add_clip(column, k, protocol["num_frames"], out, "compared", prompts[k]))
+    stills = _rows(prompts, systems, lambda system, k: _add_still(system, k, out, prompts[k]))
+    tables = _tables(systems, ablations, seeds)
     page = _template().render(
         title=title,
         note=note,
         protocol=protocol,
         rates=sorted({system.result["system"]["fps"] for system in systems}),
-        columns=[{"name": system.name, "description": _describe(system.result)} for system in systems],
-        real=any(has_real),
+        columns=[(system.name, _describe(system.result)) for system in systems],
+        real=real in columns,
         grid=grid,
-        stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
+        stills=stills,
         results=tables[0],
         skipped=skipped_measures([system.result for system in systems]),
-        ablations=[(folder.name.replace("-", " ").capitalize(), table) for folder, table in zip(ablations, tables[1:], strict=True)],
+        ablations=list(zip((folder.name.replace("-", " ").capitalize() for folder in ablations), tables[1:], strict=True)),
         definitions=_definitions(tables),
         training=json.loads(training.read_text()) if training else [],
         classes=_class_rows(classes, out) if classes else None,
         sweeps=[_sweep(path, f"sweep{k}") for k, path in enumerate(sweeps)],
     )
-    (out / "index.html").write_text(page, encoding="utf-8")
-    return out / "index.html"
+    path = out / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path
 
 
 def _choose(evaluation: Path, shown: Sequence[str]) -> list[Column]:
@@ -135,27 +121,29 @@ def _choose(evaluation: Path, shown: Sequence[str]) -> list[Column]:
     return [systems[name] for name in shown or systems]
 
 
-def _first_to_front(folder: Path, first: str) -> list[Column]:
-    """Return all systems of an evaluation, beginning with the page's first system where it is among them."""
-    return sorted(read_evaluation(folder), key=lambda system: system.name != first)
+def _read_prompts(folder: Path, num: int | None = None) -> list[str]:
+    """Return the first `num` prompts of an evaluation; raise ValueError where it has fewer. None: all."""
+    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    if num is not None and num > len(prompts):
+        raise ValueError(f"{folder} has {len(prompts)} clips a system, {num} rows asked for")
+    return prompts[:num]
 
 
-def _check_seeds(seeds: Mapping[str, Sequence[str]], names: set[str]) -> None:
-    if unknown := sorted({name for system, others in seeds.items() for name in (system, *others)} - names):
-        raise ValueError(f"--seeds: no results of {', '.join(unknown)}; expected some of {', '.join(sorted(names))}")
+def _rows(prompts: Sequence[str], columns: Sequence[Column], add: Callable[[Column, int], Any]) -> list[dict[str, Any]]:
+    """Return a row for each prompt, with a cell for each column as `add` returns it; no rows where all cells are None."""
+    rows = [{"prompt": prompt, "cells": [add(column, k) for column in columns]} for k, prompt in enumerate(prompts)]
+    return rows if any(cell for row in rows for cell in row["cells"]) else []
 
 
-def _read_prompts(folder: Path) -> list[str]:
-    return json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-
-
-def _add_clip(column: Column, k: int, num_frames: int, out: Path, section: str, label: str) -> dict[str, str]:
-    """Write clip k of a column into the page's folder."""
+def _add_clip(column: Column, k: int, num_frames: int, out: Path, section: str, prompt: str) -> dict[str, str] | None:
+    """Write clip k of a column into the page's folder, if there is one."""
+    if not (column.folder / "clips" / f"{k:06}.png").exists():
+        return None
     clip = _enlarge(SavedClips(column.folder / "clips", num_frames)(k))
     name = f"clips/{section}-{column.folder.name}-{k:03}"
     video.write(clip, out / f"{name}.mp4", fps=column.result["system"]["fps"])
     Image.fromarray(clip[0]).save(out / f"{name}.png")
-    return {"source": f"{name}.mp4", "poster": f"{name}.png", "label": label}
+    return {"source": f"{name}.mp4", "poster": f"{name}.png", "label": f"{prompt}, {column.name}"}
 
 
 def _add_still(system: Column, k: int, out: Path, prompt: str) -> dict[str, str] | None:
@@ -183,7 +171,7 @@ def _class_rows(folder: Path, out: Path) -> dict[str, Any]:
         numbers.setdefault(prompt, []).append(k)
     rows = []
     for prompt, seeds in numbers.items():
-        cells = [_add_clip(system, k, num_frames, out, "classes", f"{prompt}, {system.name}, seed {k}") for k in seeds]
+        cells = [_add_clip(system, k, num_frames, out, "classes", f"{prompt}, seed {k}") for k in seeds]
         rows.append({"prompt": prompt, "cells": cells})
     description = f"By {system.name} ({_describe(system.result)}), {num_frames} frames each, every clip with a seed of its own."
     return {"rows": rows, "description": description}
@@ -196,6 +184,17 @@ def _describe(result: dict[str, Any]) -> str:
     parts = [system["title"], f"{system['parameters'] / 1e6:.1f} M parameters", f"{width}x{height}"]
     parts += [f"{system['num_inference_steps']} steps", f"guidance {system['guidance_scale']:g}"]
     return ", ".join(parts)
+
+
+def _tables(systems: list[Column], ablations: Sequence[Path], seeds: Mapping[str, Sequence[str]] | None) -> list[dict[str, Any]]:
+    """Return the table of the page's systems and those of the ablations, which begin with the same system where they have it."""
+    first = systems[0].name
+    sets = [systems, *(sorted(read_evaluation(folder), key=lambda system: system.name != first) for folder in ablations)]
+    names = {system.name for columns in sets for system in columns}
+    grouped = {name for system, others in (seeds or {}).items() for name in (system, *others)}
+    if unknown := sorted(grouped - names):
+        raise ValueError(f"--seeds: no results of {', '.join(unknown)}; expected some of {', '.join(sorted(names))}")
+    return [_table(columns, seeds) for columns in sets]
 
 
 def _table(systems: list[Column], seeds: Mapping[str, Sequence[str]] | None) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     python docs/tables.py                               # or `make tables`; a test compares the pages with the files
     python docs/tables.py --seeds shift=seed-1,seed-2   # systems that differ in the training seed alone
 
-A page holds each table between two markers, `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a function of this file.
-Labels come from the table of measures (latent_shift/evaluation/measures.py).
+A page holds each table between two markers, `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a
+function of this file. Labels come from the table of measures (latent_shift/evaluation/measures.py).
 """
 
 import argparse

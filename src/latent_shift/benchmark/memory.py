@@ -26,8 +26,8 @@ def long_clips(model: str = "emoji", *, num_frames: tuple[int, ...] = (16, 64, 2
         num_frames: lengths of the clips.
 
     Returns:
-        For each length and mode ("whole", at most 256 frames; "chunks" of 16 frames with a halo of 4; "stream" with decoded frames) the
-        seconds and the peak memory in GiB.
+        For each length and mode ("whole", at most 256 frames; "chunks" of 16 frames with a halo of 4; "stream" with
+        decoded frames) the seconds and the peak memory in GiB.
     """
     runs = [(mode, number) for mode in ("whole", "chunks", "stream") for number in num_frames if mode != "whole" or number <= 256]
     return [run_alone(_long_clip, model, mode, number) for mode, number in runs]
@@ -50,7 +50,7 @@ def _long_clip(model: str, mode: str, num_frames: int) -> dict[str, Any]:
 
 
 def full_size_step(*, num_frames: int = 16) -> dict[str, Any]:
-    """Measure one step at the size of Stable Diffusion 1.5 with random weights and 32x32 latents, on the CPU in a process of its own."""
+    """Measure one CPU step of Stable Diffusion 1.5's size, random weights and 32x32 latents, in a process of its own."""
     return run_alone(_full_size_step, num_frames)
 
 

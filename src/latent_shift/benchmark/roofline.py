@@ -1,5 +1,6 @@
-"""The roofline of a machine (Williams et al. 2009): the least time that a step's operations can take, given what the machine computes and
-moves a second. Here it is drawn operation by operation."""
+"""The roofline of a machine (Williams et al. 2009): the least time that a step's operations can take, given what the
+machine computes and moves a second. Here it is drawn operation by operation.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ _OVERWRITES = {torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_}
 class Work(TorchDispatchMode):
     """Count the work of a call while it is active.
 
-    Each operation takes at least as long as its multiplications at the machine's rate or its bytes at the machine's bandwidth, whichever
-    is longer. Caches and fused kernels may be faster than that.
+    Each operation takes at least as long as its multiplications at the machine's rate or its bytes at the machine's
+    bandwidth, whichever is longer. Caches and fused kernels may be faster than that.
 
     Attributes:
         flops: multiplications and additions.
@@ -49,7 +50,8 @@ def limits(device: str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: 
     """Measure the limits of a machine for about `seconds` each.
 
     Returns:
-        `flops_per_s`, the rate of large matrix products, and `bytes_per_s`, the bytes read and written a second in copies of 1 GiB.
+        `flops_per_s`, the rate of large matrix products, and `bytes_per_s`, the bytes read and written a second in
+        copies of 1 GiB.
     """
     source = torch.ones(2**30 // dtype.itemsize, device=device, dtype=dtype)
     target = torch.empty_like(source)

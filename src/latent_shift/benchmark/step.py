@@ -1,4 +1,4 @@
-"""The time of one denoising step: what the shift adds to a U-Net, how other systems' U-Nets compare, and what the pipeline saves."""
+"""The time of one denoising step: what the shift adds, how other U-Nets compare, and what the pipeline saves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def shift_overhead(
         text_length: tokens of the prompt.
         rounds: counted rounds.
         device: "cpu" or "cuda".
-        unet: U-Net to time with its own shift, if it has one; it is not changed. None: one of 34 M parameters with 32x32 latents.
+        unet: U-Net to time with its own shift, if it has one; it is not changed. None: one of 34 M parameters with
+            32x32 latents.
 
     Returns:
         The sizes, and for each of the three ways what `time_in_rounds` returns.
@@ -79,7 +80,7 @@ def against_peers(
 
 
 def savings(*, num_frames: int = 16, text_length: int = 77, rounds: int = 10, device: str = "cpu") -> dict:
-    """Time a guided step of the 34 M U-Net as the pipeline runs it, with keys and values for each frame, and in two calls."""
+    """Time a guided step as the pipeline runs it, with keys and values for each frame, and in two calls."""
     torch.manual_seed(0)
     per_frame = inflate(SMALL.image_unet().to(device).eval())
     sharing = copy.deepcopy(per_frame)

@@ -1,5 +1,6 @@
-"""One denoising step of all `timed_networks` against frames, size of the latents and clips at once: time, work, memory and how close it
-comes to the machine's limits. Also whole clips, from prompt to frames."""
+"""One denoising step of all `timed_networks` against frames, size of the latents and clips at once: time, work,
+memory and how close it comes to the machine's limits. Also whole clips, from prompt to frames.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +51,9 @@ def sweep(
         device, dtype: of the networks.
 
     Returns:
-        `limits` of the machine, and `points`, one for each network and load of a line: seconds, ratio to Latent-Shift, multiplications
-        and additions, bytes, fractions of the machine's rate and of its roofline, on a GPU peak memory (for a CPU see
-        `memory_of_steps`); or `cannot`, why the network does not take the load.
+        `limits` of the machine, and `points`, one for each network and load of a line: seconds, ratio to
+        Latent-Shift, multiplications and additions, bytes, fractions of the machine's rate and of its roofline, on a
+        GPU peak memory (for a CPU see `memory_of_steps`); or `cannot`, why the network does not take the load.
     """
     machine = limits(device, dtype)
     lines: dict[Load, list[str]] = {}  # a load on several lines is timed once
@@ -95,7 +96,7 @@ def _time_load(
 
 
 def _peak_gib(call, network: torch.nn.Module, work: Work, device: str) -> float | None:
-    """Run a call once under `work`; return the peak memory of its network alone on a GPU: its weights and what the call allocates."""
+    """Run a call under `work`; return on a GPU the peak memory of its network alone, weights included."""
     on_gpu = device.startswith("cuda")
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     if on_gpu:
@@ -109,8 +110,7 @@ def _peak_gib(call, network: torch.nn.Module, work: Work, device: str) -> float 
 def memory_of_steps(
     num_frames: Sequence[int] = FRAMES, *, side: int = 16, full: bool = False, dtype: torch.dtype = torch.float32
 ) -> list[dict[str, Any]]:
-    """Measure the memory of one step of every network on the CPU in GiB, before it (weights included) and at its peak, each in a process
-    of its own."""
+    """Measure the memory of a CPU step of every network in GiB, before it and at its peak, each in a process of its own."""
     return [run_alone(_memory_of_step, name, number, side, full, dtype) for name in NETWORKS for number in num_frames]
 
 
@@ -134,7 +134,7 @@ def whole_clips(
     dtype: torch.dtype = torch.float32,
     rounds: int = 3,
 ) -> list[dict[str, Any]]:
-    """Time whole clips with the model's own steps and guidance, decoding included: seconds a clip, and clips a second of four at once."""
+    """Time whole clips with the model's own settings, decoding included, one at a time and four at once."""
     pipe = loading.load(model, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     rows = []

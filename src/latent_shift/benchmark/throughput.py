@@ -38,7 +38,8 @@ def encoding(
         ray: address of a Ray cluster. None: processes of this machine.
 
     Returns:
-        For each number of workers frames a second, seconds, seconds before the first shard, and efficiency relative to the first.
+        For each number of workers frames a second, seconds, seconds before the first shard, and efficiency relative
+        to the first.
     """
     rows = []
     with tempfile.TemporaryDirectory() as name:

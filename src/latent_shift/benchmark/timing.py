@@ -1,4 +1,4 @@
-"""Timings that can be compared: alternating rounds in one process, medians and paired ratios; and processes of their own."""
+"""Comparable timings: alternating rounds in one process, medians and paired ratios; and processes of their own."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def time_in_rounds(calls: dict[str, Callable[[], object]], *, rounds: int = 10, 
         warm_up: rounds before them.
 
     Returns:
-        For each name `seconds`, the median time, and `ratio`, `ratio_least` and `ratio_most`: median, least and greatest ratio to the
-        first call's time of the same round.
+        For each name `seconds`, the median time, and `ratio`, `ratio_least` and `ratio_most`: median, least and
+        greatest ratio to the first call's time of the same round.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + rounds):
@@ -58,7 +58,7 @@ def run_alone(call: Callable[..., Any], *args: Any) -> Any:
 
 
 def command_seconds(model: str = "emoji", *, rounds: int = 3, device: str = "cpu") -> dict[str, float]:
-    """Return the median seconds of whole commands, each in a process of its own: the help page, and a prompt to an mp4."""
+    """Return the median seconds of two whole commands: the help page, and a prompt to an mp4."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         for arguments in (["--help"], ["generate", "a red heart", "-m", model, "--device", device, "-o", f"{folder}/clip.mp4"]):

@@ -38,8 +38,8 @@ def runs(folders: list[Path]) -> list[dict[str, Any]]:
         folders: of completed runs.
 
     Returns:
-        For each run the steps, the parameters, the mean loss of its second half, the last validation loss, the median clips a second,
-        the fraction of time spent waiting for data, and the peak memory in GiB.
+        For each run the steps, the parameters, the mean loss of its second half, the last validation loss, the median
+        clips a second, the fraction of time spent waiting for data, and the peak memory in GiB.
 
     Raises:
         ValueError: a folder without a model.
@@ -73,8 +73,8 @@ def training_step(
 ) -> dict[str, dict[str, float]]:
     """Time a step of the video stage against one of the image stage on as many single frames, forward and backward.
 
-    The video stage runs with the shift, with no temporal layers, with Latent-VDM's, and with the shift compiled; the precision is the
-    default of training on the device.
+    The video stage runs with the shift, with no temporal layers, with Latent-VDM's, and with the shift compiled; the
+    precision is the default of training on the device.
 
     Args:
         model: as in `loading.load`.

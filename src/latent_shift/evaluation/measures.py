@@ -1,7 +1,7 @@
 """The table of measures: everything that is measured of a system's clips, one row a measure.
 
-To add a measure, add a row to `MEASURES` and, where none of the functions here fits, a function that returns its records. Results,
-the report and the tables of the documentation take names, labels and directions from the row.
+To add a measure, add a row to `MEASURES` and, where none of the functions here fits, a function that returns its
+records. Results, the report and the tables of the documentation take names, labels and directions from the row.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def label_of(record: str) -> Label:
 
 
 def per_clip(comparison: Comparison, measure: Measure) -> list[Record]:
-    """Average a score of single clips over the generated clips and over the real ones, which must have the same frame rate."""
+    """Average a score over the generated and over the real clips, which must have the same frame rate."""
     system, protocol = comparison.system, comparison.protocol
     if system.fps != protocol.fps:
         raise MeasureUnavailable(f"the real clips have {protocol.fps:g} frames a second, these {system.fps:g}")
@@ -193,8 +193,9 @@ def class_score(comparison: Comparison, measure: Measure) -> list[Record]:
 
 
 def motion_error(comparison: Comparison, measure: Measure) -> list[Record]:
-    """Compare the motion energy of each clip with that of the real clip of its caption; 0.1 grey levels are added to both, so that still
-    clips have a ratio."""
+    """Compare the motion energy of each clip with that of the real clip of its caption; 0.1 grey levels are added to
+    both, so that still clips have a ratio.
+    """
     generated, real = clip_scores(comparison, "motion_energy"), clip_scores(comparison, "motion_energy", real=True)
     ratios = (generated + 0.1) / (real[comparison.cluster_ids] + 0.1)
     return [comparison.mean_record(measure.name, ratios, statistics.factor, real=True)]
@@ -253,8 +254,9 @@ def denoising_of_real_clips(comparison: Comparison, measure: Measure) -> list[Re
 
 
 def reconstruction(comparison: Comparison, measure: Measure) -> list[Record]:
-    """Compute the PSNR through the autoencoder of one held-out frame of each concept that has one, at most 200 of them; where nothing is
-    held out, of any frame of the concept."""
+    """Compute the PSNR through the autoencoder of one held-out frame of each concept that has one, at most 200 of
+    them; where nothing is held out, of any frame of the concept.
+    """
     store, vae = comparison.protocol.store, _own_pipeline(comparison).vae
     assert store is not None
     splits = tuple(sorted(store.splits - {"train"})) or ("train",)
@@ -282,20 +284,30 @@ def _own_pipeline(comparison: Comparison) -> LatentShiftPipeline:
     return pipe
 
 
-def _score(name: str, score: Callable[[np.ndarray], float], text: str, definition: str, **needs: Any) -> Measure:
+def _score(
+    name: str, score: Callable[[np.ndarray], float], text: str, definition: str, *, min_frames: int = 2, package: str = ""
+) -> Measure:
     """Return the row of a score of single clips."""
-    protocols = (*CAPTIONS, "classes", *PUBLIC)
-    return Measure(name, per_clip, {name: Label(text, REAL, definition)}, protocols, score=score, **{"min_frames": 2, **needs})
+    labels, protocols = {name: Label(text, REAL, definition)}, (*CAPTIONS, "classes", *PUBLIC)
+    return Measure(name, per_clip, labels, protocols, package=package, min_frames=min_frames, score=score)
 
 
-def _distance(name: str, statistic: Callable[..., Estimate], network: str, text: str, definition: str, **fields: Any) -> Measure:
-    """Return the row of a distance between features."""
-    return Measure(name, distance, {name: Label(text, LOWER, definition)}, network=network, statistic=statistic, **fields)
+def _distance(
+    name: str,
+    statistic: Callable[..., Estimate],
+    network: str,
+    text: str,
+    definition: str,
+    *,
+    protocols: tuple[str, ...] = CAPTIONS,
+    motion: bool = False,
+) -> Measure:
+    """Return the row of a distance between features; `motion` is that of `features.efficientnet`."""
+    labels, options = {name: Label(text, LOWER, definition)}, {"motion": True} if motion else {}
+    return Measure(name, distance, labels, protocols, network, options, min_frames=2 if motion else 1, statistic=statistic)
 
 
-_MOTION = (
-    "R² of the motion in real clips (deviation of latents from their mean over time) that the model predicts under noise of timestep t"
-)
+_MOTION = "R² of the motion in real clips (deviation of latents from their mean over time) predicted under noise of timestep t"
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
@@ -307,18 +319,30 @@ MEASURES: dict[str, Measure] = {
         _distance(
             "kd-efficientnet-lite0-motion", kernel_estimate, "efficientnet", "kernel distance of motion",
             "kernel distance of clips' mean EfficientNet-lite0 features and their mean change between frames",
-            options={"motion": True}, min_frames=2,
+            motion=True,
         ),
         Measure(
             "retrieval", retrieval, network="efficientnet", labels={
-                "retrieval_top1": Label("caption retrieval, top 1", HIGHER, "fraction of clips whose nearest real clip, in EfficientNet-lite0 features, has their caption"),
-                "retrieval_top5": Label("caption retrieval, top 5", HIGHER, "fraction of clips with the real clip of their caption among the five nearest"),
-                "retrieval_median_rank": Label("caption retrieval, median rank", LOWER, "median rank of the real clip of the same caption among all real clips"),
+                "retrieval_top1": Label(
+                    "caption retrieval, top 1", HIGHER,
+                    "fraction of clips whose nearest real clip, in EfficientNet-lite0 features, has their caption",
+                ),
+                "retrieval_top5": Label(
+                    "caption retrieval, top 5", HIGHER,
+                    "fraction of clips with the real clip of their caption among the five nearest",
+                ),
+                "retrieval_median_rank": Label(
+                    "caption retrieval, median rank", LOWER,
+                    "median rank of the real clip of the same caption among all real clips",
+                ),
             },
         ),
         Measure(
             "motion_error", motion_error, protocols=(*CAPTIONS, "classes"), min_frames=2, labels={
-                "motion_error": Label("motion error, factor", LOWER, "typical factor between the motion energy of a clip and that of the real clip of its caption"),
+                "motion_error": Label(
+                    "motion error, factor", LOWER,
+                    "typical factor between the motion energy of a clip and that of the real clip of its caption",
+                ),
             },
         ),
         _score(
@@ -347,9 +371,16 @@ MEASURES: dict[str, Measure] = {
         ),
         Measure(
             "denoising", denoising_of_real_clips, labels={
-                "denoising_error": Label("denoising error", LOWER, "mean squared error of the model's prediction for real clips under noise, over four timesteps"),
-                "denoising_error_of_end_frames": Label("denoising error, boundary frames", LOWER, "denoising error of the first and the last frame alone"),
-                "motion_seen_at_{timestep}": Label("motion R² at t = {timestep}", HIGHER, f"{_MOTION}, from all frames together"),
+                "denoising_error": Label(
+                    "denoising error", LOWER,
+                    "mean squared error of the model's prediction for real clips under noise, over four timesteps",
+                ),
+                "denoising_error_of_end_frames": Label(
+                    "denoising error, boundary frames", LOWER, "denoising error of the first and the last frame alone"
+                ),
+                "motion_seen_at_{timestep}": Label(
+                    "motion R² at t = {timestep}", HIGHER, f"{_MOTION}, from all frames together"
+                ),
                 "motion_seen_at_{timestep}_frame_by_frame": Label(
                     "per-frame motion R² at t = {timestep}", "", f"{_MOTION}, from each frame alone"
                 ),
@@ -357,7 +388,9 @@ MEASURES: dict[str, Measure] = {
         ),
         Measure(
             "reconstruction", reconstruction, labels={
-                "reconstruction_psnr_db": Label("reconstruction PSNR, dB", HIGHER, "PSNR of held-out frames through the autoencoder"),
+                "reconstruction_psnr_db": Label(
+                    "reconstruction PSNR, dB", HIGHER, "PSNR of held-out frames through the autoencoder"
+                ),
             },
         ),
         Measure(

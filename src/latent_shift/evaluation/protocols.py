@@ -35,15 +35,16 @@ class Protocol:
     Attributes:
         name: one of `PROTOCOLS`.
         prompts: prompt k belongs to clip k, which is generated with seed k.
-        cluster_ids: which independent sample clip k belongs to: clips of one caption, or of the captions of one video, are one sample.
+        cluster_ids: which independent sample clip k belongs to: clips of one caption, or of the captions of one
+            video, are one sample.
         full_num_clips: generated clips of the complete protocol.
         num_frames: frames a clip.
         size: (height, width) at which generated and real clips are measured, after cropping to their central square.
         fps: of the real clips.
         reference: description of the real clips: their number and a hash.
         num_real: number of real clips.
-        real: returns real clip n, `(F, H, W, 3) uint8`; where `matched`, that of all clips k with `cluster_ids[k] == n`, otherwise in
-            random order.
+        real: returns real clip n, `(F, H, W, 3) uint8`; where `matched`, that of all clips k with
+            `cluster_ids[k] == n`, otherwise in random order.
         measures: names of `measures.MEASURES`.
         matched: whether each prompt has a real clip of its own.
         full_num_real: real clips of the complete protocol. None: as many as there are.
@@ -67,7 +68,7 @@ class Protocol:
 
     @property
     def required_fps(self) -> float | None:
-        """The frame rate that generated clips must have. None: any, as published numbers on UCF-101 come from models of every rate."""
+        """The frame rate that generated clips must have. None: any, as for published numbers on UCF-101."""
         return None if self.name == "ucf101" else self.fps
 
     @property
@@ -98,8 +99,8 @@ def open_protocol(
     Args:
         name: one of `PROTOCOLS`.
         data: a packed data set (own, emoji, classes), or a folder of UCF-101 or MSR-VTT as published.
-        num: the first `num` clips only (of "classes": concepts); results then say that they are incomplete. None: all (of "own" at most
-            100).
+        num: the first `num` clips only (of "classes": concepts); results then say that they are incomplete. None: all
+            (of "own" at most 100).
         num_frames: frames a clip, for "own" and "classes". None: 16.
         splits: where the captions of "own" come from. None: train.
 

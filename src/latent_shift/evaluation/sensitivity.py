@@ -1,7 +1,7 @@
-"""Sensitivity of the measures: real clips are degraded in four ways, and every measure is computed against other real clips.
+"""Sensitivity of the measures: they are computed of real clips that are degraded in four ways.
 
-Noise and blur degrade frames. Shuffling and freezing degrade motion and leave each frame as it was, so a measure of single frames cannot
-respond to them. A measure that can be trusted gets worse as the strength grows.
+Noise and blur degrade frames. Shuffling and freezing degrade motion and leave each frame as it was, so a measure of
+single frames cannot respond to them. A measure that can be trusted gets worse as the strength grows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Distances between two sets of features, scores of one set and averages over clips, each with a 95 % bootstrap interval.
 
-N, M clips of two sets, G rows of features a clip (one a frame, or a single one), D features, K classes. The bootstrap is clustered: it
-resamples the rows of a clip together, and so the clips of one cluster, such as those of several captions of one video. All
-computation is in float64.
+N, M clips of two sets, G rows of features a clip (one a frame, or a single one), D features, K classes. The bootstrap
+is clustered: it resamples the rows of a clip together, and so the clips of one cluster, such as those of several
+captions of one video. All computation is in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class MeasureUnavailable(ValueError):
-    """Say why one measure cannot be computed here: too few clips, missing weights, a missing package. Other measures still can."""
+    """One measure cannot be computed here: too few clips, missing weights or a missing package. Others still can."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Estimate:
         value, low, high: the statistic and its interval.
         samples: independent samples behind it; of two sets, the smaller number.
         resamples: bootstrap resamples.
-        biased: whether the statistic grows as samples get fewer. Its interval then covers other sets of the same size, not larger ones.
+        biased: whether the statistic grows as samples get fewer. Its interval then covers other sets of the same
+            size, not larger ones.
     """
 
     value: float
@@ -38,17 +39,19 @@ class Estimate:
 
 
 def frechet(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
-    """Compute the squared Frechet distance of the Gaussians fitted to two sets, |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
-    (Heusel et al. 2017, equation 6).
+    """Compute the squared Frechet distance of the Gaussians fitted to two sets (Heusel et al. 2017, equation 6).
 
-    With S = R'R, where R is the triangular factor of a QR decomposition of the centred features, the trace of (S_a S_b)^(1/2) is the sum
-    of the singular values of R_a R_b'. This avoids the root of a nearly singular matrix.
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with means m and covariances S.
+
+    With S = R'R, where R is the triangular factor of a QR decomposition of the centred features, the trace of
+    (S_a S_b)^(1/2) is the sum of the singular values of R_a R_b'. This avoids the root of a nearly singular matrix.
 
     Args:
         a_ND, b_MD: `(N, D)` and `(M, D)`, or `(N, G, D)` and `(M, H, D)` with G or H rows a clip.
 
     Raises:
-        ValueError: different dimensions, features that are not finite, or no more samples than features: the distance would be mostly bias.
+        ValueError: different dimensions, features that are not finite, or no more samples than features: the distance
+            would be mostly bias.
     """
     a, b = _as_rows(a_ND, b_MD)
     _check_sample_size(len(a), len(b), a)
@@ -62,7 +65,8 @@ def frechet_estimate(a_NGD: np.ndarray, b_MGD: np.ndarray, *, cluster_ids: np.nd
 
     Args:
         a_NGD, b_MGD: as in `frechet`.
-        cluster_ids: `(N,)`, the independent sample that each clip of `a` belongs to. None: each is its own; those of `b` always are.
+        cluster_ids: `(N,)`, the independent sample that each clip of `a` belongs to. None: each is its own; those of
+            `b` always are.
         resamples: bootstrap resamples of both sets.
     """
     a, b = _as_rows(a_NGD, b_MGD)
@@ -113,16 +117,18 @@ def kernel_estimate(
     resamples: int = 1000,
     max_clips: int = 5000,
 ) -> Estimate:
-    """Compute the squared maximum mean discrepancy under the kernel (x'y / D + 1)^3, unbiased at any number of samples (Binkowski et al.
-    2018, section 4: KID; on video features KVD, Unterthiner et al. 2018).
+    """Compute the squared maximum mean discrepancy under the kernel (x'y / D + 1)^3, unbiased at any number of
+    samples (Binkowski et al. 2018, section 4: KID; on video features KVD, Unterthiner et al. 2018).
 
-    Clips of one cluster are never paired: no frame with another of its clip and, where both sets share captions, no generated clip with
-    the real one of its caption (Gretton et al. 2012, lemma 6: only the two members of a pair must be independent).
+    Clips of one cluster are never paired: no frame with another of its clip and, where both sets share captions, no
+    generated clip with the real one of its caption (Gretton et al. 2012, lemma 6: only the two members of a pair must
+    be independent).
 
     Args:
         a_NGD, b_MGD: as in `frechet`.
         cluster_ids: `(N,)`, the independent sample that each clip of `a` belongs to. None: each is its own.
-        other_cluster_ids: `(M,)`, the same for `b`; equal ids in both sets are one cluster. None: each is its own, none in `a`.
+        other_cluster_ids: `(M,)`, the same for `b`; equal ids in both sets are one cluster. None: each is its own,
+            none in `a`.
         resamples: bootstrap resamples of both sets; clusters that both share are resampled together.
         max_clips: clips taken of each set, at random: the cost grows with their square.
 
@@ -157,7 +163,7 @@ def kernel_estimate(
 
 
 def _mean_kernel(a_NGD: np.ndarray, ids_N: np.ndarray, b_MGD: np.ndarray, ids_M: np.ndarray) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Return a function of the weights of `a` and of `b`: the kernel's mean over all pairs from two clusters, NaN where there are none."""
+    """Return the kernel's mean over all pairs from two clusters as a function of the weights; NaN without such pairs."""
     kernel, num_clusters = _kernel(a_NGD, b_MGD), 1 + max(ids_N.max(), ids_M.max())
     kernel[ids_N[:, None] == ids_M] = 0
 
@@ -179,10 +185,11 @@ def _kernel(a_NGD: np.ndarray, b_MGD: np.ndarray) -> np.ndarray:
 
 
 def inception_score(probabilities_NGK: np.ndarray, *, cluster_ids: np.ndarray | None = None, resamples: int = 100) -> Estimate:
-    """Compute the inception score, exp of the mean divergence of each row's classes from the classes of all (Salimans et al. 2016), over
-    all clips at once, without splits.
+    """Compute the inception score, exp of the mean divergence of each row's classes from the classes of all (Salimans
+    et al. 2016), over all clips at once, without splits.
 
-    The interval is the value plus and minus 1.96 standard deviations of the resampled scores, which repeat samples and are lower.
+    The interval is the value plus and minus 1.96 standard deviations of the resampled scores, which repeat samples
+    and are lower.
 
     Args:
         probabilities_NGK: `(N, K)`, or `(N, G, K)` with G rows a clip.
@@ -278,8 +285,8 @@ def difference(
 ) -> Estimate:
     """Subtract the average of `others_N` from that of `values_N`, with its interval by a paired bootstrap.
 
-    Both are values of the same clips of two systems and are resampled together, so that what they share does not widen the interval.
-    Arguments as in `estimate`.
+    Both are values of the same clips of two systems and are resampled together, so that what they share does not
+    widen the interval. Arguments as in `estimate`.
     """
     pairs = np.stack([np.asarray(values, np.float64) for values in (values_N, others_N)], axis=1)
     return estimate(pairs, lambda pair, w: average(pair[:, 0], w) - average(pair[:, 1], w), cluster_ids=cluster_ids, resamples=resamples)
@@ -305,7 +312,7 @@ def _percentile_interval(value: float, resampled, samples: int) -> Estimate:
 
 
 def _normal_interval(value: float, resampled, samples: int, *, biased: bool = False) -> Estimate:
-    """Return the value plus and minus 1.96 standard deviations of the resampled ones, for a statistic that repeated samples shift."""
+    """Return the value +- 1.96 standard deviations of the resampled ones, for a statistic that repeated samples shift."""
     margin = 1.96 * float(np.std(resampled, ddof=1))
     return Estimate(float(value), float(value) - margin, float(value) + margin, samples, len(resampled), biased)
 

@@ -1,6 +1,8 @@
-"""Text-to-video systems behind one interface, from prompts and seeds to clips: models of this package and pipelines of diffusers.
+"""Text-to-video systems behind one interface, from prompts and seeds to clips: models of this package and pipelines
+of diffusers.
 
-The paper's CogVideo (Hong et al. 2022) has no maintained implementation; CogVideoX is its stronger successor by the same group.
+The paper's CogVideo (Hong et al. 2022) has no maintained implementation; CogVideoX is its stronger successor by the
+same group.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from latent_shift.video import to_uint8
 
 
 class Peer(NamedTuple):
-    """A pipeline of diffusers: its title in tables, frames a second (but see `_peer_fps`) and the dtype that it was published in."""
+    """A pipeline of diffusers: its title, frames a second (but see `_peer_fps`) and the dtype that it was published in."""
 
     title: str
     fps: float
@@ -51,7 +53,8 @@ class System:
         name, title: short name, and title in tables.
         fps: of its clips.
         parameters: of its denoising network or networks.
-        settings: everything that its clips depend on beside prompt and seed; an evaluation resumes with the same settings only.
+        settings: everything that its clips depend on beside prompt and seed; an evaluation resumes with the same
+            settings only.
         generate: (B prompts, B seeds) to `(B, F, H, W, 3) uint8`.
         pipe: the pipeline behind it.
     """
@@ -84,14 +87,16 @@ def open_system(
     Args:
         model: whatever `loading.load` takes; or a folder, or online a Hub id, of one of `PEERS`.
         name: in tables. None: `model`.
-        num_frames: frames a clip. A peer that cannot generate this number generates the next larger one, and the first frames are used.
+        num_frames: frames a clip. A peer that cannot generate this number generates the next larger one, and the
+            first frames are used.
         fps: frames a second of a peer's clips; of a peer with twice the rate every second frame is used. None: its own.
         height, width, num_inference_steps, guidance_scale: of each call of the pipeline. None: its own defaults.
         device, dtype: as in `loading.load`; peers on a GPU default to the dtype that they were published in.
         compile: whether to compile the networks; each batch size has a graph of its own.
 
     Raises:
-        ValueError: no such model, a pipeline that is neither ours nor one of `PEERS`, or a rate that is no whole fraction of its own.
+        ValueError: no such model, a pipeline that is neither ours nor one of `PEERS`, or a rate that is no whole
+            fraction of its own.
     """
     device = device_of(device)
     options = {
@@ -148,7 +153,7 @@ def _open_peer(
 
 
 def default_num_frames(model: str) -> int | None:
-    """Return the default number of frames of a model of this package, read from its folder; None where the folder does not say it."""
+    """Return the default number of frames of a model of this package, None where its folder does not say it."""
     if Path(model).is_file() or loading.on_hub(model):
         return None
     index = loading.folder(model) / "model_index.json"
@@ -156,7 +161,9 @@ def default_num_frames(model: str) -> int | None:
 
 
 def _peer_fps(pipe: Any) -> float:
-    """Return the frame rate of a peer. CogVideoX 1.5 and Wan 2.2 of 5 B share the pipeline class of their families but not the rate."""
+    """Return the frame rate of a peer. CogVideoX 1.5 and Wan 2.2 of 5 B share the pipeline class of their families
+    but not the rate.
+    """
     if getattr(pipe.config, "expand_timesteps", False):
         return 24
     if isinstance(pipe, diffusers.CogVideoXPipeline) and pipe.transformer.config.patch_size_t is not None:
@@ -173,7 +180,9 @@ def _frame_step(title: str, own_fps: float, fps: float | None) -> int:
 
 
 def _next_num_frames(pipe: Any, num_frames: int) -> int:
-    """Return the next number of frames that a pipeline can generate: autoencoders that compress time take one frame plus a multiple."""
+    """Return the next number of frames that a pipeline can generate: autoencoders that compress time take one frame
+    plus a multiple.
+    """
     names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
     compression = next((int(getattr(pipe, name)) for name in names if hasattr(pipe, name)), 1)
     return 1 + -(-(num_frames - 1) // compression) * compression

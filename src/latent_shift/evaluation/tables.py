@@ -1,4 +1,6 @@
-"""Tables of results: systems in columns, measures in rows, and systems that were trained with several seeds merged into one column."""
+"""Tables of results: systems in columns, measures in rows, and systems that were trained with several seeds merged
+into one column.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Cell:
     Attributes:
         record: of the system; of several seeds, of the first one.
         seeds: the value over the seeds; None: one seed.
-        more: the difference from the first system over the seeds; None: one seed, or no difference (`record.difference` has it).
+        more: the difference from the first system over the seeds; None: one seed, or no difference
+            (`record.difference` has it).
     """
 
     record: Record
@@ -95,11 +98,12 @@ def make_table(results: Sequence[dict[str, Any]], seeds: Mapping[str, Sequence[s
 
     Args:
         results: of results files, one a system.
-        seeds: system to the other systems of its group, which differ from it in the training seed alone; they share its column.
+        seeds: system to the other systems of its group, which differ from it in the training seed alone; they share
+            its column.
 
     Raises:
-        ValueError: results that cannot be compared, because their protocols, clips, sizes, extractors or noise differ; or a group with
-            an unknown system.
+        ValueError: results that cannot be compared, because their protocols, clips, sizes, extractors or noise
+            differ; or a group with an unknown system.
     """
     _check_comparable(results)
     seeds = seeds or {}
@@ -169,7 +173,9 @@ def _text(cell: Cell | None) -> str:
 
 
 def skipped_measures(results: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the measures that were skipped, each with the reason, and with names of systems where others have the measure."""
+    """Return the measures that were skipped, each with the reason, and with names of systems where others have the
+    measure.
+    """
     systems: dict[tuple[str, str], list[str]] = {}
     for result in results:
         for measure, reason in result["skipped"].items():

@@ -1,4 +1,4 @@
-"""The HTML page of an evaluation: prompts in rows, systems and real clips in columns, clips that play in step, tables and plots.
+"""The HTML page of an evaluation: clips of all systems that play in step, tables and plots.
 
 The page is a folder of files that refer to nothing outside of it, so it opens from a disk:
 
@@ -70,12 +70,13 @@ def report(
         shown: names of the systems to show, from left to right. (): all.
         ablations: folders of evaluations, each a table of all its systems; `evaluation` may be among them.
         training: file of `latent-shift bench runs -o`, a table of losses and costs.
-        classes: folder of an evaluation with protocol classes; the clips of its first system are shown in rows of one prompt.
+        classes: folder of an evaluation with protocol classes; the clips of its first system are shown in rows of one
+            prompt.
         sweeps: files that `latent-shift bench sweep -o` wrote, one a machine.
-        seeds: system to others that differ from it in the training seed alone and share its column in tables. None: by `find_seeds`.
+        seeds: system to others that differ from it in the training seed alone and share its column in tables. None:
+            by `find_seeds`.
         rows: prompts shown.
-        title: of the page.
-        note: a paragraph at its beginning.
+        title, note: of the page, and a paragraph at its beginning.
 
     Returns:
         The page's file.
@@ -108,9 +109,8 @@ def report(
         classes=_class_rows(classes, out) if classes else None,
         sweeps=[_sweep(path, f"sweep{k}") for k, path in enumerate(sweeps)],
     )
-    path = out / "index.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    (out / "index.html").write_text(page, encoding="utf-8")
+    return out / "index.html"
 
 
 def _choose(evaluation: Path, shown: Sequence[str]) -> list[Column]:
@@ -187,7 +187,9 @@ def _describe(result: dict[str, Any]) -> str:
 
 
 def _tables(systems: list[Column], ablations: Sequence[Path], seeds: Mapping[str, Sequence[str]] | None) -> list[dict[str, Any]]:
-    """Return the table of the page's systems and those of the ablations, which begin with the same system where they have it."""
+    """Return the table of the page's systems and those of the ablations, which begin with the same system where they
+    have it.
+    """
     first = systems[0].name
     sets = [systems, *(sorted(read_evaluation(folder), key=lambda system: system.name != first) for folder in ablations)]
     names = {system.name for columns in sets for system in columns}

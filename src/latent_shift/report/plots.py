@@ -1,4 +1,6 @@
-"""Plots of a sweep (`latent-shift bench sweep`): step time, memory and fraction of the roofline against frames, size and clips."""
+"""Plots of a sweep (`latent-shift bench sweep`): step time, memory and fraction of the roofline against frames, size
+and clips.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Plot:
 
     @property
     def series(self) -> dict[str, list[tuple[float, float]]]:
-        """Network to its (x, y), in the order of x; without networks that cannot take the size and machines without the number."""
+        """Network to its (x, y), in the order of x; without networks that cannot take the size and machines without
+        the number.
+        """
         series: dict[str, list[tuple[float, float]]] = {}
         for point in sorted(self.points, key=lambda point: point[self.x]):
             if point.get(self.y) is not None:

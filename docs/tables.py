@@ -33,7 +33,7 @@ def read_result(name: str) -> Any:
 
 
 class Results:
-    """What `latent-shift eval` wrote of several systems: cells by system and measure, real clips, parameters and losses.
+    """Results of several systems as `latent-shift eval` wrote them, by system and measure, and losses of their training.
 
     Args:
         name: of the file.

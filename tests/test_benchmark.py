@@ -38,8 +38,8 @@ def test_against_peers_times_networks_of_the_same_widths(options):
 
 
 def test_shift_adds_no_flops_and_few_bytes():
-    """The guard against a slow shift that no other work on the machine can hide: at the size of Stable Diffusion 1.5, whose operations are
-    counted and not computed, it reads and writes 1.6 % more than the same U-Net frame by frame; one more copy would be 3 %."""
+    """Counted work does not depend on the machine: at the size of Stable Diffusion 1.5 the shift reads and writes 1.6 %
+    more than the same U-Net frame by frame; one more copy would be 3 %."""
     with torch.device("meta"):
         plain = networks.FULL.image_unet().eval()
         latents, text = torch.empty(16, 4, 32, 32), torch.empty(16, 77, 768)
@@ -53,8 +53,8 @@ def test_shift_adds_no_flops_and_few_bytes():
 
 
 def test_shift_overhead_is_a_few_percent():
-    """And the clock's: a few percent of the same U-Net frame by frame (measured alone: 0.4 %). In turn and by the median, so that other
-    work on the machine falls on both; the least of three tries counts."""
+    """The time of a step with the shift is within a few percent of the same U-Net frame by frame (alone: 0.4 %). The least
+    ratio of three tries counts, because other work on the machine disturbs it."""
     ratios = []
     for _ in range(3):
         result = shift_overhead(num_frames=16, size=16, text_length=8, rounds=5)
@@ -82,14 +82,14 @@ def test_long_clips_measures_every_mode(video_model):
 
 
 def test_run_alone_has_its_own_peak_memory():
-    """Not that of the one that started it, which has had this."""
+    """The ballast of this process does not count."""
     ballast = b"1" * 1_500_000_000
     assert run_alone(peak_memory_gib) < 1
     del ballast
 
 
 def test_training_memory_shrinks_with_checkpointing_and_lora():
-    """At the size of Stable Diffusion 1.5, of which no byte is taken."""
+    """Estimated at the size of Stable Diffusion 1.5; nothing is allocated."""
     result = training_memory()
     totals = [each["total"] for each in result.values()]
     assert len(totals) == 4
@@ -152,7 +152,7 @@ def test_training_step_and_encoding_return_times(video_model, monkeypatch):
 
 def test_resuming_returns_times(video_model):
     found = resuming("tiny", model=str(video_model), num_frames=2, batch_size=1)
-    # The parts are timed in processes of their own: on a machine with other work they need not add up.
+    # Parts are timed in processes of their own and need not add up on a busy machine.
     assert set(found) == {"seconds", "of_these_imports", "seconds_a_step", "seconds_of_a_first_start"}
     assert all(value > 0 for value in found.values())
 

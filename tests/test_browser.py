@@ -50,7 +50,7 @@ def page(browser, evals, video_model, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def published(browser):
-    """That of this repository, with many more clips."""
+    """The page of this repository, with many more clips."""
     return opened(browser, Path(__file__).parent.parent / "docs" / "page" / "index.html")
 
 

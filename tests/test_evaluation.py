@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +24,7 @@ from latent_shift.evaluation.comparison import Comparison
 from latent_shift.evaluation.evaluate import SavedClips, add_paired_differences, evaluate, generate_clips
 from latent_shift.evaluation.features import Weights
 from latent_shift.evaluation.measures import MEASURES, Label, Measure
-from latent_shift.evaluation.records import Record
-from latent_shift.evaluation.tables import find_seeds, make_table, markdown, parse_seeds, skipped_measures
+from latent_shift.evaluation.tables import markdown, skipped_measures
 from latent_shift.models.autoencoder import to_pixels
 from latent_shift.models.text import embed
 from latent_shift.pipelines.loading import load
@@ -122,74 +120,11 @@ def test_measures_table_takes_a_new_measure_in_one_row(system, protocol, tmp_pat
     assert add_paired_differences(results, tmp_path)[1]["records"][0]["more"]["value"] == 0
 
 
-def test_label_of_fills_in_the_timestep_and_accepts_other_versions():
-    assert measures.label_of("motion_seen_at_375")[:2] == ("motion R² at t = 375", "higher")
-    assert measures.label_of("motion_seen_at_375_frame_by_frame")[:2] == ("per-frame motion R² at t = 375", "")
-    assert measures.label_of("flicker_real") == measures.label_of("flicker")
-    assert measures.label_of("older_measure")[:2] == ("older measure", "")
-
-
-def test_labels_are_short_and_defined():
-    labels = [label for measure in MEASURES.values() for label in measure.labels.values()]
-    assert all(len(label.text.replace("at t = {timestep}", "").split()) <= 5 and label.definition for label in labels)
-    assert len({label.text for label in labels}) == len(labels)
-
-
-@pytest.mark.parametrize("name", ["compare", "compare-earlier", "systems", "emoji"])
-def test_record_reads_published_results(name):
-    results = json.loads((Path(__file__).parent.parent / "docs" / "results" / f"{name}.json").read_text())
-    for result in results:
-        for record in result["records"]:
-            assert Record.from_json(record).to_json() == record
-    make_table(results)
-
-
-def test_find_seeds_groups_systems_by_name():
-    names = ["shift", "seed-1", "none", "none-seed-1", "none-seed-12", "seed-2", "other-seed-1", "seedling"]
-    assert find_seeds(names) == {"shift": ["seed-1", "seed-2"], "none": ["none-seed-1", "none-seed-12"]}
-    assert find_seeds(["seed-1", "shift"]) == {}
-
-
-def test_parse_seeds_reads_groups():
-    assert parse_seeds(["a=b,c", "d=e"]) == {"a": ["b", "c"], "d": ["e"]}
-    with pytest.raises(ValueError, match="--seeds a: expected SYSTEM=OTHER"):
-        parse_seeds(["a"])
-
-
-def tiny_results(values_of: dict[str, float], first: str) -> list[dict]:
-    """Results of one measure, with differences from the first system."""
-    protocol = dict(protocol="own", clips=3, num_frames=4, prompts_sha256="", reference={}, size=[8, 8], complete=True)
-    results = []
-    for name, value in values_of.items():
-        difference = value - values_of[first]
-        more = {"than": first, "value": difference, "low": difference - 1, "high": difference + 1, "samples": 3, "resamples": 9}
-        record = Record("flicker", value, value - 1, value + 1, 3, 9, more=None if name == first else more)
-        real = Record("flicker_real", 9.0, 8.0, 10.0, 3, 9)
-        records = [record.to_json(), real.to_json()]
-        results.append({"system": {"system": name}, "protocol": protocol, "records": records, "skipped": {}})
-    return results
-
-
-def test_make_table_merges_training_seeds():
-    results = tiny_results({"shift": 1.0, "seed-1": 3.0, "none": 5.0, "none-seed-1": 9.0, "vdm": 7.0}, "shift")
-    table = make_table(results, find_seeds(["shift", "seed-1", "none", "none-seed-1", "vdm"]))
-    assert (table.names, table.num_seeds, table.measures) == (["shift", "none", "vdm"], [2, 2, 1], ["flicker"])
-    shift, none, vdm, real = table.cells[0]
-    assert (shift.seeds.mean, shift.seeds.least, shift.seeds.greatest, shift.more) == (2, 1, 3, None)
-    assert (none.seeds.mean, none.seeds.least, none.seeds.greatest) == (7, 5, 9)
-    assert (none.more.mean, none.more.least, none.more.greatest) == (6, 4, 8)
-    assert vdm.seeds is vdm.more is None and vdm.record.difference.low == 5
-    assert real.record.value == 9
-    assert make_table(results).names == ["shift", "seed-1", "none", "none-seed-1", "vdm"]
-    with pytest.raises(ValueError, match="--seeds: no results of seed-3; expected some of shift, seed-1"):
-        make_table(results, {"shift": ["seed-3"]})
-
-
 def test_records_hold_their_metadata(system, protocol, tmp_path):
     result = evaluate(system, protocol, tmp_path)
     assert json.loads((tmp_path / "tiny" / "results.json").read_text()) == json.loads(json.dumps(result))
     for record in result["records"]:
-        slack = 1e-9 * abs(record["value"])  # where all are one value
+        slack = 1e-9 * abs(record["value"])  # for constant values
         held = record["low"] - slack <= record["value"] <= record["high"] + slack
         assert held or record["measure"].startswith("retrieval"), record
         assert (record["protocol"], record["clips"], record["num_frames"], record["fps"]) == ("own", 3, 4, 8.0)
@@ -226,7 +161,7 @@ def test_evaluate_resumes_and_shares_clips(system, protocol, tmp_path, monkeypat
     features = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     assert evaluate(broken, protocol, tmp_path) == first
     assert len(calls) == 3 and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == features
-    for rank in (1, 0):  # of two processes each draws its own
+    for rank in (1, 0):  # each of two processes generates its own clips
         generate_clips(system, protocol, tmp_path / "shared", rank=rank, world_size=2)
         assert len(list((tmp_path / "shared" / "clips").iterdir())) == (1 if rank else 3)
     a, b = (SavedClips(tmp_path / name / "clips", 4) for name in ("tiny", "shared"))
@@ -243,7 +178,7 @@ def test_cached_rows_reuse_finished_parts(system, protocol, clip_folder, tmp_pat
     for path in paths:
         path.unlink()
         path.with_suffix(".parts").mkdir()
-        np.save(path.with_suffix(".parts") / "000000.npy", before[path] + 1)  # a part that is there is not taken again
+        np.save(path.with_suffix(".parts") / "000000.npy", before[path] + 1)  # a part on disk is not computed again
     evaluate(system, protocol, tmp_path, weights=weights)
     assert all(np.array_equal(np.load(path), before[path] + 1) for path in paths) and not list(tmp_path.rglob("*.parts"))
 
@@ -296,42 +231,14 @@ def test_records_of_real_clips_have_no_seeds_and_size(system, protocol, tmp_path
 
 @pytest.mark.timeout(300)
 def test_eval_command_shares_clips_among_processes(packed, video_model, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "--",
-        "latent_shift",
-        "eval",
-        packed,
-    ]
-    options = [
-        "-m",
-        f"a={video_model}",
-        "-m",
-        f"b={video_model}",
-        "--num-frames",
-        "4",
-        "--steps",
-        "1",
-        "--batch-size",
-        "1",
-        "--out",
-        tmp_path / "evals",
-    ]
-    result = subprocess.run(
-        [*map(str, command), *map(str, options), "-o", str(tmp_path / "out.json")], capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("protocol own: 3 clips of 4 frames") == 1  # one of them says it
-    records = [
-        {record["measure"]: record["value"] for record in each["records"]} for each in json.loads((tmp_path / "out.json").read_text())
-    ]
-    assert records[0] == records[1]
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 -m -- latent_shift".split()]  # noqa: SIM905
+    options = ["-m", f"a={video_model}", "-m", f"b={video_model}", "--num-frames", 4, "--steps", 1, "--batch-size", 1]
+    command = [*torchrun, "eval", packed, *options, "--out", tmp_path / "evals", "-o", tmp_path / "out.json"]
+    process = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("protocol own: 3 clips of 4 frames") == 1  # one process prints it
+    first, second = json.loads((tmp_path / "out.json").read_text())
+    assert values(first) == values(second)
     assert len(list((tmp_path / "evals").glob("?/clips/*.png"))) == 6
 
 
@@ -346,7 +253,7 @@ def test_add_paired_differences_compares_the_same_clips(system, protocol, video_
     more = {record["measure"]: record["more"] for record in other["records"] if "more" in record}
     assert more["flicker"]["value"] == pytest.approx(flickers[1].mean() - flickers[0].mean())
     assert more["flicker"]["low"] <= more["flicker"]["value"] <= more["flicker"]["high"] and more["flicker"]["than"] == "tiny"
-    assert more["denoising_error"]["value"] == more["motion_seen_at_625"]["high"] == 0  # guidance has no part in it
+    assert more["denoising_error"]["value"] == more["motion_seen_at_625"]["high"] == 0  # guidance does not affect it
     assert "retrieval_median_rank" in more and not {"flicker_real", "kd-efficientnet-lite0", "reconstruction_psnr_db"} & more.keys()
     shown = markdown([same, other])
     assert "signed values are paired differences from tiny on the same clips" in shown
@@ -363,7 +270,7 @@ def test_open_system_compiled_generates_the_same_clips(system, protocol, video_m
     first = evaluate(plain, protocol, tmp_path / "plain", batch_size=3)
     assert not graphs
     second = evaluate(compiled, protocol, tmp_path / "compiled", batch_size=3)
-    assert len(graphs) == 1  # of the clips; none of stills and probing
+    assert len(graphs) == 1  # for the clips; stills and denoising run eagerly
     a, b = (SavedClips(tmp_path / name / "tiny" / "clips", 4) for name in ("plain", "compiled"))
     assert all(np.abs(a(k).astype(int) - b(k)).max() <= 1 for k in range(3))
     assert values(second) == pytest.approx(values(first), rel=0.02, abs=0.02)
@@ -375,7 +282,7 @@ def test_evaluate_refuses_other_settings_protocols_and_clips(system, protocol, p
         evaluate(replace(system, settings={**system.settings, "guidance_scale": 2.0}), protocol, tmp_path)
     shutil.copytree(tmp_path, older := tmp_path.with_name("older"))
     (older / "protocol.json").write_text(json.dumps({**protocol.metadata, "latent_shift": "0.0.1"}))
-    with pytest.raises(ValueError, match="holds an evaluation with another latent_shift"):  # whose measures may be others
+    with pytest.raises(ValueError, match="holds an evaluation with another latent_shift"):  # its measures may differ
         evaluate(system, protocol, older)
     fewer = protocols.open_protocol("own", packed, num=2, num_frames=4)
     with pytest.raises(ValueError, match="holds an evaluation with another clips, "):
@@ -394,7 +301,7 @@ def test_evaluate_refuses_other_settings_protocols_and_clips(system, protocol, p
         markdown([result, other])
     with pytest.raises(ValueError, match="results of denoising_error with different noise cannot be compared"):
         markdown([result, evaluate(replace(system, name="b"), protocol, tmp_path, noise=(0.5, 0.5))])
-    with pytest.raises(ValueError, match="a system cannot be called real"):  # where the features of real clips lie
+    with pytest.raises(ValueError, match="a system cannot be called real"):  # the folder of the real clips' features
         evaluate(replace(system, name="real"), protocol, tmp_path)
 
 
@@ -409,63 +316,59 @@ def test_evaluate_resizes_clips_to_the_protocols_size(system, protocol, tmp_path
     assert saved(0).shape == (4, 16, 16, 3)
 
 
-def test_open_protocol_follows_the_papers(tmp_path, packed):
-    (tmp_path / "ucf").mkdir()
-    ucf = make_ucf101(tmp_path / "ucf")
-    task = protocols.open_protocol("ucf101", ucf)
-    files = [protocols._first_frames(path) for path in sorted(ucf.rglob("*_g08_*.avi"))]
+def test_open_protocol_ucf101_follows_the_papers(tmp_path):
+    task = protocols.open_protocol("ucf101", folder := make_ucf101(tmp_path))
+    files = [protocols._first_frames(path) for path in sorted(folder.rglob("*_g08_*.avi"))]
     order = [next(n for n, clip in enumerate(files) if np.array_equal(clip, task.real(k))) for k in range(task.num_real)]
-    assert sorted(order) == [0, 1, 2] != order  # the first so many are of all classes
+    assert sorted(order) == [0, 1, 2] != order  # in random order, so that the first clips cover all classes
     assert len(task.prompts) == 10_100 and len(set(task.prompts)) == 101
     assert sum(prompt.startswith("A person") for prompt in set(task.prompts)) > 90
     assert {task.prompts.count(prompt) for prompt in set(task.prompts)} == {100}
-    assert task.metadata["complete"] is False and set(task.measures) == {
-        "is",
-        "fvd",
-        "kvd",
-        "fvd-videomae",
-        "kvd-videomae",
-        *SCORES,
-    }  # of 9,537 real clips
+    assert set(task.measures) == {"is", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *SCORES}
+    assert task.metadata["complete"] is False  # the protocol has 9,537 real clips
     assert replace(task, num_real=9_537).metadata["complete"] is True
-    assert len(set(protocols.open_protocol("ucf101", ucf, num=101).prompts)) == 101
-    assert protocols.open_protocol("ucf101", ucf, num=101).metadata["complete"] is False
+    part = protocols.open_protocol("ucf101", folder, num=101)
+    assert len(set(part.prompts)) == 101 and part.metadata["complete"] is False
     assert task.real(0).shape[0] == 16 and task.real(0).shape[1] == task.real(0).shape[2]
-    others = pack_hundred(tmp_path / "others")
-    assert len(protocols.open_protocol("own", others).prompts) == 100
-    shutil.copytree(ucf, unlisted := tmp_path / "unlisted")
-    next(unlisted.rglob("trainlist01.txt")).unlink()
-    next(unlisted.rglob("testlist01.txt")).unlink()
-    msrvtt = make_msrvtt(tmp_path / "msrvtt", split="test", wordings=2)
-    every, one = (protocols.open_protocol(name, msrvtt) for name in ("msrvtt-mav", "msrvtt-lavie"))
+    with pytest.raises(ValueError, match="has clips of 16 frames, got num_frames=8"):
+        protocols.open_protocol("ucf101", folder, num_frames=8)
+    with pytest.raises(ValueError, match="num=10101 is out of range; expected 1 to 10100"):
+        protocols.open_protocol("ucf101", folder, num=10_101)
+    for name in ("trainlist01.txt", "testlist01.txt"):
+        next(folder.rglob(name)).unlink()
+    with pytest.raises(ValueError, match=r"has no trainlist01\.txt"):
+        protocols.open_protocol("ucf101", folder)
+
+
+def test_open_protocol_msrvtt_follows_the_papers(tmp_path):
+    folder = make_msrvtt(tmp_path / "msrvtt", split="test", wordings=2)
+    every, one = (protocols.open_protocol(name, folder) for name in ("msrvtt-mav", "msrvtt-lavie"))
     assert len(every.prompts) > len(one.prompts) == one.num_real
     assert set(one.prompts) < set(every.prompts)
     videos = one.num_real
-    assert every.cluster_ids[: 2 * videos] == [*range(videos)] * 2 and one.cluster_ids == [
-        *range(videos)
-    ]  # the first so many are of all videos
-    assert one.metadata["complete"] is every.metadata["complete"] is False  # of 2,990 videos
-    asked = protocols.open_protocol("own", packed, num=2, num_frames=4).measures
-    assert {"fvd", "kvd", "fid", "kid", "is-frames", "clipsim"} < set(asked) == set(MEASURES) - {"is"} and asked == measures.names_for(
-        "emoji"
-    )
-    assert protocols.open_protocol("own", packed, num=2, num_frames=4).metadata["complete"] is False
-    assert protocols.open_protocol("own", packed, num_frames=4).metadata["complete"] is True
-    assert protocols.open_protocol("classes", packed, num=2, num_frames=4).metadata["complete"] is False
-    assert protocols.open_protocol("classes", packed, num_frames=4).metadata["complete"] is True
-    for call, message in (
-        (("ucf101", msrvtt), "expected UCF-101 with videos of split train"),
+    assert every.cluster_ids[: 2 * videos] == [*range(videos)] * 2  # in turns, so that the first clips cover all videos
+    assert one.cluster_ids == [*range(videos)]
+    assert one.metadata["complete"] is every.metadata["complete"] is False  # the protocol has 2,990 videos
+    with pytest.raises(ValueError, match="expected UCF-101 with videos of split train"):
+        protocols.open_protocol("ucf101", folder)
+
+
+def test_open_protocol_of_captions_takes_one_clip_of_each_concept(tmp_path, packed):
+    task = protocols.open_protocol("own", packed, num=2, num_frames=4)
+    assert {"fvd", "kvd", "fid", "kid", "is-frames", "clipsim"} < set(task.measures) == set(MEASURES) - {"is"}
+    assert task.measures == measures.names_for("emoji")
+    for name in ("own", "classes"):
+        assert protocols.open_protocol(name, packed, num=2, num_frames=4).metadata["complete"] is False
+        assert protocols.open_protocol(name, packed, num_frames=4).metadata["complete"] is True
+    others = pack_hundred(tmp_path)
+    assert len(protocols.open_protocol("own", others).prompts) == 100
+    for arguments, message in (
         (("nope", packed), "unknown protocol 'nope'; expected one of own, emoji, classes, ucf101"),
         (("emoji", packed), "100 are needed"),
-        (("ucf101", unlisted), r"has no trainlist01\.txt"),
         (("emoji", others), "holds other captions than the set of recipes/emoji"),
     ):
         with pytest.raises(ValueError, match=message):
-            protocols.open_protocol(*call)
-    with pytest.raises(ValueError, match="has clips of 16 frames, got num_frames=8"):
-        protocols.open_protocol("ucf101", ucf, num_frames=8)
-    with pytest.raises(ValueError, match="num=10101 is out of range; expected 1 to 10100"):
-        protocols.open_protocol("ucf101", ucf, num=10_101)
+            protocols.open_protocol(*arguments)
     with pytest.raises(ValueError, match="num=-1 is out of range; expected 1 or more"):
         protocols.open_protocol("own", packed, num=-1, num_frames=4)
     with pytest.raises(ValueError, match="3 concepts of train have clips of 4 frames, 4 are needed"):
@@ -473,7 +376,7 @@ def test_open_protocol_follows_the_papers(tmp_path, packed):
 
 
 def test_evaluate_computes_published_measures_of_public_sets(system, scripts, clip_folder, tmp_path):  # noqa: F811
-    """IS, FVD and CLIPSIM by their names, of files of the published signatures."""
+    """IS, FVD and CLIPSIM are computed with files of the published signatures."""
     longer = replace(system, generate=lambda prompts, seeds: np.stack([noise(k) for k in seeds]))
     small = lambda name, data, **options: replace(protocols.open_protocol(name, data, **options), size=(32, 32))  # noqa: E731
     weights = Weights({"i3d": str(scripts / "i3d.pt"), "c3d": str(scripts / "c3d.pt"), "clip": str(clip_folder)})
@@ -484,7 +387,7 @@ def test_evaluate_computes_published_measures_of_public_sets(system, scripts, cl
     assert record["low"] < record["value"] < record["high"] and record["samples"] == 102
     assert result["skipped"]["fvd"].startswith("3 samples of 400 features: the Frechet distance needs more")
     assert "kvd" in numbers and "VideoMAE" in result["skipped"]["fvd-videomae"]
-    assert result["skipped"]["flicker"] == "the real clips have 25 frames a second, these 8"  # so what moves cannot be compared
+    assert result["skipped"]["flicker"] == "the real clips have 25 frames a second, these 8"  # motion cannot be compared
     with pytest.raises(ValueError, match="clip: no measure here uses it; expected i3d, c3d, videomae"):
         measures.check_weights(weights, protocols.open_protocol("ucf101", tmp_path / "u").measures)
     prompts = protocols.open_protocol("msrvtt-lavie", make_msrvtt(tmp_path / "m", split="test")).prompts
@@ -541,7 +444,7 @@ def test_denoising_equals_training_objective_and_knows_motion(packed, video_mode
     assert residual > 0
     real_call = pipe.unet.forward
 
-    def knowing(noisy, timestep, *args, **kwargs):  # one that knows the clip finds all of its motion
+    def oracle(noisy, timestep, *args, **kwargs):  # a model that knows the clip predicts all of its motion
         made = real_call(noisy, timestep, *args, **kwargs)
         schedule = DDPMScheduler.from_config(pipe.scheduler.config)
         a, s = schedule.alphas_cumprod[500] ** 0.5, (1 - schedule.alphas_cumprod[500]) ** 0.5
@@ -549,7 +452,7 @@ def test_denoising_equals_training_objective_and_knows_motion(packed, video_mode
         made.sample = noise if prediction == "epsilon" else a * noise - s * latents
         return made
 
-    pipe.unet.forward = knowing
+    pipe.unet.forward = oracle
     errors, seen = denoising.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=1)
     assert errors.mean() == pytest.approx(0, abs=1e-6)
     assert seen[500].residual == pytest.approx(0, abs=1e-4 * moving)
@@ -557,6 +460,6 @@ def test_denoising_equals_training_objective_and_knows_motion(packed, video_mode
     with_it = denoising.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=2)[1]
     inflate(pipe.unet, Shift(0, 0))
     without = denoising.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=2)[1]
-    for timestep, motion in without.items():  # a model without a shift sees no more of frames together
+    for timestep, motion in without.items():  # without a shift, frames together tell no more
         assert motion.residual == pytest.approx(motion.residual_per_frame, rel=1e-4)
         assert with_it[timestep].residual_per_frame == pytest.approx(motion.residual_per_frame, rel=1e-4)

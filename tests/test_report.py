@@ -65,7 +65,7 @@ def test_report_shows_every_result(evals, packed, video_model, tmp_path):
     text = path.read_text()
     page = Page(text)
     assert page.all("html")[0]["lang"] == "en" and page.all("main")
-    # Two words of two systems and of real clips, and two classes of four seeds.
+    # Two prompts of two systems and of real clips, and two classes of four seeds.
     assert len(page.all("video")) == 2 * (2 + 1) + 2 * 4
     for element in (*page.all("video"), *page.all("img")):
         assert (path.parent / element["src"]).exists()
@@ -83,12 +83,12 @@ def test_report_shows_every_result(evals, packed, video_model, tmp_path):
     assert "Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 1" in text
     assert "caption retrieval, top 1 \u2191" in text and "flicker, grey levels =" in text and "motion error, factor \u2193" in text
     assert "<dt>flicker, grey levels</dt><dd>mean absolute second difference" in text and text.count("<dt>motion R²</dt>") == 1
-    assert "<li>kd-efficientnet-lite0: the kernel distance needs three samples" in text  # of two clips
-    assert re.search(r'<th scope="row">per-frame motion R² at t = 875</th>', text)  # no aim
+    assert "<li>kd-efficientnet-lite0: the kernel distance needs three samples" in text  # there are two clips
+    assert re.search(r'<th scope="row">per-frame motion R² at t = 875</th>', text)  # without an arrow
     assert "By a &lt;shift&gt; (Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 3), 4 frames each" in text
     assert len(page.all("figure")) == 2 * 4
     named = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(named) == len(set(named)) > 40  # those of the plots' parts, too
+    assert len(named) == len(set(named)) > 40  # including those in plots
     assert text.count("with guidance and decoding: emoji, 16 frames 12.3 s.") == 2
     assert "Latent-Shift 0.66 at 16" in text and "limits are\n100 GFLOP/s and 10 GB/s;" in text
     results = json.loads((evals / "compare" / "b" / "results.json").read_text())
@@ -98,7 +98,7 @@ def test_report_shows_every_result(evals, packed, video_model, tmp_path):
     if share or alike:
         noise = f"of which frames share {share:.0%}, with a correlation of {alike:g} from frame to frame in the rest"
     description = f"a part of protocol own. Denoising error and motion R² are measured on real clips under noise {noise}."
-    assert text.count(f"2 clips of 4 frames a system, {description}") == 2  # and of the ablation
+    assert text.count(f"2 clips of 4 frames a system, {description}") == 2  # also above the ablation
     assert f"<td>{energy['value']:.4g} <small>{energy['low']:.4g} to {energy['high']:.4g}</small></td>" in text
     (trained,) = runs([video_model.parent])
     assert f"<td>{trained['steps']}</td><td>{trained['loss']:.4f}</td><td></td>" in text

@@ -34,12 +34,12 @@ def test_sweep_times_every_network_for_every_load(small, monkeypatch):
     assert all(at[name, "frames", 16] == at[name, "side", 16] | {"line": "frames"} for name in networks.NETWORKS)  # one load, timed once
     ours, image = (at[name, "frames", 33] for name in ("Latent-Shift", "frame by frame"))
     assert ours["parameters"] == image["parameters"]
-    # The shift multiplies nothing; a text once a clip instead of once a frame multiplies less.
+    # The shift adds no multiplications; one text a clip instead of one a frame saves some.
     assert ours["flops"] < image["flops"] < at["Latent-VDM", "frames", 33]["flops"]
     two = at["frame by frame", "clips", 16]
     assert two["flops"] == 2 * at["frame by frame", "side", 16]["flops"]
     assert ours["share_of_the_matrix_rate"] == pytest.approx(ours["flops"] / ours["seconds"] / 1e12)
-    assert 0 < ours["share_of_the_matrix_rate"] < ours["share_of_the_roofline"]  # what moves, too, takes time
+    assert 0 < ours["share_of_the_matrix_rate"] < ours["share_of_the_roofline"]  # moving bytes takes time too
     assert ours["bytes"] > 33 * 16 * 16 * 32 * 4
     assert ours["frames_per_s"] == pytest.approx(33 / ours["seconds"])
     assert all(each["ratio"] == 1 for each in points if each["name"] == "Latent-Shift")
@@ -60,8 +60,8 @@ def test_work_counts_every_operation():
     assert work.flops == 4 * 2 * 3 * 10 * 10 * 8
     with Work({"flops_per_s": 1e9, "bytes_per_s": 1e9}) as work:
         temporal_shift(x, 2)
-    read = x.nbytes * 8 // 12  # of two frames of six channels: two channels that stay, twice, and one frame of two others, twice
-    assert (work.flops, work.bytes) == (0, read + x.nbytes + 2 * 4)  # and a zero for either end
+    read = x.nbytes * 8 // 12  # two channels of both frames that stay, and twice one frame of two others
+    assert (work.flops, work.bytes) == (0, read + x.nbytes + 2 * 4)  # and a zero at each edge
 
 
 def test_timed_networks_call_like_their_pipelines(small):
@@ -116,7 +116,7 @@ def test_bench_sweep_writes_json_tables_and_plots(small, video_model, monkeypatc
         "sweep-share-of-the-roofline.svg", "sweep-time-of-one-step-by-size.svg", "sweep-time-of-one-step.svg",
     ]  # fmt: skip
     again = plots.save(result, tmp_path / "again")
-    assert [path.read_text() for path in again] == [(tmp_path / "plots" / path.name).read_text() for path in again]  # no ids by chance
+    assert [path.read_text() for path in again] == [(tmp_path / "plots" / path.name).read_text() for path in again]  # ids are deterministic
     assert "Relative to Latent-Shift</text>" in (tmp_path / "plots" / "sweep-relative-to-latent-shift.svg").read_text()
 
 
@@ -131,7 +131,7 @@ def test_whole_clips_times_the_models_own_settings(video_model):
 
 
 def test_timed_networks_at_full_size_match_stable_diffusion():
-    """Parameters as published: SD 1.5's U-Net 860 M, which the shift leaves as they are; the others add theirs to it."""
+    """SD 1.5's U-Net has 860 M parameters, as published; the shift adds none, the others add theirs."""
     counts = {name: sizes.num_parameters(each.network) for name, each in networks.timed_networks(full=True, device="meta").items()}
     assert counts["Latent-Shift"] == counts["frame by frame"] == 859_520_964
     assert all(size > 859_520_964 for name, size in counts.items() if name not in ("Latent-Shift", "frame by frame"))

@@ -145,7 +145,7 @@ def test_evaluate_measures_every_peer_at_the_protocols_rate(kind, texts, packed,
     asked = {"CogVideoXPipeline": 17, "WanPipeline": 33, "LTXPipeline": 49}.get(kind, 16)  # at 8, 16, 24 fps with 4, 4, 8 frames a latent
     assert (system.fps, system.settings["num_frames"]) == (8, asked)
     clip = evaluate.SavedClips(tmp_path / "evals" / "peer" / "clips", 16)(0)
-    assert clip.shape == (16, 32, 64, 3)  # as drawn; measured is its middle
+    assert clip.shape == (16, 32, 64, 3)  # as generated; its centre is measured
     records = {record["measure"]: record for record in result["records"]}
     middle = [evaluate.SavedClips(tmp_path / "evals" / "peer" / "clips", 16)(k)[:, :, 16:48] for k in (0, 1)]
     assert records["motion_energy"]["value"] == pytest.approx(np.mean([clip_metrics.motion_energy(clip) for clip in middle]))

@@ -23,14 +23,14 @@ from latent_shift.evaluation.statistics import Estimate, MeasureUnavailable, fre
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 
 HIGHER, LOWER, REAL = "higher", "lower", "real"
-"""Which values of a record are better: higher ones, lower ones, or those closest to the value of real clips."""
+"""Directions of improvement: higher values, lower values, or values close to that of real clips."""
 CAPTIONS = ("own", "emoji")
 MSRVTT = ("msrvtt-mav", "msrvtt-lavie")
 PUBLIC = ("ucf101", *MSRVTT)
 
 
 class Label(NamedTuple):
-    """What tables call a record, which values are better ("": it is no aim), and its definition."""
+    """The label of a record in tables, its direction of improvement ("": none), and its definition."""
 
     text: str
     better: str

@@ -73,7 +73,7 @@ class Protocol:
 
     @property
     def metadata(self) -> dict[str, object]:
-        """What a result says of the protocol."""
+        """The description of the protocol in results."""
         all_real = self.num_real == (self.full_num_real or self.num_real)
         return {
             "protocol": self.name, "source": PROTOCOLS[self.name], "latent_shift": __version__, "clips": len(self.prompts),

@@ -1,298 +1,380 @@
-"""The tables of results in README and evaluation.md, written anew from the JSON of docs/results: `make tables` (a test compares them)."""
+"""Write the tables of results into the documentation from the JSON files of docs/results.
 
+    python docs/tables.py                               # or `make tables`; a test compares the pages with the files
+    python docs/tables.py --seeds shift=seed-1,seed-2   # systems that differ in the training seed alone
+
+A page holds each table between two markers, `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a
+function of this file. Labels come from the table of measures (latent_shift/evaluation/measures.py).
+"""
+
+import argparse
 import json
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latent_shift.evaluation.measures import HIGHER, LOWER, MEASURES, REAL, label_of
+from latent_shift.evaluation.records import Record
+from latent_shift.evaluation.sensitivity import trend
+from latent_shift.evaluation.statistics import Estimate
+from latent_shift.evaluation.tables import Cell, Spread, find_seeds, make_table, parse_seeds
 from latent_shift.files import markdown_table
-from latent_shift.runtime import quiet_libraries
 
 ROOT = Path(__file__).parent.parent
-Record = dict[str, Any]
+Format = Callable[[float], str]
+Seeds = Mapping[str, Sequence[str]]
 
 
-def result(name: str) -> Any:
-    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+def read_result(name: str) -> Any:
+    """Read a file of docs/results or its archive."""
+    (path,) = (ROOT / "docs" / "results").rglob(f"{name}.json")
+    return json.loads(path.read_text())
 
 
-def systems_of(name: str) -> dict[str, dict[str, Record]]:
-    """System -> measure -> record, of what `eval` wrote."""
-    return {found["system"]["system"]: {record["measure"]: record for record in found["records"]} for found in result(name)}
+class Results:
+    """Results of several systems as `latent-shift eval` wrote them, by system and measure, and losses of their training.
+
+    Args:
+        name: of the file.
+        seeds: systems that differ in the training seed alone. None: those that `find_seeds` recognises by name.
+    """
+
+    def __init__(self, name: str, seeds: Seeds | None = None):
+        results = read_result(name)
+        names = [result["system"]["system"] for result in results]
+        self.name = name
+        self.groups = find_seeds(names) if seeds is None else {system: seeds[system] for system in seeds if system in names}
+        self.table = make_table(results, self.groups)
+        columns = [*self.table.names, "real clips"]
+        self.cells: dict[str, dict[str, Cell]] = {column: {} for column in columns}
+        for measure, row in zip(self.table.measures, self.table.cells, strict=True):
+            for column, cell in zip(columns, row, strict=True):
+                if cell is not None:
+                    self.cells[column][measure] = cell
+        self.parameters = {result["system"]["system"]: result["system"]["parameters"] for result in results}
+
+    def real(self, measure: str, form: Format, *, with_interval: bool = True) -> str:
+        """Return the value of the real clips, or "" for a measure that they do not have."""
+        cell = self.cells["real clips"].get(measure)
+        return "" if cell is None else value(cell, form) if with_interval else form(cell.record.value)
+
+    def losses(self, names: Iterable[str]) -> list[str]:
+        """Return the validation loss of each system's training run, from the file of `latent-shift bench runs`."""
+        runs = {Path(run["run"]).name: run["val_loss"] for run in read_result(f"{self.name}-training")}
+        form, losses = decimals(4), []
+        for name in names:
+            seeds = [runs[system] for system in (name, *self.groups.get(name, ()))]
+            losses.append(between(Spread.of(seeds), form) if len(seeds) > 1 else form(seeds[0]))
+        return losses
+
+    def caption(self, *, differences: bool = False) -> str:
+        """Return the line above a table that says what brackets and signs mean."""
+        text = "Brackets: 95 % bootstrap intervals over clips"
+        if seeds := sorted({number for number in self.table.num_seeds if number > 1}):
+            text += f"; of systems trained with {' or '.join(map(str, seeds))} seeds the mean, and the least and greatest over the seeds"
+        if differences:
+            first = self.table.names[0] + (", first seed," if self.table.num_seeds[0] > 1 else "")
+            text += f". Signed values: paired differences from {first} on the same clips"
+        return f"*{text}.*\n\n"
 
 
-def decimals(places: int, *, signed: bool = False) -> Callable[[float], str]:
-    return lambda value: f"{value:{'+' if signed else ''}.{places}f}"
+def decimals(places: int, *, signed: bool = False) -> Format:
+    return lambda number: f"{number:{'+' if signed else ''}.{places}f}"
 
 
-def percent(value: float) -> str:
-    return f"{value:.0%}"
+def percent(number: float) -> str:
+    return f"{number:.0%}"
 
 
-def interval(record: Record, shown: Callable[[float], str]) -> str:
-    return f"{shown(record['value'])} ({shown(record['low'])} to {shown(record['high'])})"
+def between(number: Estimate | Record | Spread, form: Format) -> str:
+    """Return a number with its interval, or with its range over training seeds."""
+    if isinstance(number, Spread):
+        return f"{form(number.mean)} ({form(number.least)} to {form(number.greatest)})"
+    return f"{form(number.value)} ({form(number.low)} to {form(number.high)})"
 
 
-def more(record: Record, places: int, *, of: bool) -> str:
-    """What is more than the first system's, of its interval too if asked; bold where that holds no zero."""
-    there, shown = record["more"], decimals(places, signed=True)
-    text = interval(there, shown) if of else shown(there["value"])
-    return f"**{text}**" if there["low"] > 0 or there["high"] < 0 else text
+def value(cell: Cell, form: Format) -> str:
+    """Return a cell's value with its interval, or its mean with the range over training seeds."""
+    return between(cell.seeds or cell.record, form)
 
 
-CLIP = {  # of the clips alone, so of real ones too
-    "motion_energy": "motion energy, grey levels",
-    "flicker": "flicker, grey levels",
-    "persistence": "persistence",
-    "coherence": "coherence",
-    "warping_error": "warping error, grey levels",
-    "loop_gap": "loop gap, steps",
-}
-LABELS = CLIP | {
-    "kd-efficientnet-lite0": "kernel distance of frames, EfficientNet-lite0",
-    "kd-efficientnet-lite0-motion": "kernel distance of how frames change",
-    "motion_error": "motion error, factor",
-    "denoising_error": "denoising error of real clips",
-    "denoising_error_of_end_frames": "of their first and last frames",
-    "motion_seen_at_375": "their motion, seen through the noise of timestep 375",
-    "retrieval_top5": "right caption in the first five of 60",
-}
+def point(cell: Cell, form: Format) -> str:
+    """Return a cell's value alone."""
+    return form(cell.seeds.mean if cell.seeds else cell.record.value)
 
 
-def emoji() -> str:
-    """`make table`."""
-    (records,) = systems_of("emoji").values()
-    one = lambda name, places: [LABELS[name], interval(records[name], decimals(places)), ""]  # noqa: E731
-    rows = [one("kd-efficientnet-lite0", 3), one("kd-efficientnet-lite0-motion", 3)]
-    rows += [
-        ["right caption first of 100", interval(records["retrieval_top1"], percent), "100%"],
-        ["right caption in the first five", interval(records["retrieval_top5"], percent), "100%"],
-        [*one("motion_error", 2)[:2], "1"],
-    ]
-    for name, label in CLIP.items():
-        shown = decimals(3 if name == "coherence" else 2)
-        rows.append([label, *(interval(records[name + of], shown) for of in ("", "_real"))])
-    rows += [one("denoising_error", 4), one("denoising_error_of_end_frames", 4)]
+def difference(cell: Cell, places: int) -> str:
+    """Return a cell's difference from the first system, with its interval or range over training seeds."""
+    number = cell.more or cell.record.difference
+    assert number is not None
+    return between(number, decimals(places, signed=True))
+
+
+def label(measure: str) -> str:
+    return label_of(measure).text
+
+
+def emoji(seeds: Seeds | None = None) -> str:
+    """Tabulate `recipes/emoji`, evaluated with protocol emoji."""
+    results = Results("emoji", seeds)
+    cells = results.cells["emoji"]
+    formats: dict[str, tuple[Format, str]] = {
+        "kd-efficientnet-lite0": (decimals(3), ""), "kd-efficientnet-lite0-motion": (decimals(3), ""),
+        "retrieval_top1": (percent, "100%"), "retrieval_top5": (percent, "100%"), "motion_error": (decimals(2), "1"),
+        "motion_energy": (decimals(2), ""), "flicker": (decimals(2), ""), "persistence": (decimals(2), ""),
+        "coherence": (decimals(3), ""), "warping_error": (decimals(2), ""), "loop_gap": (decimals(2), ""),
+        "denoising_error": (decimals(4), ""), "denoising_error_of_end_frames": (decimals(4), ""),
+    }  # fmt: skip
     for timestep in (125, 375, 625, 875):
-        seen = [records[f"motion_seen_at_{timestep}{how}"] for how in ("", "_frame_by_frame")]
-        label = f"their motion, seen through the noise of timestep {timestep}; of each frame alone"
-        rows.append([label, "; ".join(interval(record, percent) for record in seen), "100%"])
-    rows.append(["reconstruction PSNR, dB", interval(records["reconstruction_psnr_db"], decimals(1)), ""])
-    return markdown_table(["measure", "emoji", "real clips"], rows)
-
-
-def loss_of(names: Iterable[str], of: str = "compare") -> list[str]:
-    """On held-out clips, of runs of `make compare`."""
-    runs = {Path(run["run"]).name: run for run in result(f"{of}-training")}
-    return [f"{runs[name]['val_loss']:.4f}" for name in names]
-
-
-def compared() -> str:
-    """`make compare`: the shift, attention and neither."""
-    names, systems = ("shift", "hold", "attention", "none"), systems_of("compare")
-    sizes = {found["system"]["system"]: found["system"]["parameters"] for found in result("compare")}
+        formats |= {f"motion_seen_at_{timestep}{suffix}": (percent, "100%") for suffix in ("", "_frame_by_frame")}
+    formats["reconstruction_psnr_db"] = (decimals(1), "")
     rows = [
-        ["loss on held-out clips", *loss_of(names), ""],
-        ["parameters", *(f"{sizes[name] / 1e6:.2f} M" for name in names), ""],
+        [label(measure), value(cells[measure], form), results.real(measure, form) or ideal] for measure, (form, ideal) in formats.items()
     ]
-    for measure, places in {
-        "denoising_error": 3, "denoising_error_of_end_frames": 3, "motion_seen_at_375": 3, "motion_error": 3, "flicker": 2, "warping_error": 2,
-        "persistence": 3, "coherence": 3, "loop_gap": 3, "retrieval_top5": 3,
-    }.items():  # fmt: skip
-        first, *others = (systems[name][measure] for name in names)
-        real = systems["shift"].get(f"{measure}_real")
-        beside = [f"{record['value']:.{places}f}; {more(record, places, of=True)}" for record in others]
-        rows.append([LABELS[measure], interval(first, decimals(places)), *beside, f"{real['value']:.{places}f}" if real else ""])
-    return markdown_table(["measure", "shift", "shift, ends held", "attention", "no shift", "real clips"], rows)
+    return results.caption() + markdown_table(["measure", "emoji", "real clips"], rows)
+
+
+def shift_and_attention(seeds: Seeds | None = None) -> str:
+    """Tabulate `recipes/compare`: the shift, attention and neither."""
+    results = Results("compare", seeds)
+    names = ("shift", "hold", "attention", "none")
+    rows = [
+        ["loss on held-out clips", *results.losses(names), ""],
+        ["parameters", *(f"{results.parameters[name] / 1e6:.2f} M" for name in names), ""],
+    ]
+    places = {
+        "denoising_error": 3, "denoising_error_of_end_frames": 3, "motion_seen_at_375": 3, "motion_error": 3, "flicker": 2,
+        "warping_error": 2, "persistence": 3, "coherence": 3, "loop_gap": 3, "retrieval_top5": 3,
+    }  # fmt: skip
+    for measure, digits in places.items():
+        form = decimals(digits)
+        first, *others = (results.cells[name][measure] for name in names)
+        differences = [f"{point(cell, form)}; {difference(cell, digits)}" for cell in others]
+        rows.append([label(measure), value(first, form), *differences, results.real(measure, form, with_interval=False)])
+    head = ["measure", "shift", "shift, edges held", "attention", "no shift", "real clips"]
+    return results.caption(differences=True) + markdown_table(head, rows)
 
 
 PARTS = {
     "shift": "the paper's shift: 1/3 + 1/3, conv1, zeros; one step in five on stills",
-    "seed-1": "the same, other random numbers",
+    "seed-1": "the same with another training seed",
     "quarter": "1/4 + 1/4 of the channels",
     "eighth": "1/8 + 1/8 (TSM's)",
     "conv2": "before the second convolution",
-    "end": "at the branch's end",
-    "hold": "ends hold their own values",
-    "wrap": "ends wrap round",
+    "end": "at the end of the branch",
+    "hold": "edges hold their own values",
+    "wrap": "edges wrap around",
     "no-stills": "no stills",
     "half-stills": "half of the steps on stills",
     "none": "no shift",
-    "attention": "Latent-VDM: attention and convolution in time, 6.8 M",
+    "attention": "Latent-VDM: temporal attention and convolution, 6.8 M",
 }
+PLACES = {
+    "denoising_error": 3, "denoising_error_of_end_frames": 3, "motion_seen_at_375": 3, "motion_error": 3, "flicker": 2,
+    "warping_error": 2, "loop_gap": 3, "retrieval_top5": 3,
+}  # fmt: skip
+"""Measures of the two tables of the shift's parts, and their decimals."""
 
 
-COLUMNS = {
-    "denoising error": ("denoising_error", 3),
-    "of end frames": ("denoising_error_of_end_frames", 3),
-    "motion seen at 375": ("motion_seen_at_375", 3),
-    "motion error": ("motion_error", 3),
-    "flicker": ("flicker", 2),
-    "warping error": ("warping_error", 2),
-    "loop gap": ("loop_gap", 3),
-    "right caption in five": ("retrieval_top5", 3),
-}
+def parts(seeds: Seeds | None = None) -> str:
+    """Tabulate `recipes/compare`: every part of the shift, as differences from the paper's shift."""
+    results = Results("compare", seeds)
+    names = [name for name in PARTS if name in results.table.names]
+    rows = []
+    for name, loss in zip(names, results.losses(names), strict=True):
+        cells = results.cells[name]
+        if name == names[0]:
+            numbers = [value(cells[measure], decimals(places)) for measure, places in PLACES.items()]
+        else:
+            numbers = [difference(cells[measure], places) for measure, places in PLACES.items()]
+        rows.append([PARTS[name], loss, *numbers])
+    real = [results.real(measure, decimals(2), with_interval=False) for measure in PLACES]
+    rows.append(["real clips", "", *("1" if measure == "motion_error" else cell for measure, cell in zip(PLACES, real, strict=True))])
+    return results.caption(differences=True) + markdown_table(["variant", "loss on held-out clips", *map(label, PLACES)], rows)
 
 
-def measured(name: str, models: Collection[str]) -> list[list[str]]:
-    """Of each model the loss and the measures: of the first the values, of the others what is more than the first's."""
-    systems, rows = systems_of(name), list[list[str]]()
-    for loss, model in zip(loss_of(models, name), models, strict=True):
-        found = [(systems[model][measure], places) for measure, places in COLUMNS.values()]
-        rows.append([loss, *(more(record, places, of=False) if rows else f"{record['value']:.{places}f}" for record, places in found)])
-    return rows
+def two_runs() -> str:
+    """Tabulate the variants of `parts` in two runs on different machines, each training seed by itself."""
+    runs = []
+    for file in ("compare", "compare-earlier"):
+        results, columns = Results(file, {}), []
+        for name, loss in zip(PARTS, results.losses(PARTS), strict=True):
+            cells = [results.cells[name][measure] for measure in PLACES]
+            numbers = [
+                decimals(places)(cell.record.value)
+                if cell.record.difference is None
+                else decimals(places, signed=True)(cell.record.difference.value)
+                for cell, places in zip(cells, PLACES.values(), strict=True)
+            ]
+            columns.append([loss, *numbers])
+        runs.append(columns)
+    rows = [[text, *map("; ".join, zip(this, earlier, strict=True))] for text, this, earlier in zip(PARTS.values(), *runs, strict=True)]
+    caption = "*Signed values: paired differences from shift on the same clips.*\n\n"
+    return caption + markdown_table(["variant, this run; earlier run", "loss on held-out clips", *map(label, PLACES)], rows)
 
 
-HEADS = ["loss on held-out clips", *COLUMNS]
+def systems(seeds: Seeds | None = None) -> str:
+    """Tabulate `recipes/compare`: the shift beside the paper's baselines and the embedded model."""
+    results = Results("systems", seeds)
+    names = ("shift", "attention", "none", "vdm", "emoji")
+    rows = [["parameters", *(f"{results.parameters[name] / 1e6:.1f} M" for name in names), ""]]
+    places = {
+        "kd-efficientnet-lite0": 2, "kd-efficientnet-lite0-motion": 2, "retrieval_top5": 2, "motion_error": 2, "flicker": 1,
+        "warping_error": 1, "persistence": 2, "coherence": 3, "loop_gap": 2,
+    }  # fmt: skip
+    for measure, digits in places.items():
+        form = decimals(digits)
+        ideal = "1" if measure in ("retrieval_top5", "motion_error") else ""
+        numbers = [value(results.cells[name][measure], form) for name in names]
+        rows.append([label(measure), *numbers, results.real(measure, form) or ideal])
+    head = ["measure", "shift", "Latent-VDM", "no shift", "VDM", "`emoji`", "real clips"]
+    return results.caption() + markdown_table(head, rows)
 
 
-def parts() -> str:
-    """`make compare`: every part of the shift."""
-    rows = [[label, *cells] for label, cells in zip(PARTS.values(), measured("compare", PARTS), strict=True)]
-    real = [f"{systems_of('compare')['shift'][f'{name}_real']['value']:.2f}" for name in ("flicker", "warping_error", "loop_gap")]
-    return markdown_table(["what is changed", *HEADS], [*rows, ["real clips", "", "", "", "", "1", *real, ""]])
+def measures() -> str:
+    """Tabulate the measures: their names in results, which values are better, what they need, and their definitions."""
+    better = {HIGHER: "higher", LOWER: "lower", REAL: "close to real clips", "": ""}
+    rows = []
+    for measure in MEASURES.values():
+        network = "" if measure.network in ("", "efficientnet") else f"`--weights {measure.network}=PATH`"
+        needs = "extra `eval`" if measure.package or measure.network == "efficientnet" else network
+        for name, (text, direction, definition) in measure.labels.items():
+            rows.append([text.replace("= {timestep}", "= T"), f"`{name.replace('{timestep}', 'T')}`", better[direction], needs, definition])
+    return markdown_table(["measure", "name in results", "better", "needs", "definition"], rows)
 
 
-def again() -> str:
-    """`make compare`, and an earlier run of its trainings and evaluation on another machine."""
-    both = zip(PARTS.values(), measured("compare", PARTS), measured("compare-earlier", PARTS), strict=True)
-    rows = [[label, *map("; ".join, zip(*cells, strict=True))] for label, *cells in both]
-    return markdown_table(["what is changed, this run; earlier run", *HEADS], rows)
-
-
-def beside() -> str:
-    """`make compare`: the systems."""
-    names, systems = ("shift", "attention", "none", "vdm", "emoji"), systems_of("systems")
-    sizes = {found["system"]["system"]: found["system"]["parameters"] for found in result("systems")}
-    rows = [["parameters", *(f"{sizes[name] / 1e6:.1f} M" for name in names), ""]]
-    for measure, places in {
-        "kd-efficientnet-lite0": 2, "kd-efficientnet-lite0-motion": 2, "retrieval_top5": 2, "motion_error": 2, "flicker": 1, "warping_error": 1,
-        "persistence": 2, "coherence": 3, "loop_gap": 2,
-    }.items():  # fmt: skip
-        shown = decimals(places)
-        real = systems["shift"].get(f"{measure}_real")
-        best = "1" if measure in ("retrieval_top5", "motion_error") else ""
-        cells = [interval(systems[name][measure], shown) for name in names]
-        rows.append([LABELS[measure], *cells, interval(real, shown) if real else best])
-    return markdown_table(["measure", "shift", "Latent-VDM", "no shift", "VDM", "`emoji`", "real clips"], rows)
-
-
-def spoilt() -> str:
-    """`latent-shift bench measures`."""
-    from latent_shift.evaluation.sensitivity import trend
-
-    ways = result("measures")["measures"]
-    measures = [name for name in ways["noise"] if not name.startswith("fd-")]
+def sensitivity() -> str:
+    """Tabulate `latent-shift bench measures`: each measure of original and of most degraded clips."""
+    degradations = read_result("measures")["measures"]
+    measures = [name for name in degradations["noise"] if not name.startswith("fd-")]
 
     def cell(values: list[float]) -> str:
-        way = trend(values)
-        return f"{way}: {values[0]:.3g}" if way == "stays" else f"{way or 'up and down'}: {values[0]:.3g} → {values[-1]:.3g}"
+        direction = trend(values)
+        if direction == "stays":
+            return f"stays: {values[0]:.3g}"
+        return f"{direction or 'up and down'}: {values[0]:.3g} → {values[-1]:.3g}"
 
-    return markdown_table(["measure", *ways], ([name, *(cell(ways[way][name]) for way in ways)] for name in measures))
+    rows = ([label(name), *(cell(values[name]) for values in degradations.values())] for name in measures)
+    return markdown_table(["measure", *degradations], rows)
 
 
 def overhead() -> str:
-    """`latent-shift bench`."""
+    """Tabulate `latent-shift bench`: a step with the shift and frame by frame."""
     ways = ("frame by frame", "with the shift", "with the shift, one text a clip as the pipeline has it")
     rows = []
-    for name, label in (("bench", "34 M U-Net, 32x32 latents"), ("bench-emoji", "emoji's U-Net, 23 M, 16x16 latents")):
-        first, *others = (result(name)[way] for way in ways)
-        rows.append([label, f"{first['seconds']:.3g} s", *(f"{found['seconds']:.3g} s ({found['ratio']:.3f})" for found in others)])
-    return markdown_table(
-        ["a denoising step of 16 frames", "frame by frame", "with the shift", "with the shift, as the pipeline runs it"], rows
-    )
+    for name, network in (("bench", "34 M U-Net, 32x32 latents"), ("bench-emoji", "emoji's U-Net, 23 M, 16x16 latents")):
+        first, *others = (read_result(name)[way] for way in ways)
+        rows.append([network, f"{first['seconds']:.3g} s", *(f"{other['seconds']:.3g} s ({other['ratio']:.3f})" for other in others)])
+    head = ["a denoising step of 16 frames", "frame by frame", "with the shift", "with the shift, as the pipeline runs it"]
+    return markdown_table(head, rows)
 
 
-def timed(point: Record, unit: str = "s") -> str:
-    if "cannot" in point:
-        return f"({point['cannot'].removeprefix('at most ').removesuffix(' frames')} at most)"
-    return f"{point['seconds']:.3g} s ({point['ratio']:.2f})" if unit == "s" else f"{point['seconds'] * 1000:.0f} ms ({point['ratio']:.2f})"
+def time_and_ratio(timing: dict[str, Any], unit: str = "s") -> str:
+    """Return a time, and its ratio to Latent-Shift's in brackets."""
+    if "cannot" in timing:
+        return f"({timing['cannot'].removeprefix('at most ').removesuffix(' frames')} at most)"
+    seconds, ratio = timing["seconds"], timing["ratio"]
+    return f"{seconds:.3g} s ({ratio:.2f})" if unit == "s" else f"{seconds * 1000:.0f} ms ({ratio:.2f})"
 
 
-def swept() -> str:
-    """`latent-shift bench sweep` on a CPU."""
-    found = result("sweep")
-    points = {(at["name"], at["line"], at["frames"], at["side"]): at for at in found["points"] if at["clips"] == 1}
-    memory = {(at["name"], at["frames"]): at for at in found["memory"]}
+def sweep_on_cpu() -> str:
+    """Tabulate `latent-shift bench sweep` on a CPU."""
+    sweep = read_result("sweep")
+    points = {(point["name"], point["line"], point["frames"], point["side"]): point for point in sweep["points"] if point["clips"] == 1}
+    memory = {(point["name"], point["frames"]): point for point in sweep["memory"]}
     lines = [("frames", 1, 16), ("frames", 16, 16), ("frames", 64, 16), ("frames", 256, 16), ("side", 16, 32), ("side", 16, 64)]
     rows = []
-    for name in dict.fromkeys(at["name"] for at in found["points"]):
-        cells = [timed(points[(name, *line)]) for line in lines]
-        cells.insert(4, f"{memory[name, 256]['gib_peak']:.2f}" if "gib_peak" in memory[name, 256] else "")
+    for name in dict.fromkeys(point["name"] for point in sweep["points"]):
+        cells = [time_and_ratio(points[(name, *line)]) for line in lines]
+        peak = memory[name, 256].get("gib_peak")
+        cells.insert(4, "" if peak is None else f"{peak:.2f}")
         rows.append([name, f"{points[(name, *lines[0])]['parameters'] / 1e6:.1f} M", *cells])
     heads = [f"{frames} frame{'s' if frames > 1 else ''}, {side}x{side}" for _, frames, side in lines]
-    return markdown_table(["a denoising step", "parameters", *heads[:4], "its peak, GiB", *heads[4:]], rows)
+    return markdown_table(["a denoising step", "parameters", *heads[:4], "its peak memory, GiB", *heads[4:]], rows)
 
 
-def swept_at_full_size() -> str:
-    """`latent-shift bench sweep --full` on a GPU."""
-    found = result("sweep-h200")
-    points = {(at["name"], at["frames"], at["side"], at["clips"]): at for at in reversed(found["points"])}  # of two the first
-    shown = {
+def sweep_on_gpu() -> str:
+    """Tabulate `latent-shift bench sweep --full` on a GPU."""
+    sweep = read_result("sweep-h200")
+    points: dict[tuple, dict[str, Any]] = {}
+    for timing in sweep["points"]:  # a size that lies on two lines has two equal points
+        points.setdefault((timing["name"], timing["frames"], timing["side"], timing["clips"]), timing)
+    sizes = {
         "16 frames, 32x32": (16, 32, 1),
         "64 frames, 32x32": (64, 32, 1),
         "4 clips of 16, 32x32": (16, 32, 4),
         "16 frames, 64x64": (16, 64, 1),
     }
     rows = []
-    for name in dict.fromkeys(at["name"] for at in found["points"]):
+    for name in dict.fromkeys(point["name"] for point in sweep["points"]):
         large = points[name, 16, 64, 1]
-        cells = [timed(points[(name, *at)], "ms") for at in shown.values()]
-        share = f"{large['share_of_the_matrix_rate'] * 100:.0f} %"
-        rows.append([name, f"{large['parameters'] / 1e6:.0f} M", *cells, f"{large['gib_peak']:.1f}", share])
-    return markdown_table(["a denoising step", "parameters", *shown, "its peak, GiB", "of the matrix rate"], rows)
+        cells = [time_and_ratio(points[(name, *size)], "ms") for size in sizes.values()]
+        fraction = f"{large['share_of_the_matrix_rate'] * 100:.0f} %"
+        rows.append([name, f"{large['parameters'] / 1e6:.0f} M", *cells, f"{large['gib_peak']:.1f}", fraction])
+    return markdown_table(["a denoising step", "parameters", *sizes, "its peak memory, GiB", "of the matrix rate"], rows)
 
 
 def peers() -> str:
-    """`latent-shift bench peers`."""
-    ways = {way: found for way, found in result("peers").items() if isinstance(found, dict) and "Latent-Shift" in found}
-    rows = [
-        [
-            name,
-            f"{first['parameters'] / 1e6:.1f} M",
-            *(f"{found[name]['seconds']:.2f} s ({found[name]['ratio']:.2f})" for found in ways.values()),
-        ]
-        for name, first in next(iter(ways.values())).items()
-    ]
-    return markdown_table(["a denoising step, 16 frames", "parameters", *ways], rows)
+    """Tabulate `latent-shift bench peers`."""
+    variants = {
+        name: networks for name, networks in read_result("peers").items() if isinstance(networks, dict) and "Latent-Shift" in networks
+    }
+    rows = []
+    for network, first in next(iter(variants.values())).items():
+        times = [f"{networks[network]['seconds']:.2f} s ({networks[network]['ratio']:.2f})" for networks in variants.values()]
+        rows.append([network, f"{first['parameters'] / 1e6:.1f} M", *times])
+    return markdown_table(["a denoising step, 16 frames", "parameters", *variants], rows)
 
 
 def long_clips() -> str:
-    """`latent-shift bench memory`: sampling."""
-    found = {(at["mode"], at["frames"]): f"{at['gib_peak']:.2f}" for at in result("memory")["long clips"]}
-    frames = sorted({at for _, at in found})
+    """Tabulate `latent-shift bench memory`: sampling long clips."""
+    peaks = {(run["mode"], run["frames"]): f"{run['gib_peak']:.2f}" for run in read_result("memory")["long clips"]}
+    lengths = sorted({frames for _, frames in peaks})
     modes = {"whole": "whole", "chunks": "`chunk=16, halo=4`", "stream": "`pipe.stream`, frames decoded"}
-    rows = ([label, *(found.get((mode, at), "") for at in frames)] for mode, label in modes.items())
-    return markdown_table(["peak memory, GiB", *(f"{at} frames" for at in frames)], rows)
+    rows = ([text, *(peaks.get((mode, frames), "") for frames in lengths)] for mode, text in modes.items())
+    return markdown_table(["peak memory, GiB", *(f"{frames} frames" for frames in lengths)], rows)
 
 
 def training_memory() -> str:
-    """`latent-shift bench memory`: training SD 1.5."""
-    found = result("memory")["training SD 1.5, 16 frames of 512x512, GiB"]
-    rows = ([way, *(f"{value:.1f}" for value in counts.values())] for way, counts in found.items())
-    return markdown_table(["memory of a training step, GiB", *next(iter(found.values()))], rows)
+    """Tabulate `latent-shift bench memory`: training SD 1.5."""
+    configurations = read_result("memory")["training SD 1.5, 16 frames of 512x512, GiB"]
+    rows = ([name, *(f"{gib:.1f}" for gib in counts.values())] for name, counts in configurations.items())
+    return markdown_table(["memory of a training step, GiB", *next(iter(configurations.values()))], rows)
 
 
-PAGES = {
-    "README.md": (emoji, compared, overhead, swept, peers, swept_at_full_size, long_clips, training_memory),
-    "docs/evaluation.md": (spoilt, parts, again, beside),
+TABLES_OF_SYSTEMS: dict[str, Callable[[Seeds | None], str]] = {
+    function.__name__: function for function in (emoji, shift_and_attention, parts, systems)
 }
+OTHER_TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (measures, two_runs, sensitivity, overhead, sweep_on_cpu, sweep_on_gpu, peers, long_clips, training_memory)
+}
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PAGES = [
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if MARKED.search(path.read_text(encoding="utf-8"))
+]
 
 
-def with_tables(page: str) -> str:
-    """The page, each table in it that has the head of one of ours replaced by ours."""
-    text = (ROOT / page).read_text()
-    for table in PAGES[page]:
-        made = table()
-        head = made.split("\n", 1)[0]
-        text, found = re.subn(rf"^{re.escape(head)}\n(?:\|.*\|$\n?)+", lambda _, made=made: f"{made}\n", text, flags=re.MULTILINE)
-        if found != 1:
-            raise ValueError(f"{page} has {found} tables that begin with {head}")
-    return text
+def with_tables(page: str, seeds: Seeds | None = None) -> str:
+    """Return the text of a page with its marked tables replaced; raise ValueError for a marker without a function."""
+
+    def replacement(match: re.Match[str]) -> str:
+        start, name, end = match.groups()
+        if name not in {*TABLES_OF_SYSTEMS, *OTHER_TABLES}:
+            raise ValueError(f"{page}: no table {name}; expected one of {', '.join([*TABLES_OF_SYSTEMS, *OTHER_TABLES])}")
+        table = TABLES_OF_SYSTEMS[name](seeds) if name in TABLES_OF_SYSTEMS else OTHER_TABLES[name]()
+        return f"{start}\n{table}\n\n{end}"
+
+    return MARKED.sub(replacement, (ROOT / page).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    quiet_libraries()
+    parser = argparse.ArgumentParser(description="Write the tables of results into the documentation.")
+    parser.add_argument("--seeds", nargs="*", help="SYSTEM=OTHER,...: systems that differ in the training seed; default: by their names")
+    arguments = parser.parse_args()
     for page in PAGES:
-        (ROOT / page).write_text(with_tables(page))
+        text = with_tables(page, None if arguments.seeds is None else parse_seeds(arguments.seeds))
+        (ROOT / page).write_text(text, encoding="utf-8")

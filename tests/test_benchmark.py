@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: the right networks, called as their pipelines call them."""
+"""Benchmarks time the right networks, called as their pipelines call them."""
 
 import contextlib
 import copy
@@ -11,11 +11,14 @@ from conftest import traced
 from test_cli import run
 from test_finetune import RECIPE
 
-from latent_shift.benchmark import networks, step, sweep
+from latent_shift.benchmark import memory as benchmark_memory
+from latent_shift.benchmark import networks, step
+from latent_shift.benchmark.memory import long_clips, training_memory
+from latent_shift.benchmark.roofline import Work
 from latent_shift.benchmark.step import shift_overhead
 from latent_shift.benchmark.throughput import encoding, index
-from latent_shift.benchmark.timing import alone
-from latent_shift.benchmark.training import resuming, runs, training_memory, training_step
+from latent_shift.benchmark.timing import run_alone
+from latent_shift.benchmark.training import resuming, runs, training_step
 from latent_shift.config import load
 from latent_shift.models import sizes
 from latent_shift.runtime import has_bf16_units, peak_memory_gib
@@ -25,7 +28,7 @@ from latent_shift.training import memory
 
 # In bf16 where a CPU has units for it: without them this takes minutes.
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16 if has_bf16_units() else torch.float32, "channels_last": True}])
-def test_peers_are_of_the_same_widths(options):
+def test_against_peers_times_networks_of_the_same_widths(options):
     result = step.against_peers(num_frames=2, text_length=8, rounds=1, **options)
     ours, image, attention, animatediff, modelscope = result.values()
     assert image["parameters"] < attention["parameters"]
@@ -34,24 +37,24 @@ def test_peers_are_of_the_same_widths(options):
     assert all(each["seconds"] > 0 for each in result.values())
 
 
-def test_the_shift_multiplies_nothing_and_moves_little():
-    """The guard against a slow shift that no other work on the machine can hide: at the size of Stable Diffusion 1.5, whose operations are
-    counted and not computed, it reads and writes 1.6 % more than the same U-Net frame by frame; one more copy would be 3 %."""
+def test_shift_adds_no_flops_and_few_bytes():
+    """Counted work does not depend on the machine: at the size of Stable Diffusion 1.5 the shift reads and writes 1.6 %
+    more than the same U-Net frame by frame; one more copy would be 3 %."""
     with torch.device("meta"):
         plain = networks.FULL.image_unet().eval()
         latents, text = torch.empty(16, 4, 32, 32), torch.empty(16, 77, 768)
     shifted, works = inflate(copy.deepcopy(plain), Shift()), []
     for network, together in ((plain, contextlib.nullcontext()), (shifted, frames(shifted, 16))):
-        with sweep.Work({"flops_per_s": 1.0, "bytes_per_s": 1.0}) as work, torch.no_grad(), together:
+        with Work({"flops_per_s": 1.0, "bytes_per_s": 1.0}) as work, torch.no_grad(), together:
             network(latents, 500, text)
         works.append(work)
     assert works[0].flops == works[1].flops > 1e12
     assert 1 < works[1].bytes / works[0].bytes < 1.02
 
 
-def test_the_shift_costs_no_more_than_it_may():
-    """And the clock's: a few percent of the same U-Net frame by frame (measured alone: 0.4 %). In turn and by the median, so that other
-    work on the machine falls on both; the least of three tries counts."""
+def test_shift_overhead_is_a_few_percent():
+    """The time of a step with the shift is within a few percent of the same U-Net frame by frame (alone: 0.4 %). The least
+    ratio of three tries counts, because other work on the machine disturbs it."""
     ratios = []
     for _ in range(3):
         result = shift_overhead(num_frames=16, size=16, text_length=8, rounds=5)
@@ -61,32 +64,32 @@ def test_the_shift_costs_no_more_than_it_may():
     raise AssertionError(f"a step with the shift takes {np.min(ratios, axis=0)} of one without")
 
 
-def test_the_ways_of_a_guided_step_give_the_same_numbers(monkeypatch):
+def test_savings_times_equal_computations(monkeypatch):
     def outputs(calls, rounds):
         made = [call() for call in calls.values()]
         return [torch.cat([each.sample for each in out]) if isinstance(out, list) else out.sample for out in made]
 
-    monkeypatch.setattr(step, "paired", outputs)
+    monkeypatch.setattr(step, "time_in_rounds", outputs)
     once, each, twice = step.savings(num_frames=2, text_length=8)
     torch.testing.assert_close(each, once, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(twice, once, atol=1e-4, rtol=1e-4)
 
 
-def test_long_clips_are_measured_in_processes_of_their_own(video_model):
-    whole, chunks, stream = step.long_clips(str(video_model), num_frames=(3,))
+def test_long_clips_measures_every_mode(video_model):
+    whole, chunks, stream = long_clips(str(video_model), num_frames=(3,))
     assert [each["mode"] for each in (whole, chunks, stream)] == ["whole", "chunks", "stream"]
     assert all(0.1 < each["gib_peak"] < 8 for each in (whole, chunks, stream))
 
 
-def test_the_peak_is_that_of_the_process_alone():
-    """Not that of the one that started it, which has had this."""
+def test_run_alone_has_its_own_peak_memory():
+    """The ballast of this process does not count."""
     ballast = b"1" * 1_500_000_000
-    assert alone(peak_memory_gib) < 1
+    assert run_alone(peak_memory_gib) < 1
     del ballast
 
 
-def test_checkpointing_and_loras_take_less_memory():
-    """At the size of Stable Diffusion 1.5, of which no byte is taken."""
+def test_training_memory_shrinks_with_checkpointing_and_lora():
+    """Estimated at the size of Stable Diffusion 1.5; nothing is allocated."""
     result = training_memory()
     totals = [each["total"] for each in result.values()]
     assert len(totals) == 4
@@ -95,9 +98,11 @@ def test_checkpointing_and_loras_take_less_memory():
     assert result["every weight"]["weights"] == pytest.approx(859_520_964 * 4 / 2**30)
 
 
-def test_what_is_estimated_is_the_recipe(monkeypatch):
+def test_training_memory_estimates_the_recipe(monkeypatch):
     asked = []
-    monkeypatch.setattr(step.memory, "estimate", lambda config, unet, **shape: asked.append(config) or memory.Estimate(0, 0, 0, 0, 0))
+    monkeypatch.setattr(
+        benchmark_memory.memory, "estimate", lambda config, unet, **shape: asked.append(config) or memory.Estimate(0, 0, 0, 0, 0)
+    )
     training_memory()
     recipe = load(RECIPE)
     for config in asked:
@@ -107,7 +112,7 @@ def test_what_is_estimated_is_the_recipe(monkeypatch):
         assert config.train.precision == recipe.train.precision
 
 
-def test_the_command_prints_one_of_them(monkeypatch, tmp_path):
+def test_bench_peers_prints_what_it_writes(monkeypatch, tmp_path):
     def against_peers(**options):
         return {"options": sorted(map(str, options))}
 
@@ -119,7 +124,7 @@ def test_the_command_prints_one_of_them(monkeypatch, tmp_path):
     assert result["guided step"]["num_frames"] == 3
 
 
-def test_runs_are_told_side_by_side(image_model, video_model, tmp_path):
+def test_bench_runs_compares_training_runs(image_model, video_model, tmp_path):
     told = run("bench", "runs", image_model.parent, video_model.parent, "-o", tmp_path / "runs.json")
     assert len(told.strip().splitlines()) == 4
     image, clips = json.loads((tmp_path / "runs.json").read_text())
@@ -129,11 +134,11 @@ def test_runs_are_told_side_by_side(image_model, video_model, tmp_path):
     assert clips["loss"] == pytest.approx((rows[2]["loss"] + rows[3]["loss"]) / 2)
     assert clips["gib_peak"] == max(row["gib_peak"] for row in rows) > 0.1
     assert 0 < clips["data_wait_share"] < 1
-    with pytest.raises(ValueError, match="not the folder of a run that is done"):
+    with pytest.raises(ValueError, match="holds no model; expected the folder of a completed run"):
         runs([tmp_path])
 
 
-def test_training_and_encoding_are_timed(video_model, monkeypatch):
+def test_training_step_and_encoding_return_times(video_model, monkeypatch):
     graphs: list = []
     monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))
     found = training_step(str(video_model), clips=2, num_frames=4, rounds=1)
@@ -145,14 +150,14 @@ def test_training_and_encoding_are_timed(video_model, monkeypatch):
     assert two["frames_per_s"] > 0 and two["seconds"] > two["seconds_before_the_first"]
 
 
-def test_going_on_with_a_run_is_timed(video_model):
+def test_resuming_returns_times(video_model):
     found = resuming("tiny", model=str(video_model), num_frames=2, batch_size=1)
-    # The parts are timed in processes of their own: on a machine with other work they need not add up.
+    # Parts are timed in processes of their own and need not add up on a busy machine.
     assert set(found) == {"seconds", "of_these_imports", "seconds_a_step", "seconds_of_a_first_start"}
     assert all(value > 0 for value in found.values())
 
 
-def test_an_index_is_timed():
+def test_index_returns_times():
     found = index(300, num_frames=2, clips_a_shard=50, clips_a_part=200)
     assert (found["clips"], found["parts"], found["shards"]) == (300, 2, 6)
     assert all(value >= 0 for value in found.values())

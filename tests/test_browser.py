@@ -1,4 +1,4 @@
-"""The page in a browser: clips play in step, nothing is missing or asked for outside, keys work. Where there is a Chromium."""
+"""The page in a browser, where there is a Chromium: clips play in step, nothing is missing, keys work."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 from test_report import SWEEP, evals  # noqa: F401
 
 from latent_shift.benchmark.training import runs
-from latent_shift.report import page
+from latent_shift.report.page import report
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -41,7 +41,7 @@ def opened(browser, path):
 def page(browser, evals, video_model, tmp_path_factory):  # noqa: F811
     (sweep := tmp_path_factory.mktemp("found") / "sweep.json").write_text(json.dumps(SWEEP))
     (training := sweep.with_name("training.json")).write_text(json.dumps(runs([video_model.parent])))
-    path = page.report(
+    path = report(
         tmp_path_factory.mktemp("page"), evals / "compare", classes=evals / "classes", ablations=[evals / "compare"], training=training,
         sweeps=[sweep, sweep], rows=2,
     )  # fmt: skip
@@ -50,7 +50,7 @@ def page(browser, evals, video_model, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def published(browser):
-    """That of this repository, with many more clips."""
+    """The page of this repository, with many more clips."""
     return opened(browser, Path(__file__).parent.parent / "docs" / "page" / "index.html")
 
 
@@ -80,7 +80,7 @@ def in_step(page, length: float) -> int:
     raise AssertionError(clips)
 
 
-def test_clips_in_sight_play_in_step(page):
+def test_page_plays_visible_clips_in_step(page):
     clips = state(page)
     assert len(clips) == 2 * (2 + 1) + 2 * 4  # of two systems and of real clips, and of classes
     assert [length for *_, length in clips] == pytest.approx([0.5] * len(clips), abs=0.05)
@@ -90,7 +90,7 @@ def test_clips_in_sight_play_in_step(page):
     page.evaluate("scrollTo(0, 0)")
 
 
-def test_the_published_page_plays(published):
+def test_published_page_plays(published):
     assert published.problems == [] and all(url.startswith(("file:", "data:")) for url in published.asked)
     assert len(state(published)) > 50
     published.set_viewport_size({"width": 1400, "height": 1000})
@@ -100,7 +100,7 @@ def test_the_published_page_plays(published):
     published.close()
 
 
-def test_nothing_is_missing_or_asked_for_outside(page):
+def test_page_is_complete_and_requests_nothing_outside(page):
     assert page.problems == []
     assert len(page.asked) > 8 and all(url.startswith(("file:", "data:")) for url in page.asked)
     drawn = page.evaluate("[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().height)")
@@ -111,7 +111,7 @@ def test_nothing_is_missing_or_asked_for_outside(page):
     assert images and all(complete and width for complete, width in images)
 
 
-def test_keys_stop_and_step(page):
+def test_page_stops_and_steps_by_keyboard(page):
     page.reload()  # where Tab begins is where a reader has scrolled to
     page.wait_for_selector("body[data-ready=true]", timeout=30_000)
     page.keyboard.press("Tab")
@@ -130,7 +130,7 @@ def test_keys_stop_and_step(page):
     assert ahead == pytest.approx([1 / 8] * len(ahead), abs=0.05)
 
 
-def test_a_reader_is_told_what_there_is(page):
+def test_page_has_labels_for_screen_readers(page):
     told = page.locator("body").aria_snapshot()
     parts = (
         'heading "Clips"',

@@ -1,4 +1,4 @@
-"""Protocols say what is drawn, evaluations keep it and go on, and every number says what it was taken with."""
+"""Protocols, resumed evaluations, the values of every measure and the metadata of every record."""
 
 import json
 import shutil
@@ -19,10 +19,12 @@ from latent_shift import video
 from latent_shift.data.pack import pack
 from latent_shift.data.store import Store
 from latent_shift.diffusion import correlated_noise
-from latent_shift.evaluation import clip_metrics, denoising, features, protocols, statistics, systems
-from latent_shift.evaluation.evaluate import Drawn, compared, draw, evaluate
-from latent_shift.evaluation.measures import Measuring, Weights
-from latent_shift.evaluation.tables import lacking, table
+from latent_shift.evaluation import clip_metrics, denoising, features, measures, protocols, statistics, systems
+from latent_shift.evaluation.comparison import Comparison
+from latent_shift.evaluation.evaluate import SavedClips, add_paired_differences, evaluate, generate_clips
+from latent_shift.evaluation.features import Weights
+from latent_shift.evaluation.measures import MEASURES, Label, Measure
+from latent_shift.evaluation.tables import markdown, skipped_measures
 from latent_shift.models.autoencoder import to_pixels
 from latent_shift.models.text import embed
 from latent_shift.pipelines.loading import load
@@ -41,61 +43,88 @@ def protocol(packed):
     return protocols.open_protocol("own", packed, num_frames=4)
 
 
+SCORES = {name: measure.score for name, measure in MEASURES.items() if measure.score}
+
+
 def values(result):
     return {record["measure"]: record["value"] for record in result["records"]}
 
 
-def test_the_numbers_are_those_of_the_kept_clips(system, protocol, packed, tmp_path):
+def test_evaluate_measures_saved_clips(system, protocol, packed, tmp_path):
     result = evaluate(system, protocol, tmp_path)
-    found, drawn = values(result), Drawn(tmp_path / "tiny" / "clips", 4)
-    clips = np.stack([drawn(k) for k in range(3)])
+    numbers, saved = values(result), SavedClips(tmp_path / "tiny" / "clips", 4)
+    clips = np.stack([saved(k) for k in range(3)])
     assert clips.shape == (3, 4, 32, 32, 3)
     again = np.concatenate([system.generate([prompt], [k]) for k, prompt in enumerate(protocol.prompts)])
-    assert np.abs(clips.astype(int) - again).max() <= 1  # each has its own seed, whatever it was drawn with; a batch may round otherwise
+    assert np.abs(clips.astype(int) - again).max() <= 1  # each clip has its own seed in any batch; batches may round differently
     real = np.stack([protocol.real(k) for k in range(3)])
     assert all(any(np.array_equal(clip, Store(packed).window(index, 0, 4)) for index in range(3)) for clip in real)
-    for name, measure in clip_metrics.CLIP_MEASURES.items():
-        assert found[name] == pytest.approx(np.mean([measure(clip) for clip in clips])), name
-        assert found[name + "_real"] == pytest.approx(np.mean([measure(clip) for clip in real])), name
-    energies = [np.array([clip_metrics.motion_energy(clip) for clip in each]) + 0.1 for each in (clips, real)]
-    assert found["motion_error"] == pytest.approx(np.exp(np.abs(np.log(energies[0] / energies[1])).mean()))
-    of_clips = [features.efficientnet(motion=True)(each) for each in (clips, real)]
-    assert found["kd-efficientnet-lite0-motion"] == pytest.approx(statistics.kernel_estimate(*of_clips, units_M=np.arange(3)).value)
-    of_frames = [features.efficientnet()(each) for each in (clips, real)]
-    assert found["kd-efficientnet-lite0"] == pytest.approx(statistics.kernel_estimate(*of_frames, units_M=np.arange(3)).value)
-    ranks = clip_metrics.retrieval_ranks(
-        *(rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12) for rows in (each.mean(axis=1) for each in of_frames))
-    )
-    assert found["retrieval_top1"] == np.mean(ranks == 1) and found["retrieval_median_rank"] == np.median(ranks)
-    seen = [
-        denoising.denoising(system.pipe, clip, prompt, noise=(0, 0), number=k)
-        for k, (clip, prompt) in enumerate(zip(real, protocol.prompts, strict=True))
-    ]
-    assert found["denoising_error"] == pytest.approx(np.mean([errors for errors, _ in seen]))
-    missed, there = (sum(getattr(motions[875], each) for _, motions in seen) for each in ("missed_alone", "there"))
-    assert found["motion_seen_at_875_frame_by_frame"] == pytest.approx(1 - missed / there)
-    assert 0 <= found["retrieval_top1"] <= 1 and "retrieval_top5" not in found  # of three all are among the first five
-    assert "reconstruction_psnr_db" not in found and "one clip has no interval" in result["skipped"]["reconstruction"]  # held out is one
-    six = replace(protocol, prompts=protocol.prompts * 2, of=[*range(6)], num_real=6, real=lambda n: protocol.real(n % 3))
-    again = Measuring(system, six, lambda k: drawn(k % 3), tmp_path / "six", tmp_path / "six" / "tiny", Weights(), None)
-    top5 = again.retrieval()[1]
-    rows = [again.features(features.efficientnet(), real=each).mean(axis=1) for each in (False, True)]
-    ranks = clip_metrics.retrieval_ranks(*(each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in rows))
-    assert (top5["measure"], top5["samples"], top5["value"]) == ("retrieval_top5", 6, np.mean(ranks <= 5))
-    protocol.store.splits = {"train"}  # as of a set that holds nothing out
-    result = evaluate(system, protocol, tmp_path / "train")
-    (record,) = [record for record in result["records"] if record["measure"] == "reconstruction_psnr_db"]
+    for name, score in SCORES.items():
+        assert numbers[name] == pytest.approx(np.mean([score(clip) for clip in clips])), name
+        assert numbers[name + "_real"] == pytest.approx(np.mean([score(clip) for clip in real])), name
+    generated_energy, real_energy = (np.array([clip_metrics.motion_energy(clip) for clip in some]) + 0.1 for some in (clips, real))
+    assert numbers["motion_error"] == pytest.approx(np.exp(np.abs(np.log(generated_energy / real_energy)).mean()))
+    captions = {"other_cluster_ids": np.arange(3)}
+    motion = [features.efficientnet(motion=True)(some) for some in (clips, real)]
+    assert numbers["kd-efficientnet-lite0-motion"] == pytest.approx(statistics.kernel_estimate(*motion, **captions).value)
+    frames = [features.efficientnet()(some) for some in (clips, real)]
+    assert numbers["kd-efficientnet-lite0"] == pytest.approx(statistics.kernel_estimate(*frames, **captions).value)
+    ranks = retrieval_ranks(*frames)
+    assert numbers["retrieval_top1"] == np.mean(ranks == 1) and numbers["retrieval_median_rank"] == np.median(ranks)
+    assert 0 <= numbers["retrieval_top1"] <= 1 and "retrieval_top5" not in numbers  # three clips are all among the first five
+    pairs = enumerate(zip(real, protocol.prompts, strict=True))
+    denoised = [denoising.denoising(system.pipe, clip, prompt, noise=(0, 0), number=k) for k, (clip, prompt) in pairs]
+    assert numbers["denoising_error"] == pytest.approx(np.mean([errors for errors, _ in denoised]))
+    residual = sum(motions[875].residual_per_frame for _, motions in denoised)
+    total = sum(motions[875].total for _, motions in denoised)
+    assert numbers["motion_seen_at_875_frame_by_frame"] == pytest.approx(1 - residual / total)
+    assert {"motion_seen_at_125", "motion_seen_at_875", "motion_seen_at_875_frame_by_frame"} <= numbers.keys()
+    assert "reconstruction_psnr_db" not in numbers
+    assert "one clip has no interval" in result["skipped"]["reconstruction"]  # the set holds out one concept
+
+
+def retrieval_ranks(*features_NGD):
+    means = [rows.mean(axis=1) for rows in features_NGD]
+    return clip_metrics.retrieval_ranks(*(rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12) for rows in means))
+
+
+def test_retrieval_counts_first_five_of_more_clips(system, protocol, tmp_path):
+    clips = np.random.default_rng(0).integers(0, 256, (6, 4, 32, 32, 3), np.uint8)
+    six = replace(protocol, prompts=protocol.prompts * 2, cluster_ids=[*range(6)], num_real=6, real=lambda n: protocol.real(n % 3))
+    comparison = Comparison(system, six, lambda k: clips[k], tmp_path, tmp_path / "tiny", Weights())
+    _, top5, _ = measures.compute(comparison, "retrieval")
+    ranks = retrieval_ranks(*(comparison.features(features.efficientnet(), real=real) for real in (False, True)))
+    assert (top5.measure, top5.samples, top5.value) == ("retrieval_top5", 6, np.mean(ranks <= 5))
+
+
+def test_reconstruction_uses_train_split_where_nothing_is_held_out(system, protocol, packed, tmp_path):
+    protocol.store.splits = {"train"}
+    comparison = Comparison(system, protocol, lambda k: protocol.real(k), tmp_path, tmp_path / "tiny", Weights())
+    (record,) = measures.compute(comparison, "reconstruction")
     expected = denoising.reconstruction(system.pipe.vae, Store(packed), splits=("train",), num=3)
-    assert (record["value"], record["samples"]) == (pytest.approx(expected.mean()), 3)
-    assert (record["reference"]["splits"], record["reference"]["clips"], record["seeds"]) == (["train"], 3, None)
-    assert {"motion_seen_at_125", "motion_seen_at_875", "motion_seen_at_875_frame_by_frame"} <= found.keys()
+    assert (record.value, record.samples) == (pytest.approx(expected.mean()), 3)
+    assert (record.reference["splits"], record.reference["clips"], record.seeds) == (["train"], 3, None)
 
 
-def test_every_record_says_what_it_was_taken_with(system, protocol, tmp_path):
+def test_measures_table_takes_a_new_measure_in_one_row(system, protocol, tmp_path, monkeypatch):
+    """A row is all that a new measure needs: it is computed, labelled and compared."""
+    row = Measure(
+        "brightness", measures.per_clip, {"brightness": Label("brightness", "higher", "mean grey level")}, ("own",), score=np.mean
+    )
+    monkeypatch.setattr(measures, "MEASURES", {"brightness": row})
+    task = replace(protocol, measures=measures.names_for("own"))
+    results = [evaluate(replace(system, name=name), task, tmp_path) for name in ("a", "b")]
+    clips = SavedClips(tmp_path / "a" / "clips", 4)
+    assert values(results[0])["brightness"] == pytest.approx(np.mean([clips(k) for k in range(3)]))
+    assert measures.label_of("brightness_real").text == "brightness"
+    assert add_paired_differences(results, tmp_path)[1]["records"][0]["more"]["value"] == 0
+
+
+def test_records_hold_their_metadata(system, protocol, tmp_path):
     result = evaluate(system, protocol, tmp_path)
     assert json.loads((tmp_path / "tiny" / "results.json").read_text()) == json.loads(json.dumps(result))
     for record in result["records"]:
-        slack = 1e-9 * abs(record["value"])  # where all are one value
+        slack = 1e-9 * abs(record["value"])  # for constant values
         held = record["low"] - slack <= record["value"] <= record["high"] + slack
         assert held or record["measure"].startswith("retrieval"), record
         assert (record["protocol"], record["clips"], record["num_frames"], record["fps"]) == ("own", 3, 4, 8.0)
@@ -108,21 +137,21 @@ def test_every_record_says_what_it_was_taken_with(system, protocol, tmp_path):
     assert result["system"]["weights"] == features.digest(system.pipe.config._name_or_path)
     assert result["skipped"]["fd-efficientnet-lite0"].startswith("3 clips of 1280 features")
     assert "StyleGAN-V" not in result["skipped"]["clipsim"] and "CLIPModel" in result["skipped"]["clipsim"]
-    shown = table([result])
-    assert shown.startswith("protocol own: 3 clips of 4 frames; in brackets 95 % by bootstrap")
+    shown = markdown([result])
+    assert shown.startswith("protocol own: 3 clips of 4 frames; 95 % intervals in brackets")
     assert f"| motion_energy | {values(result)['motion_energy']:.4g} (" in shown and "biased" not in shown
     distance["biased"] = True
-    assert f"{distance['value']:.4g} (biased; {distance['low']:.4g} to " in table([result])
+    assert f"{distance['value']:.4g} (biased; {distance['low']:.4g} to " in markdown([result])
 
 
-def test_an_evaluation_goes_on_and_shares_its_work(system, protocol, tmp_path, monkeypatch):
+def test_evaluate_resumes_and_shares_clips(system, protocol, tmp_path, monkeypatch):
     calls = []
 
-    def stopping(prompts, seeds, draw=system.generate):
+    def stopping(prompts, seeds, generate=system.generate):
         calls.append(seeds)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return draw(prompts, seeds)
+        return generate(prompts, seeds)
 
     broken = replace(system, generate=stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -132,14 +161,14 @@ def test_an_evaluation_goes_on_and_shares_its_work(system, protocol, tmp_path, m
     features = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     assert evaluate(broken, protocol, tmp_path) == first
     assert len(calls) == 3 and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == features
-    for rank in (1, 0):  # of two processes each draws its own
-        draw(system, protocol, tmp_path / "shared", rank=rank, world=2)
+    for rank in (1, 0):  # each of two processes generates its own clips
+        generate_clips(system, protocol, tmp_path / "shared", rank=rank, world_size=2)
         assert len(list((tmp_path / "shared" / "clips").iterdir())) == (1 if rank else 3)
-    a, b = (Drawn(tmp_path / name / "clips", 4) for name in ("tiny", "shared"))
+    a, b = (SavedClips(tmp_path / name / "clips", 4) for name in ("tiny", "shared"))
     assert all(np.abs(a(k).astype(int) - b(k)).max() <= 1 for k in range(3))
 
 
-def test_what_is_found_of_clips_goes_on_where_it_was(system, protocol, clip_folder, tmp_path):  # noqa: F811
+def test_cached_rows_reuse_finished_parts(system, protocol, clip_folder, tmp_path):  # noqa: F811
     weights = Weights({"clip": str(clip_folder)})
     evaluate(system, protocol, tmp_path, weights=weights)
     paths = list(tmp_path.rglob("*.npy"))
@@ -149,13 +178,13 @@ def test_what_is_found_of_clips_goes_on_where_it_was(system, protocol, clip_fold
     for path in paths:
         path.unlink()
         path.with_suffix(".parts").mkdir()
-        np.save(path.with_suffix(".parts") / "000000.npy", before[path] + 1)  # a part that is there is not taken again
+        np.save(path.with_suffix(".parts") / "000000.npy", before[path] + 1)  # a part on disk is not computed again
     evaluate(system, protocol, tmp_path, weights=weights)
     assert all(np.array_equal(np.load(path), before[path] + 1) for path in paths) and not list(tmp_path.rglob("*.parts"))
 
 
-def test_many_clips_are_taken_some_at_once(system, protocol, tmp_path):
-    measuring = Measuring(system, protocol, lambda k: k, tmp_path, tmp_path, Weights(), None)
+def test_cached_rows_compute_parts_of_256_clips(system, protocol, tmp_path):
+    comparison = Comparison(system, protocol, lambda k: k, tmp_path, tmp_path, Weights())
     asked: list[range] = []
 
     def take(numbers):
@@ -165,28 +194,28 @@ def test_many_clips_are_taken_some_at_once(system, protocol, tmp_path):
         return np.array([[k, k * k] for k in numbers], np.float32)
 
     with pytest.raises(KeyboardInterrupt):
-        measuring.kept("squares", take, 600)
-    np.testing.assert_array_equal(measuring.kept("squares", take, 600), [[k, k * k] for k in range(600)])
+        comparison.cached_rows("squares", take, 600)
+    np.testing.assert_array_equal(comparison.cached_rows("squares", take, 600), [[k, k * k] for k in range(600)])
     assert asked == [range(256), range(256, 512), range(256, 512), range(512, 600)]
 
 
-def test_clips_of_one_caption_are_one_sample(system, packed, tmp_path):
+def test_evaluate_counts_clips_of_one_caption_as_one_sample(system, packed, tmp_path):
     task = protocols.open_protocol("classes", packed, num=2, num_frames=4)
-    assert (len(task.prompts), task.of, task.num_real) == (8, [0, 1] * 4, 2)
+    assert (len(task.prompts), task.cluster_ids, task.num_real) == (8, [0, 1] * 4, 2)
     result = evaluate(system, task, tmp_path)
     records = {record["measure"]: record for record in result["records"]}
     assert all(record["samples"] == 2 for record in records.values())
     assert (records["flicker"]["clips"], records["flicker_real"]["clips"], records["flicker"]["reference"]) == (8, 2, None)
     assert records["flicker_real"]["value"] == pytest.approx(np.mean([clip_metrics.flicker(task.real(n)) for n in (0, 1)]))
-    drawn = Drawn(tmp_path / "tiny" / "clips", 4)
-    energies = np.array([[clip_metrics.motion_energy(clip) + 0.1 for clip in (drawn(k), task.real(k % 2))] for k in range(8)])
+    saved = SavedClips(tmp_path / "tiny" / "clips", 4)
+    energies = np.array([[clip_metrics.motion_energy(clip) + 0.1 for clip in (saved(k), task.real(k % 2))] for k in range(8)])
     assert records["motion_error"]["value"] == pytest.approx(np.exp(np.abs(np.log(energies[:, 0] / energies[:, 1])).mean()))
 
 
 @pytest.mark.parametrize(
     ("num_frames", "missing"), [(1, {"motion_energy", "flicker", "coherence"}), (2, {"flicker", "persistence", "loop_gap"})]
 )
-def test_clips_too_short_for_a_measure(video_model, packed, tmp_path, num_frames, missing):
+def test_evaluate_skips_measures_of_longer_clips(video_model, packed, tmp_path, num_frames, missing):
     options = dict(name="tiny", num_frames=num_frames, num_inference_steps=1, guidance_scale=1.0, device="cpu")
     task = protocols.open_protocol("own", packed, num_frames=num_frames)
     result = evaluate(systems.open_system(str(video_model), **options), task, tmp_path)
@@ -195,73 +224,45 @@ def test_clips_too_short_for_a_measure(video_model, packed, tmp_path, num_frames
     assert "kd-efficientnet-lite0" in values(result)
 
 
-def test_real_clips_are_told_as_what_they_are(system, protocol, tmp_path):
+def test_records_of_real_clips_have_no_seeds_and_size(system, protocol, tmp_path):
     (record,) = [record for record in evaluate(system, protocol, tmp_path)["records"] if record["measure"] == "flicker_real"]
     assert (record["seeds"], record["made_at"], record["clips"], record["reference"]["fps"]) == (None, None, 3, 8.0)
 
 
 @pytest.mark.timeout(300)
-def test_processes_share_an_evaluation(packed, video_model, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "--",
-        "latent_shift",
-        "eval",
-        packed,
-    ]
-    options = [
-        "-m",
-        f"a={video_model}",
-        "-m",
-        f"b={video_model}",
-        "--num-frames",
-        "4",
-        "--steps",
-        "1",
-        "--batch-size",
-        "1",
-        "--out",
-        tmp_path / "evals",
-    ]
-    result = subprocess.run(
-        [*map(str, command), *map(str, options), "-o", str(tmp_path / "out.json")], capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("protocol own: 3 clips of 4 frames") == 1  # one of them says it
-    records = [
-        {record["measure"]: record["value"] for record in each["records"]} for each in json.loads((tmp_path / "out.json").read_text())
-    ]
-    assert records[0] == records[1]
+def test_eval_command_shares_clips_among_processes(packed, video_model, tmp_path):
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 -m -- latent_shift".split()]  # noqa: SIM905
+    options = ["-m", f"a={video_model}", "-m", f"b={video_model}", "--num-frames", 4, "--steps", 1, "--batch-size", 1]
+    command = [*torchrun, "eval", packed, *options, "--out", tmp_path / "evals", "-o", tmp_path / "out.json"]
+    process = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("protocol own: 3 clips of 4 frames") == 1  # one process prints it
+    first, second = json.loads((tmp_path / "out.json").read_text())
+    assert values(first) == values(second)
     assert len(list((tmp_path / "evals").glob("?/clips/*.png"))) == 6
 
 
-def test_systems_are_compared_clip_by_clip(system, protocol, video_model, tmp_path):
+def test_add_paired_differences_compares_the_same_clips(system, protocol, video_model, tmp_path):
     options = dict(num_frames=4, num_inference_steps=1, guidance_scale=3.0, device="cpu")
     first = evaluate(system, protocol, tmp_path)
     second = evaluate(systems.open_system(str(video_model), name="more guided", **options), protocol, tmp_path)
-    same, other = compared([first, second], tmp_path)
+    same, other = add_paired_differences([first, second], tmp_path)
     assert same == first and all("more" not in record for record in same["records"])
-    clips = [Drawn(tmp_path / name / "clips", 4) for name in ("tiny", "more-guided")]
-    flickers = np.array([[clip_metrics.flicker(drawn(k)) for k in range(3)] for drawn in clips])
+    clips = [SavedClips(tmp_path / name / "clips", 4) for name in ("tiny", "more-guided")]
+    flickers = np.array([[clip_metrics.flicker(saved(k)) for k in range(3)] for saved in clips])
     more = {record["measure"]: record["more"] for record in other["records"] if "more" in record}
     assert more["flicker"]["value"] == pytest.approx(flickers[1].mean() - flickers[0].mean())
     assert more["flicker"]["low"] <= more["flicker"]["value"] <= more["flicker"]["high"] and more["flicker"]["than"] == "tiny"
-    assert more["denoising_error"]["value"] == more["motion_seen_at_625"]["high"] == 0  # guidance has no part in it
+    assert more["denoising_error"]["value"] == more["motion_seen_at_625"]["high"] == 0  # guidance does not affect it
     assert "retrieval_median_rank" in more and not {"flicker_real", "kd-efficientnet-lite0", "reconstruction_psnr_db"} & more.keys()
-    shown = table([same, other])
-    assert "with a sign what is more than of tiny, of the same clips" in shown
+    shown = markdown([same, other])
+    assert "signed values are paired differences from tiny on the same clips" in shown
     assert "{value:+.3g} ({low:+.3g} to {high:+.3g})".format(**more["flicker"]) in shown
-    reasons = lacking([same, {**other, "skipped": {**other["skipped"], "denoising": "there is a reason"}}])
+    reasons = skipped_measures([same, {**other, "skipped": {**other["skipped"], "denoising": "there is a reason"}}])
     assert reasons == [*same["skipped"].items(), ("denoising of more guided", "there is a reason")]
 
 
-def test_a_compiled_system_draws_the_same(system, protocol, video_model, tmp_path, monkeypatch):
+def test_open_system_compiled_generates_the_same_clips(system, protocol, video_model, tmp_path, monkeypatch):
     graphs: list = []
     monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))
     options = dict(name="tiny", num_frames=4, num_inference_steps=2, guidance_scale=2.0, device="cpu")
@@ -269,128 +270,135 @@ def test_a_compiled_system_draws_the_same(system, protocol, video_model, tmp_pat
     first = evaluate(plain, protocol, tmp_path / "plain", batch_size=3)
     assert not graphs
     second = evaluate(compiled, protocol, tmp_path / "compiled", batch_size=3)
-    assert len(graphs) == 1  # of the clips; none of stills and probing
-    a, b = (Drawn(tmp_path / name / "tiny" / "clips", 4) for name in ("plain", "compiled"))
+    assert len(graphs) == 1  # for the clips; stills and denoising run eagerly
+    a, b = (SavedClips(tmp_path / name / "tiny" / "clips", 4) for name in ("plain", "compiled"))
     assert all(np.abs(a(k).astype(int) - b(k)).max() <= 1 for k in range(3))
     assert values(second) == pytest.approx(values(first), rel=0.02, abs=0.02)
 
 
-def test_other_settings_protocols_and_clips_are_refused(system, protocol, packed, tmp_path):
+def test_evaluate_refuses_other_settings_protocols_and_clips(system, protocol, packed, tmp_path):
     result = evaluate(system, protocol, tmp_path)
-    with pytest.raises(ValueError, match="was begun with another guidance_scale"):
+    with pytest.raises(ValueError, match="holds an evaluation with another guidance_scale"):
         evaluate(replace(system, settings={**system.settings, "guidance_scale": 2.0}), protocol, tmp_path)
     shutil.copytree(tmp_path, older := tmp_path.with_name("older"))
-    (older / "protocol.json").write_text(json.dumps({**protocol.told, "latent_shift": "0.0.1"}))
-    with pytest.raises(ValueError, match="was begun with another latent_shift"):  # whose measures may be others
+    (older / "protocol.json").write_text(json.dumps({**protocol.metadata, "latent_shift": "0.0.1"}))
+    with pytest.raises(ValueError, match="holds an evaluation with another latent_shift"):  # its measures may differ
         evaluate(system, protocol, older)
     fewer = protocols.open_protocol("own", packed, num=2, num_frames=4)
-    with pytest.raises(ValueError, match="was begun with another clips, "):
+    with pytest.raises(ValueError, match="holds an evaluation with another clips, "):
         evaluate(system, fewer, tmp_path)
-    with pytest.raises(ValueError, match="makes 4 frames a second, the real clips have 8"):
+    with pytest.raises(ValueError, match="generates 4 frames a second, the real clips have 8"):
         evaluate(replace(system, fps=4), protocol, tmp_path)
     longer = protocols.open_protocol("own", packed, num_frames=6)
-    with pytest.raises(ValueError, match="makes clips of 4 frames, protocol own is of 6 frames"):
+    with pytest.raises(ValueError, match="generates clips of 4 frames, protocol own has 6"):
         evaluate(system, longer, tmp_path / "longer")
-    with pytest.raises(ValueError, match="results of different clips cannot stand in one table"):
-        table([result, evaluate(system, fewer, tmp_path / "fewer")])
+    with pytest.raises(ValueError, match="results of different clips cannot be compared"):
+        markdown([result, evaluate(system, fewer, tmp_path / "fewer")])
     other = json.loads(json.dumps(result))
     for record in other["records"]:
         record["extractor"] = record["extractor"] and {**record["extractor"], "sha256": "another"}
-    with pytest.raises(ValueError, match="was taken with different weights"):
-        table([result, other])
-    with pytest.raises(ValueError, match="denoising_error was taken through different noise"):
-        table([result, evaluate(replace(system, name="b"), protocol, tmp_path, noise=(0.5, 0.5))])
-    with pytest.raises(ValueError, match="a system cannot be called real"):  # where the features of real clips lie
+    with pytest.raises(ValueError, match="with different extractor cannot be compared"):
+        markdown([result, other])
+    with pytest.raises(ValueError, match="results of denoising_error with different noise cannot be compared"):
+        markdown([result, evaluate(replace(system, name="b"), protocol, tmp_path, noise=(0.5, 0.5))])
+    with pytest.raises(ValueError, match="a system cannot be called real"):  # the folder of the real clips' features
         evaluate(replace(system, name="real"), protocol, tmp_path)
 
 
-def test_clips_of_another_size_are_measured_at_the_protocols(system, protocol, tmp_path):
-    def small(prompts, seeds, draw=system.generate):
-        return draw(prompts, seeds)[:, :, ::2, ::2]
+def test_evaluate_resizes_clips_to_the_protocols_size(system, protocol, tmp_path):
+    def small(prompts, seeds, generate=system.generate):
+        return generate(prompts, seeds)[:, :, ::2, ::2]
 
     result = evaluate(replace(system, generate=small), protocol, tmp_path)
     (record,) = [record for record in result["records"] if record["measure"] == "motion_energy"]
     assert (record["made_at"], record["measured_at"]) == ([16, 16], [32, 32])
-    drawn = Drawn(tmp_path / "tiny" / "clips", 4)
-    assert drawn(0).shape == (4, 16, 16, 3)
+    saved = SavedClips(tmp_path / "tiny" / "clips", 4)
+    assert saved(0).shape == (4, 16, 16, 3)
 
 
-def test_protocols_are_those_of_their_papers(tmp_path, packed):
-    (tmp_path / "ucf").mkdir()
-    ucf = make_ucf101(tmp_path / "ucf")
-    task = protocols.open_protocol("ucf101", ucf)
-    files = [protocols._clip(path) for path in sorted(ucf.rglob("*_g08_*.avi"))]
+def test_open_protocol_ucf101_follows_the_papers(tmp_path):
+    task = protocols.open_protocol("ucf101", folder := make_ucf101(tmp_path))
+    files = [protocols._first_frames(path) for path in sorted(folder.rglob("*_g08_*.avi"))]
     order = [next(n for n, clip in enumerate(files) if np.array_equal(clip, task.real(k))) for k in range(task.num_real)]
-    assert sorted(order) == [0, 1, 2] != order  # the first so many are of all classes
+    assert sorted(order) == [0, 1, 2] != order  # in random order, so that the first clips cover all classes
     assert len(task.prompts) == 10_100 and len(set(task.prompts)) == 101
     assert sum(prompt.startswith("A person") for prompt in set(task.prompts)) > 90
     assert {task.prompts.count(prompt) for prompt in set(task.prompts)} == {100}
-    assert task.told["complete"] is False and task.measures[:3] == ("is", "fvd", "kvd")  # of 9,537 real clips
-    assert replace(task, num_real=9_537).told["complete"] is True
-    assert len(set(protocols.open_protocol("ucf101", ucf, num=101).prompts)) == 101
-    assert protocols.open_protocol("ucf101", ucf, num=101).told["complete"] is False
+    assert set(task.measures) == {"is", "fvd", "kvd", "fvd-videomae", "kvd-videomae", *SCORES}
+    assert task.metadata["complete"] is False  # the protocol has 9,537 real clips
+    assert replace(task, num_real=9_537).metadata["complete"] is True
+    part = protocols.open_protocol("ucf101", folder, num=101)
+    assert len(set(part.prompts)) == 101 and part.metadata["complete"] is False
     assert task.real(0).shape[0] == 16 and task.real(0).shape[1] == task.real(0).shape[2]
-    others = hundred(tmp_path / "others")
-    assert len(protocols.open_protocol("own", others).prompts) == 100
-    shutil.copytree(ucf, unlisted := tmp_path / "unlisted")
-    next(unlisted.rglob("trainlist01.txt")).unlink()
-    next(unlisted.rglob("testlist01.txt")).unlink()
-    msrvtt = make_msrvtt(tmp_path / "msrvtt", split="test", wordings=2)
-    every, one = (protocols.open_protocol(name, msrvtt) for name in ("msrvtt-mav", "msrvtt-lavie"))
+    with pytest.raises(ValueError, match="has clips of 16 frames, got num_frames=8"):
+        protocols.open_protocol("ucf101", folder, num_frames=8)
+    with pytest.raises(ValueError, match="num=10101 is out of range; expected 1 to 10100"):
+        protocols.open_protocol("ucf101", folder, num=10_101)
+    for name in ("trainlist01.txt", "testlist01.txt"):
+        next(folder.rglob(name)).unlink()
+    with pytest.raises(ValueError, match=r"has no trainlist01\.txt"):
+        protocols.open_protocol("ucf101", folder)
+
+
+def test_open_protocol_msrvtt_follows_the_papers(tmp_path):
+    folder = make_msrvtt(tmp_path / "msrvtt", split="test", wordings=2)
+    every, one = (protocols.open_protocol(name, folder) for name in ("msrvtt-mav", "msrvtt-lavie"))
     assert len(every.prompts) > len(one.prompts) == one.num_real
     assert set(one.prompts) < set(every.prompts)
     videos = one.num_real
-    assert every.of[: 2 * videos] == [*range(videos)] * 2 and one.of == [*range(videos)]  # the first so many are of all videos
-    assert one.told["complete"] is every.told["complete"] is False  # of 2,990 videos
-    asked = protocols.open_protocol("own", packed, num=2, num_frames=4).measures
-    assert {"fvd", "kvd", "fid", "kid", "is-frames", "clipsim"} < set(asked) == set(protocols.CAPTIONED["emoji"][2])
-    assert protocols.open_protocol("own", packed, num=2, num_frames=4).told["complete"] is False
-    assert protocols.open_protocol("own", packed, num_frames=4).told["complete"] is True
-    assert protocols.open_protocol("classes", packed, num=2, num_frames=4).told["complete"] is False
-    assert protocols.open_protocol("classes", packed, num_frames=4).told["complete"] is True
-    for call, message in (
-        (("ucf101", msrvtt), "expected UCF-101 with videos of split train"),
+    assert every.cluster_ids[: 2 * videos] == [*range(videos)] * 2  # in turns, so that the first clips cover all videos
+    assert one.cluster_ids == [*range(videos)]
+    assert one.metadata["complete"] is every.metadata["complete"] is False  # the protocol has 2,990 videos
+    with pytest.raises(ValueError, match="expected UCF-101 with videos of split train"):
+        protocols.open_protocol("ucf101", folder)
+
+
+def test_open_protocol_of_captions_takes_one_clip_of_each_concept(tmp_path, packed):
+    task = protocols.open_protocol("own", packed, num=2, num_frames=4)
+    assert {"fvd", "kvd", "fid", "kid", "is-frames", "clipsim"} < set(task.measures) == set(MEASURES) - {"is"}
+    assert task.measures == measures.names_for("emoji")
+    for name in ("own", "classes"):
+        assert protocols.open_protocol(name, packed, num=2, num_frames=4).metadata["complete"] is False
+        assert protocols.open_protocol(name, packed, num_frames=4).metadata["complete"] is True
+    others = pack_hundred(tmp_path)
+    assert len(protocols.open_protocol("own", others).prompts) == 100
+    for arguments, message in (
         (("nope", packed), "unknown protocol 'nope'; expected one of own, emoji, classes, ucf101"),
-        (("emoji", packed), "100 asked for"),
-        (("ucf101", unlisted), r"has no trainlist01\.txt"),
+        (("emoji", packed), "100 are needed"),
         (("emoji", others), "holds other captions than the set of recipes/emoji"),
     ):
         with pytest.raises(ValueError, match=message):
-            protocols.open_protocol(*call)
-    with pytest.raises(ValueError, match="is of clips of 16 frames, got 8"):
-        protocols.open_protocol("ucf101", ucf, num_frames=8)
-    with pytest.raises(ValueError, match="the protocol has 10100 clips, 10101 asked for"):
-        protocols.open_protocol("ucf101", ucf, num=10_101)
-    with pytest.raises(ValueError, match="expected one clip or more, -1 asked for"):
+            protocols.open_protocol(*arguments)
+    with pytest.raises(ValueError, match="num=-1 is out of range; expected 1 or more"):
         protocols.open_protocol("own", packed, num=-1, num_frames=4)
-    with pytest.raises(ValueError, match="3 concepts of train have clips of 4 frames, 4 asked for"):
+    with pytest.raises(ValueError, match="3 concepts of train have clips of 4 frames, 4 are needed"):
         protocols.open_protocol("own", packed, num=4, num_frames=4)
 
 
-def test_published_measures_of_public_sets(system, scripts, clip_folder, tmp_path):  # noqa: F811
-    """IS, FVD and CLIPSIM by their names, of files of the published signatures."""
+def test_evaluate_computes_published_measures_of_public_sets(system, scripts, clip_folder, tmp_path):  # noqa: F811
+    """IS, FVD and CLIPSIM are computed with files of the published signatures."""
     longer = replace(system, generate=lambda prompts, seeds: np.stack([noise(k) for k in seeds]))
     small = lambda name, data, **options: replace(protocols.open_protocol(name, data, **options), size=(32, 32))  # noqa: E731
     weights = Weights({"i3d": str(scripts / "i3d.pt"), "c3d": str(scripts / "c3d.pt"), "clip": str(clip_folder)})
     (tmp_path / "u").mkdir()
     result = evaluate(longer, small("ucf101", make_ucf101(tmp_path / "u"), num=102), tmp_path / "1", weights=weights)
-    found, (record,) = values(result), [record for record in result["records"] if record["measure"] == "is"]
-    assert found["is"] == pytest.approx(statistics.inception_score(weights.open("c3d")(np.stack([noise(k) for k in range(102)]))).value)
+    numbers, (record,) = values(result), [record for record in result["records"] if record["measure"] == "is"]
+    assert numbers["is"] == pytest.approx(statistics.inception_score(weights.open("c3d")(np.stack([noise(k) for k in range(102)]))).value)
     assert record["low"] < record["value"] < record["high"] and record["samples"] == 102
     assert result["skipped"]["fvd"].startswith("3 samples of 400 features: the Frechet distance needs more")
-    assert "kvd" in found and "VideoMAE" in result["skipped"]["fvd-videomae"]
-    assert result["skipped"]["flicker"] == "the real clips have 25 frames a second, these 8"  # so what moves cannot be compared
-    with pytest.raises(ValueError, match="clip: nothing here is measured by it; expected i3d, c3d, videomae"):
-        weights.check(protocols.open_protocol("ucf101", tmp_path / "u").measures)
+    assert "kvd" in numbers and "VideoMAE" in result["skipped"]["fvd-videomae"]
+    assert result["skipped"]["flicker"] == "the real clips have 25 frames a second, these 8"  # motion cannot be compared
+    with pytest.raises(ValueError, match="clip: no measure here uses it; expected i3d, c3d, videomae"):
+        measures.check_weights(weights, protocols.open_protocol("ucf101", tmp_path / "u").measures)
     prompts = protocols.open_protocol("msrvtt-lavie", make_msrvtt(tmp_path / "m", split="test")).prompts
     result = evaluate(longer, small("msrvtt-lavie", tmp_path / "m"), tmp_path / "2", weights=weights)
-    with pytest.raises(ValueError, match="makes 16 frames a second, the real clips have 8"):
+    with pytest.raises(ValueError, match="generates 16 frames a second, the real clips have 8"):
         evaluate(replace(longer, fps=16), small("msrvtt-lavie", tmp_path / "m"), tmp_path / "3")
     expected = weights.open("clip")(np.stack([noise(k) for k in range(len(prompts))]), prompts).mean()
     assert values(result)["clipsim"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_real_clip_that_cannot_be_read_is_told_before_anything_is_drawn(system, scripts, tmp_path):  # noqa: F811
+def test_evaluate_refuses_unreadable_real_clips_before_generating(system, scripts, tmp_path):  # noqa: F811
     folder = make_ucf101(tmp_path / "ucf")
     ucf = protocols.open_protocol("ucf101", folder, num=3)
     for file in folder.rglob("*.avi"):
@@ -400,8 +408,8 @@ def test_a_real_clip_that_cannot_be_read_is_told_before_anything_is_drawn(system
     assert not list((tmp_path / "out").rglob("clips/*.png"))
 
 
-def hundred(folder):
-    """A packed data set of 100 words that has the form of emoji's."""
+def pack_hundred(folder):
+    """Pack a data set of 100 captions with the format of emoji's."""
     for k in range(100):
         clip = np.full((16, 128, 128, 3), k, np.uint8) + np.arange(16, dtype=np.uint8)[:, None, None, None]
         video.write(clip, folder / "media" / f"{k}.webp", fps=8)
@@ -417,7 +425,7 @@ def noise(k: int) -> np.ndarray:
 
 @torch.no_grad()
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video_model, prediction):
+def test_denoising_equals_training_objective_and_knows_motion(packed, video_model, prediction):
     pipe = load(video_model)
     pipe.scheduler.register_to_config(prediction_type=prediction)
     clip = Store(packed).window(0, 0, 4)
@@ -430,13 +438,13 @@ def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video
     )
     assert errors.shape == (4,)
     assert errors.mean() == pytest.approx(float(loss), rel=1e-4)
-    missed, missed_alone, moving = seen[500]
-    assert missed_alone != missed
+    residual, residual_per_frame, moving = seen[500]
+    assert residual_per_frame != residual
     assert moving == pytest.approx(float((latents - latents.mean(dim=0)).square().sum()), rel=1e-4)
-    assert missed > 0
+    assert residual > 0
     real_call = pipe.unet.forward
 
-    def knowing(noisy, timestep, *args, **kwargs):  # one that knows the clip finds all of its motion
+    def oracle(noisy, timestep, *args, **kwargs):  # a model that knows the clip predicts all of its motion
         made = real_call(noisy, timestep, *args, **kwargs)
         schedule = DDPMScheduler.from_config(pipe.scheduler.config)
         a, s = schedule.alphas_cumprod[500] ** 0.5, (1 - schedule.alphas_cumprod[500]) ** 0.5
@@ -444,14 +452,14 @@ def test_the_denoising_error_is_the_objectives_and_motion_is_found(packed, video
         made.sample = noise if prediction == "epsilon" else a * noise - s * latents
         return made
 
-    pipe.unet.forward = knowing
+    pipe.unet.forward = oracle
     errors, seen = denoising.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=1)
     assert errors.mean() == pytest.approx(0, abs=1e-6)
-    assert seen[500].missed == pytest.approx(0, abs=1e-4 * moving)
+    assert seen[500].residual == pytest.approx(0, abs=1e-4 * moving)
     pipe.unet.forward = real_call
     with_it = denoising.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=2)[1]
     inflate(pipe.unet, Shift(0, 0))
     without = denoising.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=2)[1]
-    for timestep, motion in without.items():  # a model without a shift sees no more of frames together
-        assert motion.missed == pytest.approx(motion.missed_alone, rel=1e-4)
-        assert with_it[timestep].missed_alone == pytest.approx(motion.missed_alone, rel=1e-4)
+    for timestep, motion in without.items():  # without a shift, frames together tell no more
+        assert motion.residual == pytest.approx(motion.residual_per_frame, rel=1e-4)
+        assert with_it[timestep].residual_per_frame == pytest.approx(motion.residual_per_frame, rel=1e-4)

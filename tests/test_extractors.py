@@ -1,4 +1,4 @@
-"""Extractors see what their descriptions say: the folders' own classes at tiny size, and TorchScript files of the published signatures."""
+"""Feature extractors: real classes at tiny size, and TorchScript files with the published signatures."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from latent_shift.evaluation import features
-from latent_shift.evaluation.measures import Weights
-from latent_shift.evaluation.statistics import Unmeasurable
+from latent_shift.evaluation.features import Weights
+from latent_shift.evaluation.measures import MEASURES
+from latent_shift.evaluation.statistics import MeasureUnavailable
 
 
 def clips(num: int = 3, num_frames: int = 16, side: int = 40) -> np.ndarray:
@@ -28,7 +29,7 @@ def clips(num: int = 3, num_frames: int = 16, side: int = 40) -> np.ndarray:
 
 
 class I3D(nn.Module):
-    """The signature of i3d_torchscript.pt; of what it is given it tells some pixels: the first frames' corners, a channel at a time."""
+    """The signature of i3d_torchscript.pt; it returns some pixels: the corners of the first frames, channel by channel."""
 
     def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
         assert rescale and resize and return_features
@@ -68,12 +69,12 @@ def scripts(tmp_path_factory):
     return folder
 
 
-def test_scripted_networks_are_called_as_published(scripts):
+def test_scripted_extractors_call_networks_as_published(scripts):
     """StyleGAN-V's files take clips (B, 3, F, H, W) of float32 in 0..255, StyleGAN2-ADA's images (N, 3, H, W) of uint8; sizes and ranges
     they change themselves."""
     some = clips()
     i3d = features.i3d(scripts / "i3d.pt")
-    assert (i3d.frechet, i3d.kernel, i3d.of) == ("fvd", "kvd", "clip")
+    assert (MEASURES["fvd"].network, MEASURES["kvd"].network, i3d.unit) == ("i3d", "i3d", "clip")
     red = [[some[clip, frame, y, x, 0] for frame in range(4) for y in range(10) for x in range(10)] for clip in range(3)]
     np.testing.assert_array_equal(i3d(some, batch_size=2), np.array(red, np.float32)[:, None])
     inception = features.inception(scripts / "inception.pt")
@@ -89,18 +90,18 @@ def test_scripted_networks_are_called_as_published(scripts):
     red = [[some[clip, frame, y, x, 0] for frame in range(4) for y in range(6) for x in range(6)][:101] for clip in range(3)]
     powers = np.exp(np.array(red, np.float64) / 50)
     np.testing.assert_allclose(features.c3d(scripts / "c3d.pt")(some)[:, 0], powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
-    with pytest.raises(ValueError, match="sees clips of 16 frames, these have 8"):
+    with pytest.raises(ValueError, match="takes clips of 16 frames, these have 8"):
         i3d(clips(num_frames=8))
     with pytest.raises(ValueError, match=r"expected clips \(B, F, H, W, 3\) uint8"):
         i3d(some.astype(np.float32))
 
 
-def test_other_networks_are_refused(scripts, tmp_path):
+def test_scripted_extractors_refuse_other_networks(scripts, tmp_path):
     for name in ("c3d", "inception"):
         with pytest.raises(ValueError, match="cannot be called as the TorchScript file i3d"):
             features.i3d(scripts / f"{name}.pt")
     torch.jit.script(Narrow()).save(str(tmp_path / "narrow.pt"))
-    with pytest.raises(ValueError, match=r"gives features of shape \(1, 399\), expected 400 of each; expected the TorchScript file i3d"):
+    with pytest.raises(ValueError, match=r"returns features of shape \(1, 399\) instead of 400; expected the TorchScript file i3d"):
         features.i3d(tmp_path / "narrow.pt")
     with pytest.raises(ValueError, match="no such file"):
         features.i3d(tmp_path / "gone.pt")
@@ -108,7 +109,7 @@ def test_other_networks_are_refused(scripts, tmp_path):
     with pytest.raises(ValueError, match="expected a TorchScript file"):
         features.c3d(tmp_path / "text.pt")
     torch.jit.script(Logits()).save(str(tmp_path / "logits.pt"))
-    with pytest.raises(ValueError, match="gives what are no probabilities; expected the TorchScript file c3d_ucf101"):
+    with pytest.raises(ValueError, match="does not return probabilities; expected the TorchScript file c3d_ucf101"):
         features.c3d(tmp_path / "logits.pt")
 
 
@@ -129,11 +130,11 @@ def videomae_folder(folder):
     return folder
 
 
-def test_videomae_is_what_its_classifier_sees(tmp_path):
+def test_videomae_returns_input_of_its_classifier(tmp_path):
     """The shorter side to 32, the middle, ImageNet's mean and deviation."""
     network = VideoMAEForVideoClassification.from_pretrained(videomae_folder(tmp_path)).eval()
     found = features.videomae(tmp_path)
-    assert (found.num_frames, found.frechet) == (4, "fvd-videomae")
+    assert (found.num_frames, MEASURES["fvd-videomae"].network) == (4, "videomae")
     some = np.random.default_rng(0).integers(0, 256, (2, 4, 40, 60, 3), np.uint8)
     mean, std = (torch.tensor(each) for each in IMAGENET.values())
     resized = np.stack([[np.asarray(Image.fromarray(f).resize((48, 32), Image.Resampling.BILINEAR)) for f in clip] for clip in some])
@@ -143,7 +144,7 @@ def test_videomae_is_what_its_classifier_sees(tmp_path):
         torch.testing.assert_close(network.classifier(torch.from_numpy(found(some)[:, 0])), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_videomae_that_was_not_fine_tuned_is_refused(tmp_path):
+def test_videomae_refuses_weights_without_classifier(tmp_path):
     VideoMAEModel(videomae_config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="VideoMAEForVideoClassification"):
         features.videomae(tmp_path)
@@ -166,7 +167,7 @@ def clip_folder(texts, tmp_path_factory):
     return folder
 
 
-def test_clipsim_is_the_mean_of_clips_own_logits(clip_folder):
+def test_clip_similarity_equals_mean_logits(clip_folder):
     found, some, prompts = features.Clip(clip_folder), clips(2, 3), ["red", "a green square"]
     network, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPImageProcessorPil.from_pretrained(clip_folder)
     tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
@@ -177,21 +178,21 @@ def test_clipsim_is_the_mean_of_clips_own_logits(clip_folder):
         assert value == pytest.approx(float(logits.mean()), abs=1e-5)
 
 
-def test_features_of_a_package_and_their_change():
+def test_efficientnet_motion_adds_mean_change_of_features():
     some = clips(2, 4, 32)
     frames, motion = features.efficientnet(), features.efficientnet(motion=True)
     each = frames(some)
     assert each.shape == (2, 4, 1280)
     expected = np.concatenate([each.mean(axis=1), np.abs(np.diff(each, axis=1)).mean(axis=1)], axis=1)
     np.testing.assert_allclose(motion(some)[:, 0], expected, rtol=1e-3, atol=1e-4)
-    with pytest.raises(Unmeasurable, match="sees clips of 2 frames or more, these have 1"):
+    with pytest.raises(MeasureUnavailable, match="takes clips of 2 frames or more, these have 1"):
         motion(some[:, :1])
-    assert (frames.frechet, motion.kernel) == ("fd-efficientnet-lite0", "kd-efficientnet-lite0-motion")
+    assert MEASURES["fd-efficientnet-lite0"].options == {} and MEASURES["kd-efficientnet-lite0-motion"].options == {"motion": True}
     frozen = np.repeat(some[:, :1], 4, axis=1)
     np.testing.assert_allclose(motion(frozen)[..., 1280:], 0, atol=1e-5)
 
 
-def test_a_hash_tells_weights_apart(scripts, clip_folder, tmp_path):
+def test_digest_differs_between_weights(scripts, clip_folder, tmp_path):
     assert features.digest(scripts / "i3d.pt") != features.digest(scripts / "c3d.pt")
     before = features.digest(clip_folder)
     assert before == features.digest(clip_folder)
@@ -202,8 +203,10 @@ def test_a_hash_tells_weights_apart(scripts, clip_folder, tmp_path):
     assert features.digest(tmp_path) != one
 
 
-def test_what_is_not_at_hand_says_where_it_comes_from(scripts):
+def test_weights_open_says_where_missing_weights_are_published(scripts):
     weights = Weights({"i3d": str(scripts / "i3d.pt")})
     assert weights.open("i3d") is weights.open("i3d")
-    assert weights.open("c3d") is None
-    assert "StyleGAN-V" in features.missing("c3d")
+    with pytest.raises(MeasureUnavailable, match=r"needs the TorchScript file c3d_ucf101\.pt of StyleGAN-V"):
+        weights.open("c3d")
+    with pytest.raises(ValueError, match="--weights c3d=: expected i3d=PATH, c3d=PATH"):
+        Weights.parse(["i3d=a", "c3d="])

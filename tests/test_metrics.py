@@ -1,4 +1,4 @@
-"""Measures on clips whose answer is known."""
+"""Measures of clips with known answers."""
 
 import sys
 
@@ -20,13 +20,13 @@ def moving_square(step: int) -> np.ndarray:
     return frames
 
 
-def test_psnr():
+def test_psnr_equals_its_definition():
     a = np.full((4, 4, 3), 100, np.uint8)
     assert clip_metrics.psnr(a, a) == float("inf")
     assert clip_metrics.psnr(a, a + 5) == pytest.approx(20 * np.log10(255 / 5))
 
 
-def test_motion_coherence_and_flicker():
+def test_motion_coherence_and_flicker_of_known_clips():
     still, slow, fast = (moving_square(step) for step in (0, 1, 3))
     noise = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
     assert clip_metrics.motion_energy(still) == 0
@@ -41,7 +41,7 @@ def test_motion_coherence_and_flicker():
     assert clip_metrics.flicker(blink) == 2 * clip_metrics.motion_energy(blink)
 
 
-def test_motion_that_leads_somewhere_persists():
+def test_persistence_grows_with_continued_motion():
     noise = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
     assert clip_metrics.persistence(noise) == pytest.approx(1, abs=0.05)
     ramp = np.repeat(np.arange(12, dtype=np.uint8) * 20, 12).reshape(12, 2, 2, 3)
@@ -49,7 +49,7 @@ def test_motion_that_leads_somewhere_persists():
     assert clip_metrics.persistence(np.zeros((6, 2, 2, 3), np.uint8)) == 1
 
 
-def test_ranks_are_those_of_a_sort():
+def test_retrieval_ranks_equal_those_of_a_sort():
     rng = np.random.default_rng(0)
     generated, real = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.standard_normal((2, 20, 8)))
     expected = [1 + list(np.argsort(-(real @ row))).index(k) for k, row in enumerate(generated)]
@@ -57,15 +57,15 @@ def test_ranks_are_those_of_a_sort():
     assert (clip_metrics.retrieval_ranks(real, real) == 1).all()
 
 
-def test_a_loop_closes_as_it_moves():
+def test_loop_gap_is_one_for_closed_loops():
     turning = np.stack([np.roll(moving_square(0)[0], 8 * k, axis=1) for k in range(4)])  # once round in four frames
     assert clip_metrics.loop_gap(turning) == pytest.approx(1, abs=1e-3)
     assert clip_metrics.loop_gap(moving_square(1)) == pytest.approx(5, rel=1e-2)
     assert clip_metrics.loop_gap(np.zeros((6, 2, 2, 3), np.uint8)) == 1
 
 
-def test_what_moves_is_not_new_and_what_is_new_is():
-    """A drifting picture is all motion; one that is drawn anew, or flickers, is not."""
+def test_warping_error_ignores_motion_and_counts_changes():
+    """A drifting image is all motion; new images and flicker are not."""
     drift, anew = clouds(8, 0), np.stack([clouds(1, k)[0] for k in range(8)])
     light = (drift.astype(int) + 20 * (np.arange(8) % 2)[:, None, None, None]).clip(0, 255).astype(np.uint8)
     assert clip_metrics.warping_error(np.repeat(drift[:1], 8, axis=0)) == pytest.approx(0, abs=1e-3)
@@ -74,13 +74,13 @@ def test_what_moves_is_not_new_and_what_is_new_is():
     assert clip_metrics.warping_error(anew) > 3 * clip_metrics.warping_error(drift)
 
 
-def test_flow_needs_its_package(monkeypatch):
+def test_warping_error_names_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(RuntimeError, match=r"latent-shift-video\[eval\]"):
         clip_metrics.warping_error(moving_square(1))
 
 
-def test_reconstruction_is_the_psnr_of_held_out_frames(packed, video_model):
+def test_reconstruction_equals_psnr_of_held_out_frames(packed, video_model):
     """One of each concept, and of the splits asked for alone."""
     vae, store = load(video_model).vae, Store(packed)
 

@@ -1,4 +1,4 @@
-"""The sweep times every contender everywhere it can go, and says where it cannot."""
+"""The sweep times every network for every load that it takes, and says which it does not take."""
 
 import json
 
@@ -8,7 +8,8 @@ import torch
 from test_cli import run
 
 from latent_shift.benchmark import networks, sweep
-from latent_shift.benchmark.timing import alone
+from latent_shift.benchmark.roofline import Work, limits
+from latent_shift.benchmark.timing import run_alone
 from latent_shift.models import sizes
 from latent_shift.report import plots
 from latent_shift.shift import temporal_shift
@@ -21,32 +22,32 @@ def small(monkeypatch):
     monkeypatch.setattr(networks, "SMALL", networks.Size(SMALL, (1, 1, 1, 1), 32))
 
 
-def test_every_contender_at_every_place(small, monkeypatch):
+def test_sweep_times_every_network_for_every_load(small, monkeypatch):
     monkeypatch.setattr(sweep, "limits", lambda *_: {"flops_per_s": 1e12, "bytes_per_s": 1e10})
     result = sweep.sweep(num_frames=(1, 16, 33), sides=(16,), clips=(2,), side=16, rounds=1)
     points = result["points"]
-    assert {each["name"] for each in points} == set(networks.MAKERS)
-    assert len(points) == 5 * len(networks.MAKERS)
+    assert {each["name"] for each in points} == set(networks.NETWORKS)
+    assert len(points) == 5 * len(networks.NETWORKS)
     (cannot,) = [each for each in points if "cannot" in each]
     assert (cannot["name"], cannot["frames"], cannot["cannot"]) == ("AnimateDiff (UNetMotionModel)", 33, "at most 32 frames")
     at = {(each["name"], each["line"], each["frames"]): each for each in points if "cannot" not in each}
-    assert all(at[name, "frames", 16] == at[name, "side", 16] | {"line": "frames"} for name in networks.MAKERS)  # one place, timed once
+    assert all(at[name, "frames", 16] == at[name, "side", 16] | {"line": "frames"} for name in networks.NETWORKS)  # one load, timed once
     ours, image = (at[name, "frames", 33] for name in ("Latent-Shift", "frame by frame"))
     assert ours["parameters"] == image["parameters"]
-    # The shift multiplies nothing; a text once a clip instead of once a frame multiplies less.
+    # The shift adds no multiplications; one text a clip instead of one a frame saves some.
     assert ours["flops"] < image["flops"] < at["Latent-VDM", "frames", 33]["flops"]
     two = at["frame by frame", "clips", 16]
     assert two["flops"] == 2 * at["frame by frame", "side", 16]["flops"]
     assert ours["share_of_the_matrix_rate"] == pytest.approx(ours["flops"] / ours["seconds"] / 1e12)
-    assert 0 < ours["share_of_the_matrix_rate"] < ours["share_of_the_roofline"]  # what moves, too, takes time
+    assert 0 < ours["share_of_the_matrix_rate"] < ours["share_of_the_roofline"]  # moving bytes takes time too
     assert ours["bytes"] > 33 * 16 * 16 * 32 * 4
     assert ours["frames_per_s"] == pytest.approx(33 / ours["seconds"])
     assert all(each["ratio"] == 1 for each in points if each["name"] == "Latent-Shift")
 
 
-def test_work_is_counted_operation_by_operation():
+def test_work_counts_every_operation():
     a, b, x = torch.ones(8, 16), torch.ones(16, 4), torch.ones(2, 6, 8, 8)
-    with sweep.Work({"flops_per_s": 1e9, "bytes_per_s": 1e9}) as work:
+    with Work({"flops_per_s": 1e9, "bytes_per_s": 1e9}) as work:
         c = a @ b
         c.t().contiguous().view(-1)  # one copy among views
     moved = 4 * (8 * 16 + 16 * 4 + 8 * 4)
@@ -54,39 +55,39 @@ def test_work_is_counted_operation_by_operation():
     assert work.bytes == moved + 2 * 4 * 8 * 4
     assert work.seconds == pytest.approx((max(work.flops, moved) + 2 * 4 * 8 * 4) / 1e9)
     q = torch.ones(2, 3, 10, 8)
-    with sweep.Work({"flops_per_s": 1e9, "bytes_per_s": 1e9}) as work, torch.no_grad():
+    with Work({"flops_per_s": 1e9, "bytes_per_s": 1e9}) as work, torch.no_grad():
         torch.nn.functional.scaled_dot_product_attention(q, q, q)  # PyTorch's own counter sees none of it on a CPU
     assert work.flops == 4 * 2 * 3 * 10 * 10 * 8
-    with sweep.Work({"flops_per_s": 1e9, "bytes_per_s": 1e9}) as work:
+    with Work({"flops_per_s": 1e9, "bytes_per_s": 1e9}) as work:
         temporal_shift(x, 2)
-    read = x.nbytes * 8 // 12  # of two frames of six channels: two channels that stay, twice, and one frame of two others, twice
-    assert (work.flops, work.bytes) == (0, read + x.nbytes + 2 * 4)  # and a zero for either end
+    read = x.nbytes * 8 // 12  # two channels of both frames that stay, and twice one frame of two others
+    assert (work.flops, work.bytes) == (0, read + x.nbytes + 2 * 4)  # and a zero at each edge
 
 
-def test_the_call_is_the_networks_own(small):
-    found = networks.contenders(text_length=4)
+def test_timed_networks_call_like_their_pipelines(small):
+    found = networks.timed_networks(text_length=4)
     with torch.no_grad():
         clips = {name: each.call(2, 3, 8)() for name, each in found.items()}
     for name, made in clips.items():
         in_time = name.startswith(("AnimateDiff", "ModelScope"))
         assert tuple(made.sample.shape) == ((2, 4, 3, 8, 8) if in_time else (6, 4, 8, 8)), name
-    assert set(networks.contenders(only="Latent-VDM")) == {"Latent-VDM"}
+    assert set(networks.timed_networks(only="Latent-VDM")) == {"Latent-VDM"}
 
 
-def test_the_machines_limits_are_plausible():
-    found = sweep.limits(seconds=0.05)
+def test_limits_are_plausible():
+    found = limits(seconds=0.05)
     assert found["flops_per_s"] > 1e8
     assert 1e8 < found["bytes_per_s"] < 5e12
 
 
-def test_memory_is_that_of_one_step_alone():
-    row = alone(sweep._memory_of_step, "frame by frame", 2, 8, False, torch.float32)
+def test_memory_of_step_measures_one_process():
+    row = run_alone(sweep._memory_of_step, "frame by frame", 2, 8, False, torch.float32)
     assert 0.1 < row["gib_before"] <= row["gib_peak"] < 3
-    refused = alone(sweep._memory_of_step, "AnimateDiff (UNetMotionModel)", 64, 8, False, torch.float32)
+    refused = run_alone(sweep._memory_of_step, "AnimateDiff (UNetMotionModel)", 64, 8, False, torch.float32)
     assert refused["cannot"] == "at most 32 frames"
 
 
-def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path):
+def test_bench_sweep_writes_json_tables_and_plots(small, video_model, monkeypatch, tmp_path):
     monkeypatch.setattr(
         sweep,
         "memory_of_steps",
@@ -96,7 +97,7 @@ def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path)
     )
     row = {"frames": 8, "seconds_a_clip": 12.34, "clips_per_s": 0.123}
     monkeypatch.setattr(sweep, "whole_clips", lambda model, **_: [{"model": model, **row}])
-    monkeypatch.setattr(sweep, "contenders", lambda **options: dict([*networks.contenders(**options).items()][:2]))
+    monkeypatch.setattr(sweep, "timed_networks", lambda **options: dict([*networks.timed_networks(**options).items()][:2]))
     made = run(
         "bench", "sweep", "--frames", 2, "--sides", 16, "--clips", 1, "--side", 8, "--rounds", 3, "-m", video_model, "-o", tmp_path / "sweep.json",
         "--plots", tmp_path / "plots",
@@ -115,7 +116,7 @@ def test_the_command_writes_all_of_it(small, video_model, monkeypatch, tmp_path)
         "sweep-share-of-the-roofline.svg", "sweep-time-of-one-step-by-size.svg", "sweep-time-of-one-step.svg",
     ]  # fmt: skip
     again = plots.save(result, tmp_path / "again")
-    assert [path.read_text() for path in again] == [(tmp_path / "plots" / path.name).read_text() for path in again]  # no ids by chance
+    assert [path.read_text() for path in again] == [(tmp_path / "plots" / path.name).read_text() for path in again]  # ids are deterministic
     assert "Relative to Latent-Shift</text>" in (tmp_path / "plots" / "sweep-relative-to-latent-shift.svg").read_text()
 
 
@@ -124,13 +125,13 @@ def _cell(result, name):
     return f"{point['seconds']:.3g} s ({point['ratio']:.2f})"
 
 
-def test_whole_clips_are_the_models_own(video_model):
+def test_whole_clips_times_the_models_own_settings(video_model):
     (row,) = sweep.whole_clips(str(video_model), num_frames=(2,), rounds=1)
     assert row["frames"] == 2 and np.isfinite([row["seconds_a_clip"], row["clips_per_s"]]).all()
 
 
-def test_at_full_size_the_networks_are_those_of_stable_diffusion():
-    """Parameters as published: SD 1.5's U-Net 860 M, which the shift leaves as they are; the others add theirs to it."""
-    counts = {name: sizes.num_parameters(each.network) for name, each in networks.contenders(full=True, device="meta").items()}
+def test_timed_networks_at_full_size_match_stable_diffusion():
+    """SD 1.5's U-Net has 860 M parameters, as published; the shift adds none, the others add theirs."""
+    counts = {name: sizes.num_parameters(each.network) for name, each in networks.timed_networks(full=True, device="meta").items()}
     assert counts["Latent-Shift"] == counts["frame by frame"] == 859_520_964
     assert all(size > 859_520_964 for name, size in counts.items() if name not in ("Latent-Shift", "frame by frame"))

@@ -1,4 +1,4 @@
-"""One interface for all systems: the real pipelines of diffusers at tiny size, saved and opened as people have them."""
+"""Systems: the real pipelines of diffusers at tiny size, saved and opened from their folders."""
 
 import numpy as np
 import pytest
@@ -111,7 +111,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("kind", systems.PEERS)
-def test_a_peer_is_opened_by_what_it_is(kind, texts, tmp_path):
+def test_open_system_opens_every_peer(kind, texts, tmp_path):
     make, num_frames = MAKERS[kind]
     size = 32
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def test_a_peer_is_opened_by_what_it_is(kind, texts, tmp_path):
 
 
 @pytest.mark.parametrize("kind", systems.PEERS)
-def test_a_peer_is_evaluated_by_a_protocol_of_16_frames(kind, texts, packed, tmp_path):
+def test_evaluate_measures_every_peer_at_the_protocols_rate(kind, texts, packed, tmp_path):
     make, _ = MAKERS[kind]
     torch.manual_seed(0)
     make(texts).save_pretrained(tmp_path / "peer")
@@ -144,16 +144,16 @@ def test_a_peer_is_evaluated_by_a_protocol_of_16_frames(kind, texts, packed, tmp
     result = evaluate.evaluate(system, task, tmp_path / "evals")
     asked = {"CogVideoXPipeline": 17, "WanPipeline": 33, "LTXPipeline": 49}.get(kind, 16)  # at 8, 16, 24 fps with 4, 4, 8 frames a latent
     assert (system.fps, system.settings["num_frames"]) == (8, asked)
-    clip = evaluate.Drawn(tmp_path / "evals" / "peer" / "clips", 16)(0)
-    assert clip.shape == (16, 32, 64, 3)  # as drawn; measured is its middle
+    clip = evaluate.SavedClips(tmp_path / "evals" / "peer" / "clips", 16)(0)
+    assert clip.shape == (16, 32, 64, 3)  # as generated; its centre is measured
     records = {record["measure"]: record for record in result["records"]}
-    middle = [evaluate.Drawn(tmp_path / "evals" / "peer" / "clips", 16)(k)[:, :, 16:48] for k in (0, 1)]
+    middle = [evaluate.SavedClips(tmp_path / "evals" / "peer" / "clips", 16)(k)[:, :, 16:48] for k in (0, 1)]
     assert records["motion_energy"]["value"] == pytest.approx(np.mean([clip_metrics.motion_energy(clip) for clip in middle]))
     assert (records["motion_energy"]["made_at"], records["motion_energy"]["measured_at"]) == ([32, 64], [32, 32])
-    assert "is asked of models of this package" in result["skipped"]["denoising"]
+    assert "is defined for models of this package" in result["skipped"]["denoising"]
 
 
-def test_members_of_a_family_have_their_own_rate_and_networks(texts, tmp_path):
+def test_open_system_knows_rates_and_networks_within_families(texts, tmp_path):
     """CogVideoX 1.5 patches time, Wan 2.2 of 5 B expands timesteps, Wan 2.2 of 14 B has two transformers."""
     newer = cogvideox(texts, patch_size_t=2, use_rotary_positional_embeddings=True)
     for name, pipe in (
@@ -168,24 +168,24 @@ def test_members_of_a_family_have_their_own_rate_and_networks(texts, tmp_path):
     assert opened["14b"].parameters == 2 * opened["5b"].parameters
 
 
-def test_rates_that_do_not_fit_and_what_is_no_number_are_refused(texts, tmp_path):
+def test_open_system_refuses_other_rates_and_nan(texts, tmp_path):
     torch.manual_seed(0)
     pipe = modelscope(texts)
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"ModelScope .* draws 8 frames a second, of which no whole share is 5"):
+    with pytest.raises(ValueError, match=r"ModelScope .* generates 8 frames a second, 5 is no whole fraction"):
         systems.open_system(str(tmp_path), device="cpu", fps=5)
     system = systems.open_system(str(tmp_path), device="cpu", num_frames=3, height=32, width=32, num_inference_steps=1)
     torch.nn.init.constant_(system.pipe.unet.conv_out.bias, float("nan"))
-    with pytest.raises(ValueError, match=r"draws what is no number in torch\.float32"):
+    with pytest.raises(ValueError, match=r"generates NaN or infinity in torch\.float32"):
         system.generate(["red"], [0])
 
 
-def test_ours_are_told_by_what_sees_time(video_model, tmp_path):
+def test_open_system_titles_own_models_by_shift(video_model, tmp_path):
     system = systems.open_system(str(video_model), num_frames=3, num_inference_steps=1, device="cpu")
     assert (system.title, system.name, system.fps) == ("Latent-Shift", str(video_model), 8)
     assert system.generate(["red"], [0]).shape == (1, 3, 32, 32, 3)
-    assert systems.num_frames_of(str(video_model)) == load(video_model, device="cpu").call_defaults["num_frames"] == 4
-    assert systems.num_frames_of("emoji") == 16
+    assert systems.default_num_frames(str(video_model)) == load(video_model, device="cpu").call_defaults["num_frames"] == 4
+    assert systems.default_num_frames("emoji") == 16
     pipe = load(video_model, device="cpu")
     inflate(pipe.unet, Shift(1 / 8, 1 / 4, edge="hold"))
     assert systems._title(pipe) == "Latent-Shift, forward 0.125, backward 0.25, edge hold"
@@ -196,11 +196,11 @@ def test_ours_are_told_by_what_sees_time(video_model, tmp_path):
     assert still.settings["weights"] != system.settings["weights"]
 
 
-def test_what_is_no_system_is_refused(tmp_path):
+def test_open_system_refuses_other_pipelines(tmp_path):
     DDPMPipeline(
         UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2), DDIMScheduler()
     ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a DDPMPipeline; expected a Stable Diffusion folder or one of AnimateDiffPipeline"):
+    with pytest.raises(ValueError, match="holds a DDPMPipeline; expected a Stable Diffusion folder or one of AnimateDiffPipeline"):
         systems.open_system(str(tmp_path), device="cpu")
     with pytest.raises(ValueError, match="expected one of emoji, or a folder that is there"):
         systems.open_system(str(tmp_path / "gone"), device="cpu")

@@ -1,4 +1,4 @@
-"""Spoiling does what it says, and measures that should tell do."""
+"""Degradations do what they say, and measures that should respond to them do."""
 
 import json
 
@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from latent_shift import video
 from latent_shift.cli import main
 from latent_shift.data.pack import pack
-from latent_shift.evaluation import clip_metrics, sensitivity
-from latent_shift.evaluation.measures import Weights
+from latent_shift.evaluation import sensitivity
+from latent_shift.evaluation.features import Weights
+from latent_shift.evaluation.measures import MEASURES, open_distances
 
 
 @pytest.fixture(scope="module")
@@ -21,25 +22,23 @@ def clips():
     return np.stack([clouds(12, seed) for seed in range(12)])
 
 
-def test_each_way_spoils_what_it_says(clips):
+def test_degradations_change_what_they_say(clips):
     rng, clip = np.random.default_rng(0), clips[0]
-    assert np.std(sensitivity.noisy(np.full((4, 64, 64, 3), 128, np.uint8), 0.25, rng)) == pytest.approx(16, rel=0.02)
-    assert (
-        np.abs(np.diff(sensitivity.blurred(clip, 1.0, rng).astype(int), axis=2)).mean() < np.abs(np.diff(clip.astype(int), axis=2)).mean()
-    )
-    mixed = sensitivity.shuffled(clip, 1.0, rng)
+    assert np.std(sensitivity.add_noise(np.full((4, 64, 64, 3), 128, np.uint8), 0.25, rng)) == pytest.approx(16, rel=0.02)
+    assert np.abs(np.diff(sensitivity.blur(clip, 1.0, rng).astype(int), axis=2)).mean() < np.abs(np.diff(clip.astype(int), axis=2)).mean()
+    mixed = sensitivity.shuffle(clip, 1.0, rng)
     assert not np.array_equal(mixed, clip)
     assert sorted(frame.tobytes() for frame in mixed) == sorted(frame.tobytes() for frame in clip)
-    half = sensitivity.shuffled(clip, 0.5, rng)
+    half = sensitivity.shuffle(clip, 0.5, rng)
     assert 6 <= sum(np.array_equal(a, b) for a, b in zip(half, clip, strict=True)) < 12
-    still = sensitivity.frozen(clip, 0.5, rng)
+    still = sensitivity.freeze(clip, 0.5, rng)
     assert np.array_equal(still[:6], clip[:6]) and np.array_equal(still[-1], still[6])
-    assert np.array_equal(sensitivity.frozen(clip, 1.0, rng), np.repeat(clip[:1], 12, axis=0))
+    assert np.array_equal(sensitivity.freeze(clip, 1.0, rng), np.repeat(clip[:1], 12, axis=0))
 
 
-def test_measures_tell_what_they_can_see(clips):
-    found = sensitivity.verify(clips, Weights().of_distances(), strengths=(0.25, 1.0))
-    assert all(clip_metrics.CLIP_MEASURES.keys() < measures.keys() for measures in found.values())
+def test_sensitivity_rises_where_measures_respond(clips):
+    found = sensitivity.sensitivity(clips, open_distances(Weights()), strengths=(0.25, 1.0))
+    assert all({name for name, measure in MEASURES.items() if measure.score} < measures.keys() for measures in found.values())
     says = {way: {name: sensitivity.trend(values) for name, values in measures.items()} for way, measures in found.items()}
     assert says["noise"]["kd-efficientnet-lite0"] == says["noise"]["kd-efficientnet-lite0-motion"] == "rises"
     assert says["blur"]["kd-efficientnet-lite0"] == "rises"
@@ -51,11 +50,11 @@ def test_measures_tell_what_they_can_see(clips):
     assert says["noise"]["warping_error"] == "rises"
 
 
-def test_the_trend_is_told():
+def test_trend_names_direction():
     assert [sensitivity.trend(values) for values in ([1, 2, 3], [3, 2, 2], [1, 1.001, 1], [1, 3, 2])] == ["rises", "falls", "stays", ""]
 
 
-def test_the_command_prints_a_table(tmp_path):
+def test_bench_measures_prints_table(tmp_path):
     videomae = videomae_folder(tmp_path / "videomae")
     rows = []
     for seed in range(6):
@@ -66,11 +65,11 @@ def test_the_command_prints_a_table(tmp_path):
     weights = ("--weights", f"videomae={videomae}")
     told = run("bench", "measures", tmp_path / "packed", "--num", 6, "--num-frames", 4, *weights, "-o", tmp_path / "measures.json")
     found = json.loads((tmp_path / "measures.json").read_text())
-    assert [each["name"] for each in found["extractors"]] == ["videomae", "efficientnet-lite0", "efficientnet-lite0-motion"]
+    assert [each["name"] for each in found["extractors"]] == ["efficientnet-lite0", "efficientnet-lite0-motion", "videomae"]
     assert len(found["measures"]["noise"]["kvd-videomae"]) == 5
-    assert set(found["measures"]) == set(sensitivity.WAYS)
+    assert set(found["measures"]) == set(sensitivity.DEGRADATIONS)
     assert found["data"]["clips"] == 6
     refused = CliRunner().invoke(main.app, ["bench", "measures", str(tmp_path / "packed"), "--num", "6", "--weights", "c3d=nowhere"])
-    assert "c3d: nothing here is measured by it; expected i3d, inception, videomae" in str(refused.exception)
+    assert "c3d: no measure here uses it; expected i3d, inception, videomae" in str(refused.exception)
     energy = found["measures"]["freeze"]["motion_energy"]
     assert f"| motion_energy | freeze | {energy[0]:.4g} |" in told

@@ -1,1 +1,1 @@
-"""Timings, memory and throughput."""
+"""Timings, memory and throughput of this package and of others."""

@@ -1,3 +1,5 @@
+"""Comparable timings: alternating rounds in one process, medians and paired ratios; and processes of their own."""
+
 from __future__ import annotations
 
 import multiprocessing
@@ -15,12 +17,19 @@ import torch
 from latent_shift.runtime import quiet_libraries
 
 
-def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2) -> dict[str, dict[str, float]]:
-    """Time each call once a round, in turn, forwards and backwards.
+def time_in_rounds(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2) -> dict[str, dict[str, float]]:
+    """Time each call once a round, in turn, in alternating order.
+
+    Other work on the machine falls on all calls alike, so ratios within a round are surer than times.
+
+    Args:
+        calls: name to a function without arguments.
+        rounds: counted rounds.
+        warm_up: rounds before them.
 
     Returns:
-        For each name the median seconds, and of its time relative to the first name's in the same round the median, the least and the
-        most.
+        For each name `seconds`, the median time, and `ratio`, `ratio_least` and `ratio_most`: median, least and
+        greatest ratio to the first call's time of the same round.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + rounds):
@@ -32,31 +41,31 @@ def paired(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up:
             if turn >= warm_up:
                 times[name].append(time.perf_counter() - start)
     first = np.array(times[next(iter(calls))])
-    found = {}
+    results = {}
     for name, seconds in times.items():
         ratios = np.array(seconds) / first
-        found[name] = {
+        results[name] = {
             "seconds": float(np.median(seconds)), "ratio": float(np.median(ratios)), "ratio_least": float(ratios.min()),
             "ratio_most": float(ratios.max()),
         }  # fmt: skip
-    return found
+    return results
 
 
-def alone(call: Callable[..., Any], *args: Any) -> Any:
-    """What `call` returns in a fresh process, whose peak of memory is its own."""
+def run_alone(call: Callable[..., Any], *args: Any) -> Any:
+    """Return the result of `call` in a fresh process, whose peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=quiet_libraries) as pool:
         return pool.submit(call, *args).result()
 
 
 def command_seconds(model: str = "emoji", *, rounds: int = 3, device: str = "cpu") -> dict[str, float]:
-    """Median seconds of whole commands, each in a process of its own: the help page, and words to an mp4."""
+    """Return the median seconds of two whole commands: the help page, and a prompt to an mp4."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        for words in (["--help"], ["generate", "a red heart", "-m", model, "--device", device, "-o", f"{folder}/clip.mp4"]):
+        for arguments in (["--help"], ["generate", "a red heart", "-m", model, "--device", device, "-o", f"{folder}/clip.mp4"]):
             times = []
             for _ in range(rounds):
                 start = time.perf_counter()
-                subprocess.run([sys.executable, "-m", "latent_shift", *words], check=True, capture_output=True)
+                subprocess.run([sys.executable, "-m", "latent_shift", *arguments], check=True, capture_output=True)
                 times.append(time.perf_counter() - start)
-            seconds[f"latent-shift {words[0]}"] = float(np.median(times))
+            seconds[f"latent-shift {arguments[0]}"] = float(np.median(times))
     return seconds

@@ -135,17 +135,16 @@ def memory(
 ) -> None:
     """Measure on the CPU the memory of long clips, and of a step and a training step of the size of SD 1.5."""
     _prepare_process()
-    from latent_shift.benchmark import step
+    from latent_shift.benchmark import memory
     from latent_shift.benchmark.hardware import machine
-    from latent_shift.benchmark.training import training_memory
 
     _show(
         machine()
         | {
-            "training SD 1.5, 16 frames of 512x512, GiB": training_memory(),
-            "one step of SD 1.5": step.full_size(),
+            "training SD 1.5, 16 frames of 512x512, GiB": memory.training_memory(),
+            "one step of SD 1.5": memory.full_size_step(),
             "model of the long clips": model,
-            "long clips": step.long_clips(model),
+            "long clips": memory.long_clips(model),
         },
         output,
     )
@@ -241,14 +240,16 @@ def measures(
     import numpy as np
 
     from latent_shift.benchmark.hardware import machine
-    from latent_shift.evaluation import measures, protocols, sensitivity
+    from latent_shift.evaluation import features, measures, protocols
+    from latent_shift.evaluation.sensitivity import sensitivity, table
 
-    networks = measures.Weights.told(weights or [])
-    networks.check([name for name, (*_, estimate) in measures.OF_FEATURES.items() if estimate is measures.kernel_estimate])
-    extractors = networks.of_distances()
+    networks = features.Weights.parse(weights or [])
+    measures.check_weights(networks, measures.DISTANCES)
+    distances = measures.open_distances(networks)
     task = protocols.open_protocol("own", data, num=num, num_frames=num_frames)
-    results = sensitivity.verify(np.stack([task.real(k) for k in range(num)]), extractors)
-    print(sensitivity.table(results))
+    results = sensitivity(np.stack([task.real(k) for k in range(num)]), distances)
+    print(table(results))
     if output:
-        settings = {"data": task.reference, "num_frames": num_frames, "extractors": [extractor.record() for extractor in extractors]}
+        extractors = {extractor.name: extractor.record() for _, extractor in distances}
+        settings = {"data": task.reference, "num_frames": num_frames, "extractors": list(extractors.values())}
         write_json(machine() | settings | {"measures": results}, output)

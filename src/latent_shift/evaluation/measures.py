@@ -1,307 +1,436 @@
-"""What the clips of one system are measured by, beside the real ones: every number a record that says what it was taken with.
+"""The table of measures: everything that is measured of a system's clips, one row a measure.
 
-What is found of a clip is a row that is kept, be it features or numbers; a record is an estimate from the rows of all.
+To add a measure, add a row to `MEASURES` and, where none of the functions here fits, a function that returns its
+records. Results, the report and the tables of the documentation take names, labels and directions from the row.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
-import shutil
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from latent_shift.evaluation import clip_metrics, denoising, features, statistics
-from latent_shift.evaluation.features import Clip, Extractor
-from latent_shift.evaluation.protocols import Protocol
-from latent_shift.evaluation.statistics import Estimate, Unmeasurable, frechet_estimate, inception_score, kernel_estimate
-from latent_shift.evaluation.systems import System
+from latent_shift.evaluation.comparison import Comparison
+from latent_shift.evaluation.features import Extractor, Weights
+from latent_shift.evaluation.records import Record
+from latent_shift.evaluation.statistics import Estimate, MeasureUnavailable, frechet_estimate, inception_score, kernel_estimate
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 
-OF_FEATURES: dict[str, tuple[str, dict[str, bool], Callable[..., Estimate]]] = {  # measure -> whose features, how asked for, what of them
-    "fvd": ("i3d", {}, frechet_estimate), "kvd": ("i3d", {}, kernel_estimate),
-    "fvd-videomae": ("videomae", {}, frechet_estimate), "kvd-videomae": ("videomae", {}, kernel_estimate),
-    "fid": ("inception", {}, frechet_estimate), "kid": ("inception", {}, kernel_estimate),
-    "is": ("c3d", {}, inception_score), "is-frames": ("inception", {"probabilities": True}, inception_score),
-    "fd-efficientnet-lite0": ("efficientnet", {}, frechet_estimate), "kd-efficientnet-lite0": ("efficientnet", {}, kernel_estimate),
-    "kd-efficientnet-lite0-motion": ("efficientnet", {"motion": True}, kernel_estimate),
-}  # fmt: skip
+HIGHER, LOWER, REAL = "higher", "lower", "real"
+"""Directions of improvement: higher values, lower values, or values close to that of real clips."""
+CAPTIONS = ("own", "emoji")
+MSRVTT = ("msrvtt-mav", "msrvtt-lavie")
+PUBLIC = ("ucf101", *MSRVTT)
 
 
-@dataclass
-class Weights:
-    """Networks to measure with: kind -> path, kinds as in `extractors.WHERE`."""
+class Label(NamedTuple):
+    """The label of a record in tables, its direction of improvement ("": none), and its definition."""
 
-    paths: dict[str, str] = field(default_factory=dict)
-    device: str = "cpu"
-    _open: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def told(cls, given: Sequence[str], *, device: str = "cpu") -> Weights:
-        """Of KIND=PATH each; raises ValueError for what is none."""
-        paths: dict[str, str] = dict(each.partition("=")[::2] for each in given)
-        if wrong := [each for each in given if not each.partition("=")[2] or each.partition("=")[0] not in features.GIVEN]:
-            raise ValueError(f"--weights {', '.join(wrong)}: expected {', '.join(f'{kind}=PATH' for kind in features.GIVEN)}")
-        return cls(paths, device)
-
-    def open(self, kind: str, **options: bool) -> Any:
-        """The extractor of a kind, or None where its weights were not given."""
-        key = kind + "".join(options)
-        if key not in self._open:
-            if kind == "efficientnet":
-                given = features.has_efficientnet()
-                self._open[key] = features.efficientnet(device=self.device, **options) if given else None
-            else:
-                path, make = self.paths.get(kind), Clip if kind == "clip" else getattr(features, kind)
-                self._open[key] = make(path, device=self.device, **options) if path else None
-        return self._open[key]
-
-    def of_distances(self) -> list[Extractor]:
-        """All extractors at hand whose features have distances."""
-        asked = [(kind, options) for kind, options, estimate in OF_FEATURES.values() if estimate is kernel_estimate]
-        return [extractor for kind, options in asked if (extractor := self.open(kind, **options))]
-
-    def check(self, measures: Sequence[str]) -> None:
-        """Open all that were given, in every way in which they are asked: what is wrong is told before the work, not after. Raises
-        ValueError for one that none of `measures` asks for, too."""
-        asked = {"clip" if name == "clipsim" else OF_FEATURES[name][0] for name in measures if name == "clipsim" or name in OF_FEATURES}
-        if idle := sorted(self.paths.keys() - asked):
-            expected = ", ".join(each for each in features.GIVEN if each in asked) or "none"
-            raise ValueError(f"--weights {', '.join(idle)}: nothing here is measured by it; expected {expected}")
-        for kind, options, _ in OF_FEATURES.values():
-            if kind in self.paths:
-                self.open(kind, **options)
-        if "clip" in self.paths:
-            self.open("clip")
+    text: str
+    better: str
+    definition: str
 
 
-@dataclass
-class Measuring:
-    """One system's clips beside the real ones. Each measure is a row of a table or a method, and gives its records.
+@dataclass(frozen=True)
+class Measure:
+    """One row of the table.
 
     Attributes:
-        system, protocol: what drew, and what was drawn.
-        clips: clip k as it was drawn.
-        out, folder: of the evaluation and, in it, of the system: where the rows are kept.
-        weights: networks to measure with.
-        noise: as in `evaluate`.
-        values: of each drawn clip, by the measures that are an average of them: what two systems are told apart by.
+        name: in protocols, and in results where the measure is skipped.
+        compute: returns the records of the measure, from the clips and this row.
+        labels: record name to label; `{timestep}` in both stands for a number.
+        protocols: the protocols that take it.
+        network: kind of the network that it needs, one of `features.SOURCES`; "": none.
+        options: of the network.
+        package: name of a Python package that it needs, of the extra `eval`; "": none.
+        min_frames: the least frames a clip.
+        score: of one clip, for measures of single clips.
+        statistic: of the features of a set, or of two sets.
     """
 
-    system: System
-    protocol: Protocol
-    clips: Callable[[int], np.ndarray]
-    out: Path
-    folder: Path
-    weights: Weights
-    noise: tuple[float, float] | None
-    values: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    name: str
+    compute: Callable[[Comparison, Measure], list[Record]]
+    labels: dict[str, Label]
+    protocols: tuple[str, ...] = CAPTIONS
+    network: str = ""
+    options: dict[str, bool] = field(default_factory=dict)
+    package: str = ""
+    min_frames: int = 1
+    score: Callable[[np.ndarray], float] | None = None
+    statistic: Callable[..., Estimate] | None = None
 
-    @functools.cached_property
-    def made_at(self) -> list[int]:
-        return list(self.clips(0).shape[1:3])
-
-    def all(self) -> dict[str, Any]:
-        records, skipped = [], {}
-        for measure in self.protocol.measures:
-            try:
-                records += self.measure(measure)
-            except Unmeasurable as error:  # weights not at hand, too few samples, clips that it does not take
-                skipped[measure] = str(error)
-        return {"made_at": self.made_at, "records": records, "skipped": skipped}
-
-    def of_real_clips(self) -> None:
-        """Take the features of the real clips that will be asked for."""
-        for name in self.protocol.measures:
-            kind, options, estimate = OF_FEATURES.get(name, ("", {}, None))
-            if kind and estimate is not inception_score and (extractor := self.weights.open(kind, **options)):
-                with contextlib.suppress(Unmeasurable):  # told where the measure is
-                    self.features(extractor, real=True)
-
-    def measure(self, name: str) -> list[dict[str, Any]]:
-        if name in clip_metrics.CLIP_MEASURES:
-            return self.of_each_clip(name)
-        if name not in OF_FEATURES:
-            return getattr(self, name)()
-        kind, options, estimate = OF_FEATURES[name]
-        extractor = self._weights(kind, **options)
-        made, units = self.features(extractor), {"units_N": self.units}
-        if estimate is inception_score:
-            return [self.record(name, estimate(made, **units), extractor)]
-        if estimate is kernel_estimate and self.protocol.matched:
-            units["units_M"] = np.arange(self.protocol.num_real)
-        return [self.record(name, estimate(made, self.features(extractor, real=True), **units), extractor, real=True)]
-
-    def of_each_clip(self, name: str) -> list[dict[str, Any]]:
-        """A measure that needs no weights, of the drawn clips and of the real ones: what moves a frame, so of frames that last as long."""
-        if self.system.fps != self.protocol.fps:
-            raise Unmeasurable(f"the real clips have {self.protocol.fps:g} frames a second, these {self.system.fps:g}")
-        made, real = self.temporal(name), self.temporal(name, real=True)
-        theirs = {"clips": len(real), "seeds": None, "fps": self.protocol.fps, "made_at": None}
-        of_real = self.record(name + "_real", statistics.estimate(real), real=True) | theirs
-        return [self.estimated(name, made), of_real]
-
-    def motion_error(self) -> list[dict[str, Any]]:
-        """How far the motion energy is from that of the real clip of the same caption, as a factor."""
-        made, real = self.temporal("motion_energy"), self.temporal("motion_energy", real=True)
-        return [self.estimated("motion_error", (made + 0.1) / (real[self.units] + 0.1), statistics.factor, real=True)]
-
-    def retrieval(self) -> list[dict[str, Any]]:
-        """How often the nearest real clip, by the mean features of its frames, is that of the clip's own caption."""
-        extractor = self._weights("efficientnet")
-        made, real = (self.features(extractor, real=each).mean(axis=1) for each in (False, True))
-        ranks = clip_metrics.retrieval_ranks(
-            *(each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in (made, real))
-        )
-        found = [
-            self.estimated("retrieval_top1", ranks == 1, extractor=extractor, real=True),
-            self.estimated("retrieval_median_rank", ranks, statistics.median, extractor=extractor, real=True),
-        ]
-        if self.protocol.num_real > 5:  # else all are
-            found.insert(1, self.estimated("retrieval_top5", ranks <= 5, extractor=extractor, real=True))
-        return found
-
-    def clipsim(self) -> list[dict[str, Any]]:
-        """The similarity of frames and words (extractors.py)."""
-        network, prompts = self._weights("clip"), self.protocol.prompts
-        take = lambda numbers: np.concatenate([network(self.clip(k)[None], [prompts[k]]) for k in numbers])  # noqa: E731
-        return [self.estimated("clipsim", self.kept(f"clipsim-{network.sha256[:12]}", take, len(prompts)), extractor=network)]
-
-    def denoising(self) -> list[dict[str, Any]]:
-        """What a model of ours sees of the real clips through its noise (probing.py)."""
-        pipe, protocol = self._ours(), self.protocol
-        told = self.noise or (pipe.call_defaults["shared_noise"], pipe.call_defaults["noise_correlation"])
-
-        def take(numbers: range) -> np.ndarray:
-            seen = [denoising.denoising(pipe, self.real(self.units[k]), protocol.prompts[k], noise=told, number=k) for k in numbers]
-            return np.stack([np.concatenate([errors, np.ravel(list(motions.values()))]) for errors, motions in seen])
-
-        rows = self.kept(f"denoising-{told[0]:g}-{told[1]:g}", take, len(protocol.prompts))
-        errors, motions = rows[:, : protocol.num_frames], rows[:, protocol.num_frames :].reshape(len(rows), -1, 3)
-        records = [
-            self.estimated("denoising_error", errors.mean(axis=1), real=True),
-            self.estimated("denoising_error_of_end_frames", errors[:, [0, -1]].mean(axis=1), real=True),
-        ]
-        for level, timestep in enumerate(denoising.timesteps(pipe)):
-            for name, missed in (("", 0), ("_frame_by_frame", 1)):
-                missed_and_there = motions[:, level][:, [missed, 2]]
-                records.append(self.estimated(f"motion_seen_at_{timestep}{name}", missed_and_there, statistics.found, real=True))
-        return [record | {"noise": list(told)} for record in records]
-
-    def reconstruction(self) -> list[dict[str, Any]]:
-        """PSNR through the autoencoder of a held-out frame of each concept that has one, of 200 at most; where nothing is held out, of any."""
-        store, vae = self.protocol.store, self._ours().vae
-        assert store is not None
-        splits = tuple(sorted(store.splits - {"train"})) or ("train",)
-        take = lambda numbers: denoising.reconstruction(vae, store, splits=splits, num=len(numbers))  # noqa: E731
-        concepts = np.unique(store.index[store.select(splits=splits)]["concept"])
-        values = self.kept("reconstruction", take, num := min(200, len(concepts)))
-        if np.isinf(values).any():
-            raise Unmeasurable("its autoencoder keeps frames as they are")
-        record = self.record("reconstruction_psnr_db", statistics.estimate(values), real=True)
-        return [record | {"clips": num, "seeds": None, "reference": {**record["reference"], "splits": list(splits), "clips": num}}]
-
-    def _ours(self) -> LatentShiftPipeline:
-        pipe = self.system.pipe
-        if type(pipe) is not LatentShiftPipeline or pipe.unet.config.sample_size * pipe.vae_scale_factor != self.protocol.size[0]:
-            raise Unmeasurable("is asked of models of this package at the protocol's size alone")
-        return pipe
-
-    @functools.cached_property
-    def units(self) -> np.ndarray:
-        return np.array(self.protocol.of)
-
-    def clip(self, k: int) -> np.ndarray:
-        """Clip k at the protocol's size."""
-        return _sized(self.clips(k), self.protocol.size)
-
-    def real(self, k: int) -> np.ndarray:
-        """Real clip k, likewise."""
-        return _sized(self.protocol.real(k), self.protocol.size)
-
-    def features(self, extractor: Extractor, *, real: bool = False) -> np.ndarray:
-        """`(N, G, D)` of the drawn or of all real clips."""
-        clip, num = (self.real, self.protocol.num_real) if real else (self.clip, len(self.protocol.prompts))
-        some = lambda numbers: extractor(np.stack([clip(k) for k in numbers]))  # noqa: E731
-        take = lambda numbers: np.concatenate([some(numbers[n : n + 8]) for n in range(0, len(numbers), 8)])  # noqa: E731
-        return self.kept(f"{extractor.name}-{extractor.sha256[:12]}", take, num, real=real)
-
-    def temporal(self, name: str, *, real: bool = False) -> np.ndarray:
-        """`(N,)`: a measure that needs no weights, of the drawn clips or of as many real ones. All are taken at once: each clip is read
-        once."""
-        able = {each: _able(each, self.protocol.num_frames) for each in clip_metrics.CLIP_MEASURES}
-        if able[name]:
-            raise Unmeasurable(able[name])
-        names = [each for each in able if not able[each]]
-        clip, num = (self.real if real else self.clip), len(self.protocol.prompts)
-        take = lambda numbers: np.array([[clip_metrics.CLIP_MEASURES[each](frames) for each in names] for frames in map(clip, numbers)])  # noqa: E731
-        rows = self.kept(f"temporal-{len(names)}", take, min(num, self.protocol.num_real) if real else num, real=real)
-        return rows[:, names.index(name)]
-
-    def kept(self, name: str, take: Callable[[range], np.ndarray], num: int, *, real: bool = False) -> np.ndarray:
-        """`(num, ...)`: what `take` finds of clips, a row each. It is taken once and kept, 256 clips at a time."""
-        path = (self.out / "real" if real else self.folder) / f"{name}.npy"
-        if not path.exists():
-            (parts := path.with_suffix(".parts")).mkdir(parents=True, exist_ok=True)
-            files = {range(start, min(start + 256, num)): parts / f"{start:06}.npy" for start in range(0, num, 256)}
-            for numbers, file in files.items():
-                if not file.exists():
-                    with (partial := file.with_name(f".{file.name}")).open("wb") as opened:
-                        np.save(opened, take(numbers))
-                    os.replace(partial, file)
-            first = np.load(next(iter(files.values())), mmap_mode="r")
-            whole = np.lib.format.open_memmap(parts / "whole", mode="w+", dtype=first.dtype, shape=(num, *first.shape[1:]))
-            for numbers, file in files.items():
-                whole[numbers.start : numbers.stop] = np.load(file)
-            whole.flush()
-            os.replace(parts / "whole", path)
-            shutil.rmtree(parts)
-        return np.load(path, mmap_mode="r")
-
-    def estimated(
-        self, measure: str, values: np.ndarray, average: Callable[..., float] = statistics.mean, *, extractor: Extractor | Clip | None = None,
-        real: bool = False,
-    ) -> dict[str, Any]:  # fmt: skip
-        """The record of an average over the drawn clips."""
-        self.values[measure] = values
-        found = self.record(measure, statistics.estimate(values, average, units_N=self.units), extractor, real=real)
-        return found | {"average": average.__name__}
-
-    def record(self, measure: str, estimate: Estimate, extractor: Extractor | Clip | None = None, *, real: bool = False) -> dict[str, Any]:
-        return {
-            "measure": measure, **asdict(estimate), "system": self.system.name, "protocol": self.protocol.name,
-            "complete": self.protocol.told["complete"], "clips": len(self.protocol.prompts), "seeds": self.protocol.told["seeds"],
-            "num_frames": self.protocol.num_frames, "fps": self.system.fps, "made_at": self.made_at,
-            "measured_at": list(self.protocol.size), "extractor": extractor.record() if extractor else None,
-            "reference": {**self.protocol.reference, "fps": self.protocol.fps} if real else None,
-        }  # fmt: skip
-
-    def _weights(self, kind: str, **options: bool) -> Any:
-        network = self.weights.open(kind, **options)
-        if network is None:
-            raise Unmeasurable(features.missing(kind))
-        return network
+    def check(self, num_frames: int) -> None:
+        """Raise MeasureUnavailable where clips have too few frames or a package is missing."""
+        if num_frames < self.min_frames:
+            raise MeasureUnavailable(f"needs clips of {self.min_frames} frames or more, these have {num_frames}")
+        if self.package and not find_spec(self.package):
+            raise MeasureUnavailable(f"needs {self.package}: pip install 'latent-shift-video[eval]'")
 
 
-def _sized(clip: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The central square of a clip at a size."""
-    side = min(clip.shape[1:3])
-    top, left = ((length - side) // 2 for length in clip.shape[1:3])
-    square = clip[:, top : top + side, left : left + side]
-    if square.shape[1:3] == size:
-        return square
-    return np.stack([np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)) for frame in square])
+def measure_all(comparison: Comparison) -> tuple[list[Record], dict[str, str]]:
+    """Compute every measure of the protocol; return the records, and for each measure that was skipped the reason."""
+    records: list[Record] = []
+    skipped: dict[str, str] = {}
+    for name in comparison.protocol.measures:
+        try:
+            records += compute(comparison, name)
+        except MeasureUnavailable as error:
+            skipped[name] = str(error)
+    return records, skipped
 
 
-def _able(name: str, num_frames: int) -> str:
-    """Why a measure that needs no weights cannot be taken of clips of so many frames; "" where it can."""
-    if num_frames < (least := clip_metrics.LEAST_FRAMES.get(name, 2)):
-        return f"is of clips of {least} frames or more, these have {num_frames}"
-    return "" if name != "warping_error" or find_spec("cv2") else "needs optical flow: pip install 'latent-shift-video[eval]'"
+def compute(comparison: Comparison, name: str) -> list[Record]:
+    """Compute one measure; raise MeasureUnavailable where it cannot be."""
+    measure = MEASURES[name]
+    measure.check(comparison.protocol.num_frames)
+    return measure.compute(comparison, measure)
+
+
+def prepare_real_features(comparison: Comparison) -> None:
+    """Extract the features of the real clips that the protocol's distances need."""
+    for name in comparison.protocol.measures:
+        if (measure := MEASURES[name]).compute is distance:
+            with contextlib.suppress(MeasureUnavailable):  # `measure_all` reports it
+                comparison.features(_network(comparison, measure), real=True)
+
+
+def check_weights(weights: Weights, names: Sequence[str]) -> None:
+    """Open every network whose weights were given, so that wrong files are refused before any clip is generated.
+
+    Raises:
+        ValueError: a file that is another network, or weights that none of the measures uses.
+    """
+    measures = [MEASURES[name] for name in names]
+    kinds = {measure.network for measure in measures}
+    if unused := sorted(weights.paths.keys() - kinds):
+        expected = ", ".join(kind for kind in features.PATH_KINDS if kind in kinds) or "none"
+        raise ValueError(f"--weights {', '.join(unused)}: no measure here uses it; expected {expected}")
+    for measure in measures:
+        if measure.network in weights.paths:
+            weights.open(measure.network, **measure.options)
+
+
+def open_distances(weights: Weights) -> list[tuple[Measure, Extractor]]:
+    """Return every distance whose network is at hand, with its network."""
+    distances = []
+    for name in DISTANCES:
+        with contextlib.suppress(MeasureUnavailable):
+            distances.append((MEASURES[name], weights.open(MEASURES[name].network, **MEASURES[name].options)))
+    return distances
+
+
+def names_for(protocol: str) -> tuple[str, ...]:
+    """Return the names of a protocol's measures, in the order of the table."""
+    return tuple(name for name, measure in MEASURES.items() if protocol in measure.protocols)
+
+
+def label_of(record: str) -> Label:
+    """Return the label of a record by its name; "_real" at the end makes no difference."""
+    record = record.removesuffix("_real")
+    for measure in MEASURES.values():
+        for pattern, label in measure.labels.items():
+            match = re.fullmatch(re.escape(pattern).replace(re.escape("{timestep}"), r"(?P<timestep>\d+)"), record)
+            if match:
+                return label._replace(text=label.text.format(**match.groupdict()))
+    return Label(record.replace("_", " "), "", "")  # of another version
+
+
+def per_clip(comparison: Comparison, measure: Measure) -> list[Record]:
+    """Average a score over the generated and over the real clips, which must have the same frame rate."""
+    system, protocol = comparison.system, comparison.protocol
+    if system.fps != protocol.fps:
+        raise MeasureUnavailable(f"the real clips have {protocol.fps:g} frames a second, these {system.fps:g}")
+    generated, real = clip_scores(comparison, measure.name), clip_scores(comparison, measure.name, real=True)
+    of_real = comparison.record(f"{measure.name}_real", statistics.estimate(real), real=True)
+    of_real = replace(of_real, clips=len(real), seeds=None, fps=protocol.fps, made_at=None)
+    return [comparison.mean_record(measure.name, generated), of_real]
+
+
+def clip_scores(comparison: Comparison, name: str, *, real: bool = False) -> np.ndarray:
+    """Return the score `(N,)` of each generated clip, or of as many real ones.
+
+    All scores are computed together, so that each clip is read once.
+    """
+    scores = {}
+    for measure in MEASURES.values():
+        if measure.score:
+            with contextlib.suppress(MeasureUnavailable):
+                measure.check(comparison.protocol.num_frames)
+                scores[measure.name] = measure.score
+    load, num = comparison.clip, len(comparison.protocol.prompts)
+    if real:
+        load, num = comparison.real_clip, min(num, comparison.protocol.num_real)
+
+    def score(numbers: range) -> np.ndarray:
+        return np.array([[function(clip) for function in scores.values()] for clip in map(load, numbers)])
+
+    rows = comparison.cached_rows(f"temporal-{len(scores)}", score, num, real=real)
+    return rows[:, list(scores).index(name)]
+
+
+def distance(comparison: Comparison, measure: Measure) -> list[Record]:
+    """Compute a distance between the features of the generated and of the real clips."""
+    assert measure.statistic is not None
+    extractor = _network(comparison, measure)
+    clusters = {"cluster_ids": comparison.cluster_ids}
+    if measure.statistic is kernel_estimate and comparison.protocol.matched:
+        clusters["other_cluster_ids"] = np.arange(comparison.protocol.num_real)
+    generated, real = comparison.features(extractor), comparison.features(extractor, real=True)
+    return [comparison.record(measure.name, measure.statistic(generated, real, **clusters), extractor, real=True)]
+
+
+def class_score(comparison: Comparison, measure: Measure) -> list[Record]:
+    """Compute the inception score of the generated clips."""
+    extractor = _network(comparison, measure)
+    estimate = inception_score(comparison.features(extractor), cluster_ids=comparison.cluster_ids)
+    return [comparison.record(measure.name, estimate, extractor)]
+
+
+def motion_error(comparison: Comparison, measure: Measure) -> list[Record]:
+    """Compare the motion energy of each clip with that of the real clip of its caption; 0.1 grey levels are added to
+    both, so that still clips have a ratio.
+    """
+    generated, real = clip_scores(comparison, "motion_energy"), clip_scores(comparison, "motion_energy", real=True)
+    ratios = (generated + 0.1) / (real[comparison.cluster_ids] + 0.1)
+    return [comparison.mean_record(measure.name, ratios, statistics.factor, real=True)]
+
+
+def retrieval(comparison: Comparison, measure: Measure) -> list[Record]:
+    """Rank the real clip of each generated clip's caption among all real clips, by the mean features of their frames."""
+    extractor = _network(comparison, measure)
+    unit = []
+    for real in (False, True):
+        means = comparison.features(extractor, real=real).mean(axis=1)
+        unit.append(means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12))
+    ranks = clip_metrics.retrieval_ranks(*unit)
+    compared = {"extractor": extractor, "real": True}
+    records = [comparison.mean_record("retrieval_top1", ranks == 1, **compared)]
+    if comparison.protocol.num_real > 5:  # of five or fewer, all are in the first five
+        records.append(comparison.mean_record("retrieval_top5", ranks <= 5, **compared))
+    return [*records, comparison.mean_record("retrieval_median_rank", ranks, statistics.median, **compared)]
+
+
+def clipsim(comparison: Comparison, measure: Measure) -> list[Record]:
+    """Average the similarity of frames and prompt over the generated clips."""
+    network, prompts = _network(comparison, measure), comparison.protocol.prompts
+
+    def similarity(numbers: range) -> np.ndarray:
+        return np.concatenate([network(comparison.clip(k)[None], [prompts[k]]) for k in numbers])
+
+    values = comparison.cached_rows(f"clipsim-{network.sha256[:12]}", similarity, len(prompts))
+    return [comparison.mean_record(measure.name, values, extractor=network)]
+
+
+def denoising_of_real_clips(comparison: Comparison, measure: Measure) -> list[Record]:
+    """Measure how well a model of this package predicts real clips under noise (denoising.py)."""
+    pipe, protocol = _own_pipeline(comparison), comparison.protocol
+    noise = comparison.noise or (pipe.call_defaults["shared_noise"], pipe.call_defaults["noise_correlation"])
+
+    def denoise(numbers: range) -> np.ndarray:
+        rows = []
+        for k in numbers:
+            clip = comparison.real_clip(comparison.cluster_ids[k])
+            errors, motions = denoising.denoising(pipe, clip, protocol.prompts[k], noise=noise, number=k)
+            rows.append(np.concatenate([errors, np.ravel(list(motions.values()))]))
+        return np.stack(rows)
+
+    rows = comparison.cached_rows(f"denoising-{noise[0]:g}-{noise[1]:g}", denoise, len(protocol.prompts))
+    errors, motions = rows[:, : protocol.num_frames], rows[:, protocol.num_frames :].reshape(len(rows), -1, 3)
+    records = [
+        comparison.mean_record("denoising_error", errors.mean(axis=1), real=True),
+        comparison.mean_record("denoising_error_of_end_frames", errors[:, [0, -1]].mean(axis=1), real=True),
+    ]
+    for level, timestep in enumerate(denoising.timesteps(pipe)):
+        for name, residual in (("", 0), ("_frame_by_frame", 1)):
+            residual_and_total = motions[:, level][:, [residual, 2]]
+            records.append(comparison.mean_record(f"motion_seen_at_{timestep}{name}", residual_and_total, statistics.r_squared, real=True))
+    return [replace(record, noise=list(noise)) for record in records]
+
+
+def reconstruction(comparison: Comparison, measure: Measure) -> list[Record]:
+    """Compute the PSNR through the autoencoder of one held-out frame of each concept that has one, at most 200 of
+    them; where nothing is held out, of any frame of the concept.
+    """
+    store, vae = comparison.protocol.store, _own_pipeline(comparison).vae
+    assert store is not None
+    splits = tuple(sorted(store.splits - {"train"})) or ("train",)
+    num = min(200, len(np.unique(store.index[store.select(splits=splits)]["concept"])))
+
+    def psnr(numbers: range) -> np.ndarray:
+        return denoising.reconstruction(vae, store, splits=splits, num=len(numbers))
+
+    values = comparison.cached_rows("reconstruction", psnr, num)
+    if np.isinf(values).any():
+        raise MeasureUnavailable("its autoencoder returns frames unchanged")
+    record = comparison.record("reconstruction_psnr_db", statistics.estimate(values), real=True)
+    return [replace(record, clips=num, seeds=None, reference={**(record.reference or {}), "splits": list(splits), "clips": num})]
+
+
+def _network(comparison: Comparison, measure: Measure) -> Any:
+    return comparison.weights.open(measure.network, **measure.options)
+
+
+def _own_pipeline(comparison: Comparison) -> LatentShiftPipeline:
+    pipe = comparison.system.pipe
+    own = type(pipe) is LatentShiftPipeline
+    if not own or pipe.unet.config.sample_size * pipe.vae_scale_factor != comparison.protocol.size[0]:
+        raise MeasureUnavailable("is defined for models of this package at the protocol's size only")
+    return pipe
+
+
+def _score(
+    name: str, score: Callable[[np.ndarray], float], text: str, definition: str, *, min_frames: int = 2, package: str = ""
+) -> Measure:
+    """Return the row of a score of single clips."""
+    labels, protocols = {name: Label(text, REAL, definition)}, (*CAPTIONS, "classes", *PUBLIC)
+    return Measure(name, per_clip, labels, protocols, package=package, min_frames=min_frames, score=score)
+
+
+def _distance(
+    name: str,
+    statistic: Callable[..., Estimate],
+    network: str,
+    text: str,
+    definition: str,
+    *,
+    protocols: tuple[str, ...] = CAPTIONS,
+    motion: bool = False,
+) -> Measure:
+    """Return the row of a distance between features; `motion` is that of `features.efficientnet`."""
+    labels, options = {name: Label(text, LOWER, definition)}, {"motion": True} if motion else {}
+    return Measure(name, distance, labels, protocols, network, options, min_frames=2 if motion else 1, statistic=statistic)
+
+
+_MOTION = "R² of the motion in real clips (deviation of latents from their mean over time) predicted under noise of timestep t"
+
+MEASURES: dict[str, Measure] = {
+    measure.name: measure
+    for measure in (
+        _distance(
+            "kd-efficientnet-lite0", kernel_estimate, "efficientnet", "kernel distance of frames",
+            "unbiased kernel distance (MMD) of frames' EfficientNet-lite0 features",
+        ),
+        _distance(
+            "kd-efficientnet-lite0-motion", kernel_estimate, "efficientnet", "kernel distance of motion",
+            "kernel distance of clips' mean EfficientNet-lite0 features and their mean change between frames",
+            motion=True,
+        ),
+        Measure(
+            "retrieval", retrieval, network="efficientnet", labels={
+                "retrieval_top1": Label(
+                    "caption retrieval, top 1", HIGHER,
+                    "fraction of clips whose nearest real clip, in EfficientNet-lite0 features, has their caption",
+                ),
+                "retrieval_top5": Label(
+                    "caption retrieval, top 5", HIGHER,
+                    "fraction of clips with the real clip of their caption among the five nearest",
+                ),
+                "retrieval_median_rank": Label(
+                    "caption retrieval, median rank", LOWER,
+                    "median rank of the real clip of the same caption among all real clips",
+                ),
+            },
+        ),
+        Measure(
+            "motion_error", motion_error, protocols=(*CAPTIONS, "classes"), min_frames=2, labels={
+                "motion_error": Label(
+                    "motion error, factor", LOWER,
+                    "typical factor between the motion energy of a clip and that of the real clip of its caption",
+                ),
+            },
+        ),
+        _score(
+            "motion_energy", clip_metrics.motion_energy, "motion energy, grey levels",
+            "mean absolute change of a pixel from frame to frame, in grey levels (0 to 255)",
+        ),
+        _score(
+            "flicker", clip_metrics.flicker, "flicker, grey levels",
+            "mean absolute second difference of a pixel over time: small for steady motion, large for jitter", min_frames=3,
+        ),
+        _score(
+            "persistence", clip_metrics.persistence, "persistence",
+            "change over four frames divided by the change over one: 1 where frames vary around one image", min_frames=3,
+        ),
+        _score(
+            "coherence", clip_metrics.coherence, "coherence",
+            "correlation of the pixels of successive frames: 1 where nothing changes",
+        ),
+        _score(
+            "warping_error", clip_metrics.warping_error, "warping error, grey levels",
+            "difference between a frame and the previous one warped along the optical flow", package="cv2",
+        ),
+        _score(
+            "loop_gap", clip_metrics.loop_gap, "loop gap, steps",
+            "change from the last frame to the first divided by the mean change between frames: 1 where a loop closes", min_frames=3,
+        ),
+        Measure(
+            "denoising", denoising_of_real_clips, labels={
+                "denoising_error": Label(
+                    "denoising error", LOWER,
+                    "mean squared error of the model's prediction for real clips under noise, over four timesteps",
+                ),
+                "denoising_error_of_end_frames": Label(
+                    "denoising error, boundary frames", LOWER, "denoising error of the first and the last frame alone"
+                ),
+                "motion_seen_at_{timestep}": Label(
+                    "motion R² at t = {timestep}", HIGHER, f"{_MOTION}, from all frames together"
+                ),
+                "motion_seen_at_{timestep}_frame_by_frame": Label(
+                    "per-frame motion R² at t = {timestep}", "", f"{_MOTION}, from each frame alone"
+                ),
+            },
+        ),
+        Measure(
+            "reconstruction", reconstruction, labels={
+                "reconstruction_psnr_db": Label(
+                    "reconstruction PSNR, dB", HIGHER, "PSNR of held-out frames through the autoencoder"
+                ),
+            },
+        ),
+        Measure(
+            "clipsim", clipsim, protocols=(*CAPTIONS, *MSRVTT), network="clip",
+            labels={"clipsim": Label("CLIPSIM", HIGHER, "mean cosine similarity of frames and prompt in CLIP")},
+        ),
+        _distance(
+            "kvd-videomae", kernel_estimate, "videomae", "KVD, VideoMAE", "kernel distance of VideoMAE features",
+            protocols=(*CAPTIONS, *PUBLIC),
+        ),
+        _distance(
+            "fd-efficientnet-lite0", frechet_estimate, "efficientnet", "Frechet distance of frames",
+            "Frechet distance of frames' EfficientNet-lite0 features",
+        ),
+        _distance(
+            "fvd-videomae", frechet_estimate, "videomae", "FVD, VideoMAE", "Frechet distance of VideoMAE features",
+            protocols=(*CAPTIONS, *PUBLIC),
+        ),
+        _distance(
+            "fvd", frechet_estimate, "i3d", "FVD", "Frechet distance of I3D's logits of 16 frames", protocols=(*CAPTIONS, *PUBLIC),
+        ),
+        _distance(
+            "kvd", kernel_estimate, "i3d", "KVD", "kernel distance of I3D's logits of 16 frames", protocols=(*CAPTIONS, *PUBLIC),
+        ),
+        _distance(
+            "fid", frechet_estimate, "inception", "FID", "Frechet distance of frames' Inception-v3 features",
+            protocols=(*CAPTIONS, *MSRVTT),
+        ),
+        _distance(
+            "kid", kernel_estimate, "inception", "KID", "kernel distance of frames' Inception-v3 features",
+            protocols=(*CAPTIONS, *MSRVTT),
+        ),
+        Measure(
+            "is-frames", class_score, protocols=(*CAPTIONS, *MSRVTT), network="inception", options={"probabilities": True},
+            labels={"is-frames": Label("inception score of frames", HIGHER, "inception score of frames, Inception-v3")},
+        ),
+        Measure(
+            "is", class_score, protocols=("ucf101",), network="c3d",
+            labels={"is": Label("inception score", HIGHER, "inception score of clips, C3D fine-tuned on UCF-101")},
+        ),
+    )
+}  # fmt: skip
+DISTANCES = tuple(name for name, measure in MEASURES.items() if measure.compute is distance)

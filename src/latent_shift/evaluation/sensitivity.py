@@ -1,8 +1,7 @@
-"""Do the measures measure? Real clips are spoilt more and more, in four ways, and every measure is taken of them against other real
-clips: one that is to be believed gets worse as they do.
+"""Sensitivity of the measures: they are computed of real clips that are degraded in four ways.
 
-Noise and blur spoil frames; shuffling and freezing spoil motion and leave every frame as it was, which a measure of single frames cannot
-see: the table says which can.
+Noise and blur degrade frames. Shuffling and freezing degrade motion and leave each frame as it was, so a measure of
+single frames cannot respond to them. A measure that can be trusted gets worse as the strength grows.
 """
 
 from __future__ import annotations
@@ -13,87 +12,93 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageFilter
 
-from latent_shift.evaluation import clip_metrics, statistics
 from latent_shift.evaluation.features import Extractor
-from latent_shift.evaluation.statistics import Unmeasurable
+from latent_shift.evaluation.measures import MEASURES, Measure
+from latent_shift.evaluation.statistics import MeasureUnavailable
 from latent_shift.files import markdown_table
 
 
-def noisy(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Independent noise of `strength` x 64 grey levels."""
+def add_noise(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Add independent Gaussian noise with a standard deviation of 64 `strength` grey levels."""
     return (clip + 64 * strength * rng.standard_normal(clip.shape)).round().clip(0, 255).astype(np.uint8)
 
 
-def blurred(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """A Gaussian blur with a radius of `strength` / 16 of the side."""
-    blur = ImageFilter.GaussianBlur(strength * clip.shape[1] / 16)
-    return np.stack([np.asarray(Image.fromarray(frame).filter(blur)) for frame in clip])
+def blur(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Blur frames with a Gaussian whose radius is `strength` / 16 of their side."""
+    gaussian = ImageFilter.GaussianBlur(strength * clip.shape[1] / 16)
+    return np.stack([np.asarray(Image.fromarray(frame).filter(gaussian)) for frame in clip])
 
 
-def shuffled(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """A share of the frames change places."""
-    order, chosen = np.arange(len(clip)), rng.permutation(len(clip))[: round(strength * len(clip))]
+def shuffle(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Permute a fraction `strength` of the frames."""
+    order = np.arange(len(clip))
+    chosen = rng.permutation(len(clip))[: round(strength * len(clip))]
     order[np.sort(chosen)] = chosen
     return clip[order]
 
 
-def frozen(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """From some frame on a share of the clip stands still."""
+def freeze(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Repeat one frame over the last fraction `strength` of the clip."""
     order = np.minimum(np.arange(len(clip)), round((1 - strength) * (len(clip) - 1)))
     return clip[order]
 
 
-WAYS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
-    "noise": noisy, "blur": blurred, "shuffle": shuffled, "freeze": frozen,
+DEGRADATIONS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
+    "noise": add_noise, "blur": blur, "shuffle": shuffle, "freeze": freeze,
 }  # fmt: skip
 STRENGTHS = (0.125, 0.25, 0.5, 1.0)
 
 
-def verify(
-    clips: np.ndarray, extractors: Sequence[Extractor], *, strengths: Sequence[float] = STRENGTHS
+def sensitivity(
+    clips: np.ndarray, distances: Sequence[tuple[Measure, Extractor]], *, strengths: Sequence[float] = STRENGTHS
 ) -> dict[str, dict[str, list[float]]]:
-    """Every measure of clips that are spoilt more and more, the first value of those that are not.
+    """Measure real clips that are degraded more and more.
 
     Args:
-        clips: `(N, F, H, W, 3) uint8` real ones; the first half is compared with, the second is spoilt.
-        extractors: for distances. Frechet distances are left out where there are too few samples.
-        strengths: from 0 to 1.
+        clips: `(N, F, H, W, 3) uint8` real clips; the second half is degraded and compared with the first.
+        distances: each with its network, as `open_distances` returns them; those that need more clips are left out.
+        strengths: of the degradations, 0 to 1.
 
     Returns:
-        Way -> measure -> values.
+        Degradation to measure to values, that of the original clips first.
     """
-    kept, spoilt = np.array_split(clips, 2)
-    real = [extractor(kept) for extractor in extractors]
+    reference, originals = np.array_split(clips, 2)
+    scores = {measure.name: measure.score for measure in MEASURES.values() if measure.score}
+    extractors = {extractor.name: extractor for _, extractor in distances}
+    real = {name: extractor(reference) for name, extractor in extractors.items()}
 
-    def measured(clips: np.ndarray) -> dict[str, float]:
-        found = {name: float(np.mean([clip_metrics.CLIP_MEASURES[name](clip) for clip in clips])) for name in clip_metrics.CLIP_MEASURES}
-        for extractor, theirs in zip(extractors, real, strict=True):
-            ours = extractor(clips)
-            found[extractor.kernel] = statistics.kernel_estimate(ours, theirs, resamples=2).value
-            with contextlib.suppress(Unmeasurable):
-                found[extractor.frechet] = statistics.frechet(ours, theirs)
-        return found
+    def measure_all(clips: np.ndarray) -> dict[str, float]:
+        values = {name: float(np.mean([score(clip) for clip in clips])) for name, score in scores.items()}
+        features = {name: extractor(clips) for name, extractor in extractors.items()}
+        for measure, extractor in distances:
+            with contextlib.suppress(MeasureUnavailable):
+                assert measure.statistic is not None
+                values[measure.name] = measure.statistic(features[extractor.name], real[extractor.name], resamples=2).value
+        return values
 
-    whole, results = measured(spoilt), dict[str, dict[str, list[float]]]()
-    for way, spoil in WAYS.items():
+    values_of_originals = measure_all(originals)
+    results: dict[str, dict[str, list[float]]] = {}
+    for degradation, degrade in DEGRADATIONS.items():
         rng = np.random.default_rng(0)
-        steps = [whole] + [measured(np.stack([spoil(clip, strength, rng) for clip in spoilt])) for strength in strengths]
-        results[way] = {name: [step[name] for step in steps] for name in whole}
+        steps = [values_of_originals]
+        for strength in strengths:
+            steps.append(measure_all(np.stack([degrade(clip, strength, rng) for clip in originals])))
+        results[degradation] = {name: [step[name] for step in steps] for name in values_of_originals}
     return results
 
 
 def table(results: dict[str, dict[str, list[float]]], strengths: Sequence[float] = STRENGTHS) -> str:
-    """Markdown: a row for each measure and way, with an arrow where it only rises or only falls, or stays."""
+    """Return a Markdown table with a row for each measure and degradation, and the trend of its values."""
     rows = []
     for name in next(iter(results.values())):
-        for way, measures in results.items():
+        for degradation, measures in results.items():
             values = measures[name]
-            rows.append([name, way, *(f"{value:.4g}" for value in values), trend(values)])
-    return markdown_table(["measure", "spoilt by", "whole", *(f"{strength:g}" for strength in strengths), ""], rows)
+            rows.append([name, degradation, *(f"{value:.4g}" for value in values), trend(values)])
+    return markdown_table(["measure", "degraded by", "original", *(f"{strength:g}" for strength in strengths), "trend"], rows)
 
 
 def trend(values: Sequence[float], *, tolerance: float = 0.01) -> str:
-    """ "rises", "falls", "stays" within a share of the first value, or "" for what goes up and down."""
+    """Return "rises", "falls", "stays" (within a fraction of the first value), or "" for values that go up and down."""
     steps, slack = np.diff(values), tolerance * abs(values[0]) + 1e-9
     if (np.abs(np.asarray(values) - values[0]) <= slack).all():
         return "stays"

@@ -1,9 +1,8 @@
-"""Distances of two sets of features and scores of one, each with the interval in which the bootstrap sees it.
+"""Distances between two sets of features, scores of one set and averages over clips, each with a 95 % bootstrap interval.
 
-Whose features they are says extractors.py; a distance is called FID, FVD, ... only where they are the ones that have that name.
-
-N, M clips of two sets, G rows of each (its frames, or one), D features, K classes. What belongs together is drawn together: the rows of a
-clip, and clips of one unit, such as those of several captions of one video. All computation is in float64.
+N, M clips of two sets, G rows of features a clip (one a frame, or a single one), D features, K classes. The bootstrap
+is clustered: it resamples the rows of a clip together, and so the clips of one cluster, such as those of several
+captions of one video. All computation is in float64.
 """
 
 from __future__ import annotations
@@ -15,14 +14,21 @@ from typing import Any
 import numpy as np
 
 
-class Unmeasurable(ValueError):
-    """These clips, or what is at hand, do not allow a measure; others may be taken all the same."""
+class MeasureUnavailable(ValueError):
+    """One measure cannot be computed here: too few clips, missing weights or a missing package. Others still can."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % interval by bootstrap, from so many independent samples (of two sets, the fewer). Where `biased`, the number is
-    larger the fewer samples there are, and its interval says where other samples of as many would bring it, not what more of them would."""
+    """A statistic with its 95 % bootstrap interval.
+
+    Attributes:
+        value, low, high: the statistic and its interval.
+        samples: independent samples behind it; of two sets, the smaller number.
+        resamples: bootstrap resamples.
+        biased: whether the statistic grows as samples get fewer. Its interval then covers other sets of the same
+            size, not larger ones.
+    """
 
     value: float
     low: float
@@ -33,42 +39,51 @@ class Estimate:
 
 
 def frechet(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
-    """Squared Frechet distance of the Gaussians fitted to two sets: |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al.
-    2017, equation 6).
+    """Compute the squared Frechet distance of the Gaussians fitted to two sets (Heusel et al. 2017, equation 6).
 
-    With S = R'R, R the triangle of a QR decomposition of the centred features, the trace of (S_a S_b)^(1/2) is the sum of the singular
-    values of R_a R_b': no root of a nearly singular matrix is taken.
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with means m and covariances S.
+
+    With S = R'R, where R is the triangular factor of a QR decomposition of the centred features, the trace of
+    (S_a S_b)^(1/2) is the sum of the singular values of R_a R_b'. This avoids the root of a nearly singular matrix.
 
     Args:
-        a_ND, b_MD: `(N, D)`, `(M, D)`; or `(N, G, D)`, `(M, H, D)`, G or H rows of each.
+        a_ND, b_MD: `(N, D)` and `(M, D)`, or `(N, G, D)` and `(M, H, D)` with G or H rows a clip.
 
     Raises:
-        ValueError: other dimensions, what is not finite, or no more samples than dimensions, of which the distance is mostly bias.
+        ValueError: different dimensions, features that are not finite, or no more samples than features: the distance
+            would be mostly bias.
     """
-    a, b = _checked(a_ND, b_MD)
-    _enough(len(a), len(b), a)
+    a, b = _as_rows(a_ND, b_MD)
+    _check_sample_size(len(a), len(b), a)
     return _frechet(a, b, np.ones(len(a)), np.ones(len(b)))
 
 
-def frechet_estimate(a_NGD: np.ndarray, b_MGD: np.ndarray, *, units_N: np.ndarray | None = None, resamples: int = 40) -> Estimate:
-    """`frechet` with its interval, the value and 1.96 deviations of the resampled ones: a resample repeats samples, which makes each of
-    them larger, so only their spread counts. It is `biased`.
+def frechet_estimate(a_NGD: np.ndarray, b_MGD: np.ndarray, *, cluster_ids: np.ndarray | None = None, resamples: int = 40) -> Estimate:
+    """Compute `frechet` with its interval, the value plus and minus 1.96 standard deviations of the resampled distances.
+
+    A resample repeats samples, which raises every resampled distance; only their spread is used. The estimate is `biased`.
 
     Args:
-        units_N: which independent sample each of `a` belongs to. None: each is one; those of `b` always.
-        resamples: of the bootstrap, from both sets.
+        a_NGD, b_MGD: as in `frechet`.
+        cluster_ids: `(N,)`, the independent sample that each clip of `a` belongs to. None: each is its own; those of
+            `b` always are.
+        resamples: bootstrap resamples of both sets.
     """
-    a, b = _checked(a_NGD, b_MGD)
-    (num, draws), (other, others) = _bootstrap(len(a), resamples, units_N), _bootstrap(len(b), resamples, seed=1)
-    _enough(num, other, a)
+    a, b = _as_rows(a_NGD, b_MGD)
+    num_a, weights_a = _bootstrap_weights(len(a), resamples, cluster_ids)
+    num_b, weights_b = _bootstrap_weights(len(b), resamples, seed=1)
+    _check_sample_size(num_a, num_b, a)
     value = _frechet(a, b, np.ones(len(a)), np.ones(len(b)))
-    return _around(value, [_frechet(a, b, *each) for each in zip(draws, others, strict=True)], min(num, other), biased=True)
+    resampled = [_frechet(a, b, *weights) for weights in zip(weights_a, weights_b, strict=True)]
+    return _normal_interval(value, resampled, min(num_a, num_b), biased=True)
 
 
-def _enough(num: int, other: int, features_NGD: np.ndarray) -> None:
-    dims, of = features_NGD.shape[2], "clips" if features_NGD.shape[1] > 1 else "samples"
-    if (fewer := min(num, other)) <= dims:
-        raise Unmeasurable(f"{fewer} {of} of {dims} features: the Frechet distance needs more than features, else it is mostly bias")
+def _check_sample_size(num_a: int, num_b: int, features_NGD: np.ndarray) -> None:
+    dims, noun = features_NGD.shape[2], "clips" if features_NGD.shape[1] > 1 else "samples"
+    if (fewer := min(num_a, num_b)) <= dims:
+        raise MeasureUnavailable(
+            f"{fewer} {noun} of {dims} features: the Frechet distance needs more {noun} than features, fewer give mostly bias"
+        )
 
 
 def _frechet(a_NGD: np.ndarray, b_MGD: np.ndarray, weights_N: np.ndarray, weights_M: np.ndarray) -> float:
@@ -78,8 +93,10 @@ def _frechet(a_NGD: np.ndarray, b_MGD: np.ndarray, weights_N: np.ndarray, weight
 
 
 def _gaussian(features_NGD: np.ndarray, weights_N: np.ndarray, *, rows: int = 8192) -> tuple[np.ndarray, np.ndarray]:
-    """The mean `(D,)` and the triangle R `(D, D)` of the covariance R'R of rows that count as often as their sample; some at once, for of
-    all frames of a large set a copy would be gigabytes."""
+    """Return the mean `(D,)` and the triangular factor R `(D, D)` of the covariance R'R of weighted samples.
+
+    It works on `rows` rows at a time, because a copy of all frames of a large set would take gigabytes.
+    """
     step = 1 + rows // features_NGD.shape[1]
     parts = [slice(start, start + step) for start in range(0, len(features_NGD), step)]
     total = weights_N.sum() * features_NGD.shape[1]
@@ -92,62 +109,73 @@ def _gaussian(features_NGD: np.ndarray, weights_N: np.ndarray, *, rows: int = 81
 
 
 def kernel_estimate(
-    a_NGD: np.ndarray, b_MGD: np.ndarray, *, units_N: np.ndarray | None = None, units_M: np.ndarray | None = None, resamples: int = 1000,
-    most: int = 5000,
-) -> Estimate:  # fmt: skip
-    """Squared maximum mean discrepancy under the kernel (x'y / D + 1)^3, without bias at any number of samples (Binkowski et al. 2018,
-    section 4: KID; of video features KVD, Unterthiner et al. 2018). Nothing is paired with what belongs to the same unit, which is like
-    it: no frame with another of its clip and, where both sets are of the same captions, no drawn clip with the real one of its caption
-    (Gretton et al. 2012, lemma 6, of as many x as y: pairs need only have nothing to do with each other, what x and y of one have in
-    common does not bias it).
+    a_NGD: np.ndarray,
+    b_MGD: np.ndarray,
+    *,
+    cluster_ids: np.ndarray | None = None,
+    other_cluster_ids: np.ndarray | None = None,
+    resamples: int = 1000,
+    max_clips: int = 5000,
+) -> Estimate:
+    """Compute the squared maximum mean discrepancy under the kernel (x'y / D + 1)^3, unbiased at any number of
+    samples (Binkowski et al. 2018, section 4: KID; on video features KVD, Unterthiner et al. 2018).
+
+    Clips of one cluster are never paired: no frame with another of its clip and, where both sets share captions, no
+    generated clip with the real one of its caption (Gretton et al. 2012, lemma 6: only the two members of a pair must
+    be independent).
 
     Args:
         a_NGD, b_MGD: as in `frechet`.
-        units_N: which independent sample each of `a` belongs to. None: each is one.
-        units_M: the same of `b`, whose units are those of `a` where they have one number. None: each is one of its own.
-        resamples: of the bootstrap, from both sets; of units of both, which are drawn once for both.
-        most: clips taken of each set, at random; the kernel of all against all grows with their square.
+        cluster_ids: `(N,)`, the independent sample that each clip of `a` belongs to. None: each is its own.
+        other_cluster_ids: `(M,)`, the same for `b`; equal ids in both sets are one cluster. None: each is its own,
+            none in `a`.
+        resamples: bootstrap resamples of both sets; clusters that both share are resampled together.
+        max_clips: clips taken of each set, at random: the cost grows with their square.
 
     Raises:
-        ValueError: other dimensions, what is not finite, or fewer than three samples, which have no interval.
+        ValueError: different dimensions, features that are not finite, or fewer than three samples, which have no interval.
     """
-    a, b = _checked(a_NGD, b_MGD)
+    a, b = _as_rows(a_NGD, b_MGD)
     rng = np.random.default_rng(0)
-    chosen, others = (np.sort(rng.permutation(len(each))[:most]) for each in (a, b))
-    units_a = (np.arange(len(a)) if units_N is None else np.asarray(units_N))[chosen]
-    units_b = others + units_a.max(initial=-1) + 1 if units_M is None else np.asarray(units_M)[others]
-    a, b, units = a[chosen], b[others], _units(len(chosen) + len(others), np.concatenate([units_a, units_b]))
-    units_a, units_b = units[: len(a)], units[len(a) :]
-    if (fewer := min(len(np.unique(units_a)), len(np.unique(units_b)))) < 3:
-        raise Unmeasurable("the kernel distance needs three samples or more of each set")
-    within_a, within_b, between = _paired(a, units_a, a, units_a), _paired(b, units_b, b, units_b), _paired(a, units_a, b, units_b)
+    chosen_a, chosen_b = (np.sort(rng.permutation(len(features))[:max_clips]) for features in (a, b))
+    ids_a = (np.arange(len(a)) if cluster_ids is None else np.asarray(cluster_ids))[chosen_a]
+    ids_b = chosen_b + ids_a.max(initial=-1) + 1 if other_cluster_ids is None else np.asarray(other_cluster_ids)[chosen_b]
+    a, b = a[chosen_a], b[chosen_b]
+    ids = _consecutive_ids(len(a) + len(b), np.concatenate([ids_a, ids_b]))
+    ids_a, ids_b = ids[: len(a)], ids[len(a) :]
+    if (fewer := min(len(np.unique(ids_a)), len(np.unique(ids_b)))) < 3:
+        raise MeasureUnavailable("the kernel distance needs three samples or more of each set")
+    within_a, within_b = _mean_kernel(a, ids_a, a, ids_a), _mean_kernel(b, ids_b, b, ids_b)
+    between = _mean_kernel(a, ids_a, b, ids_b)
 
     def mmd(u_N: np.ndarray, w_M: np.ndarray) -> float:
         return within_a(u_N, u_N) + within_b(w_M, w_M) - 2 * between(u_N, w_M)
 
-    draws: Iterable[Sequence[np.ndarray]]
-    if units_M is None:
-        draws = zip(_bootstrap(len(a), resamples, units_a)[1], _bootstrap(len(b), resamples, units_b, seed=1)[1], strict=True)
+    weights: Iterable[Sequence[np.ndarray]]
+    if other_cluster_ids is None:
+        weights_a = _bootstrap_weights(len(a), resamples, ids_a)[1]
+        weights_b = _bootstrap_weights(len(b), resamples, ids_b, seed=1)[1]
+        weights = zip(weights_a, weights_b, strict=True)
     else:
-        draws = (np.split(each, [len(a)]) for each in _bootstrap(len(units), resamples, units)[1])
-    drawn = np.array([mmd(*each) for each in draws])
-    return _between(mmd(np.ones(len(a)), np.ones(len(b))), drawn[np.isfinite(drawn)], fewer)
+        weights = (np.split(both, [len(a)]) for both in _bootstrap_weights(len(ids), resamples, ids)[1])
+    resampled = np.array([mmd(*pair) for pair in weights])
+    return _percentile_interval(mmd(np.ones(len(a)), np.ones(len(b))), resampled[np.isfinite(resampled)], fewer)
 
 
-def _paired(a_NGD: np.ndarray, units_N: np.ndarray, b_MGD: np.ndarray, units_M: np.ndarray) -> Callable[[np.ndarray, np.ndarray], float]:
-    """The kernel's mean over all pairs of two units, as a function of how often each of `a` and of `b` counts; NaN where there are none."""
-    kernel, many = _kernel(a_NGD, b_MGD), 1 + max(units_N.max(), units_M.max())
-    kernel[units_N[:, None] == units_M] = 0
+def _mean_kernel(a_NGD: np.ndarray, ids_N: np.ndarray, b_MGD: np.ndarray, ids_M: np.ndarray) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Return the kernel's mean over all pairs from two clusters as a function of the weights; NaN without such pairs."""
+    kernel, num_clusters = _kernel(a_NGD, b_MGD), 1 + max(ids_N.max(), ids_M.max())
+    kernel[ids_N[:, None] == ids_M] = 0
 
-    def weighted(u_N: np.ndarray, w_M: np.ndarray) -> float:
-        pairs = u_N.sum() * w_M.sum() - np.bincount(units_N, u_N, many) @ np.bincount(units_M, w_M, many)
+    def weighted_mean(u_N: np.ndarray, w_M: np.ndarray) -> float:
+        pairs = u_N.sum() * w_M.sum() - np.bincount(ids_N, u_N, num_clusters) @ np.bincount(ids_M, w_M, num_clusters)
         return float(u_N @ kernel @ w_M / pairs) if pairs else np.nan
 
-    return weighted
+    return weighted_mean
 
 
 def _kernel(a_NGD: np.ndarray, b_MGD: np.ndarray) -> np.ndarray:
-    """`(N, M)`: the kernel's mean over the pairs of a row of one of `a` with a row of one of `b`, some rows at once."""
+    """Return `(N, M)`, the kernel's mean over the pairs of a row of each clip of `a` and of `b`, computed in blocks."""
     num, size, dims = b_MGD.shape
     rows = 1 + 2**24 // (num * size * size)
     other = b_MGD.reshape(-1, dims).astype(np.float64).T
@@ -156,35 +184,38 @@ def _kernel(a_NGD: np.ndarray, b_MGD: np.ndarray) -> np.ndarray:
     return np.concatenate([kernel.mean(axis=(1, 3)) for kernel in kernels])
 
 
-def inception_score(probabilities_NGK: np.ndarray, *, units_N: np.ndarray | None = None, resamples: int = 100) -> Estimate:
-    """exp of the mean divergence of each row's classes from the classes of all (Salimans et al. 2016), of all at once, without splits.
-    The interval is the value and 1.96 deviations of the resampled scores, which repeat samples and are lower.
+def inception_score(probabilities_NGK: np.ndarray, *, cluster_ids: np.ndarray | None = None, resamples: int = 100) -> Estimate:
+    """Compute the inception score, exp of the mean divergence of each row's classes from the classes of all (Salimans
+    et al. 2016), over all clips at once, without splits.
+
+    The interval is the value plus and minus 1.96 standard deviations of the resampled scores, which repeat samples
+    and are lower.
 
     Args:
-        probabilities_NGK: `(N, K)`, or `(N, G, K)`, G rows of each.
-        units_N: which independent sample each belongs to. None: each is one.
-        resamples: of the bootstrap.
+        probabilities_NGK: `(N, K)`, or `(N, G, K)` with G rows a clip.
+        cluster_ids: `(N,)`, the independent sample that each clip belongs to. None: each is its own.
+        resamples: bootstrap resamples.
 
     Raises:
         ValueError: rows that are no probabilities, or no more samples than classes.
     """
     p = probabilities_NGK if probabilities_NGK.ndim == 3 else probabilities_NGK[:, None]
-    shares, certainties = [], []  # of each clip all that the score needs: its mean probabilities, and its mean sum of p log p
+    class_means, negative_entropies = [], []  # all that the score needs of a clip: its mean probabilities and its mean sum of p log p
     for start in range(0, len(p), 256):
         part = p[start : start + 256].astype(np.float64)
         if (part < 0).any() or not np.allclose(part.sum(axis=2), 1, atol=1e-3):
             raise ValueError("the inception score expects a row of probabilities a sample")
-        shares.append(part.mean(axis=1))
-        certainties.append(_p_log_p(part).mean(axis=1))
-    shares_NK, certainties_N = np.concatenate(shares), np.concatenate(certainties)
-    num, draws = _bootstrap(len(p), resamples, units_N)
+        class_means.append(part.mean(axis=1))
+        negative_entropies.append(_p_log_p(part).mean(axis=1))
+    means_NK, negative_entropies_N = np.concatenate(class_means), np.concatenate(negative_entropies)
+    num, weights = _bootstrap_weights(len(p), resamples, cluster_ids)
     if num <= p.shape[2]:
-        raise Unmeasurable(f"{num} clips of {p.shape[2]} classes: the inception score needs more than classes")
+        raise MeasureUnavailable(f"{num} clips of {p.shape[2]} classes: the inception score needs more clips than classes")
 
     def score(weights_N: np.ndarray) -> float:
-        return float(np.exp(mean(certainties_N, weights_N) - _p_log_p(mean(shares_NK, weights_N))))
+        return float(np.exp(mean(negative_entropies_N, weights_N) - _p_log_p(mean(means_NK, weights_N))))
 
-    return _around(score(np.ones(len(p))), [score(each) for each in draws], num)
+    return _normal_interval(score(np.ones(len(p))), [score(weights_N) for weights_N in weights], num)
 
 
 def _p_log_p(p: np.ndarray) -> np.ndarray:
@@ -192,85 +223,106 @@ def _p_log_p(p: np.ndarray) -> np.ndarray:
 
 
 def mean(values_N: np.ndarray, weights_N: np.ndarray) -> Any:
-    """Of `(N,)` a number, of `(N, K)` one of each column."""
+    """Return the weighted mean of `(N,)`, or of each column of `(N, K)`."""
     return weights_N @ values_N / weights_N.sum()
 
 
 def factor(ratios_N: np.ndarray, weights_N: np.ndarray) -> float:
-    """How far ratios are from 1, up or down: exp of the mean |log|."""
+    """Return the typical factor between ratios and 1, in either direction: exp of the weighted mean of |log|."""
     return float(np.exp(mean(np.abs(np.log(ratios_N)), weights_N)))
 
 
 def median(values_N: np.ndarray, weights_N: np.ndarray) -> float:
-    """Of `(N,)`, each as often as its weight, a whole number."""
+    """Return the median of values that count as often as their weights, which are whole numbers."""
     return float(np.median(np.repeat(values_N, weights_N.astype(int))))
 
 
-def found(missed_and_there_N2: np.ndarray, weights_N: np.ndarray) -> float:
-    """1 - what is missed by what is there, of all together: R^2."""
-    missed, there = weights_N @ missed_and_there_N2
-    return float(1 - missed / max(there, 1e-12))
+def r_squared(residual_and_total_N2: np.ndarray, weights_N: np.ndarray) -> float:
+    """Return R^2 = 1 - residual / total, with both sums of squares taken over all clips."""
+    residual, total = weights_N @ residual_and_total_N2
+    return float(1 - residual / max(total, 1e-12))
+
+
+AVERAGES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "mean": mean, "factor": factor, "median": median, "r_squared": r_squared, "found": r_squared,
+}  # fmt: skip
+"""Averages by the names that records give them; results of version 0.1 call `r_squared` "found"."""
 
 
 def estimate(
-    values_N: np.ndarray, average: Callable[[np.ndarray, np.ndarray], float] = mean, *, units_N: np.ndarray | None = None,
+    values_N: np.ndarray,
+    average: Callable[[np.ndarray, np.ndarray], float] = mean,
+    *,
+    cluster_ids: np.ndarray | None = None,
     resamples: int = 1000,
-) -> Estimate:  # fmt: skip
-    """An average of a measure of each clip, which counts each as often as its weight says.
+) -> Estimate:
+    """Average a value of each clip, with its percentile interval.
 
     Args:
         values_N: `(N,)`, or `(N, ...)` where the average takes it.
-        average: of values and weights `(N,)`: `mean`, `median`, `factor`, `found`.
-        units_N: which independent sample each belongs to. None: each is one.
-        resamples: of the bootstrap.
+        average: a function of values and weights `(N,)`, one of `AVERAGES`.
+        cluster_ids: `(N,)`, the independent sample that each clip belongs to. None: each is its own.
+        resamples: bootstrap resamples.
 
     Raises:
-        ValueError: one sample alone.
+        ValueError: a single sample.
     """
     values = np.asarray(values_N, np.float64)
-    num, draws = _bootstrap(len(values), resamples, units_N)
+    num, weights = _bootstrap_weights(len(values), resamples, cluster_ids)
     if num < 2:
-        raise Unmeasurable("one clip has no interval: expected two or more")
-    return _between(average(values, np.ones(len(values))), [average(values, each) for each in draws], num)
+        raise MeasureUnavailable("one clip has no interval: expected two or more")
+    resampled = [average(values, weights_N) for weights_N in weights]
+    return _percentile_interval(average(values, np.ones(len(values))), resampled, num)
 
 
 def difference(
-    values_N: np.ndarray, others_N: np.ndarray, average: Callable[[np.ndarray, np.ndarray], float] = mean, *,
-    units_N: np.ndarray | None = None, resamples: int = 1000,
-) -> Estimate:  # fmt: skip
-    """How much more an average is of one set than of another that was taken of the same clips: both are drawn alike, so that what they
-    share does not widen the interval (a paired bootstrap)."""
-    values = np.stack([np.asarray(each, np.float64) for each in (values_N, others_N)], axis=1)
-    return estimate(values, lambda pair, w: average(pair[:, 0], w) - average(pair[:, 1], w), units_N=units_N, resamples=resamples)
+    values_N: np.ndarray,
+    others_N: np.ndarray,
+    average: Callable[[np.ndarray, np.ndarray], float] = mean,
+    *,
+    cluster_ids: np.ndarray | None = None,
+    resamples: int = 1000,
+) -> Estimate:
+    """Subtract the average of `others_N` from that of `values_N`, with its interval by a paired bootstrap.
+
+    Both are values of the same clips of two systems and are resampled together, so that what they share does not
+    widen the interval. Arguments as in `estimate`.
+    """
+    pairs = np.stack([np.asarray(values, np.float64) for values in (values_N, others_N)], axis=1)
+    return estimate(pairs, lambda pair, w: average(pair[:, 0], w) - average(pair[:, 1], w), cluster_ids=cluster_ids, resamples=resamples)
 
 
-def _units(num: int, units_N: np.ndarray | None) -> np.ndarray:
-    return np.arange(num) if units_N is None else np.unique(units_N, return_inverse=True)[1]
+def _consecutive_ids(num: int, cluster_ids: np.ndarray | None) -> np.ndarray:
+    return np.arange(num) if cluster_ids is None else np.unique(cluster_ids, return_inverse=True)[1]
 
 
-def _bootstrap(num: int, resamples: int, units_N: np.ndarray | None = None, *, seed: int = 0) -> tuple[int, Iterator[np.ndarray]]:
-    """How many units there are, and how often each of `num` clips counts where as many units are drawn, again and again."""
-    rng, units = np.random.default_rng(seed), _units(num, units_N)
-    many = int(units.max(initial=-1)) + 1
-    return many, (rng.multinomial(many, np.full(many, 1 / many))[units].astype(np.float64) for _ in range(resamples))
+def _bootstrap_weights(
+    num: int, resamples: int, cluster_ids: np.ndarray | None = None, *, seed: int = 0
+) -> tuple[int, Iterator[np.ndarray]]:
+    """Return the number of clusters and, for each resample of them, how often each of `num` clips counts."""
+    rng, ids = np.random.default_rng(seed), _consecutive_ids(num, cluster_ids)
+    num = int(ids.max(initial=-1)) + 1
+    return num, (rng.multinomial(num, np.full(num, 1 / num))[ids].astype(np.float64) for _ in range(resamples))
 
 
-def _between(value: float, resampled, samples: int) -> Estimate:
-    """Where 95 % of the resampled values lie: of an estimate without bias."""
+def _percentile_interval(value: float, resampled, samples: int) -> Estimate:
+    """Return the interval that holds 95 % of the resampled values, for a statistic without bias."""
     low, high = np.percentile(resampled, (2.5, 97.5))
     return Estimate(float(value), float(low), float(high), samples, len(resampled))
 
 
-def _around(value: float, resampled, samples: int, *, biased: bool = False) -> Estimate:
-    """As far from the value as the resampled ones are from each other: of an estimate that repeated samples move."""
-    spread = 1.96 * float(np.std(resampled, ddof=1))
-    return Estimate(float(value), float(value) - spread, float(value) + spread, samples, len(resampled), biased)
+def _normal_interval(value: float, resampled, samples: int, *, biased: bool = False) -> Estimate:
+    """Return the value +- 1.96 standard deviations of the resampled ones, for a statistic that repeated samples shift."""
+    margin = 1.96 * float(np.std(resampled, ddof=1))
+    return Estimate(float(value), float(value) - margin, float(value) + margin, samples, len(resampled), biased)
 
 
-def _checked(a_NGD: np.ndarray, b_MGD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    a, b = (each[:, None] if each.ndim == 2 else each for each in (a_NGD, b_MGD))
+def _as_rows(a_NGD: np.ndarray, b_MGD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both sets as `(N, G, D)`; raise ValueError unless they have the same features and are finite."""
+    a, b = (features[:, None] if features.ndim == 2 else features for features in (a_NGD, b_MGD))
     if a.ndim != 3 or b.ndim != 3 or a.shape[2] != b.shape[2]:
         raise ValueError(f"expected two sets of the same features, got {a_NGD.shape} and {b_MGD.shape}")
-    if not all(np.isfinite(each[start : start + 256]).all() for each in (a, b) for start in range(0, len(each), 256)):
-        raise ValueError("features that are not finite: expected numbers")
+    for features in (a, b):
+        if not all(np.isfinite(features[start : start + 256]).all() for start in range(0, len(features), 256)):
+            raise ValueError("expected finite features, got NaN or infinity")
     return a, b

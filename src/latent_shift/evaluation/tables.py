@@ -1,50 +1,181 @@
+"""Tables of results: systems in columns, measures in rows, and systems that were trained with several seeds merged
+into one column.
+"""
+
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from latent_shift.evaluation.records import Record, read_records
 from latent_shift.files import markdown_table
 
 
-def table_of(results: list[dict[str, Any]]) -> tuple[list[str], list[str], list[list[dict[str, Any] | None]]]:
-    """What a table of results holds: systems and "real clips", measures, and for each measure the records.
+@dataclass(frozen=True)
+class Spread:
+    """A value over training seeds: mean, least and greatest."""
+
+    mean: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(float(np.mean(values)), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a system, or of a system that was trained with several seeds.
+
+    Attributes:
+        record: of the system; of several seeds, of the first one.
+        seeds: the value over the seeds; None: one seed.
+        more: the difference from the first system over the seeds; None: one seed, or no difference
+            (`record.difference` has it).
+    """
+
+    record: Record
+    seeds: Spread | None = None
+    more: Spread | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers of several systems.
+
+    Attributes:
+        systems: the results file of each column; of several training seeds, of the first one.
+        num_seeds: training seeds of each column.
+        measures: record names, one a row.
+        cells: for each measure the cell of each system, then that of the real clips; None: not measured.
+    """
+
+    systems: list[dict[str, Any]]
+    num_seeds: list[int]
+    measures: list[str]
+    cells: list[list[Cell | None]]
+
+    @property
+    def names(self) -> list[str]:
+        return [result["system"]["system"] for result in self.systems]
+
+
+def parse_seeds(options: Sequence[str]) -> dict[str, list[str]]:
+    """Read `SYSTEM=OTHER,...` options: systems that differ from SYSTEM in the training seed alone.
 
     Raises:
-        ValueError: results that cannot stand beside each other: of different protocols, clips, sizes, extractors or noise.
+        ValueError: an option of another form.
     """
+    groups = {}
+    for option in options:
+        system, _, others = option.partition("=")
+        if not system or not others:
+            raise ValueError(f"--seeds {option}: expected SYSTEM=OTHER,..., for example shift=seed-1,seed-2")
+        groups[system] = others.split(",")
+    return groups
+
+
+def find_seeds(names: Sequence[str]) -> dict[str, list[str]]:
+    """Group systems by name: `SYSTEM-seed-N` belongs to SYSTEM, and `seed-N` to the first system."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        match = re.fullmatch(r"(?:(.+)-)?seed-\d+", name)
+        if match:
+            system = match[1] or names[0]
+            if system in names and system != name:
+                groups.setdefault(system, []).append(name)
+    return groups
+
+
+def make_table(results: Sequence[dict[str, Any]], seeds: Mapping[str, Sequence[str]] | None = None) -> Table:
+    """Arrange results of several systems in a table.
+
+    Args:
+        results: of results files, one a system.
+        seeds: system to the other systems of its group, which differ from it in the training seed alone; they share
+            its column.
+
+    Raises:
+        ValueError: results that cannot be compared, because their protocols, clips, sizes, extractors or noise
+            differ; or a group with an unknown system.
+    """
+    _check_comparable(results)
+    seeds = seeds or {}
+    by_name = {result["system"]["system"]: result for result in results}
+    if unknown := sorted({name for system, others in seeds.items() for name in (system, *others)} - by_name.keys()):
+        raise ValueError(f"--seeds: no results of {', '.join(unknown)}; expected some of {', '.join(by_name)}")
+    records = {name: read_records(result) for name, result in by_name.items()}
+    merged = {name for others in seeds.values() for name in others}
+    columns = [[name, *seeds.get(name, ())] for name in by_name if name not in merged]
+    measures = list(dict.fromkeys(measure for system in records.values() for measure in system))
+    shown = [measure for measure in measures if not measure.endswith("_real")]
+    cells = []
+    for measure in shown:
+        row = [_cell([records[name][measure] for name in names if measure in records[name]]) for names in columns]
+        of_real = next((system[f"{measure}_real"] for system in records.values() if f"{measure}_real" in system), None)
+        cells.append([*row, _cell([of_real] if of_real else [])])
+    return Table([by_name[names[0]] for names in columns], [len(names) for names in columns], shown, cells)
+
+
+def _check_comparable(results: Sequence[dict[str, Any]]) -> None:
     for result in results[1:]:
         for key in ("protocol", "clips", "num_frames", "prompts_sha256", "reference", "size"):
             if result["protocol"][key] != results[0]["protocol"][key]:
-                raise ValueError(f"results of different {key} cannot stand in one table: {result['system']['system']}")
-    values = [{record["measure"]: record for record in result["records"]} for result in results]
-    names = list(dict.fromkeys(name for each in values for name in each))
-    for name in names:
-        for key, told in (("extractor", "with different weights"), ("noise", "through different noise")):
-            taken = {json.dumps(each[name].get(key)) for each in values if name in each}
-            if len(taken) > 1:
-                raise ValueError(f"{name} was taken {told}: {', '.join(sorted(taken))}")
-    shown = [name for name in names if not name.endswith("_real")]
-    cells = [
-        [*(each.get(name) for each in values), next((each[name + "_real"] for each in values if name + "_real" in each), None)]
-        for name in shown
-    ]
-    return [*(result["system"]["system"] for result in results), "real clips"], shown, cells
+                raise ValueError(f"results of different {key} cannot be compared: {result['system']['system']}")
+    settings: dict[tuple[str, str], set[str]] = {}
+    for result in results:
+        for record in result["records"]:
+            for key in ("extractor", "noise"):
+                settings.setdefault((record["measure"], key), set()).add(json.dumps(record.get(key)))
+    for (measure, key), values in settings.items():
+        if len(values) > 1:
+            raise ValueError(f"results of {measure} with different {key} cannot be compared: {', '.join(sorted(values))}")
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """`table_of` as Markdown, under a line that says what the numbers are of."""
-    head, names, cells = table_of(results)
-    rows = ([name, *map(_shown, row)] for name, row in zip(names, cells, strict=True))
-    told = results[0]["protocol"]
-    part = "" if told["complete"] else ", a part of the protocol"
-    line = f"protocol {told['protocol']}: {told['clips']} clips of {told['num_frames']} frames{part}; in brackets 95 % by bootstrap"
-    if any(record and "more" in record for row in cells for record in row):
-        line += f"; with a sign what is more than of {head[0]}, of the same clips"
-    return line + "\n\n" + markdown_table(["measure", *head], rows)
+def _cell(records: list[Record]) -> Cell | None:
+    """Return the cell of one system, whose records are those of its training seeds."""
+    if not records:
+        return None
+    if len(records) == 1:
+        return Cell(records[0])
+    differences = [record.difference for record in records]
+    more = Spread.of([difference.value for difference in differences if difference]) if all(differences) else None
+    return Cell(records[0], Spread.of([record.value for record in records]), more)
 
 
-def lacking(results: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What was not measured and why: of all systems, or with the names of those that it was not measured of."""
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """Return the table of results as Markdown, below a line that describes its numbers."""
+    table, protocol = make_table(results), results[0]["protocol"]
+    rows = ([measure, *map(_text, row)] for measure, row in zip(table.measures, table.cells, strict=True))
+    part = "" if protocol["complete"] else ", a part of the protocol"
+    line = (
+        f"protocol {protocol['protocol']}: {protocol['clips']} clips of {protocol['num_frames']} frames{part}; 95 % intervals in brackets"
+    )
+    if any(cell and cell.record.more for row in table.cells for cell in row):
+        line += f"; signed values are paired differences from {table.names[0]} on the same clips"
+    return line + "\n\n" + markdown_table(["measure", *table.names, "real clips"], rows)
+
+
+def _text(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    record = cell.record
+    text = f"{record.value:.4g} ({'biased; ' if record.biased else ''}{record.low:.4g} to {record.high:.4g})"
+    if difference := record.difference:
+        text += f"; {difference.value:+.3g} ({difference.low:+.3g} to {difference.high:+.3g})"
+    return text
+
+
+def skipped_measures(results: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the measures that were skipped, each with the reason, and with names of systems where others have the
+    measure.
+    """
     systems: dict[tuple[str, str], list[str]] = {}
     for result in results:
         for measure, reason in result["skipped"].items():
@@ -53,10 +184,3 @@ def lacking(results: list[dict[str, Any]]) -> list[tuple[str, str]]:
         (measure if len(names) == len(results) else f"{measure} of {', '.join(names)}", reason)
         for (measure, reason), names in systems.items()
     ]
-
-
-def _shown(record: dict[str, Any] | None) -> str:
-    if record is None:
-        return ""
-    shown = f"{record['value']:.4g} ({'biased; ' if record.get('biased') else ''}{record['low']:.4g} to {record['high']:.4g})"
-    return shown if "more" not in record else shown + "; {value:+.3g} ({low:+.3g} to {high:+.3g})".format(**record["more"])

@@ -1,15 +1,16 @@
-"""Evaluations as a page to look at: the same words in rows, systems and real clips in columns, clips that play together, numbers with
-their intervals, and plots. A folder of files with no address outside of it: it opens from a disk.
+"""The HTML page of an evaluation: clips of all systems that play in step, tables and plots.
+
+The page is a folder of files that refer to nothing outside of it, so it opens from a disk:
 
     page/
-      index.html        text, tables, plots (SVG) and what makes the clips play together
-      clips/*.mp4, .png clips, and the frame that stands there before one plays
+      index.html        text, tables, plots (SVG) and the script that plays the clips in step
+      clips/*.mp4, .png clips, and the frame shown before each plays
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,26 +20,17 @@ import numpy as np
 from PIL import Image
 
 from latent_shift import video
-from latent_shift.evaluation.evaluate import Drawn, compared
-from latent_shift.evaluation.tables import lacking, table_of
+from latent_shift.evaluation.evaluate import SavedClips, add_paired_differences
+from latent_shift.evaluation.measures import HIGHER, LOWER, REAL, label_of
+from latent_shift.evaluation.tables import Table, find_seeds, make_table, skipped_measures
 from latent_shift.report.plots import plots
 
-LABELS = {  # measure, or how its name begins -> what a reader is told, and where better is: up, down, or where real clips are
-    "retrieval_top1": ("right caption first", "\u2191"), "retrieval_top5": ("right caption in the first five", "\u2191"),
-    "retrieval_median_rank": ("median rank of the right caption", "\u2193"),
-    "kd-efficientnet-lite0": ("kernel distance of frames, EfficientNet-lite0", "\u2193"),
-    "kd-efficientnet-lite0-motion": ("kernel distance of how frames change, EfficientNet-lite0", "\u2193"),
-    "motion_energy": ("motion energy, grey levels", "="), "flicker": ("flicker, grey levels", "="), "loop_gap": ("loop gap, steps", "="),
-    "persistence": ("persistence of motion", "="), "coherence": ("coherence of frames", "="),
-    "warping_error": ("warping error, grey levels", "="), "motion_error": ("motion error, factor", "\u2193"),
-    "reconstruction_psnr_db": ("reconstruction PSNR, dB", "\u2191"), "denoising_error": (None, "\u2193"), "motion_seen": (None, "\u2191"),
-    "clipsim": ("CLIPSIM", "\u2191"), "is": ("inception score", "\u2191"), "is-frames": ("inception score of frames", "\u2191"), "f": (None, "\u2193"), "k": (None, "\u2193"),
-}  # fmt: skip
+ARROWS = {HIGHER: "\u2191", LOWER: "\u2193", REAL: "=", "": ""}
 
 
 @dataclass
-class Shown:
-    """One system of an evaluation: its results and where its clips lie."""
+class Column:
+    """A system of an evaluation, or its real clips: its results file and the folder of its clips."""
 
     result: dict[str, Any]
     folder: Path
@@ -48,121 +40,145 @@ class Shown:
         return str(self.result["system"]["system"])
 
 
-def evaluations(folder: Path) -> list[Shown]:
-    """The systems of an evaluation's folder, in the order of their names; raises ValueError where there is none."""
-    found = [Shown(json.loads(path.read_text()), path.parent) for path in sorted(folder.glob("*/results.json"))]
-    if not found:
+def read_evaluation(folder: Path) -> list[Column]:
+    """Read the systems of an evaluation's folder, by name; raise ValueError where there is none."""
+    columns = [Column(json.loads(path.read_text()), path.parent) for path in sorted(folder.glob("*/results.json"))]
+    if not columns:
         raise ValueError(f"{folder}: no */results.json; expected the folder of `latent-shift eval --out`")
-    return found
+    return columns
 
 
 def report(
-    out: Path, evaluated: Path, *, shown: Sequence[str] = (), ablations: Sequence[Path] = (), training: Path | None = None,
-    classes: Path | None = None, sweeps: Sequence[Path] = (), rows: int = 8, title: str = "Latent-Shift beside others", note: str = "",
-) -> Path:  # fmt: skip
+    out: Path,
+    evaluation: Path,
+    *,
+    shown: Sequence[str] = (),
+    ablations: Sequence[Path] = (),
+    training: Path | None = None,
+    classes: Path | None = None,
+    sweeps: Sequence[Path] = (),
+    seeds: Mapping[str, Sequence[str]] | None = None,
+    rows: int = 8,
+    title: str = "Latent-Shift beside others",
+    note: str = "",
+) -> Path:
     """Write the page.
 
     Args:
-        out: its folder.
-        evaluated: the folder of an evaluation, whose systems stand in columns.
-        shown: names of those of its systems that are shown, from left to right; none: all.
-        ablations: folders of evaluations, each a table of all its systems; the same folder may be among them.
-        training: what `latent-shift bench runs -o` wrote: what the systems learnt, and what it took.
-        classes: the folder of an evaluation with protocol classes, whose first system's clips stand in rows by their words.
-        sweeps: what `latent-shift bench sweep -o` wrote, one a machine.
-        rows: words shown.
-        title: of the page.
-        note: what a reader has to know of these systems, at its beginning.
+        out: folder of the page.
+        evaluation: folder of an evaluation, whose systems are the columns.
+        shown: names of the systems to show, from left to right. (): all.
+        ablations: folders of evaluations, each a table of all its systems; `evaluation` may be among them.
+        training: file of `latent-shift bench runs -o`, a table of losses and costs.
+        classes: folder of an evaluation with protocol classes; the clips of its first system are shown in rows of one
+            prompt.
+        sweeps: files that `latent-shift bench sweep -o` wrote, one a machine.
+        seeds: system to others that differ from it in the training seed alone and share its column in tables. None:
+            by `find_seeds`.
+        rows: prompts shown.
+        title, note: of the page, and a paragraph at its beginning.
 
     Returns:
         The page's file.
 
     Raises:
-        ValueError: a folder without results or without a system to be shown, or an evaluation that has fewer clips than rows.
+        ValueError: a folder without results, an unknown system, or an evaluation with fewer clips than rows.
     """
-    found = {each.name: each for each in evaluations(evaluated)}
-    if unknown := [name for name in shown if name not in found]:
-        raise ValueError(f"{evaluated}: has no {', '.join(unknown)}; expected {', '.join(found)}")
-    systems = [found[name] for name in shown or found]
-    protocol = systems[0].result["protocol"]
-    prompts = _prompts(evaluated)
-    if rows > len(prompts):
-        raise ValueError(f"{evaluated} has {len(prompts)} clips a system, {rows} rows asked for")
+    systems = _choose(evaluation, shown)
+    protocol, prompts = systems[0].result["protocol"], _read_prompts(evaluation, rows)
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    columns = [{"name": each.name, "told": _told(each.result)} for each in systems]
-    real = Shown({"system": {"system": "real clips", "fps": protocol["fps"]}}, evaluated / "real")
-    kept = [(real.folder / "clips" / f"{k:06}.png").exists() for k in range(rows)]
-    grid = [
-        {
-            "words": prompts[k],
-            "cells": [
-                _clip(each, k, protocol["num_frames"], out, "compared", f"{prompts[k]}, {each.name}")
-                if each is not real or kept[k]
-                else None
-                for each in [*systems, *([real] if any(kept) else [])]
-            ],
-        }
-        for k in range(rows)
-    ]
-    stills = [
-        {"words": prompts[k], "cells": [_still(each, k, out, f"{prompts[k]}, one frame by {each.name}") for each in systems]}
-        for k in range(rows)
-    ]
+    real = Column({"system": {"system": "real clips", "fps": protocol["fps"]}}, evaluation / "real")
+    columns = [*systems, *([real] if any((real.folder / "clips" / f"{k:06}.png").exists() for k in range(rows)) else [])]
+    grid = _rows(prompts, columns, lambda column, k: _add_clip(column, k, protocol["num_frames"], out, "compared", prompts[k]))
+    stills = _rows(prompts, systems, lambda system, k: _add_still(system, k, out, prompts[k]))
+    tables = _tables(systems, ablations, seeds)
     page = _template().render(
-        title=title, note=note, protocol=protocol, rates=sorted({each.result["system"]["fps"] for each in systems}), columns=columns, real=any(kept), grid=grid, stills=stills if any(cell for row in stills for cell in row["cells"]) else [],
-        results=_table(systems), skipped=lacking([each.result for each in systems]), ablations=[_ablation(folder, systems[0].name) for folder in ablations],
+        title=title,
+        note=note,
+        protocol=protocol,
+        rates=sorted({system.result["system"]["fps"] for system in systems}),
+        columns=[(system.name, _describe(system.result)) for system in systems],
+        real=real in columns,
+        grid=grid,
+        stills=stills,
+        results=tables[0],
+        skipped=skipped_measures([system.result for system in systems]),
+        ablations=list(zip((folder.name.replace("-", " ").capitalize() for folder in ablations), tables[1:], strict=True)),
+        definitions=_definitions(tables),
         training=json.loads(training.read_text()) if training else [],
-        **_classes(classes, out),
-        sweeps=[{"machine": found, "plots": plots(found, name=f"sweep{k}")} for k, found in enumerate(json.loads(path.read_text()) for path in sweeps)],
-    )  # fmt: skip
+        classes=_class_rows(classes, out) if classes else None,
+        sweeps=[_sweep(path, f"sweep{k}") for k, path in enumerate(sweeps)],
+    )
     (out / "index.html").write_text(page, encoding="utf-8")
     return out / "index.html"
 
 
-def _prompts(folder: Path) -> list[str]:
-    return json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+def _choose(evaluation: Path, shown: Sequence[str]) -> list[Column]:
+    """Return the systems to show, in order."""
+    systems = {system.name: system for system in read_evaluation(evaluation)}
+    if unknown := [name for name in shown if name not in systems]:
+        raise ValueError(f"{evaluation}: has no {', '.join(unknown)}; expected {', '.join(systems)}")
+    return [systems[name] for name in shown or systems]
 
 
-def _clip(system: Shown, k: int, num_frames: int, out: Path, section: str, label: str) -> dict[str, Any]:
-    clip = Drawn(system.folder / "clips", num_frames)(k)
-    name = f"clips/{section}-{system.folder.name}-{k:03}"
-    video.write(_enlarged(clip), out / f"{name}.mp4", fps=system.result["system"]["fps"])
-    Image.fromarray(_enlarged(clip[:1])[0]).save(out / f"{name}.png")
-    return {"source": f"{name}.mp4", "poster": f"{name}.png", "label": label}
+def _read_prompts(folder: Path, num: int | None = None) -> list[str]:
+    """Return the first `num` prompts of an evaluation; raise ValueError where it has fewer. None: all."""
+    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    if num is not None and num > len(prompts):
+        raise ValueError(f"{folder} has {len(prompts)} clips a system, {num} rows asked for")
+    return prompts[:num]
 
 
-def _still(system: Shown, k: int, out: Path, label: str) -> dict[str, Any] | None:
+def _rows(prompts: Sequence[str], columns: Sequence[Column], add: Callable[[Column, int], Any]) -> list[dict[str, Any]]:
+    """Return a row for each prompt, with a cell for each column as `add` returns it; no rows where all cells are None."""
+    rows = [{"prompt": prompt, "cells": [add(column, k) for column in columns]} for k, prompt in enumerate(prompts)]
+    return rows if any(cell for row in rows for cell in row["cells"]) else []
+
+
+def _add_clip(column: Column, k: int, num_frames: int, out: Path, section: str, prompt: str) -> dict[str, str] | None:
+    """Write clip k of a column into the page's folder, if there is one."""
+    if not (column.folder / "clips" / f"{k:06}.png").exists():
+        return None
+    clip = _enlarge(SavedClips(column.folder / "clips", num_frames)(k))
+    name = f"clips/{section}-{column.folder.name}-{k:03}"
+    video.write(clip, out / f"{name}.mp4", fps=column.result["system"]["fps"])
+    Image.fromarray(clip[0]).save(out / f"{name}.png")
+    return {"source": f"{name}.mp4", "poster": f"{name}.png", "label": f"{prompt}, {column.name}"}
+
+
+def _add_still(system: Column, k: int, out: Path, prompt: str) -> dict[str, str] | None:
+    """Write the still of prompt k into the page's folder, if the system has one."""
     path = system.folder / "stills" / f"{k:06}.png"
     if not path.exists():
         return None
     name = f"clips/stills-{system.folder.name}-{k:03}.png"
-    Image.fromarray(_enlarged(np.asarray(Image.open(path))[None])[0]).save(out / name)
-    return {"source": name, "label": label}
+    Image.fromarray(_enlarge(np.asarray(Image.open(path))[None])[0]).save(out / name)
+    return {"source": name, "label": f"{prompt}, one frame by {system.name}"}
 
 
-def _enlarged(clip: np.ndarray, side: int = 128) -> np.ndarray:
-    """Small clips as whole pixels, so that every system has the same place."""
-    return clip.repeat(side // clip.shape[1], axis=1).repeat(side // clip.shape[1], axis=2) if clip.shape[1] < side else clip
+def _enlarge(clip: np.ndarray, side: int = 128) -> np.ndarray:
+    """Repeat the pixels of small clips, so that all systems have the same size on the page."""
+    factor = max(1, side // clip.shape[1])
+    return clip if factor == 1 else clip.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def _classes(folder: Path | None, out: Path) -> dict[str, Any]:
-    if folder is None:
-        return {"classes": [], "classes_told": ""}
-    system, prompts = evaluations(folder)[0], _prompts(folder)
-    frames = system.result["protocol"]["num_frames"]
-    places: dict[str, list[int]] = {}
-    for k, words in enumerate(prompts):
-        places.setdefault(words, []).append(k)
-    rows = [
-        {"words": words, "cells": [_clip(system, k, frames, out, "classes", f"{words}, {system.name}, seed {k}") for k in numbers]}
-        for words, numbers in places.items()
-    ]
-    told = f"By {system.name} ({_told(system.result)}), {frames} frames each, every class with seeds of its own."
-    return {"classes": rows, "classes_told": told}
+def _class_rows(folder: Path, out: Path) -> dict[str, Any]:
+    """Return the clips of an evaluation's first system in rows of one prompt, and their description."""
+    system, prompts = read_evaluation(folder)[0], _read_prompts(folder)
+    num_frames = system.result["protocol"]["num_frames"]
+    numbers: dict[str, list[int]] = {}
+    for k, prompt in enumerate(prompts):
+        numbers.setdefault(prompt, []).append(k)
+    rows = []
+    for prompt, seeds in numbers.items():
+        cells = [_add_clip(system, k, num_frames, out, "classes", f"{prompt}, seed {k}") for k in seeds]
+        rows.append({"prompt": prompt, "cells": cells})
+    description = f"By {system.name} ({_describe(system.result)}), {num_frames} frames each, every clip with a seed of its own."
+    return {"rows": rows, "description": description}
 
 
-def _told(result: dict[str, Any]) -> str:
-    """What stands under a system's name."""
+def _describe(result: dict[str, Any]) -> str:
+    """Return the line below a system's name."""
     system = result["system"]
     height, width = result["made_at"]
     parts = [system["title"], f"{system['parameters'] / 1e6:.1f} M parameters", f"{width}x{height}"]
@@ -170,38 +186,77 @@ def _told(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _ablation(folder: Path, first: str) -> tuple[str, dict[str, Any]]:
-    """All systems of a folder, compared with the one that the page begins with where it is among them."""
-    return folder.name.replace("-", " ").capitalize(), _table(sorted(evaluations(folder), key=lambda each: each.name != first))
+def _tables(systems: list[Column], ablations: Sequence[Path], seeds: Mapping[str, Sequence[str]] | None) -> list[dict[str, Any]]:
+    """Return the table of the page's systems and those of the ablations, which begin with the same system where they
+    have it.
+    """
+    first = systems[0].name
+    sets = [systems, *(sorted(read_evaluation(folder), key=lambda system: system.name != first) for folder in ablations)]
+    names = {system.name for columns in sets for system in columns}
+    grouped = {name for system, others in (seeds or {}).items() for name in (system, *others)}
+    if unknown := sorted(grouped - names):
+        raise ValueError(f"--seeds: no results of {', '.join(unknown)}; expected some of {', '.join(sorted(names))}")
+    return [_table(columns, seeds) for columns in sets]
 
 
-def _table(systems: list[Shown]) -> dict[str, Any]:
-    results = compared([each.result for each in systems], systems[0].folder.parent)
-    head, names, cells = table_of(results)
-    titles = [f"{result['system']['title']}, {result['system']['parameters'] / 1e6:.1f} M" for result in results]
+def _table(systems: list[Column], seeds: Mapping[str, Sequence[str]] | None) -> dict[str, Any]:
+    """Return what the template shows of a table: heads, rows of cells, and the sentence above it."""
+    names = [system.name for system in systems]
+    if seeds is None:
+        groups = find_seeds(names)
+    else:  # a table need not have all systems
+        groups = {system: [name for name in others if name in names] for system, others in seeds.items() if system in names}
+    results = add_paired_differences([system.result for system in systems], systems[0].folder.parent)
+    table = make_table(results, groups)
+    heads = []
+    for result, num_seeds in zip(table.systems, table.num_seeds, strict=True):
+        system = result["system"]
+        parts = [system["title"], f"{system['parameters'] / 1e6:.1f} M", *([f"{num_seeds} training seeds"] if num_seeds > 1 else [])]
+        heads.append((system["system"], ", ".join(parts)))
+    labels = [label_of(measure) for measure in table.measures]
     return {
-        "head": [*zip(head, titles, strict=False), (head[-1], "")],
-        "told": _of(results),
-        "rows": [(_label(name), row) for name, row in zip(names, cells, strict=True)],
+        "head": [*heads, ("real clips", "")],
+        "description": _describe_table(table),
+        "rows": [(f"{label.text} {ARROWS[label.better]}".strip(), cells) for label, cells in zip(labels, table.cells, strict=True)],
+        "measures": table.measures,
     }
 
 
-def _of(results: list[dict[str, Any]]) -> str:
-    """What a table's numbers are of."""
-    protocol = results[0]["protocol"]
+def _describe_table(table: Table) -> str:
+    """Return the sentences above a table: its clips, the noise of denoising measures, and the training seeds."""
+    protocol = table.systems[0]["protocol"]
     part = "" if protocol["complete"] else f", a part of protocol {protocol['protocol']}"
-    told = f"{protocol['clips']} clips of {protocol['num_frames']} frames a system{part}."
-    if noise := next((record["noise"] for record in results[0]["records"] if "noise" in record), None):
-        alike = f"of which frames share {noise[0]:.0%}; the rest has correlation {noise[1]:g} from frame to frame"
-        told += " For denoising errors and motion seen, models are shown real clips under noise "
-        told += f"{alike if any(noise) else 'that is independent from frame to frame'}."
-    return told
+    text = f"{protocol['clips']} clips of {protocol['num_frames']} frames a system{part}."
+    noise = next((record["noise"] for record in table.systems[0]["records"] if "noise" in record), None)
+    if noise:
+        shared, correlation = noise
+        kind = "independent from frame to frame"
+        if shared or correlation:
+            kind = f"of which frames share {shared:.0%}, with a correlation of {correlation:g} from frame to frame in the rest"
+        text += f" Denoising error and motion R² are measured on real clips under noise {kind}."
+    if max(table.num_seeds) > 1:
+        text += (
+            " Where a system was trained with several seeds, cells show the mean and, in brackets, the least and greatest over the seeds."
+        )
+    if table.num_seeds[0] > 1:
+        text += f" Differences are from the first seed of {table.names[0]}."
+    return text
 
 
-def _label(name: str) -> str:
-    label, better = LABELS.get(name) or next((told for start, told in LABELS.items() if name.startswith(start)), (None, ""))
-    better = better if not name.endswith("_frame_by_frame") else ""  # what is known without the others, no aim
-    return f"{label or name.replace('_', ' ')} {better}".strip()
+def _definitions(tables: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return names and definitions of all measures in the tables, without numbers of timesteps."""
+    definitions: dict[str, str] = {}
+    for table in tables:
+        for measure in table["measures"]:
+            label = label_of(measure)
+            if label.definition:
+                definitions.setdefault(label.definition, label.text.split(" at t = ")[0])
+    return [(name, definition) for definition, name in definitions.items()]
+
+
+def _sweep(path: Path, name: str) -> dict[str, Any]:
+    sweep = json.loads(path.read_text())
+    return {"machine": sweep, "plots": plots(sweep, name=name)}
 
 
 def _template():

@@ -1,0 +1,74 @@
+"""Records: one measured number with its interval and everything it was measured with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from latent_shift.evaluation.statistics import Estimate
+
+OPTIONAL = ("average", "noise", "more")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One number of an evaluation.
+
+    Attributes:
+        measure: its name; "_real" at the end marks the same measure of the real clips.
+        value, low, high, samples, resamples, biased: as in `Estimate`.
+        system, protocol: their names.
+        complete: whether all clips of the protocol were measured.
+        clips, seeds: how many clips, and the seeds that they were generated with (None: real clips).
+        num_frames, fps: frames a clip and frames a second.
+        made_at, measured_at: (height, width) at which clips were generated (None: real clips) and measured.
+        extractor: the network whose features were measured, with its preprocessing and the hash of its weights.
+        reference: the real clips that were compared with, with their hash.
+        average: name of the average over clips, one of `statistics.AVERAGES`; None: the number is no average.
+        noise: (shared noise, noise correlation) under which a model was shown real clips.
+        more: the paired difference from another system, an `Estimate` with the name of that system under "than".
+    """
+
+    measure: str
+    value: float
+    low: float
+    high: float
+    samples: int
+    resamples: int
+    biased: bool = False
+    system: str = ""
+    protocol: str = ""
+    complete: bool = True
+    clips: int = 0
+    seeds: str | None = None
+    num_frames: int = 0
+    fps: float = 0.0
+    made_at: list[int] | None = None
+    measured_at: list[int] | None = None
+    extractor: dict[str, Any] | None = None
+    reference: dict[str, Any] | None = None
+    average: str | None = None
+    noise: list[float] | None = None
+    more: dict[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Record:
+        """Read a record of a results file; keys of other versions are ignored."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in record.items() if key in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as a results file holds it: without the optional fields that are None."""
+        return {key: value for key, value in asdict(self).items() if key not in OPTIONAL or value is not None}
+
+    @property
+    def difference(self) -> Estimate | None:
+        """The paired difference from another system."""
+        if self.more is None:
+            return None
+        return Estimate(**{key: value for key, value in self.more.items() if key != "than"})
+
+
+def read_records(result: dict[str, Any]) -> dict[str, Record]:
+    """Return the records of one system's results file by measure."""
+    return {record["measure"]: Record.from_json(record) for record in result["records"]}

@@ -22,7 +22,7 @@ or take the CUDA build all the same:                                     make CU
 endef
 export NO_CPU_TORCH
 
-.PHONY: demo test faults check format emoji emoji-gpu sheet modes table tables ablation compare compare-image page bench clean
+.PHONY: demo test faults check format emoji emoji-gpu sheet modes table tables ablation compare compare-image page bench docs clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -193,6 +193,12 @@ bench: $(VENV)/.dev data/emoji-128/store.json
 	$(BIN)/latent-shift bench training -o docs/results/training.json
 	$(BIN)/latent-shift bench encode -o docs/results/encode.json
 	$(BIN)/latent-shift bench index --clips 10000000 -o docs/results/index.json
+
+# The documentation as a site in site/; a broken link or reference is an error.
+docs: $(VENV)/.dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[docs]'
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) out

@@ -91,13 +91,10 @@ def _settings_table(fields: dict[str, FieldInfo]) -> str:
 def results_table() -> str:
     """Return README's table: the shift, attention and neither, each number from a JSON in docs/results."""
     systems = {
-        result["system"]["system"]: {record["measure"]: record["value"] for record in result["records"]}
-        for result in _result("compare")
+        result["system"]["system"]: {record["measure"]: record["value"] for record in result["records"]} for result in _result("compare")
     }
     sizes = {result["system"]["system"]: result["system"]["parameters"] for result in _result("compare")}
-    points = [
-        point for point in _result("sweep-h200")["points"] if (point["frames"], point["side"], point["clips"]) == (16, 64, 1)
-    ]
+    points = [point for point in _result("sweep-h200")["points"] if (point["frames"], point["side"], point["clips"]) == (16, 64, 1)]
     times = {point["name"]: point["seconds"] * 1e3 for point in reversed(points)}  # of two measurements the first
     names = {"shift": "Latent-Shift", "attention": "Latent-VDM", "none": "frame by frame"}
     rows = [

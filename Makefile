@@ -95,8 +95,8 @@ sheet: $(VENV)/.core
 	$(BIN)/latent-shift sheet recipes/emoji/prompts.txt docs/emoji-sheet.png docs/emoji.gif
 
 modes: $(VENV)/.core
-	PATH="$(abspath $(BIN)):$$PATH" sh -ec "$$(sed -n '/^```bash/,/^```/{/^latent-shift/p}' docs/usage.md)"
-	sed -n '/^```python/,/^```/{/^```/!p}' docs/usage.md | $(BIN)/python -
+	PATH="$(abspath $(BIN)):$$PATH" sh -ec "$$(sed -n '/^```bash/,/^```/{/^latent-shift/p}' docs/modes.md)"
+	sed -n '/^```python/,/^```/{/^```/!p}' docs/modes.md | $(BIN)/python -
 
 table: data/emoji-128/store.json
 	$(BIN)/latent-shift eval data/emoji-128 --protocol emoji --compile -o docs/results/emoji.json

@@ -54,9 +54,7 @@ def default_of(field: FieldInfo) -> str:
     value = field.default
     if value is None:
         return "unset"
-    if isinstance(value, float) and not f"{value:g}" == str(value):
-        return f"`{value:.4g}`"
-    return f"`{json.dumps(value)}`"
+    return f"`{value:.4g}`" if isinstance(value, float) else f"`{json.dumps(value)}`"
 
 
 def sections_of(config: type[BaseModel]) -> dict[str, type[BaseModel]]:

@@ -37,8 +37,8 @@ TRAIN = ["optim.steps=2", "optim.warmup_steps=1", "optim.cooldown_steps=0", "tra
 STAGES = {  # a word of the recipe's name -> settings that make its run quick
     "finetune": ["data.num_frames=4", "optim.accumulate=1", "train.sample_steps=1"],
     "autoencoder": ["data.crop=32", "model.size=tiny"],
-    "image": ["model.size=tiny"],
-    "video": ["data.num_frames=4"],
+    "image": ["model.size=tiny", "train.sample_steps=1"],
+    "video": ["data.num_frames=4", "train.sample_steps=1"],
 }
 
 

@@ -10,6 +10,7 @@ import runpy
 import shlex
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def tiny_emoji(video_model, tmp_path, monkeypatch):
     index = json.loads((folder / "model_index.json").read_text())
     settings = json.loads((EMOJI / "model_index.json").read_text())["latent_shift"]
     (folder / "model_index.json").write_text(json.dumps({**index, "latent_shift": settings}))
-    monkeypatch.setattr(loading, "WEIGHTS", folder.parent)
+    monkeypatch.setattr(sys.modules[loading.folder.__module__], "WEIGHTS", folder.parent)
     return folder
 
 

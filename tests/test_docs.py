@@ -173,16 +173,6 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(path.read_text()), f"{target}#{anchor}"
 
 
-def test_modes_script_runs_the_usage_page(monkeypatch):
-    commands = []
-    script = runpy.run_path(str(ROOT / "docs" / "modes.py"))
-    monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command))
-    script["main"]()
-    page = (ROOT / "docs" / "usage.md").read_text()
-    assert sum("latent_shift" in command for command in commands) == len([*re.finditer("^latent-shift", page, re.MULTILINE)])
-    assert [command[-1] for command in commands if "-c" in command] == code_blocks("python", page)
-
-
 def test_readme_is_short():
     assert len(README.splitlines()) <= 150
 

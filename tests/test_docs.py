@@ -215,7 +215,8 @@ def test_site_builds_without_warnings(tmp_path, monkeypatch):
     build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path)))
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} | {"model-card"}
     assert {path.parent.name for path in tmp_path.glob("*/index.html")} >= pages
-    assert "temporal_shift" in (tmp_path / "api" / "index.html").read_text()
+    api = (tmp_path / "api" / "index.html").read_text()
+    assert all(f'id="latent_shift.{name}"' in api for name in ("temporal_shift", "LatentShiftPipeline.__call__", "LatentShiftPipeline.stream"))
 
 
 def test_embedded_model_is_complete(monkeypatch):

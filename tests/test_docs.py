@@ -173,6 +173,20 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(path.read_text()), f"{target}#{anchor}"
 
 
+def test_pages_named_in_code_and_recipes_exist():
+    sources = [path for folder in ("src", "recipes") for suffix in ("py", "toml") for path in (ROOT / folder).rglob(f"*.{suffix}")]
+    named = {page for path in sources for page in re.findall(r"docs/[\w/-]+\.md", path.read_text(encoding="utf-8"))}
+    assert {page for page in named if not (ROOT / page).exists()} == set()
+
+
+def test_showcase_has_a_captioned_clip_for_each_prompt():
+    prompts = runpy.run_path(str(ROOT / "docs" / "showcase.py"))["PROMPTS"]
+    assert re.findall(r"!\[([^]]+)\]\(docs/showcase/", README) == list(prompts)
+    for prompt in prompts:
+        with Image.open(ROOT / "docs" / "showcase" / f"{prompt.replace(' ', '-')}.webp") as clip:
+            assert (clip.size, clip.n_frames) == ((128, 128), 16)
+
+
 def test_readme_is_short():
     assert len(README.splitlines()) <= 150
 
@@ -215,8 +229,9 @@ def test_site_builds_without_warnings(tmp_path, monkeypatch):
     build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path)))
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} | {"model-card"}
     assert {path.parent.name for path in tmp_path.glob("*/index.html")} >= pages
-    api = (tmp_path / "api" / "index.html").read_text()
-    assert all(f'id="latent_shift.{name}"' in api for name in ("temporal_shift", "LatentShiftPipeline.__call__", "LatentShiftPipeline.stream"))
+    documented = set(re.findall(r'id="latent_shift\.([\w.]+)"', (tmp_path / "api" / "index.html").read_text()))
+    assert documented >= {"temporal_shift", "LatentShiftPipeline.__call__", "LatentShiftPipeline.stream"}
+    assert {name.rpartition(".")[2] for name in documented} >= set(ls.__all__)
 
 
 def test_embedded_model_is_complete(monkeypatch):

@@ -1,4 +1,4 @@
-"""The tables of results in docs/results.md and its archive, written anew from the JSON of docs/results: `make tables` (a test compares them)."""
+"""The tables of results in README and evaluation.md, written anew from the JSON of docs/results: `make tables` (a test compares them)."""
 
 import json
 import re
@@ -156,7 +156,7 @@ def parts() -> str:
 
 def again() -> str:
     """`make compare`, and an earlier run of its trainings and evaluation on another machine."""
-    both = zip(PARTS.values(), measured("compare", PARTS), measured("archive/compare-earlier", PARTS), strict=True)
+    both = zip(PARTS.values(), measured("compare", PARTS), measured("compare-earlier", PARTS), strict=True)
     rows = [[label, *map("; ".join, zip(*cells, strict=True))] for label, *cells in both]
     return markdown_table(["what is changed, this run; earlier run", *HEADS], rows)
 
@@ -275,8 +275,8 @@ def training_memory() -> str:
 
 
 PAGES = {
-    "docs/results.md": (emoji, compared, parts, beside, overhead, swept, peers, swept_at_full_size, long_clips, training_memory, spoilt),
-    "docs/results/archive/index.md": (again,),
+    "README.md": (emoji, compared, overhead, swept, peers, swept_at_full_size, long_clips, training_memory),
+    "docs/evaluation.md": (spoilt, parts, again, beside),
 }
 
 

@@ -18,7 +18,7 @@ or install the CUDA build all the same:                                  make CU
 endef
 export NO_CPU_TORCH
 
-.PHONY: setup demo check test test-slow format clean
+.PHONY: setup demo check test test-slow docs format clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,7 +28,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP) -e '.[dev,eval,report,browser,finetune,tensorboard,wandb,ray,onnx]'
+	$(PIP) -e '.[dev,eval,report,browser,finetune,tensorboard,wandb,ray,onnx,docs]'
 	touch $@
 
 setup: $(VENV)/.dev
@@ -48,6 +48,11 @@ test: check
 # The tests whose fast twins `make test` runs.
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
+
+# The documentation as a site in site/; a broken link or reference is an error.
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

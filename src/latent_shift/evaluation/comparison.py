@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +17,7 @@ from latent_shift.evaluation.features import Clip, Extractor, Weights
 from latent_shift.evaluation.records import Record
 from latent_shift.evaluation.statistics import Estimate
 from latent_shift.evaluation.systems import System
+from latent_shift.files import atomic_path, write_array
 
 if TYPE_CHECKING:
     from latent_shift.evaluation.protocols import Protocol
@@ -96,9 +96,7 @@ class Comparison:
             files = {range(start, min(start + CLIPS_A_PART, num)): parts / f"{start:06}.npy" for start in starts}
             for numbers, file in files.items():
                 if not file.exists():
-                    with (partial := file.with_name(f".{file.name}")).open("wb") as opened:
-                        np.save(opened, compute(numbers))
-                    os.replace(partial, file)
+                    write_array(file, compute(numbers))
             _concatenate(files, path, num)
             shutil.rmtree(parts)
         return np.load(path, mmap_mode="r")
@@ -140,12 +138,11 @@ class Comparison:
 def _concatenate(files: dict[range, Path], path: Path, num: int) -> None:
     """Join parts into one file through a memory map: all rows together may be larger than memory."""
     first = np.load(next(iter(files.values())), mmap_mode="r")
-    partial = next(iter(files.values())).with_name("whole")
-    rows = np.lib.format.open_memmap(partial, mode="w+", dtype=first.dtype, shape=(num, *first.shape[1:]))
-    for numbers, file in files.items():
-        rows[numbers.start : numbers.stop] = np.load(file)
-    rows.flush()
-    os.replace(partial, path)
+    with atomic_path(path) as partial:
+        rows = np.lib.format.open_memmap(partial, mode="w+", dtype=first.dtype, shape=(num, *first.shape[1:]))
+        for numbers, file in files.items():
+            rows[numbers.start : numbers.stop] = np.load(file)
+        rows.flush()
 
 
 def _crop_and_resize(clip: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -18,7 +18,6 @@ An interruption costs the current batch, or the rows of 256 clips; the same call
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from latent_shift.evaluation.measures import measure_all, prepare_real_features
 from latent_shift.evaluation.protocols import Protocol, check_unchanged
 from latent_shift.evaluation.records import Record, read_records
 from latent_shift.evaluation.systems import System
-from latent_shift.files import write_text
+from latent_shift.files import atomic_path, write_text
 from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.runtime import seed
 from latent_shift.video import to_uint8
@@ -182,10 +181,9 @@ def _wait_for_clips(folder: Path, num: int) -> None:
 
 
 def _save_clip(clip: np.ndarray, path: Path) -> None:
-    """Write a clip aside and rename it into place, so that an existing file is complete."""
-    partial = path.with_name(f".{path.name}")
-    video.write(clip, partial)
-    os.replace(partial, path)
+    """Write a clip atomically, so that an existing file is complete."""
+    with atomic_path(path, suffix=path.suffix) as partial:
+        video.write(clip, partial)
 
 
 class SavedClips:

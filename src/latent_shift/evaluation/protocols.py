@@ -121,7 +121,9 @@ def open_protocol(
 def _captions(name: str, store: Store, num: int | None, num_frames: int, splits: tuple[str, ...]) -> Protocol:
     """Open a protocol of captions of a packed data set, each with its real clip."""
     side, fps = store.info["size"], store.info["fps"]
-    candidates = [index for index in store.select(splits=splits, num_frames=num_frames).tolist() if store.frame_shape(index) == (side, side, 3)]
+    candidates = [
+        index for index in store.select(splits=splits, num_frames=num_frames).tolist() if store.frame_shape(index) == (side, side, 3)
+    ]
     plainest: dict[str, int] = {}  # concept -> its record with the shortest caption: no skin tone, no variant
     for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
         plainest.setdefault(store.records[index].concept, index)

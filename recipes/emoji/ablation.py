@@ -3,7 +3,7 @@
     python recipes/emoji/ablation.py
 
 The video stage runs three times from the image model of build.py, 1,000 steps each, with the paper's edges and noise; nothing else
-differs. Writes docs/results/ablation-training.json and ablation.json. A trained model is not trained again.
+differs. Writes docs/results/archive/ablation-training.json and ablation.json. A trained model is not trained again.
 """
 
 from __future__ import annotations
@@ -26,5 +26,5 @@ if __name__ == "__main__":
         )
     folders = " ".join(f"runs/{temporal}" for temporal in TEMPORAL)
     models = " ".join(f"-m {temporal}=runs/{temporal}/model" for temporal in TEMPORAL)
-    run(f"latent-shift bench runs {folders} -o docs/results/ablation-training.json")
-    run(f"latent-shift eval data/emoji-128 {models} --num 100 --out evals/ablation -o docs/results/ablation.json")
+    run(f"latent-shift bench runs {folders} -o docs/results/archive/ablation-training.json")
+    run(f"latent-shift eval data/emoji-128 {models} --num 100 --out evals/ablation -o docs/results/archive/ablation.json")

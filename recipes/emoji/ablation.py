@@ -19,7 +19,7 @@ PAPER = (
 if __name__ == "__main__":
     run("python recipes/emoji/build.py", result="runs/emoji-image/model/model_index.json")
     for temporal in TEMPORAL:
-        settings = f"{SHORT_CLIPS} {PAPER} optim.steps=1000 model.temporal={temporal}"
+        settings = f"{SHORT_CLIPS} {PAPER} optim.steps=1000 optim.ema=0.994 model.temporal={temporal}"
         run(
             f"latent-shift train recipes/emoji/video.toml --run runs/{temporal} {settings}",
             result=f"runs/{temporal}/model/model_index.json",

@@ -344,9 +344,8 @@ class ClipPipeline(DiffusionPipeline):
         whole clip. Other calls and streams may run between two frames.
 
         Args:
-            num_frames: None never ends.
-            prompt, height, width, num_inference_steps, guidance_scale, guidance_rescale, negative_prompt, eta, generator,
-            shared_noise, noise_correlation, output_type, family: as in a call.
+            prompt: text. It and the other arguments are those of a call.
+            num_frames: frames to yield; None never ends.
         """
         check_family_arguments(self, family)
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)

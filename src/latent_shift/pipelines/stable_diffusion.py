@@ -30,9 +30,9 @@ __all__ = ["LatentShiftOutput", "LatentShiftPipeline", "LatentShiftXLPipeline"]
 class LatentShiftPipeline(ClipPipeline, StableDiffusionPipeline):
     """Text to video and image by Latent-Shift (An et al. 2023), for the Stable Diffusion 1.x and 2.x families.
 
+    The components are those of diffusers' `StableDiffusionPipeline`; the U-Net is inflated in place.
+
     Args:
-        vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
-        requires_safety_checker: as in `StableDiffusionPipeline`. The U-Net is inflated in place.
         latent_shift: settings the U-Net was trained with: fields of `Shift`, and defaults of a call (`num_frames`, `fps`,
             `num_inference_steps`, `guidance_scale`, `shared_noise`, `noise_correlation`). A U-Net that is already inflated keeps
             its shift.
@@ -80,9 +80,9 @@ class LatentShiftPipeline(ClipPipeline, StableDiffusionPipeline):
 class LatentShiftXLPipeline(ClipPipeline, StableDiffusionXLPipeline):
     """Text to video and image by Latent-Shift, for the Stable Diffusion XL family.
 
+    The components are those of diffusers' `StableDiffusionXLPipeline`; the U-Net is inflated in place.
+
     Args:
-        vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder, feature_extractor,
-        force_zeros_for_empty_prompt, add_watermarker: as in `StableDiffusionXLPipeline`. The U-Net is inflated in place.
         latent_shift: as in `LatentShiftPipeline`.
     """
 

@@ -1,4 +1,4 @@
-"""Encoding: the latents and embeddings are right, and the same for any number of processes and after any interruption."""
+"""Encoding: the latents and embeddings are correct, and the same for any number of processes and after interruptions."""
 
 import json
 import multiprocessing
@@ -201,6 +201,33 @@ def test_encode_workers_end_with_their_parent(shards, autoencoder, texts, tmp_pa
         time.sleep(0.002)
     process.kill()
     process.join()
+    wait_for_end(*workers)
+
+
+def pack_step_by_step(connection, *args, **options) -> None:
+    """Pack, and wait for a message after each clip."""
+
+    def progress(num_done: int, num_clips: int) -> None:
+        connection.send(num_done)
+        connection.recv()
+
+    multiprocessing.set_start_method("fork", force=True)  # the workers are children of this process
+    pack(*args, **options, progress=progress)
+
+
+def test_pack_workers_end_with_their_parent(media, tmp_path):
+    ours, theirs = context.Pipe()
+    process = context.Process(
+        target=pack_step_by_step,
+        args=(theirs, media, tmp_path / "store"),
+        kwargs={"size": 32, "fps": 8, "workers": 2},
+    )
+    process.start()
+    assert ours.recv() == 1
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    process.join()
+    assert len(workers) == 2
     wait_for_end(*workers)
 
 

@@ -1,1 +1,1 @@
-"""From captioned videos to what training reads: readers, packing, stores, latents."""
+"""Read, check, pack and encode captioned videos for training."""

@@ -5,12 +5,14 @@ import json
 import os
 import pkgutil
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import tomlkit
 import torch
 
 import latent_shift
@@ -162,3 +164,15 @@ def test_unused_packages_are_those_that_neither_model_nor_options_need(tmp_path)
         (tmp_path / "unet").mkdir(exist_ok=True)
         (tmp_path / "unet" / "config.json").write_text(json.dumps(settings))
         assert catalog.unused_packages(tmp_path) == every - used
+
+
+def test_oldest_constraints_are_the_lower_bounds_of_the_project():
+    root = Path(__file__).parents[1]
+    bounds = {}
+    for requirement in tomlkit.parse((root / "pyproject.toml").read_text())["project"]["dependencies"]:
+        name, _, version = requirement.split(",")[0].partition(">=")
+        bounds[name] = version
+    pins = [line.partition("==") for line in (root / "constraints-oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    for name, _, version in pins:
+        assert re.sub(r"(\.0)+$", "", version) == re.sub(r"(\.0)+$", "", bounds[name])
+    assert {name for name, _, _ in pins} == set(bounds)

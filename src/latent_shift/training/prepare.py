@@ -109,11 +109,10 @@ def _encode_pixels(config: Config, pixels: str, init: Path, out: Path, source: d
             return False
 
     if _claim_build(out, "store.json", source, has_captions):  # for a new stride `encode` adds captions and keeps the latents
-        workers = (os.cpu_count() or 1) if torch.device(device).type == "cpu" else torch.cuda.device_count()
         with open_bar("encoding") as update:
             encode(
                 pixels, out, autoencoder=init, texts=init, mirror=config.data.mirror, strides=sorted(strides), device=device,
-                workers=workers, progress=update,
+                workers=None, progress=update,
             )  # fmt: skip
     return str(out)
 

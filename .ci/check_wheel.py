@@ -76,6 +76,8 @@ def run_installed(wheel: Path, folder: Path, constraint: str | None) -> None:
         [python, "-m", "pip", "list", "--format", "json"],
     ):
         result = subprocess.run(words, check=True, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True)
+        if words[-1] != "json":
+            print(result.stdout.rstrip())
     assert clip.stat().st_size > 1000
     versions = {package["name"]: package["version"] for package in json.loads(result.stdout)}
     print("ran with", ", ".join(f"{name} {versions[name]}" for name in ("torch", "diffusers", "transformers")))

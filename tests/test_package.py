@@ -176,3 +176,10 @@ def test_oldest_constraints_are_the_lower_bounds_of_the_project():
     for name, _, version in pins:
         assert re.sub(r"(\.0)+$", "", version) == re.sub(r"(\.0)+$", "", bounds[name])
     assert {name for name, _, _ in pins} == set(bounds)
+
+
+def test_resolve_device_takes_apples_gpu_only_if_asked(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.resolve_device().type == "cpu"
+    assert runtime.resolve_device("mps").type == "mps"

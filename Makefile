@@ -7,7 +7,7 @@ VENV ?= .venv
 PIP_ARGS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 # No test and no recipe reads from a hub.
 export HF_HUB_OFFLINE ?= 1
 

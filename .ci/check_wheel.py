@@ -41,7 +41,9 @@ print(len(names), "modules import with the core dependencies")
 
 def build(folder: Path) -> Path:
     """Build the wheel in `folder`."""
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)], check=True
+    )
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -51,8 +53,14 @@ def check_content(wheel: Path) -> None:
     size_mb = wheel.stat().st_size / 1e6
     names = zipfile.ZipFile(wheel).namelist()
     problems = [f"lacks {name}" for name in NEEDED if name not in names]
-    problems += [f"holds {name}" for name in names if name.split("/")[0] != "latent_shift" and ".dist-info/" not in name]
-    problems += [f"holds {name}" for name in names if "/tests/" in name or "/docs/" in name or name.endswith(".pyc")]
+    problems += [
+        f"holds {name}"
+        for name in names
+        if name.split("/")[0] != "latent_shift" and ".dist-info/" not in name
+    ]
+    problems += [
+        f"holds {name}" for name in names if "/tests/" in name or "/docs/" in name or name.endswith(".pyc")
+    ]
     if size_mb >= MAX_MB:
         problems.append(f"takes {size_mb:.1f} MB, expected less than {MAX_MB}")
     if problems:
@@ -66,8 +74,13 @@ def run_installed(wheel: Path, folder: Path, constraint: str | None) -> None:
     programs = folder / "environment" / ("Scripts" if os.name == "nt" else "bin")
     python, command = str(programs / "python"), str(programs / "latent-shift")
     constraints = ["-c", str(Path(constraint).resolve())] if constraint else []
-    subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *constraints, str(wheel)], check=True)
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *constraints, str(wheel)],
+        check=True,
+    )
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1"
+    }
     clip = folder / "panda.mp4"
     for words in (
         [python, "-c", ALONE],
@@ -75,16 +88,22 @@ def run_installed(wheel: Path, folder: Path, constraint: str | None) -> None:
         [command, "generate", "a dancing panda", "--steps", "2", "-o", str(clip)],
         [python, "-m", "pip", "list", "--format", "json"],
     ):
-        result = subprocess.run(words, check=True, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True)
+        result = subprocess.run(
+            words, check=True, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True
+        )
         if words[-1] != "json":
             print(result.stdout.rstrip())
     assert clip.stat().st_size > 1000
     versions = {package["name"]: package["version"] for package in json.loads(result.stdout)}
-    print("ran with", ", ".join(f"{name} {versions[name]}" for name in ("torch", "diffusers", "transformers")))
+    print(
+        "ran with", ", ".join(f"{name} {versions[name]}" for name in ("torch", "diffusers", "transformers"))
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--constraint", help="a constraints file for pip")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

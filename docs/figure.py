@@ -11,13 +11,30 @@ GROUPS = ("first third", "rest", "last third")
 STEPS = ("GroupNorm", "SiLU", "shift", "Conv 3x3", "GroupNorm", "SiLU", "Conv 3x3")
 
 
-def draw_box(axes: Axes, x: float, y: float, text: str, *, width: float = 1.0, color: str = "white", bold: bool = False) -> None:
+def draw_box(
+    axes: Axes, x: float, y: float, text: str, *, width: float = 1.0, color: str = "white", bold: bool = False
+) -> None:
     axes.add_patch(plt.Rectangle((x, y), width, 0.5, facecolor=color, edgecolor="#333333", linewidth=0.8))
-    axes.text(x + width / 2, y + 0.25, text, ha="center", va="center", fontsize=9, fontweight="bold" if bold else "normal")
+    axes.text(
+        x + width / 2,
+        y + 0.25,
+        text,
+        ha="center",
+        va="center",
+        fontsize=9,
+        fontweight="bold" if bold else "normal",
+    )
 
 
-def draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str = "#333333") -> None:
-    axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0})
+def draw_arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str = "#333333"
+) -> None:
+    axes.annotate(
+        "",
+        end,
+        start,
+        arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0},
+    )
 
 
 def draw_channels(axes: Axes) -> None:
@@ -29,14 +46,27 @@ def draw_channels(axes: Axes) -> None:
         for group, source in enumerate((frame - 1, frame, frame + 1)):
             draw_box(axes, x, 4.3 - 0.5 * group, str(frame + 1), color=COLORS[frame])
             inside = 0 <= source < num_frames
-            draw_box(axes, x, 1.3 - 0.5 * group, str(source + 1) if inside else "0", color=COLORS[source] if inside else "white")
+            draw_box(
+                axes,
+                x,
+                1.3 - 0.5 * group,
+                str(source + 1) if inside else "0",
+                color=COLORS[source] if inside else "white",
+            )
             if inside:
                 draw_arrow(axes, (1.5 * source + 0.5, 3.3), (x + 0.5, 1.82), COLORS[source])
     for group, name in enumerate(GROUPS):
         axes.text(-0.15, 4.55 - 0.5 * group, name, ha="right", va="center", fontsize=9)
         axes.text(-0.15, 1.55 - 0.5 * group, name, ha="right", va="center", fontsize=9)
     axes.text(2.75, 5.45, "channels of each frame", ha="center", fontsize=10, fontweight="bold")
-    axes.text(2.75, -0.1, "after the shift: a 2D convolution sees three frames", ha="center", fontsize=10, fontweight="bold")
+    axes.text(
+        2.75,
+        -0.1,
+        "after the shift: a 2D convolution sees three frames",
+        ha="center",
+        fontsize=10,
+        fontweight="bold",
+    )
 
 
 def draw_block(axes: Axes, x: float) -> None:
@@ -44,7 +74,15 @@ def draw_block(axes: Axes, x: float) -> None:
     axes.text(x + 0.9, 5.45, "ResNet block", ha="center", fontsize=10, fontweight="bold")
     for step, name in enumerate(STEPS):
         y = 4.35 - 0.65 * step
-        draw_box(axes, x, y, name, width=1.4, color="#ffe699" if name == "shift" else "#eeeeee", bold=name == "shift")
+        draw_box(
+            axes,
+            x,
+            y,
+            name,
+            width=1.4,
+            color="#ffe699" if name == "shift" else "#eeeeee",
+            bold=name == "shift",
+        )
         draw_arrow(axes, (x + 0.7, y + 0.65), (x + 0.7, y + 0.5))
     bottom = 4.35 - 0.65 * len(STEPS)
     draw_arrow(axes, (x + 0.7, bottom + 0.65), (x + 0.7, bottom + 0.42))

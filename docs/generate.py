@@ -45,7 +45,9 @@ def values_of(annotation: Any) -> str:
 def bounds_of(field: FieldInfo) -> str:
     """Return the numeric bounds of a field, as text."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    bounds = [(signs[name], getattr(item, name)) for item in field.metadata for name in signs if hasattr(item, name)]
+    bounds = [
+        (signs[name], getattr(item, name)) for item in field.metadata for name in signs if hasattr(item, name)
+    ]
     return ", ".join(f"{sign} {bound:g}" for sign, bound in bounds)
 
 
@@ -90,12 +92,19 @@ def _settings_table(fields: dict[str, FieldInfo]) -> str:
 def results_table() -> str:
     """Return README's table: the shift, attention and neither, each number from a JSON in docs/results."""
     systems = {
-        result["system"]["system"]: {record["measure"]: record["value"] for record in result["records"]} for result in _result("compare")
+        result["system"]["system"]: {record["measure"]: record["value"] for record in result["records"]}
+        for result in _result("compare")
     }
     seeds = {"shift": ("shift", "seed-1"), "attention": ("attention",), "none": ("none",)}
     sizes = {result["system"]["system"]: result["system"]["parameters"] for result in _result("compare")}
-    points = [point for point in _result("sweep-h200")["points"] if (point["frames"], point["side"], point["clips"]) == (16, 64, 1)]
-    times = {point["name"]: point["seconds"] * 1e3 for point in reversed(points)}  # of two measurements the first
+    points = [
+        point
+        for point in _result("sweep-h200")["points"]
+        if (point["frames"], point["side"], point["clips"]) == (16, 64, 1)
+    ]
+    times = {
+        point["name"]: point["seconds"] * 1e3 for point in reversed(points)
+    }  # of two measurements the first
     names = {"shift": "Latent-Shift", "attention": "Latent-VDM", "none": "frame by frame"}
     rows = [
         ["parameters added", *(f"{sizes[name] / sizes['none'] - 1:.0%}" for name in names), ""],
@@ -119,7 +128,9 @@ def _result(name: str) -> Any:
 def with_results_table(readme: str) -> str:
     table = results_table()
     head = table.split("\n", 1)[0]
-    text, count = re.subn(rf"^{re.escape(head)}\n(?:\|.*\|$\n?)+", lambda _: f"{table}\n", readme, flags=re.MULTILINE)
+    text, count = re.subn(
+        rf"^{re.escape(head)}\n(?:\|.*\|$\n?)+", lambda _: f"{table}\n", readme, flags=re.MULTILINE
+    )
     if count != 1:
         raise ValueError(f"README.md has {count} tables that begin with {head}")
     return text

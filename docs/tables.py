@@ -44,7 +44,11 @@ class Results:
         results = read_result(name)
         names = [result["system"]["system"] for result in results]
         self.name = name
-        self.groups = find_seeds(names) if seeds is None else {system: seeds[system] for system in seeds if system in names}
+        self.groups = (
+            find_seeds(names)
+            if seeds is None
+            else {system: seeds[system] for system in seeds if system in names}
+        )
         self.table = make_table(results, self.groups)
         columns = [*self.table.names, "real clips"]
         self.cells: dict[str, dict[str, Cell]] = {column: {} for column in columns}
@@ -127,10 +131,13 @@ def emoji(seeds: Seeds | None = None) -> str:
         "denoising_error": (decimals(4), ""), "denoising_error_of_end_frames": (decimals(4), ""),
     }  # fmt: skip
     for timestep in (125, 375, 625, 875):
-        formats |= {f"motion_seen_at_{timestep}{suffix}": (percent, "100%") for suffix in ("", "_frame_by_frame")}
+        formats |= {
+            f"motion_seen_at_{timestep}{suffix}": (percent, "100%") for suffix in ("", "_frame_by_frame")
+        }
     formats["reconstruction_psnr_db"] = (decimals(1), "")
     rows = [
-        [label(measure), value(cells[measure], form), results.real(measure, form) or ideal] for measure, (form, ideal) in formats.items()
+        [label(measure), value(cells[measure], form), results.real(measure, form) or ideal]
+        for measure, (form, ideal) in formats.items()
     ]
     return results.caption() + markdown_table(["measure", "emoji", "real clips"], rows)
 
@@ -151,7 +158,14 @@ def shift_and_attention(seeds: Seeds | None = None) -> str:
         form = decimals(digits)
         first, *others = (results.cells[name][measure] for name in names)
         differences = [f"{point(cell, form)}; {difference(cell, digits)}" for cell in others]
-        rows.append([label(measure), value(first, form), *differences, results.real(measure, form, with_interval=False)])
+        rows.append(
+            [
+                label(measure),
+                value(first, form),
+                *differences,
+                results.real(measure, form, with_interval=False),
+            ]
+        )
     head = ["measure", "shift", "shift, edges held", "attention", "no shift", "real clips"]
     return results.caption(differences=True) + markdown_table(head, rows)
 
@@ -190,8 +204,16 @@ def parts(seeds: Seeds | None = None) -> str:
             numbers = [difference(cells[measure], places) for measure, places in PLACES.items()]
         rows.append([PARTS[name], loss, *numbers])
     real = [results.real(measure, decimals(2), with_interval=False) for measure in PLACES]
-    rows.append(["real clips", "", *("1" if measure == "motion_error" else cell for measure, cell in zip(PLACES, real, strict=True))])
-    return results.caption(differences=True) + markdown_table(["variant", "loss on held-out clips", *map(label, PLACES)], rows)
+    rows.append(
+        [
+            "real clips",
+            "",
+            *("1" if measure == "motion_error" else cell for measure, cell in zip(PLACES, real, strict=True)),
+        ]
+    )
+    return results.caption(differences=True) + markdown_table(
+        ["variant", "loss on held-out clips", *map(label, PLACES)], rows
+    )
 
 
 def two_runs() -> str:
@@ -209,9 +231,14 @@ def two_runs() -> str:
             ]
             columns.append([loss, *numbers])
         runs.append(columns)
-    rows = [[text, *map("; ".join, zip(this, earlier, strict=True))] for text, this, earlier in zip(PARTS.values(), *runs, strict=True)]
+    rows = [
+        [text, *map("; ".join, zip(this, earlier, strict=True))]
+        for text, this, earlier in zip(PARTS.values(), *runs, strict=True)
+    ]
     caption = "*Signed values: paired differences from shift on the same clips.*\n\n"
-    return caption + markdown_table(["variant, this run; earlier run", "loss on held-out clips", *map(label, PLACES)], rows)
+    return caption + markdown_table(
+        ["variant, this run; earlier run", "loss on held-out clips", *map(label, PLACES)], rows
+    )
 
 
 def systems(seeds: Seeds | None = None) -> str:
@@ -240,7 +267,15 @@ def measures() -> str:
         network = "" if measure.network in ("", "efficientnet") else f"`--weights {measure.network}=PATH`"
         needs = "extra `eval`" if measure.package or measure.network == "efficientnet" else network
         for name, (text, direction, definition) in measure.labels.items():
-            rows.append([text.replace("= {timestep}", "= T"), f"`{name.replace('{timestep}', 'T')}`", better[direction], needs, definition])
+            rows.append(
+                [
+                    text.replace("= {timestep}", "= T"),
+                    f"`{name.replace('{timestep}', 'T')}`",
+                    better[direction],
+                    needs,
+                    definition,
+                ]
+            )
     return markdown_table(["measure", "name in results", "better", "needs", "definition"], rows)
 
 
@@ -263,10 +298,24 @@ def overhead() -> str:
     """Tabulate `latent-shift bench`: a step with the shift and frame by frame."""
     ways = ("frame by frame", "with the shift", "with the shift, one text a clip as the pipeline has it")
     rows = []
-    for name, network in (("bench", "34 M U-Net, 32x32 latents"), ("bench-emoji", "emoji's U-Net, 23 M, 16x16 latents")):
+    for name, network in (
+        ("bench", "34 M U-Net, 32x32 latents"),
+        ("bench-emoji", "emoji's U-Net, 23 M, 16x16 latents"),
+    ):
         first, *others = (read_result(name)[way] for way in ways)
-        rows.append([network, f"{first['seconds']:.3g} s", *(f"{other['seconds']:.3g} s ({other['ratio']:.3f})" for other in others)])
-    head = ["a denoising step of 16 frames", "frame by frame", "with the shift", "with the shift, as the pipeline runs it"]
+        rows.append(
+            [
+                network,
+                f"{first['seconds']:.3g} s",
+                *(f"{other['seconds']:.3g} s ({other['ratio']:.3f})" for other in others),
+            ]
+        )
+    head = [
+        "a denoising step of 16 frames",
+        "frame by frame",
+        "with the shift",
+        "with the shift, as the pipeline runs it",
+    ]
     return markdown_table(head, rows)
 
 
@@ -281,9 +330,20 @@ def time_and_ratio(timing: dict[str, Any], unit: str = "s") -> str:
 def sweep_on_cpu() -> str:
     """Tabulate `latent-shift bench sweep` on a CPU."""
     sweep = read_result("sweep")
-    points = {(point["name"], point["line"], point["frames"], point["side"]): point for point in sweep["points"] if point["clips"] == 1}
+    points = {
+        (point["name"], point["line"], point["frames"], point["side"]): point
+        for point in sweep["points"]
+        if point["clips"] == 1
+    }
     memory = {(point["name"], point["frames"]): point for point in sweep["memory"]}
-    lines = [("frames", 1, 16), ("frames", 16, 16), ("frames", 64, 16), ("frames", 256, 16), ("side", 16, 32), ("side", 16, 64)]
+    lines = [
+        ("frames", 1, 16),
+        ("frames", 16, 16),
+        ("frames", 64, 16),
+        ("frames", 256, 16),
+        ("side", 16, 32),
+        ("side", 16, 64),
+    ]
     rows = []
     for name in dict.fromkeys(point["name"] for point in sweep["points"]):
         cells = [time_and_ratio(points[(name, *line)]) for line in lines]
@@ -291,7 +351,9 @@ def sweep_on_cpu() -> str:
         cells.insert(4, "" if peak is None else f"{peak:.2f}")
         rows.append([name, f"{points[(name, *lines[0])]['parameters'] / 1e6:.1f} M", *cells])
     heads = [f"{frames} frame{'s' if frames > 1 else ''}, {side}x{side}" for _, frames, side in lines]
-    return markdown_table(["a denoising step", "parameters", *heads[:4], "its peak memory, GiB", *heads[4:]], rows)
+    return markdown_table(
+        ["a denoising step", "parameters", *heads[:4], "its peak memory, GiB", *heads[4:]], rows
+    )
 
 
 def sweep_on_gpu() -> str:
@@ -311,25 +373,36 @@ def sweep_on_gpu() -> str:
         large = points[name, 16, 64, 1]
         cells = [time_and_ratio(points[(name, *size)], "ms") for size in sizes.values()]
         fraction = f"{large['share_of_the_matrix_rate'] * 100:.0f} %"
-        rows.append([name, f"{large['parameters'] / 1e6:.0f} M", *cells, f"{large['gib_peak']:.1f}", fraction])
-    return markdown_table(["a denoising step", "parameters", *sizes, "its peak memory, GiB", "of the matrix rate"], rows)
+        rows.append(
+            [name, f"{large['parameters'] / 1e6:.0f} M", *cells, f"{large['gib_peak']:.1f}", fraction]
+        )
+    return markdown_table(
+        ["a denoising step", "parameters", *sizes, "its peak memory, GiB", "of the matrix rate"], rows
+    )
 
 
 def peers() -> str:
     """Tabulate `latent-shift bench peers`."""
     variants = {
-        name: networks for name, networks in read_result("peers").items() if isinstance(networks, dict) and "Latent-Shift" in networks
+        name: networks
+        for name, networks in read_result("peers").items()
+        if isinstance(networks, dict) and "Latent-Shift" in networks
     }
     rows = []
     for network, first in next(iter(variants.values())).items():
-        times = [f"{networks[network]['seconds']:.2f} s ({networks[network]['ratio']:.2f})" for networks in variants.values()]
+        times = [
+            f"{networks[network]['seconds']:.2f} s ({networks[network]['ratio']:.2f})"
+            for networks in variants.values()
+        ]
         rows.append([network, f"{first['parameters'] / 1e6:.1f} M", *times])
     return markdown_table(["a denoising step, 16 frames", "parameters", *variants], rows)
 
 
 def long_clips() -> str:
     """Tabulate `latent-shift bench memory`: sampling long clips."""
-    peaks = {(run["mode"], run["frames"]): f"{run['gib_peak']:.2f}" for run in read_result("memory")["long clips"]}
+    peaks = {
+        (run["mode"], run["frames"]): f"{run['gib_peak']:.2f}" for run in read_result("memory")["long clips"]
+    }
     lengths = sorted({frames for _, frames in peaks})
     modes = {"whole": "whole", "chunks": "`chunk=16, halo=4`", "stream": "`pipe.stream`, frames decoded"}
     rows = ([text, *(peaks.get((mode, frames), "") for frames in lengths)] for mode, text in modes.items())
@@ -348,7 +421,17 @@ TABLES_OF_SYSTEMS: dict[str, Callable[[Seeds | None], str]] = {
 }
 OTHER_TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (measures, two_runs, sensitivity, overhead, sweep_on_cpu, sweep_on_gpu, peers, long_clips, training_memory)
+    for function in (
+        measures,
+        two_runs,
+        sensitivity,
+        overhead,
+        sweep_on_cpu,
+        sweep_on_gpu,
+        peers,
+        long_clips,
+        training_memory,
+    )
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PAGES = [
@@ -364,7 +447,9 @@ def with_tables(page: str, seeds: Seeds | None = None) -> str:
     def replacement(match: re.Match[str]) -> str:
         start, name, end = match.groups()
         if name not in {*TABLES_OF_SYSTEMS, *OTHER_TABLES}:
-            raise ValueError(f"{page}: no table {name}; expected one of {', '.join([*TABLES_OF_SYSTEMS, *OTHER_TABLES])}")
+            raise ValueError(
+                f"{page}: no table {name}; expected one of {', '.join([*TABLES_OF_SYSTEMS, *OTHER_TABLES])}"
+            )
         table = TABLES_OF_SYSTEMS[name](seeds) if name in TABLES_OF_SYSTEMS else OTHER_TABLES[name]()
         return f"{start}\n{table}\n\n{end}"
 
@@ -373,7 +458,11 @@ def with_tables(page: str, seeds: Seeds | None = None) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the tables of results into the documentation.")
-    parser.add_argument("--seeds", nargs="*", help="SYSTEM=OTHER,...: systems that differ in the training seed; default: by their names")
+    parser.add_argument(
+        "--seeds",
+        nargs="*",
+        help="SYSTEM=OTHER,...: systems that differ in the training seed; default: by their names",
+    )
     arguments = parser.parse_args()
     for page in PAGES:
         text = with_tables(page, None if arguments.seeds is None else parse_seeds(arguments.seeds))

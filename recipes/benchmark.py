@@ -25,4 +25,14 @@ BENCHMARKS = {
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or BENCHMARKS:
-        subprocess.run([sys.executable, "-m", "latent_shift", *BENCHMARKS[name].split(), "-o", f"docs/results/{name}.json"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "latent_shift",
+                *BENCHMARKS[name].split(),
+                "-o",
+                f"docs/results/{name}.json",
+            ],
+            check=True,
+        )

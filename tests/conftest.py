@@ -45,9 +45,18 @@ def make_media(folder: Path) -> Path:
         for k in range(20):
             frames[k, 8:16, k : k + 8] = colour
         video.write(frames, folder / f"{name}.webp", fps=8)
-        rows.append({"file_name": f"{name}.webp", "text": [f"a {name} square", name], "concept": name, "loop": name == "red"})
+        rows.append(
+            {
+                "file_name": f"{name}.webp",
+                "text": [f"a {name} square", name],
+                "concept": name,
+                "loop": name == "red",
+            }
+        )
     video.write(frames[:1], folder / "still.png")
-    rows.append({"file_name": "still.png", "text": "a still square", "concept": "blue", "split": "val_concept"})
+    rows.append(
+        {"file_name": "still.png", "text": "a still square", "concept": "blue", "split": "val_concept"}
+    )
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return folder
 
@@ -88,17 +97,24 @@ def texts(tmp_path_factory):
 
 
 def traced(graphs: list):
-    """`nn.Module.compile` without what takes minutes: graphs are captured, differentiated and collected, and run as they are."""
-    from torch._dynamo.backends.debugging import aot_eager
-
+    """Return `nn.Module.compile` without code generation, which takes minutes: graphs are captured, collected and run eagerly."""
     compile = torch.nn.Module.compile
-    return lambda module, **options: compile(module, backend=lambda *graph: graphs.append(graph) or aot_eager(*graph), **options)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        graphs.append(graph)
+        return graph
+
+    return lambda module, **options: compile(module, backend=backend, **options)
 
 
 def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
     """A config of a few steps; `sections` override table by table."""
     tables = {
-        "data": {"path": str(path), "batch_size": 2, **{"autoencoder": {"crop": 32}, "image": {}, "video": {"num_frames": 4}}[stage]},
+        "data": {
+            "path": str(path),
+            "batch_size": 2,
+            **{"autoencoder": {"crop": 32}, "image": {}, "video": {"num_frames": 4}}[stage],
+        },
         "model": {"size": "tiny"},
         "optim": {"steps": steps, "lr": 1e-3, "warmup_steps": 1},
         "train": {"precision": "no", "log_every": 1, "sample_every": 1000},
@@ -117,7 +133,9 @@ def stage_of(config: Config) -> Stage:
 
 @pytest.fixture(scope="session")
 def autoencoder(packed, tmp_path_factory):
-    return train(tiny_config("autoencoder", packed, train={"sample_every": 2}), tmp_path_factory.mktemp("autoencoder"))
+    return train(
+        tiny_config("autoencoder", packed, train={"sample_every": 2}), tmp_path_factory.mktemp("autoencoder")
+    )
 
 
 @pytest.fixture(scope="session")

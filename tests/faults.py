@@ -91,16 +91,26 @@ def find_differences(run: Path, whole: Path) -> list[str]:
     """Name the parts of a finished run or store that differ from those of an undisturbed one."""
     if (run / "shards").exists():
         names = {
-            str(path.relative_to(folder)) for folder in (run, whole) for path in folder.rglob("*") if path.suffix in (".npy", ".jsonl")
+            str(path.relative_to(folder))
+            for folder in (run, whole)
+            for path in folder.rglob("*")
+            if path.suffix in (".npy", ".jsonl")
         }
-        return [name for name in sorted(names) if not (run / name).exists() or (run / name).read_bytes() != (whole / name).read_bytes()]
+        return [
+            name
+            for name in sorted(names)
+            if not (run / name).exists() or (run / name).read_bytes() != (whole / name).read_bytes()
+        ]
     ours, theirs = checkpoint.steps(run)[-1], checkpoint.steps(whole)[-1]
     files = ["model.safetensors", "average.safetensors"]
     different = [name for name in files if (ours / name).read_bytes() != (theirs / name).read_bytes()]
     a, b = (torch.load(folder / "optimizer.bin", weights_only=False)["state"] for folder in (ours, theirs))
     if any(not torch.equal(a[number][name], b[number][name]) for number in b for name in b[number]):
         different.append("optimizer")
-    rows = [[json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()] for folder in (run, whole)]
+    rows = [
+        [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+        for folder in (run, whole)
+    ]
     if [(row["step"], row["loss"]) for row in rows[0]] != [(row["step"], row["loss"]) for row in rows[1]]:
         different.append("losses")
     if not (run / "model" / "model_index.json").exists():
@@ -178,11 +188,18 @@ def full_disk(config: Config, run: Path, kills: int) -> str:
     process.kill()
     process.join()
     size = (checkpoint.steps(run)[-1] / "model.safetensors").stat().st_size
-    for limit in (size // 2, size + 1000):  # too small for the weights, or for the optimizer states, which are twice as large
+    for limit in (
+        size // 2,
+        size + 1000,
+    ):  # too small for the weights, or for the optimizer states, which are twice as large
         process = start_run(config, run, limit)
         process.join()
         log = run.with_suffix(".log").read_text()
-        assert process.exitcode == 2 and "could not be saved" in log and "is complete, and the same command resumes" in log, log
+        assert (
+            process.exitcode == 2
+            and "could not be saved" in log
+            and "is complete, and the same command resumes" in log
+        ), log
     assert not list((run / "checkpoints").glob(".step*"))
     run_to_end(config, run)
     return "disk full: an error, the last checkpoint stays, no partial files"
@@ -231,7 +248,9 @@ def other_settings(config: Config, run: Path, kills: int) -> str:
     changed = config.model_copy(update={"model": config.model.model_copy(update={"edge": "wrap"})})
     process = start_run(changed, run)
     process.join()
-    assert process.exitcode == 2 and "holds a run with another model.edge" in run.with_suffix(".log").read_text()
+    assert (
+        process.exitcode == 2 and "holds a run with another model.edge" in run.with_suffix(".log").read_text()
+    )
     run_to_end(config, run)
     return "resumed with another shift: refused"
 
@@ -271,7 +290,10 @@ def main(kills: int) -> None:
         for fault in FAULTS:
             done = fault(config, runs / fault.__name__, kills)
             whole = runs / ("latents" if fault is encoding_killed else "whole")
-            print(f"| {done} | {', '.join(find_differences(runs / fault.__name__, whole)) or 'nothing'} |", flush=True)
+            print(
+                f"| {done} | {', '.join(find_differences(runs / fault.__name__, whole)) or 'nothing'} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -63,25 +63,47 @@ def modes() -> None:
     }
     for name, options in calls.items():
         for seed in SEEDS:
-            arguments = {"prompt": "fire", "num_frames": 6, "num_inference_steps": 3, "generator": ls.seed(seed), **options}
+            arguments = {
+                "prompt": "fire",
+                "num_frames": 6,
+                "num_inference_steps": 3,
+                "generator": ls.seed(seed),
+                **options,
+            }
             print("mode", name, seed, sha256(pipe(**arguments).frames), flush=True)
     pipe.enable_free_init(num_iters=2)
-    print("mode FreeInit", sha256(pipe("fire", num_frames=6, num_inference_steps=3, generator=ls.seed(0)).frames))
+    print(
+        "mode FreeInit",
+        sha256(pipe("fire", num_frames=6, num_inference_steps=3, generator=ls.seed(0)).frames),
+    )
     pipe.disable_free_init()
-    for name in ("DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"):
+    for name in (
+        "DDIMScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "HeunDiscreteScheduler",
+    ):
         import diffusers
 
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-        print("scheduler", name, sha256(pipe("fire", num_frames=6, num_inference_steps=3, generator=ls.seed(0)).frames))
+        print(
+            "scheduler",
+            name,
+            sha256(pipe("fire", num_frames=6, num_inference_steps=3, generator=ls.seed(0)).frames),
+        )
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     ls.inflate(pipe.unet, ls.Shift(backward=0, edge="hold"))
     for seed in SEEDS:
-        streamed = np.stack(list(pipe.stream("fire", num_frames=4, num_inference_steps=3, generator=ls.seed(seed))))
+        streamed = np.stack(
+            list(pipe.stream("fire", num_frames=4, num_inference_steps=3, generator=ls.seed(seed)))
+        )
         print("mode stream", seed, sha256(streamed), flush=True)
 
 
 def command(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "latent_shift", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "latent_shift", *map(str, words)], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def media(folder: Path) -> Path:
@@ -92,7 +114,9 @@ def media(folder: Path) -> Path:
         for k in range(20):
             frames[k, 32 : 64 + number, 4 * k : 4 * k + 32] = colour
         first, *others = map(Image.fromarray, frames)
-        first.save(folder / f"{name}.webp", save_all=True, append_images=others, duration=125, loop=0, lossless=True)
+        first.save(
+            folder / f"{name}.webp", save_all=True, append_images=others, duration=125, loop=0, lossless=True
+        )
         rows.append({"file_name": f"{name}.webp", "text": [f"a {name} square", name], "concept": name})
     first.save(folder / "still.png")
     rows.append({"file_name": "still.png", "text": "a still square", "concept": "still", "split": "held_out"})
@@ -124,11 +148,27 @@ def training(folder: Path) -> None:
     }  # fmt: skip
     for name, (stage, data, settings) in stages.items():
         (folder / f"{name}.toml").write_text(f'stage = "{stage}"\n')
-        command("train", folder / f"{name}.toml", "--run", folder / name, f"data.path={folder / data}", *common, *settings.split())
+        command(
+            "train",
+            folder / f"{name}.toml",
+            "--run",
+            folder / name,
+            f"data.path={folder / data}",
+            *common,
+            *settings.split(),
+        )
         for row in map(json.loads, (folder / name / "stats.jsonl").read_text().splitlines()):
-            print("train", name, row["step"], *(f"{key}={row[key]!r}" for key in ("loss", "grad_norm", "lr")), flush=True)
+            print(
+                "train",
+                name,
+                row["step"],
+                *(f"{key}={row[key]!r}" for key in ("loss", "grad_norm", "lr")),
+                flush=True,
+            )
         for path in sorted((folder / name / "model").rglob("*.safetensors")):
-            print("train", name, path.relative_to(folder / name), hashlib.sha256(tensors(path)).hexdigest()[:16])
+            print(
+                "train", name, path.relative_to(folder / name), hashlib.sha256(tensors(path)).hexdigest()[:16]
+            )
         for path in sorted((folder / name / "samples").glob("*.png")):
             print("train", name, path.name, sha256(np.asarray(Image.open(path))))
 
@@ -136,7 +176,10 @@ def training(folder: Path) -> None:
 def tensors(path: Path) -> bytes:
     from safetensors.torch import load_file
 
-    return b"".join(name.encode() + tensor.view(torch.uint8).numpy().tobytes() for name, tensor in sorted(load_file(path).items()))
+    return b"".join(
+        name.encode() + tensor.view(torch.uint8).numpy().tobytes()
+        for name, tensor in sorted(load_file(path).items())
+    )
 
 
 def evaluation(folder: Path) -> None:

@@ -33,7 +33,10 @@ def unet(network) -> dict[str, Tensor]:
             if block.upsamplers and layer == len(block.resnets) - 1:
                 places[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{number}.{1 + attends}.conv"
             number += 1
-    return {f"model.diffusion_model.{_moved(name, places, RESNET)}": value for name, value in network.state_dict().items()}
+    return {
+        f"model.diffusion_model.{_moved(name, places, RESNET)}": value
+        for name, value in network.state_dict().items()
+    }
 
 
 def _moved(name: str, places: dict[str, str], inside: dict[str, str]) -> str:
@@ -47,9 +50,17 @@ def _moved(name: str, places: dict[str, str], inside: dict[str, str]) -> str:
 
 def vae(network) -> dict[str, Tensor]:
     def renamed(name: str) -> str:
-        name = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
+        name = name.replace("mid_block.resnets.0", "mid.block_1").replace(
+            "mid_block.resnets.1", "mid.block_2"
+        )
         name = name.replace("mid_block.attentions.0", "mid.attn_1").replace("conv_norm_out", "norm_out")
-        for new, old in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"), ("group_norm", "norm")):
+        for new, old in (
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+            ("to_out.0", "proj_out"),
+            ("group_norm", "norm"),
+        ):
             name = name.replace(f"attn_1.{new}", f"attn_1.{old}")
         levels = len(network.config.block_out_channels)
         for level in range(levels):
@@ -69,7 +80,10 @@ def vae(network) -> dict[str, Tensor]:
 
 
 def clip(encoder, prefix: str) -> dict[str, Tensor]:
-    return {f"{prefix}transformer.text_model.{name.removeprefix('text_model.')}": value for name, value in encoder.state_dict().items()}
+    return {
+        f"{prefix}transformer.text_model.{name.removeprefix('text_model.')}": value
+        for name, value in encoder.state_dict().items()
+    }
 
 
 def open_clip(encoder, prefix: str) -> dict[str, Tensor]:
@@ -79,12 +93,16 @@ def open_clip(encoder, prefix: str) -> dict[str, Tensor]:
         "positional_embedding": weights["embeddings.position_embedding.weight"],
         "ln_final.weight": weights["final_layer_norm.weight"],
         "ln_final.bias": weights["final_layer_norm.bias"],
-        "text_projection": weights.get("text_projection.weight", torch.eye(encoder.config.hidden_size)).T.contiguous(),
+        "text_projection": weights.get(
+            "text_projection.weight", torch.eye(encoder.config.hidden_size)
+        ).T.contiguous(),
     }
     for layer in range(encoder.config.num_hidden_layers):
         old, new = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
         for kind in ("weight", "bias"):
-            tensors[f"{old}.attn.in_proj_{kind}"] = torch.cat([weights[f"{new}.self_attn.{part}_proj.{kind}"] for part in "qkv"])
+            tensors[f"{old}.attn.in_proj_{kind}"] = torch.cat(
+                [weights[f"{new}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            )
             for there, here in (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
                                 ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):  # fmt: skip
                 tensors[f"{old}.{there}.{kind}"] = weights[f"{new}.{here}.{kind}"]
@@ -94,7 +112,9 @@ def open_clip(encoder, prefix: str) -> dict[str, Tensor]:
 def of(pipe, family: str) -> dict[str, Tensor]:
     """The tensors of a whole pipeline, as a file of this family holds them."""
     if family == "sdxl":
-        texts = clip(pipe.text_encoder, "conditioner.embedders.0.") | open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.")
+        texts = clip(pipe.text_encoder, "conditioner.embedders.0.") | open_clip(
+            pipe.text_encoder_2, "conditioner.embedders.1.model."
+        )
     elif family == "sd2":
         texts = open_clip(pipe.text_encoder, "cond_stage_model.model.")
     else:

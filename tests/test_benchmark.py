@@ -13,7 +13,7 @@ from test_finetune import RECIPE
 
 from latent_shift.benchmark import memory as benchmark_memory
 from latent_shift.benchmark import networks, step
-from latent_shift.benchmark.memory import long_clips, training_memory
+from latent_shift.benchmark.memory import _long_clip, long_clips, training_memory
 from latent_shift.benchmark.roofline import Work
 from latent_shift.benchmark.step import shift_overhead
 from latent_shift.benchmark.throughput import encoding, index
@@ -27,7 +27,9 @@ from latent_shift.training import memory
 
 
 # In bf16 where a CPU has units for it: without them this takes minutes.
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16 if has_bf16_units() else torch.float32, "channels_last": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": torch.bfloat16 if has_bf16_units() else torch.float32, "channels_last": True}]
+)
 def test_against_peers_times_networks_of_the_same_widths(options):
     result = step.against_peers(num_frames=2, text_length=8, rounds=1, **options)
     ours, image, attention, animatediff, modelscope = result.values()
@@ -52,13 +54,19 @@ def test_shift_adds_no_flops_and_few_bytes():
     assert 1 < works[1].bytes / works[0].bytes < 1.02
 
 
+@pytest.mark.slow
 def test_shift_overhead_is_a_few_percent():
     """The time of a step with the shift is within a few percent of the same U-Net frame by frame (alone: 0.4 %). The least
     ratio of three tries counts, because other work on the machine disturbs it."""
     ratios = []
     for _ in range(3):
         result = shift_overhead(num_frames=16, size=16, text_length=8, rounds=5)
-        ratios.append([result[name]["ratio"] for name in ("with the shift", "with the shift, one text a clip as the pipeline has it")])
+        ratios.append(
+            [
+                result[name]["ratio"]
+                for name in ("with the shift", "with the shift, one text a clip as the pipeline has it")
+            ]
+        )
         if (np.min(ratios, axis=0) < 1.1).all():
             return
     raise AssertionError(f"a step with the shift takes {np.min(ratios, axis=0)} of one without")
@@ -67,7 +75,9 @@ def test_shift_overhead_is_a_few_percent():
 def test_savings_times_equal_computations(monkeypatch):
     def outputs(calls, rounds):
         made = [call() for call in calls.values()]
-        return [torch.cat([each.sample for each in out]) if isinstance(out, list) else out.sample for out in made]
+        return [
+            torch.cat([each.sample for each in out]) if isinstance(out, list) else out.sample for out in made
+        ]
 
     monkeypatch.setattr(step, "time_in_rounds", outputs)
     once, each, twice = step.savings(num_frames=2, text_length=8)
@@ -75,6 +85,13 @@ def test_savings_times_equal_computations(monkeypatch):
     torch.testing.assert_close(twice, once, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["whole", "chunks", "stream"])
+def test_long_clip_returns_a_row(video_model, mode):
+    row = _long_clip(str(video_model), mode, 3)
+    assert (row["mode"], row["frames"]) == (mode, 3) and row["seconds"] > 0
+
+
+@pytest.mark.slow
 def test_long_clips_measures_every_mode(video_model):
     whole, chunks, stream = long_clips(str(video_model), num_frames=(3,))
     assert [each["mode"] for each in (whole, chunks, stream)] == ["whole", "chunks", "stream"]
@@ -88,6 +105,7 @@ def test_run_alone_has_its_own_peak_memory():
     del ballast
 
 
+@pytest.mark.slow
 def test_training_memory_shrinks_with_checkpointing_and_lora():
     """Estimated at the size of Stable Diffusion 1.5; nothing is allocated."""
     result = training_memory()
@@ -101,14 +119,22 @@ def test_training_memory_shrinks_with_checkpointing_and_lora():
 def test_training_memory_estimates_the_recipe(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        benchmark_memory.memory, "estimate", lambda config, unet, **shape: asked.append(config) or memory.Estimate(0, 0, 0, 0, 0)
+        benchmark_memory.memory,
+        "estimate",
+        lambda config, unet, **shape: asked.append(config) or memory.Estimate(0, 0, 0, 0, 0),
     )
     training_memory()
     recipe = load(RECIPE)
     for config in asked:
         assert config.model.model_copy(update={"init": recipe.model.init}) == recipe.model
-        assert (config.data.batch_size, config.data.num_frames) == (recipe.data.batch_size, recipe.data.num_frames)
-        assert (config.optim.accumulate, config.optim.optimizer) == (recipe.optim.accumulate, recipe.optim.optimizer)
+        assert (config.data.batch_size, config.data.num_frames) == (
+            recipe.data.batch_size,
+            recipe.data.num_frames,
+        )
+        assert (config.optim.accumulate, config.optim.optimizer) == (
+            recipe.optim.accumulate,
+            recipe.optim.optimizer,
+        )
         assert config.train.precision == recipe.train.precision
 
 
@@ -142,7 +168,10 @@ def test_training_step_and_encoding_return_times(video_model, monkeypatch):
     graphs: list = []
     monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))
     found = training_step(str(video_model), clips=2, num_frames=4, rounds=1)
-    assert list(found) == ["8 images", *(f"2 clips of 4 frames, {name}" for name in ("shift", "none", "attention", "shift, compiled"))]
+    assert list(found) == [
+        "8 images",
+        *(f"2 clips of 4 frames, {name}" for name in ("shift", "none", "attention", "shift, compiled")),
+    ]
     assert len(graphs) == 1
     assert found["8 images"]["ratio"] == 1 and all(row["seconds"] > 0 for row in found.values())
     alone, two = encoding(str(video_model), shards=4, frames_a_shard=4, size=32)
@@ -150,6 +179,7 @@ def test_training_step_and_encoding_return_times(video_model, monkeypatch):
     assert two["frames_per_s"] > 0 and two["seconds"] > two["seconds_before_the_first"]
 
 
+@pytest.mark.slow
 def test_resuming_returns_times(video_model):
     found = resuming("tiny", model=str(video_model), num_frames=2, batch_size=1)
     # Parts are timed in processes of their own and need not add up on a busy machine.

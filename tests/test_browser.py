@@ -12,7 +12,13 @@ from latent_shift.report.page import report
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--disable-component-update"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-sync",
+    "--disable-component-update",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,10 @@ def browser():
 def opened(browser, path):
     page = browser.new_page(viewport={"width": 1000, "height": 900})
     page.problems, page.asked = [], []
-    page.on("console", lambda message: page.problems.append(message.text) if message.type in ("error", "warning") else None)
+    page.on(
+        "console",
+        lambda message: page.problems.append(message.text) if message.type in ("error", "warning") else None,
+    )
     page.on("requestfailed", lambda request: page.problems.append(request.url))
     page.on("request", lambda request: page.asked.append(request.url))
     page.goto(path.as_uri())
@@ -55,7 +64,9 @@ def published(browser):
 
 
 def state(page) -> list[list]:
-    return page.evaluate("[...document.querySelectorAll('video')].map(v => [v.readyState, v.currentTime, v.paused, v.duration])")
+    return page.evaluate(
+        "[...document.querySelectorAll('video')].map(v => [v.readyState, v.currentTime, v.paused, v.duration])"
+    )
 
 
 SIGHT = """[...document.querySelectorAll('video')].map(v => {
@@ -73,8 +84,12 @@ def in_step(page, length: float) -> int:
         clips = page.evaluate(SIGHT)
         seen = [k for k, clip in enumerate(clips) if clip["sight"]]
         apart = [abs(clips[k]["at"] - clips[seen[0]]["at"]) % length for k in seen]
-        together = max(min(each, length - each) for each in apart) <= 1 / 8  # a frame of eight a second, round the loop
-        since = [*since, clips] if together and all(clip["paused"] is not clip["sight"] for clip in clips) else []
+        together = (
+            max(min(each, length - each) for each in apart) <= 1 / 8
+        )  # a frame of eight a second, round the loop
+        since = (
+            [*since, clips] if together and all(clip["paused"] is not clip["sight"] for clip in clips) else []
+        )
         if len(since) >= 5 and all(clips[k]["drawn"] > since[0][k]["drawn"] for k in seen):
             return len(seen)
     raise AssertionError(clips)
@@ -94,8 +109,12 @@ def test_published_page_plays(published):
     assert published.problems == [] and all(url.startswith(("file:", "data:")) for url in published.asked)
     assert len(state(published)) > 50
     published.set_viewport_size({"width": 1400, "height": 1000})
-    published.evaluate("document.getElementById('clips').scrollIntoView()")  # what is above it has its height by the machine's fonts
-    columns = published.evaluate("document.querySelector('table.clips tbody tr').querySelectorAll('video').length")
+    published.evaluate(
+        "document.getElementById('clips').scrollIntoView()"
+    )  # what is above it has its height by the machine's fonts
+    columns = published.evaluate(
+        "document.querySelector('table.clips tbody tr').querySelectorAll('video').length"
+    )
     assert in_step(published, min(length for *_, length in state(published))) >= 2 * columns > 10
     published.close()
 
@@ -103,7 +122,9 @@ def test_published_page_plays(published):
 def test_page_is_complete_and_requests_nothing_outside(page):
     assert page.problems == []
     assert len(page.asked) > 8 and all(url.startswith(("file:", "data:")) for url in page.asked)
-    drawn = page.evaluate("[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().height)")
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().height)"
+    )
     assert len(drawn) == 2 * 4 and min(drawn) > 100
     outside = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert outside <= 0  # wide tables scroll in themselves

@@ -18,7 +18,9 @@ from latent_shift.data.store import Store
 def clouds(num_frames: int, seed: int, size: int = 64) -> np.ndarray:
     """Return a smooth random image that moves to the right."""
     rng = np.random.default_rng(seed)
-    image = Image.fromarray(rng.integers(0, 256, (6, 12, 3), np.uint8)).resize((2 * size, size), Image.Resampling.BICUBIC)
+    image = Image.fromarray(rng.integers(0, 256, (6, 12, 3), np.uint8)).resize(
+        (2 * size, size), Image.Resampling.BICUBIC
+    )
     return np.stack([np.asarray(image)[:, k : k + size] for k in range(num_frames)])
 
 
@@ -39,7 +41,9 @@ def test_check_reports_short_static_broken_and_missing_clips(media, tmp_path):
     video.write(np.full((20, 32, 32, 3), 9, np.uint8), tmp_path / "frozen.mp4", fps=8)
     (tmp_path / "broken.mp4").write_bytes(b"x")
     names = ["red.webp", "still.png", "short.mp4", "frozen.mp4", "broken.mp4", "gone.mp4"]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": name}) for name in names))
+    (tmp_path / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": name, "text": name}) for name in names)
+    )
     counts, pairs = check(tmp_path, workers=2)
     reasons = dict(pairs)
     assert counts == {"clips": 3, "stills": 1, "concepts": 6}
@@ -62,17 +66,26 @@ def test_check_with_aspects_sees_a_watermark_at_the_side(tmp_path):
 
 def test_check_reports_copies_in_another_size_and_encoding(tmp_path):
     one, other = clouds(16, 0), clouds(16, 1)
-    large = np.stack([np.asarray(Image.fromarray(frame).resize((160, 160), Image.Resampling.BICUBIC)) for frame in one])
-    assert problems(tmp_path, {"one": one, "other": other, "copy": large}) == {"copy.mp4": "duplicate of one.mp4"}
+    large = np.stack(
+        [np.asarray(Image.fromarray(frame).resize((160, 160), Image.Resampling.BICUBIC)) for frame in one]
+    )
+    assert problems(tmp_path, {"one": one, "other": other, "copy": large}) == {
+        "copy.mp4": "duplicate of one.mp4"
+    }
 
 
 def test_check_tells_clips_apart_by_colour_and_by_a_detail(tmp_path):
     disc = (np.hypot(*np.mgrid[-32:32, -32:32]) < 25)[None, :, :, None]
-    clips = {name: np.where(disc, np.array(colour), 255) for name, colour in (("red", (200, 60, 60)), ("blue", (60, 90, 200)))}
+    clips = {
+        name: np.where(disc, np.array(colour), 255)
+        for name, colour in (("red", (200, 60, 60)), ("blue", (60, 90, 200)))
+    }
     clips["winks"] = clips["red"].copy()
     clips["winks"][:, 20:26, 20:30] = 0
     fading = 1 - np.arange(16)[:, None, None, None] / 100  # so that no clip is static
-    assert problems(tmp_path, {name: (frames * fading).astype(np.uint8) for name, frames in clips.items()}) == {}
+    assert (
+        problems(tmp_path, {name: (frames * fading).astype(np.uint8) for name, frames in clips.items()}) == {}
+    )
 
 
 def test_check_finds_a_watermark_on_later_clips(tmp_path, monkeypatch):
@@ -80,7 +93,10 @@ def test_check_finds_a_watermark_on_later_clips(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "MAX_OVERLAY_SAMPLES", 50)
     mark = np.zeros((1, 64, 64, 3), bool)
     mark[:, 48:56, 8:40:4] = True
-    stills = {f"{number:02}": np.where(mark & (number >= 20), 255, clouds(1, number)).astype(np.uint8) for number in range(90)}
+    stills = {
+        f"{number:02}": np.where(mark & (number >= 20), 255, clouds(1, number)).astype(np.uint8)
+        for number in range(90)
+    }
     reasons = problems(tmp_path, stills, suffix=".png")
     assert list(reasons) == [str(tmp_path)] and "fixed overlay" in reasons[str(tmp_path)]
 
@@ -99,7 +115,10 @@ def test_check_locates_a_translucent_watermark(tmp_path, alpha):
     mark = np.zeros((64, 64, 1))
     mark[48:56, 8:40] = np.arange(32)[:, None] // 4 % 2  # bars
     clips = {f"clip{seed}": clouds(16, seed) for seed in range(24)}
-    marked = {name: (frames * (1 - alpha * mark) + 255 * alpha * mark).astype(np.uint8) for name, frames in clips.items()}
+    marked = {
+        name: (frames * (1 - alpha * mark) + 255 * alpha * mark).astype(np.uint8)
+        for name, frames in clips.items()
+    }
     reasons = problems(tmp_path, marked)
     if not alpha:
         assert reasons == {}

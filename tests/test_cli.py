@@ -84,7 +84,9 @@ def parse(words: list[str]) -> None:
     command = typer.main.get_command(main.app)
     context = command.make_context("latent-shift", list(words))
     while hasattr(command, "commands"):
-        rest = [*context._protected_args, *context.args] if hasattr(context, "_protected_args") else context.args
+        rest = (
+            [*context._protected_args, *context.args] if hasattr(context, "_protected_args") else context.args
+        )
         if not rest:
             return
         name, command, rest = command.resolve_command(context, rest)
@@ -93,7 +95,9 @@ def parse(words: list[str]) -> None:
         config.load(ROOT / context.params["recipe"], context.params["overrides"])
 
 
-@pytest.mark.parametrize("script", ["emoji/build.py", "emoji/ablation.py", "compare/compare.py", "benchmark.py"])
+@pytest.mark.parametrize(
+    "script", ["emoji/build.py", "emoji/ablation.py", "compare/compare.py", "benchmark.py"]
+)
 def test_recipe_scripts_run_commands_that_exist(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str((RECIPES / script).parent))
@@ -143,13 +147,25 @@ def test_generate_uses_every_option(video_model, tmp_path):
     ):
         assert pixels(*options) != plain, options
     path = tmp_path / "slow.mp4"
-    run("generate", "a red square", "-m", video_model, "--steps", 1, "-o", path, "--fps", 4, "--device", "cpu")
+    run(
+        "generate", "a red square", "-m", video_model, "--steps", 1, "-o", path, "--fps", 4, "--device", "cpu"
+    )
     assert video.read(path)[1] == 4
 
 
 def test_generate_writes_an_image_for_one_frame_and_warns_of_truncation(video_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = [sys.executable, "-m", "latent_shift", "generate", "a red square " * 9, "-m", str(video_model), "--steps", "1"]
+    words = [
+        sys.executable,
+        "-m",
+        "latent_shift",
+        "generate",
+        "a red square " * 9,
+        "-m",
+        str(video_model),
+        "--steps",
+        "1",
+    ]
     result = subprocess.run([*words, "--num-frames", "1"], capture_output=True, text=True, check=True)
     assert "truncated" in result.stderr
     assert video.read(result.stdout.strip())[0].shape == (1, 32, 32, 3)
@@ -158,27 +174,54 @@ def test_generate_writes_an_image_for_one_frame_and_warns_of_truncation(video_mo
 def test_command_leads_from_media_to_evaluation(media, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "3 clips, 1 stills, 3 concepts, 0 with problems" in run("data", "check", media)
-    assert "4 records, 61 frames, 0 skipped" in run("data", "pack", media, "pixels", "--size", 32, "--workers", 1)
+    assert "4 records, 61 frames, 0 skipped" in run(
+        "data", "pack", media, "pixels", "--size", 32, "--workers", 1
+    )
     shown = run("data", "preview", "pixels", "preview.png", "--rows", 2, "--columns", 4).splitlines()
-    assert len(shown) == 3 and {*shown[:2]} <= {text for record in Store("pixels").records for text in record.texts}
+    assert len(shown) == 3 and {*shown[:2]} <= {
+        text for record in Store("pixels").records for text in record.texts
+    }
     recipe = tmp_path / "set" / "autoencoder.toml"
     recipe.parent.mkdir()
     recipe.write_text(dump(tiny_config("autoencoder", "pixels", steps=2)))
     assert run("train", recipe, "--dry-run", "optim.lr=0.5").count("lr = 0.5") == 1
     assert run("train", recipe).splitlines()[-1] == "runs/set-autoencoder/model"
-    assert "61 frames" in run("encode", "pixels", "latents", "--autoencoder", "runs/set-autoencoder/model", "--texts", texts)
+    assert "61 frames" in run(
+        "encode", "pixels", "latents", "--autoencoder", "runs/set-autoencoder/model", "--texts", texts
+    )
     recipe.with_name("video.toml").write_text(dump(tiny_config("video", "latents", steps=1)))
     run("train", recipe.with_name("video.toml"), "--run", "runs/v")
     # A run folder is its own recipe: the run goes on, with more steps.
     assert run("train", "runs/v", "optim.steps=2").splitlines()[-1] == "runs/v/model"
-    assert [json.loads(line)["step"] for line in (tmp_path / "runs/v/stats.jsonl").read_text().splitlines()] == [1, 2]
-    table = run("eval", "pixels", "-m", "a=runs/v/model", "-m", "b=runs/v/model", "--num", 2, "--steps", 1, "-o", "eval.json")
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "runs/v/stats.jsonl").read_text().splitlines()
+    ] == [1, 2]
+    table = run(
+        "eval",
+        "pixels",
+        "-m",
+        "a=runs/v/model",
+        "-m",
+        "b=runs/v/model",
+        "--num",
+        2,
+        "--steps",
+        1,
+        "-o",
+        "eval.json",
+    )
     first, second = json.loads((tmp_path / "eval.json").read_text())
-    assert [record["value"] for record in first["records"]] == [record["value"] for record in second["records"]]
+    assert [record["value"] for record in first["records"]] == [
+        record["value"] for record in second["records"]
+    ]
     assert (first["protocol"]["clips"], first["system"]["num_inference_steps"]) == (2, 1)
     (energy,) = [record["value"] for record in first["records"] if record["measure"] == "motion_energy"]
     assert f"| motion_energy | {energy:.4g} (" in table
-    assert table.count("\nno clipsim: needs a folder of transformers' CLIPModel") == table.count("no clipsim") == 1  # of both systems
+    assert (
+        table.count("\nno clipsim: needs a folder of transformers' CLIPModel")
+        == table.count("no clipsim")
+        == 1
+    )  # of both systems
     for option, message in (
         ("i3d=gone.pt", "gone.pt: no such file"),
         ("i4d=x", "--weights i4d=x: expected i3d=PATH"),
@@ -191,7 +234,18 @@ def test_command_leads_from_media_to_evaluation(media, texts, tmp_path, monkeypa
     with pytest.raises(ValueError, match="--model: two systems have one folder"):
         run("eval", "pixels", "-m", "a b=runs/v/model", "-m", "a-b=runs/v/model", "--num", 2)
     (tmp_path / "prompts.txt").write_text("# two prompts\na red square\nblue\n")
-    run("sheet", "prompts.txt", "sheet.png", "sheet.webp", "-m", "runs/v/model", "--steps", 1, "--device", "cpu")
+    run(
+        "sheet",
+        "prompts.txt",
+        "sheet.png",
+        "sheet.webp",
+        "-m",
+        "runs/v/model",
+        "--steps",
+        1,
+        "--device",
+        "cpu",
+    )
     assert video.read("sheet.png")[0].shape == (1, 2 * (32 + 14), 4 * 32 + 3 * 2, 3)
     assert video.read("sheet.webp")[0].shape == (4, 32, 2 * 32 + 2, 3)
 
@@ -209,7 +263,9 @@ def test_command_leads_from_media_to_evaluation(media, texts, tmp_path, monkeypa
 )  # fmt: skip
 def test_options_refuse_numbers_out_of_range(words):
     result = runner.invoke(main.app, words.split())
-    assert (result.exit_code, f"Invalid value for '{words.split()[-2]}'" in result.output) == (2, True), result.output
+    assert (result.exit_code, f"Invalid value for '{words.split()[-2]}'" in result.output) == (2, True), (
+        result.output
+    )
 
 
 def test_help_shows_flags_without_values():
@@ -234,7 +290,19 @@ def test_generate_modes_differ(video_model, media, tmp_path, monkeypatch):
         "chunk": ["--num-frames", 9, "--chunk", 2, "--halo", 1], "long": ["--num-frames", 9],
     }.items():  # fmt: skip
         words = "a (red:1.6) square" if name == "weighed" else "a red square"
-        run("generate", words, "-m", video_model, "-o", f"{name}.webp", "--steps", 3, "--device", "cpu", *options)
+        run(
+            "generate",
+            words,
+            "-m",
+            video_model,
+            "-o",
+            f"{name}.webp",
+            "--steps",
+            3,
+            "--device",
+            "cpu",
+            *options,
+        )
         seen[name] = video.read(f"{name}.webp")[0]
     assert seen["chunk"].shape == seen["long"].shape == (9, 32, 32, 3)
     names = [name for name in seen if name not in ("chunk", "long")]
@@ -245,7 +313,9 @@ def test_generate_modes_differ(video_model, media, tmp_path, monkeypatch):
 
 
 def test_bench_prints_and_writes_its_result(video_model, tmp_path, monkeypatch):
-    result = json.loads(run("bench", "--frames", 4, "--size", 8, "--rounds", 2, "-o", tmp_path / "bench.json"))
+    result = json.loads(
+        run("bench", "--frames", 4, "--size", 8, "--rounds", 2, "-o", tmp_path / "bench.json")
+    )
     assert result == json.loads((tmp_path / "bench.json").read_text())
     assert result["frame by frame"]["ratio"] == 1
     assert result["with the shift"]["seconds"] > 0
@@ -260,10 +330,16 @@ def test_bench_prints_and_writes_its_result(video_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", recorded)
     own = json.loads(run("bench", "-m", video_model, "--rounds", 1, "--frames", 2, "--commands"))
-    assert [words[words.index("-m", 3) + 1] for words in times if "generate" in words] == [str(video_model)]  # its command, not emoji's
+    assert [words[words.index("-m", 3) + 1] for words in times if "generate" in words] == [
+        str(video_model)
+    ]  # its command, not emoji's
     assert (own["latents"], own["text_length"], own["model"]) == (4, 20, str(video_model))
     assert own["parameters"] < 1e6
-    assert 0 < own["commands, seconds"]["latent-shift --help"] < own["commands, seconds"]["latent-shift generate"]
+    assert (
+        0
+        < own["commands, seconds"]["latent-shift --help"]
+        < own["commands, seconds"]["latent-shift generate"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,7 +348,10 @@ def test_bench_prints_and_writes_its_result(video_model, tmp_path, monkeypatch):
         (["generate", "x", "-m", "emjoi"], "did you mean 'emoji'"),
         (["train", "absent.toml"], "absent.toml"),
         (["data", "check", "absent"], "absent: no such folder"),
-        (["bench", "--rounds", "3", "-m", "emoji", "peers"], "bench peers: its options come after it, not before it: --rounds, --model"),
+        (
+            ["bench", "--rounds", "3", "-m", "emoji", "peers"],
+            "bench peers: its options come after it, not before it: --rounds, --model",
+        ),
         (["data", "preview", "absent", "a.png"], "not a packed data set"),
         (["data", "preview", "absent", "a.jpeg"], "a.jpeg: expected one of .mp4"),
         (["generate", "x", "-o", "clip.avi"], "expected one of .mp4"),
@@ -285,7 +364,10 @@ def test_bench_prints_and_writes_its_result(video_model, tmp_path, monkeypatch):
         (["generate", "x", "--negative", "y", "--guidance", "1"], "negative_prompt has no effect"),
         (["generate", "x", "--device", "cuda:99"], "cuda"),
         (["generate", "x", "--device", "foo"], "device 'foo': expected cpu, cuda, cuda:1 or mps"),
-        (["eval", "absent", "--dtype", "float8"], "--dtype: expected float32, float16 or bfloat16, got 'float8'"),
+        (
+            ["eval", "absent", "--dtype", "float8"],
+            "--dtype: expected float32, float16 or bfloat16, got 'float8'",
+        ),
         (["encode", "x", "y", "--autoencoder", "emojy", "--texts", "emoji"], "did you mean 'emoji'"),
         (["sheet", __file__, "sheet.jpg"], "expected one of .mp4"),
     ],
@@ -299,7 +381,9 @@ def test_main_prints_an_error_as_one_line(words, message, monkeypatch, capsys):
 
 
 def test_module_prints_an_error_without_traceback():
-    result = subprocess.run([sys.executable, "-m", "latent_shift", "train", "absent.toml"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "latent_shift", "train", "absent.toml"], capture_output=True, text=True
+    )
     assert result.returncode == 1
     assert "absent.toml" in result.stderr
     assert "Traceback" not in result.stderr

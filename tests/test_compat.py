@@ -13,7 +13,13 @@ from diffusers import (
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from latent_shift.models import sizes
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
@@ -45,7 +51,9 @@ def lora(pipe, tmp_path):
     """A LoRA file of attention and convolutions, as diffusers' training scripts write it."""
     network = sizes.unet("tiny", sample_size=4)
     torch.manual_seed(1)
-    network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))
+    network.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False)
+    )
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(network))
     return tmp_path
 
@@ -109,7 +117,9 @@ def test_ip_adapter_conditions_every_frame(pipe):
     pipe.set_ip_adapter_scale(0.0)
     torch.testing.assert_close(clip(pipe, ip_adapter_image=picture), before, atol=1e-5, rtol=1e-5)
     pipe.set_ip_adapter_scale(1.0)
-    both = pipe(["red", "red"], generator=[seed(0), seed(0)], output_type="pt", ip_adapter_image=picture).frames
+    both = pipe(
+        ["red", "red"], generator=[seed(0), seed(0)], output_type="pt", ip_adapter_image=picture
+    ).frames
     torch.testing.assert_close(both, shown.expand_as(both), atol=1e-5, rtol=1e-5)
 
 
@@ -118,13 +128,22 @@ def test_controlnet_takes_a_picture_for_every_frame(pipe):
     torch.manual_seed(3)
     control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8, 8, 8)).eval()
     pictures = [Image.fromarray(np.full((32, 32, 3), 60 * k, np.uint8)) for k in range(4)]
-    theirs = StableDiffusionControlNetPipeline(**{**pipe.components, "controlnet": control}, requires_safety_checker=False)
+    theirs = StableDiffusionControlNetPipeline(
+        **{**pipe.components, "controlnet": control}, requires_safety_checker=False
+    )
     theirs.set_progress_bar_config(disable=True)
     noise = torch.randn(4, 4, 4, 4, generator=seed(0))
 
     def controlled():
         with frames(pipe.unet, 4):
-            return theirs(["red"] * 4, pictures, latents=noise, num_inference_steps=2, guidance_scale=3.0, output_type="pt").images
+            return theirs(
+                ["red"] * 4,
+                pictures,
+                latents=noise,
+                num_inference_steps=2,
+                guidance_scale=3.0,
+                output_type="pt",
+            ).images
 
     ours = pipe("red", latents=noise.transpose(0, 1)[None], output_type="pt").frames[0]
     torch.testing.assert_close(controlled(), ours, atol=1e-5, rtol=1e-5)  # a new ControlNet says nothing yet
@@ -143,7 +162,14 @@ def test_controlnet_takes_a_picture_for_every_frame(pipe):
         lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
         lambda pipe: pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level"),
     ],
-    ids=["vae slicing", "fused projections", "processors", "attention slicing", "channels last", "group offload"],
+    ids=[
+        "vae slicing",
+        "fused projections",
+        "processors",
+        "attention slicing",
+        "channels last",
+        "group offload",
+    ],
 )
 def test_memory_and_speed_options_keep_the_clip(pipe, enable):
     before = clip(pipe)

@@ -4,7 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from latent_shift.config import RENAMED_KEYS, Config, Data, Diffusion, Lora, Loss, Model, Optim, Train, dump, load
+from latent_shift.config import (
+    RENAMED_KEYS,
+    Config,
+    Data,
+    Diffusion,
+    Lora,
+    Loss,
+    Model,
+    Optim,
+    Train,
+    dump,
+    load,
+)
 from latent_shift.training.optimizer import learning_rate
 
 RECIPE = """
@@ -29,7 +41,10 @@ def recipe(tmp_path):
 
 
 def test_load_applies_overrides_and_reads_back_a_dump(recipe, tmp_path):
-    config = load(recipe, ["optim.lr=5e-4", "data.path=/elsewhere/a b", "train.tracker=wandb", 'data.splits=["train", "val"]'])
+    config = load(
+        recipe,
+        ["optim.lr=5e-4", "data.path=/elsewhere/a b", "train.tracker=wandb", 'data.splits=["train", "val"]'],
+    )
     assert config.optim.lr == 5e-4
     assert config.data.path == "/elsewhere/a b"
     assert config.train.tracker == "wandb"
@@ -54,10 +69,16 @@ def test_load_applies_overrides_and_reads_back_a_dump(recipe, tmp_path):
         (["diffusion.zero_terminal_snr=true"], "zero_terminal_snr needs prediction v_prediction"),
         (["loss.kl=0.1"], "loss.kl has no effect in stage image: leave it out"),
         (["data.image_share=0.5"], "data.image_share has no effect in stage image"),
-        (["stage=autoencoder", "diffusion.min_snr=5.0"], "diffusion.min_snr has no effect in stage autoencoder"),
+        (
+            ["stage=autoencoder", "diffusion.min_snr=5.0"],
+            "diffusion.min_snr has no effect in stage autoencoder",
+        ),
         (["stage=autoencoder", "data.mirror=true"], "data.mirror has no effect in stage autoencoder"),
         (["stage=autoencoder", "train.shard=true"], "neither autoencoders nor adamw8bit can be sharded"),
-        (["optim.optimizer=adamw8bit", "train.shard=true"], "neither autoencoders nor adamw8bit can be sharded"),
+        (
+            ["optim.optimizer=adamw8bit", "train.shard=true"],
+            "neither autoencoders nor adamw8bit can be sharded",
+        ),
         (["train.seed=-1"], "train.seed: Input should be greater than or equal to 0"),
         (["data.splits=[]"], "data.splits: List should have at least 1 item"),
         (["optim.lr=inf"], "optim.lr: Input should be a finite number"),
@@ -89,10 +110,18 @@ def test_load_takes_renamed_keys_with_a_notice(recipe, caplog):
     caplog.clear()
     recipe.write_text(RECIPE + "[diffusion]\nindependent_share = 0.5\n")
     assert load(recipe, video).diffusion.independent_noise_prob == 0.5
-    assert f"{recipe}: diffusion.independent_share is now called diffusion.independent_noise_prob" in caplog.text
-    assert load(recipe, [*video, "diffusion.independent_noise_prob=0.75"]).diffusion.independent_noise_prob == 0.75
+    assert (
+        f"{recipe}: diffusion.independent_share is now called diffusion.independent_noise_prob" in caplog.text
+    )
+    assert (
+        load(recipe, [*video, "diffusion.independent_noise_prob=0.75"]).diffusion.independent_noise_prob
+        == 0.75
+    )
     recipe.write_text(RECIPE + "[diffusion]\nindependent_share = 0.5\nindependent_noise_prob = 0.5\n")
-    with pytest.raises(ValueError, match=r"independent_share is the old name of diffusion\.independent_noise_prob: leave it out"):
+    with pytest.raises(
+        ValueError,
+        match=r"independent_share is the old name of diffusion\.independent_noise_prob: leave it out",
+    ):
         load(recipe, video)
 
 
@@ -106,7 +135,9 @@ def test_renamed_keys_point_to_present_ones():
 def test_every_key_has_a_description():
     for section in (Data, Model, Lora, Diffusion, Loss, Optim, Train):
         for key, field in section.model_fields.items():
-            assert field.description and field.description.endswith(".") and "\n" not in field.description, key
+            assert field.description and field.description.endswith(".") and "\n" not in field.description, (
+                key
+            )
 
 
 def test_every_recipe_loads():

@@ -82,7 +82,9 @@ def test_num_videos_per_prompt_multiplies_clips(pipe, prompts, each):
 
 
 def test_return_dict_false_returns_a_tuple(pipe):
-    torch.testing.assert_close(clip(pipe), pipe("red", generator=seed(0), output_type="pt", return_dict=False)[0])
+    torch.testing.assert_close(
+        clip(pipe), pipe("red", generator=seed(0), output_type="pt", return_dict=False)[0]
+    )
 
 
 def test_output_types_hold_the_same_clip(pipe):
@@ -104,7 +106,9 @@ def test_callback_gets_the_tensors_it_asks_for(pipe):
 
     wanted = pipe._callback_tensor_inputs
     expected = clip(pipe)
-    torch.testing.assert_close(clip(pipe, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=wanted), expected)
+    torch.testing.assert_close(
+        clip(pipe, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=wanted), expected
+    )
     assert [(index, names) for index, _, names in seen] == [(0, set(wanted)), (1, set(wanted))]
     assert [timestep for _, timestep, _ in seen] == [int(timestep) for timestep in pipe.scheduler.timesteps]
     with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
@@ -115,7 +119,9 @@ def test_callback_can_change_latents(pipe):
     def blank(pipe, index, timestep, tensors):
         return {"latents": torch.zeros_like(tensors["latents"])} if index == 1 else tensors
 
-    made = clip(pipe, output_type="latent", callback_on_step_end=blank, callback_on_step_end_tensor_inputs=["latents"])
+    made = clip(
+        pipe, output_type="latent", callback_on_step_end=blank, callback_on_step_end_tensor_inputs=["latents"]
+    )
     assert not made.any()
 
 
@@ -141,10 +147,20 @@ def test_encode_prompt_works_alone(pipe):
     """What `encode_prompt` returns is what a pipeline without its text encoders needs."""
     expected = clip(pipe)
     xl = isinstance(pipe, LatentShiftXLPipeline)
-    names = ["prompt_embeds", "negative_prompt_embeds", *(["pooled_prompt_embeds", "negative_pooled_prompt_embeds"] if xl else [])]
-    encoded = pipe.encode_prompt("red", device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=True)
+    names = [
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        *(["pooled_prompt_embeds", "negative_pooled_prompt_embeds"] if xl else []),
+    ]
+    encoded = pipe.encode_prompt(
+        "red", device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
     given = dict(zip(names, encoded, strict=True))
-    bare = {name: part for name, part in pipe.components.items() if "text_encoder" not in name and "tokenizer" not in name}
+    bare = {
+        name: part
+        for name, part in pipe.components.items()
+        if "text_encoder" not in name and "tokenizer" not in name
+    }
     missing = {name: None for name in pipe.components if name not in bare}
     without = quiet(type(pipe)(**bare, **missing, latent_shift=SETTINGS))
     torch.testing.assert_close(clip(without, None, **given), expected)
@@ -163,18 +179,32 @@ def test_from_pipe_converts_both_ways(pipe):
     assert theirs.unet is pipe.unet
     ours = quiet(type(pipe).from_pipe(theirs))
     assert shift_of(ours.unet) == shift_of(pipe.unet)
-    still = theirs("red", num_inference_steps=2, guidance_scale=3.0, generator=seed(0), output_type="pt", height=32, width=32).images
-    same = ours("red", num_inference_steps=2, guidance_scale=3.0, generator=seed(0), output_type="pt", num_frames=1).frames[:, 0]
+    still = theirs(
+        "red",
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=seed(0),
+        output_type="pt",
+        height=32,
+        width=32,
+    ).images
+    same = ours(
+        "red", num_inference_steps=2, guidance_scale=3.0, generator=seed(0), output_type="pt", num_frames=1
+    ).frames[:, 0]
     torch.testing.assert_close(same, still, atol=1e-6, rtol=0)
     if not xl:
         redrawn = quiet(StableDiffusionImg2ImgPipeline.from_pipe(pipe))
-        assert redrawn("red", image=still, num_inference_steps=4, generator=seed(0), output_type="np").images.shape == (1, 32, 32, 3)
+        assert redrawn(
+            "red", image=still, num_inference_steps=4, generator=seed(0), output_type="np"
+        ).images.shape == (1, 32, 32, 3)
 
 
 def test_generators_and_latents_are_used(pipe):
     assert torch.equal(clip(pipe), clip(pipe))
     assert not torch.equal(clip(pipe), clip(pipe, generator=seed(1)))
-    latents = torch.randn(1, 4, 3, 32 // pipe.vae_scale_factor, 32 // pipe.vae_scale_factor, generator=seed(0))
+    latents = torch.randn(
+        1, 4, 3, 32 // pipe.vae_scale_factor, 32 // pipe.vae_scale_factor, generator=seed(0)
+    )
     assert torch.equal(clip(pipe, latents=latents), clip(pipe, latents=latents.clone(), generator=seed(5)))
 
 
@@ -186,15 +216,31 @@ def test_pipeline_is_a_diffusion_pipeline():
 @pytest.mark.parametrize("missing", [["unet", "vae"], ["text_encoder", "tokenizer"], ["vae"]])
 def test_pipeline_works_without_parts_that_a_call_does_not_need(pipe, missing, tmp_path):
     """Prompts encoded by one half of a pipeline, clips generated from them by the other."""
-    absent = {f"{name}{suffix}": None for name in missing for suffix in ("", "_2") if f"{name}{suffix}" in pipe.components}
+    absent = {
+        f"{name}{suffix}": None
+        for name in missing
+        for suffix in ("", "_2")
+        if f"{name}{suffix}" in pipe.components
+    }
     half = quiet(type(pipe)(**{**pipe.components, **absent}, latent_shift=SETTINGS))
     if "unet" in missing:
-        expected = pipe.encode_prompt("red", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
-        encoded = half.encode_prompt("red", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+        expected = pipe.encode_prompt(
+            "red", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+        encoded = half.encode_prompt(
+            "red", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
         assert all(map(torch.equal, encoded, expected))
         return
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    encoded = pipe.encode_prompt("red", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    names = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
+    encoded = pipe.encode_prompt(
+        "red", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
     arguments = {**dict(zip(names, encoded, strict=False)), "output_type": "latent"}
     expected = clip(pipe, None, **arguments)
     assert torch.equal(clip(half, None, **arguments), expected)

@@ -19,7 +19,9 @@ TEXT = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1), dtype=t
 
 
 def clips(num_frames: int) -> torch.Tensor:
-    return torch.randn(2, 4, num_frames, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return torch.randn(
+        2, 4, num_frames, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
 
 
 def predictor(unet, *, edge=None, calls=None):

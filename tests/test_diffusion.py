@@ -39,7 +39,9 @@ def test_denoising_objective_is_the_formula(unet, prediction, min_snr, motion_we
         alpha_bar = torch.prod(1 - betas[: timesteps[clip] + 1])
         a, s = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
         with frames(unet, 3):
-            predicted = unet(a * latents[clip] + s * noise[clip], timesteps[clip], text[clip : clip + 1]).sample
+            predicted = unet(
+                a * latents[clip] + s * noise[clip], timesteps[clip], text[clip : clip + 1]
+            ).sample
         target = noise[clip] if prediction == "epsilon" else a * noise[clip] - s * latents[clip]
         snr = float(alpha_bar / (1 - alpha_bar))
         weight = 1.0 if min_snr is None else min(snr, min_snr) / (snr if prediction == "epsilon" else snr + 1)
@@ -68,21 +70,31 @@ def test_correlated_noise_has_the_requested_correlation(share, correlation, loop
     noise = correlated_noise(own, common, share, correlation, loop=loop)
     covariance = np.einsum("bfn,bgn->fg", noise, noise) / 40_000
     apart = np.abs(np.arange(5)[:, None] - np.arange(5))
-    rest = (correlation**apart + correlation ** (5 - apart)) / (1 + correlation**5) if loop else correlation**apart
+    rest = (
+        (correlation**apart + correlation ** (5 - apart)) / (1 + correlation**5)
+        if loop
+        else correlation**apart
+    )
     np.testing.assert_allclose(covariance, share + (1 - share) * rest, atol=0.03)
     tensors = correlated_noise(torch.from_numpy(own), torch.from_numpy(common), share, correlation, loop=loop)
     np.testing.assert_allclose(tensors.numpy(), noise)
     if loop:  # it has no first frame
         np.testing.assert_allclose(
-            correlated_noise(np.roll(own, 1, axis=1), common, share, correlation, loop=True), np.roll(noise, 1, axis=1)
+            correlated_noise(np.roll(own, 1, axis=1), common, share, correlation, loop=True),
+            np.roll(noise, 1, axis=1),
         )
 
 
-@pytest.mark.parametrize(("device", "cudnn", "fused"), [("cuda", False, True), ("cpu", False, False), ("mps", True, True)])
+@pytest.mark.parametrize(
+    ("device", "cudnn", "fused"), [("cuda", False, True), ("cpu", False, False), ("mps", True, True)]
+)
 def test_attention_kernel_depends_on_device_and_size(device, cudnn, fused):
     """On a GPU all but cuDNN's, on a CPU the plain one where it fits."""
     with attention_kernel(device, noise=torch.empty(1, 1, 4, 8, 8)):
-        assert (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()) == (cudnn, fused)
+        assert (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()) == (
+            cudnn,
+            fused,
+        )
     with attention_kernel(device, noise=torch.empty(1, 1, 4, 64, 64)):
         assert torch.backends.cuda.flash_sdp_enabled()
 

@@ -23,7 +23,10 @@ def spread(rng, dims: int) -> np.ndarray:
 def test_frechet_equals_closed_form_of_gaussians():
     rng = np.random.default_rng(0)
     means, deviations = rng.standard_normal((2, 5)), rng.uniform(0.2, 3, (2, 5))
-    a, b = (sample_exactly(rng, 40, mean, np.diag(deviation**2)) for mean, deviation in zip(means, deviations, strict=True))
+    a, b = (
+        sample_exactly(rng, 40, mean, np.diag(deviation**2))
+        for mean, deviation in zip(means, deviations, strict=True)
+    )
     expected = np.square(means[0] - means[1]).sum() + np.square(deviations[0] - deviations[1]).sum()
     assert statistics.frechet(a, b) == pytest.approx(expected, rel=1e-9)
     assert statistics.frechet(a, a) == pytest.approx(0, abs=1e-9)
@@ -46,13 +49,17 @@ def test_frechet_equals_matrix_square_root(num, other, dims):
 
 def test_statistics_refuse_too_few_samples_and_wrong_input():
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="8 samples of 8 features: the Frechet distance needs more samples than features"):
+    with pytest.raises(
+        ValueError, match="8 samples of 8 features: the Frechet distance needs more samples than features"
+    ):
         statistics.frechet(rng.standard_normal((8, 8)), rng.standard_normal((20, 8)))
     with pytest.raises(ValueError, match="two sets of the same features"):
         statistics.kernel_estimate(rng.standard_normal((8, 8)), rng.standard_normal((8, 7)))
     with pytest.raises(ValueError, match="three samples"):
         statistics.kernel_estimate(rng.standard_normal((2, 8)), rng.standard_normal((8, 8)))
-    with pytest.raises(statistics.MeasureUnavailable, match="12 clips of 20 features"):  # 96 frames are 12 samples
+    with pytest.raises(
+        statistics.MeasureUnavailable, match="12 clips of 20 features"
+    ):  # 96 frames are 12 samples
         statistics.frechet_estimate(rng.standard_normal((12, 8, 20)), rng.standard_normal((100, 8, 20)))
     with pytest.raises(statistics.MeasureUnavailable, match="5 clips of 5 classes"):
         statistics.inception_score(np.eye(5))
@@ -68,7 +75,11 @@ def test_kernel_estimate_equals_double_sum():
     rng = np.random.default_rng(2)
     a, b = rng.standard_normal((7, 4)), rng.standard_normal((5, 4)) + 0.5
     kernel = lambda x, y: (float(x @ y) / 4 + 1) ** 3  # noqa: E731
-    within = [sum(kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    within = [
+        sum(kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j)
+        / (len(x) * (len(x) - 1))
+        for x in (a, b)
+    ]
     between = sum(kernel(x, y) for x in a for y in b) / 35
     found = statistics.kernel_estimate(a, b)
     assert found.value == pytest.approx(sum(within) - 2 * between, rel=1e-10)
@@ -80,19 +91,35 @@ def test_kernel_estimate_never_pairs_frames_of_one_clip():
     a, b = rng.standard_normal((5, 3, 4)), rng.standard_normal((6, 3, 4)) + 0.3
     kernel = lambda x, y: (float(x @ y) / 4 + 1) ** 3  # noqa: E731
     pairs = lambda p, q, apart: np.mean(  # noqa: E731
-        [kernel(x, y) for i, u in enumerate(p) for j, w in enumerate(q) if not (apart and i == j) for x in u for y in w]
+        [
+            kernel(x, y)
+            for i, u in enumerate(p)
+            for j, w in enumerate(q)
+            if not (apart and i == j)
+            for x in u
+            for y in w
+        ]
     )
     found = statistics.kernel_estimate(a, b)
-    assert found.value == pytest.approx(pairs(a, a, True) + pairs(b, b, True) - 2 * pairs(a, b, False), rel=1e-10)
-    alike = [rng.standard_normal((2, 12, 1, 4)).repeat(8, axis=2) for _ in range(300)]  # clips whose frames stand still
-    alone, together = ([statistics.kernel_estimate(*pair.reshape(2, -1, rows, 4), resamples=2).value for pair in alike] for rows in (1, 8))
+    assert found.value == pytest.approx(
+        pairs(a, a, True) + pairs(b, b, True) - 2 * pairs(a, b, False), rel=1e-10
+    )
+    alike = [
+        rng.standard_normal((2, 12, 1, 4)).repeat(8, axis=2) for _ in range(300)
+    ]  # clips whose frames stand still
+    alone, together = (
+        [statistics.kernel_estimate(*pair.reshape(2, -1, rows, 4), resamples=2).value for pair in alike]
+        for rows in (1, 8)
+    )
     assert abs(np.mean(together)) < 3 * np.std(together) / np.sqrt(300) < np.mean(alone)
 
 
 def test_kernel_estimate_subsamples_large_sets():
     rng = np.random.default_rng(7)
     a, b = rng.standard_normal((2000, 2, 6)), 1.3 * rng.standard_normal((2000, 2, 6))
-    every, some = (statistics.kernel_estimate(a, b, resamples=40, max_clips=max_clips) for max_clips in (5000, 400))
+    every, some = (
+        statistics.kernel_estimate(a, b, resamples=40, max_clips=max_clips) for max_clips in (5000, 400)
+    )
     assert every.value != some.value and some.low < every.value < some.high
     assert some.high - some.low > 1.5 * (every.high - every.low)
 
@@ -102,8 +129,12 @@ def test_kernel_estimate_is_unbiased_and_frechet_is_not():
     pairs = [rng.standard_normal((2, 12, 4)) for _ in range(300)]
     kernels = [statistics.kernel_estimate(a, b, resamples=2).value for a, b in pairs]
     assert abs(np.mean(kernels)) < 3 * np.std(kernels) / np.sqrt(300)
-    assert min(statistics.frechet(a, b) for a, b in pairs) > 0.1  # of two sets that are the same in distribution
-    frechet, kernel = (each(*pairs[0], resamples=10) for each in (statistics.frechet_estimate, statistics.kernel_estimate))
+    assert (
+        min(statistics.frechet(a, b) for a, b in pairs) > 0.1
+    )  # of two sets that are the same in distribution
+    frechet, kernel = (
+        each(*pairs[0], resamples=10) for each in (statistics.frechet_estimate, statistics.kernel_estimate)
+    )
     assert frechet.biased and not kernel.biased
 
 
@@ -112,7 +143,11 @@ def test_kernel_estimate_never_pairs_clips_of_one_caption():
     rng, kernel = np.random.default_rng(13), lambda x, y: (x @ y.T / 4 + 1) ** 3
     a, b, units = rng.standard_normal((6, 4)), rng.standard_normal((3, 4)), np.array([0, 1, 2, 2, 0, 1])
     apart, others = units[:, None] != units, units[:, None] != np.arange(3)
-    expected = kernel(a, a)[apart].mean() + kernel(b, b)[~np.eye(3, dtype=bool)].mean() - 2 * kernel(a, b)[others].mean()
+    expected = (
+        kernel(a, a)[apart].mean()
+        + kernel(b, b)[~np.eye(3, dtype=bool)].mean()
+        - 2 * kernel(a, b)[others].mean()
+    )
     found = statistics.kernel_estimate(a, b, cluster_ids=units, other_cluster_ids=np.arange(3), resamples=50)
     assert found.value == pytest.approx(expected, rel=1e-10) and found.samples == 3
     alike, wrong = [], []
@@ -125,9 +160,15 @@ def test_kernel_estimate_never_pairs_clips_of_one_caption():
     same = statistics.kernel_estimate(captions, captions, other_cluster_ids=np.arange(12))
     assert same.value == pytest.approx(0, abs=1e-12) and same.high - same.low == pytest.approx(0, abs=1e-12)
     some = statistics.kernel_estimate(
-        np.repeat(x, 50, axis=0), y, cluster_ids=np.repeat(np.arange(12), 50), other_cluster_ids=np.arange(12), max_clips=100
+        np.repeat(x, 50, axis=0),
+        y,
+        cluster_ids=np.repeat(np.arange(12), 50),
+        other_cluster_ids=np.arange(12),
+        max_clips=100,
     )
-    whole = statistics.kernel_estimate(x, y, other_cluster_ids=np.arange(12))  # a mean over units as they were drawn, not over all of each
+    whole = statistics.kernel_estimate(
+        x, y, other_cluster_ids=np.arange(12)
+    )  # a mean over units as they were drawn, not over all of each
     assert some.samples == 12 and some.low < whole.value < some.high
 
 
@@ -179,7 +220,10 @@ def test_estimate_interval_covers_truth_as_often_as_stated():
 def test_frechet_estimate_resamples_frames_of_a_clip_together():
     rng = np.random.default_rng(5)
     a, b = (rng.standard_normal((30, 1, 3)) + 0.01 * rng.standard_normal((30, 8, 3)) for _ in range(2))
-    alone, together = statistics.frechet_estimate(a.reshape(240, 3), b.reshape(240, 3)), statistics.frechet_estimate(a, b)
+    alone, together = (
+        statistics.frechet_estimate(a.reshape(240, 3), b.reshape(240, 3)),
+        statistics.frechet_estimate(a, b),
+    )
     assert alone.value == pytest.approx(together.value)
     assert together.high - together.low > 1.5 * (alone.high - alone.low)  # 30 clips, not 240 samples
 
@@ -202,10 +246,14 @@ def test_clusters_are_resampled_together_and_never_paired():
     other = rng.standard_normal((600, 3))
     for measure in (statistics.frechet_estimate, statistics.kernel_estimate):
         apart, together = measure(x, other, resamples=40), measure(x, other, cluster_ids=units, resamples=40)
-        assert together.samples == 30 and together.high - together.low > 1.5 * (apart.high - apart.low), measure
+        assert together.samples == 30 and together.high - together.low > 1.5 * (apart.high - apart.low), (
+            measure
+        )
     kernel = (x @ x.T / 3 + 1) ** 3
     between, within = ((x @ other.T / 3 + 1) ** 3).mean(), (other @ other.T / 3 + 1) ** 3
-    expected = kernel[units[:, None] != units].mean() + (within.sum() - np.trace(within)) / (600 * 599) - 2 * between
+    expected = (
+        kernel[units[:, None] != units].mean() + (within.sum() - np.trace(within)) / (600 * 599) - 2 * between
+    )
     assert together.value == pytest.approx(expected)
     p = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
     apart, together = statistics.inception_score(p), statistics.inception_score(p, cluster_ids=units)

@@ -18,7 +18,11 @@ def launch(config, run, *, processes):
     run.parent.mkdir(parents=True, exist_ok=True)
     recipe = run.with_suffix(".toml")
     recipe.write_text(dump(config))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--"] if processes > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--"]
+        if processes > 1
+        else []
+    )
     command = [sys.executable, *(torchrun or ["-m"]), "latent_shift", "train", str(recipe), "--run", str(run)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -37,7 +41,9 @@ def settings(packed, image_model, *, accumulate, steps=4, **train):
     data = {"val_splits": ["train"], "image_share": 0.3}
     train = {"sample_every": 4, "validate_every": 2, "val_batches": 2, "sample_steps": 1, **train}
     model = {"init": str(image_model)}
-    return tiny_config("video", packed, steps=steps, data=data, model=model, optim={"accumulate": accumulate}, train=train)
+    return tiny_config(
+        "video", packed, steps=steps, data=data, model=model, optim={"accumulate": accumulate}, train=train
+    )
 
 
 @pytest.mark.timeout(300)
@@ -45,17 +51,29 @@ def settings(packed, image_model, *, accumulate, steps=4, **train):
 def test_train_on_two_processes_equals_one_that_accumulates(shard, alone, packed, image_model, tmp_path):
     expected, run_alone = alone
     launch(settings(packed, image_model, accumulate=1, steps=2, shard=shard), tmp_path / "run", processes=2)
-    rows = launch(settings(packed, image_model, accumulate=1, shard=shard), tmp_path / "run", processes=2)  # resumes
+    rows = launch(
+        settings(packed, image_model, accumulate=1, shard=shard), tmp_path / "run", processes=2
+    )  # resumes
     for row, other in zip(rows, expected, strict=True):
         for name in ("loss", "mse", "grad_norm", *(["val_loss"] if "val_loss" in other else [])):
             assert row[name] == pytest.approx(other[name], rel=1e-4), name
-    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {"00000004.png", "00000004.webp"}
-    parts = list((checkpoint.steps(tmp_path / "run")[-1]).rglob("*.distcp"))  # one file a process, with weights and optimizer states
+    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {
+        "00000004.png",
+        "00000004.webp",
+    }
+    parts = list(
+        (checkpoint.steps(tmp_path / "run")[-1]).rglob("*.distcp")
+    )  # one file a process, with weights and optimizer states
     assert len(parts) == (2 if shard else 0)
-    a, b = (load_file(checkpoint.steps(run)[-1] / "average.safetensors") for run in (tmp_path / "run", run_alone))
+    a, b = (
+        load_file(checkpoint.steps(run)[-1] / "average.safetensors") for run in (tmp_path / "run", run_alone)
+    )
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
-    a, b = (load_file(run / "model" / "unet" / "diffusion_pytorch_model.safetensors") for run in (tmp_path / "run", run_alone))
+    a, b = (
+        load_file(run / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+        for run in (tmp_path / "run", run_alone)
+    )
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)

@@ -31,10 +31,21 @@ ROOT = Path(__file__).parent.parent
 EMOJI = ROOT / "src" / "latent_shift" / "weights" / "emoji"
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for path in [ROOT / "README.md", EMOJI / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("results/**/*.md")]
+    for path in [
+        ROOT / "README.md",
+        EMOJI / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs").glob("results/**/*.md"),
+    ]
 )
 README = (ROOT / "README.md").read_text()
-TRAIN = ["optim.steps=2", "optim.warmup_steps=1", "optim.cooldown_steps=0", "train.precision=no", "data.batch_size=2"]
+TRAIN = [
+    "optim.steps=2",
+    "optim.warmup_steps=1",
+    "optim.cooldown_steps=0",
+    "train.precision=no",
+    "data.batch_size=2",
+]
 STAGES = {  # a word of the recipe's name -> settings that make its run quick
     "finetune": ["data.num_frames=4", "optim.accumulate=1", "train.sample_steps=1"],
     "autoencoder": ["data.crop=32", "model.size=tiny"],
@@ -77,7 +88,13 @@ def tiny_emoji(video_model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("README.md", 5), ("docs/usage.md", 12), ("docs/checkpoints.md", 3), ("docs/training.md", 12), ("docs/evaluation.md", 2)],
+    [
+        ("README.md", 5),
+        ("docs/usage.md", 12),
+        ("docs/checkpoints.md", 3),
+        ("docs/training.md", 12),
+        ("docs/evaluation.md", 2),
+    ],
 )
 def test_commands_run(name, least, media, image_model, tiny_emoji, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -117,7 +134,12 @@ def test_examples_run(name, tiny_emoji, video_model, tmp_path, monkeypatch):
     for example in examples:
         names = {"x": torch.randn(2 * 3, 9, 4, 4), "F": 3, "torch": torch}
         with torch.no_grad():
-            exec(example.replace('"any/stable-diffusion"', repr(str(video_model))).replace("4, 64, 64", "4, 8, 8"), names)
+            exec(
+                example.replace('"any/stable-diffusion"', repr(str(video_model))).replace(
+                    "4, 64, 64", "4, 8, 8"
+                ),
+                names,
+            )
         if "y" in names:  # the method as pseudo-code
             x = names["x"].flatten(0, 1)
             assert torch.equal(names["y"], ls.temporal_shift(x, 3, ls.Shift()))
@@ -155,7 +177,9 @@ def test_make_targets_and_scripts_exist(name):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^)make ([a-z-]+)", page, re.MULTILINE)) <= targets
     assert all((ROOT / script).exists() for script in re.findall(r"python ([\w/]+\.py)", page))
-    assert all((ROOT / path).exists() for path in re.findall(r"`((?:recipes|tests|docs)/[\w./-]+\.\w+)`", page))
+    assert all(
+        (ROOT / path).exists() for path in re.findall(r"`((?:recipes|tests|docs)/[\w./-]+\.\w+)`", page)
+    )
 
 
 def anchors(page: str) -> set[str]:
@@ -174,8 +198,15 @@ def test_links_lead_somewhere(name):
 
 
 def test_pages_named_in_code_and_recipes_exist():
-    sources = [path for folder in ("src", "recipes") for suffix in ("py", "toml") for path in (ROOT / folder).rglob(f"*.{suffix}")]
-    named = {page for path in sources for page in re.findall(r"docs/[\w/-]+\.md", path.read_text(encoding="utf-8"))}
+    sources = [
+        path
+        for folder in ("src", "recipes")
+        for suffix in ("py", "toml")
+        for path in (ROOT / folder).rglob(f"*.{suffix}")
+    ]
+    named = {
+        page for path in sources for page in re.findall(r"docs/[\w/-]+\.md", path.read_text(encoding="utf-8"))
+    }
     assert {page for page in named if not (ROOT / page).exists()} == set()
 
 
@@ -198,7 +229,9 @@ def test_readme_table_matches_results():
 
 def test_settings_page_matches_config():
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    assert generate["settings_page"]() == (ROOT / "docs" / "settings.md").read_text(), "python docs/generate.py"
+    assert generate["settings_page"]() == (ROOT / "docs" / "settings.md").read_text(), (
+        "python docs/generate.py"
+    )
 
 
 def test_tables_match_results():
@@ -213,7 +246,11 @@ def test_architecture_page_matches_tree_and_layers():
     package = ROOT / "src" / "latent_shift"
     named = re.findall(r"[├└]── ([\w.]+)", tree)
     assert {name for name in named if not (package / name).exists()} == set()
-    present = {path.name for path in package.iterdir() if (path.is_dir() or path.suffix == ".py") and not path.name.startswith("__")}
+    present = {
+        path.name
+        for path in package.iterdir()
+        if (path.is_dir() or path.suffix == ".py") and not path.name.startswith("__")
+    }
     assert present == set(named)
     contracts = tomlkit.parse((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     assert layers.split("\n")[:-1] == list(contracts[0]["layers"])
@@ -229,7 +266,9 @@ def test_site_builds_without_warnings(tmp_path, monkeypatch):
     build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path)))
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} | {"model-card"}
     assert {path.parent.name for path in tmp_path.glob("*/index.html")} >= pages
-    documented = set(re.findall(r'id="latent_shift\.([\w.]+)"', (tmp_path / "api" / "index.html").read_text()))
+    documented = set(
+        re.findall(r'id="latent_shift\.([\w.]+)"', (tmp_path / "api" / "index.html").read_text())
+    )
     assert documented >= {"temporal_shift", "LatentShiftPipeline.__call__", "LatentShiftPipeline.stream"}
     assert {name.rpartition(".")[2] for name in documented} >= set(ls.__all__)
 
@@ -245,11 +284,16 @@ def test_embedded_model_is_complete(monkeypatch):
     assert sum(path.stat().st_size for path in EMOJI.rglob("*") if path.is_file()) <= 100e6
     for weights in EMOJI.rglob("*.safetensors"):
         with safe_open(weights, "pt") as file:
-            assert {str(file.get_tensor(key).dtype) for key in file.keys()} <= {"torch.float16", "torch.int64"}  # noqa: SIM118
-    assert not re.search(r'_path": "/', "".join(path.read_text() for path in EMOJI.rglob("*config.json")))  # no path of who made it
+            dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+        assert dtypes <= {torch.float16, torch.int64}
+    assert not re.search(
+        r'_path": "/', "".join(path.read_text() for path in EMOJI.rglob("*config.json"))
+    )  # no path of who made it
     pipe = ls.load("emoji")
     pipe.set_progress_bar_config(disable=True)
-    first, second = (pipe("rocket", num_frames=2, generator=ls.seed(0), num_inference_steps=2).frames[0] for _ in range(2))
+    first, second = (
+        pipe("rocket", num_frames=2, generator=ls.seed(0), num_inference_steps=2).frames[0] for _ in range(2)
+    )
     assert np.array_equal(first, second)
     clip = pipe("red heart", num_frames=8, generator=ls.seed(0), num_inference_steps=8).frames[0]
     middle = clip[:, 40:88, 40:88].mean(axis=(0, 1, 2))

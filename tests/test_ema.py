@@ -37,7 +37,9 @@ def test_ema_update_is_the_weighted_sum_over_steps(decay, num_steps):
 def test_train_averages_with_the_decay_of_the_settings(decay, latents, tmp_path):
     """A checkpoint after every step holds the weights of that step; the last one holds their average."""
     every_step = {"checkpoint_minutes": 1e-9, "keep_checkpoints": 100}
-    train(tiny_config("image", latents, steps=12, optim={"ema": decay, "lr": 1e-2}, train=every_step), tmp_path)
+    train(
+        tiny_config("image", latents, steps=12, optim={"ema": decay, "lr": 1e-2}, train=every_step), tmp_path
+    )
     folders = checkpoint.steps(tmp_path)
     weights = [load_file(folder / "model.safetensors") for folder in folders]
     averages = load_file(folders[-1] / "average.safetensors")

@@ -25,13 +25,18 @@ from latent_shift.models.autoencoder import to_pixels
 from latent_shift.runtime import start_worker
 
 context = multiprocessing.get_context("forkserver")  # processes start with these modules imported
-context.set_forkserver_preload(["latent_shift.training.loop", "transformers.models.clip.modeling_clip", "pytest"])
+context.set_forkserver_preload(
+    ["latent_shift.training.loop", "transformers.models.clip.modeling_clip", "pytest"]
+)
 
 
 def read_files(folder) -> dict[str, bytes]:
     """Return the content of every file of a store of latents that training reads."""
     names = ["store.json", "index.jsonl", "index.npy", "texts.json", "texts.npy", "captions.npy"]
-    return {path.name: path.read_bytes() for path in [*(folder / "shards").iterdir(), *(folder / name for name in names)]}
+    return {
+        path.name: path.read_bytes()
+        for path in [*(folder / "shards").iterdir(), *(folder / name for name in names)]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,11 @@ def test_encode_writes_posterior_moments_and_all_captions(packed, latents, autoe
     torch.testing.assert_close(latent[:, 0], posterior.mean, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(latent[:, 1], posterior.std, rtol=1e-2, atol=1e-3)
     captions = {text for record in pixels.records for text in record.texts} | {""}
-    assert store.num_captions == len(captions) == len({embedding.tobytes() for embedding in store.embed(list(captions))})
+    assert (
+        store.num_captions
+        == len(captions)
+        == len({embedding.tobytes() for embedding in store.embed(list(captions))})
+    )
     with pytest.raises(KeyError, match="a caption that was not encoded"):
         store.embed(["", "a caption that was not encoded"])
 
@@ -78,12 +87,16 @@ def test_embed_returns_what_the_diffusers_pipeline_computes(latents):
     torch.testing.assert_close(cached, computed, rtol=1e-2, atol=5e-3)
 
 
-def test_encode_mirrors_clips_whose_captions_name_no_direction(media, shards, reference, autoencoder, texts, tmp_path):
+def test_encode_mirrors_clips_whose_captions_name_no_direction(
+    media, shards, reference, autoencoder, texts, tmp_path
+):
     pixels, store = Store(shards), LatentStore(reference)
     assert [record.texts for record in store.records] == 2 * [record.texts for record in pixels.records]
     vae = AutoencoderKL.from_pretrained(autoencoder)
     with torch.no_grad():
-        mean = vae.encode(to_pixels(torch.from_numpy(pixels.window(0, 3, 2)[:, :, ::-1].copy()))).latent_dist.mean
+        mean = vae.encode(
+            to_pixels(torch.from_numpy(pixels.window(0, 3, 2)[:, :, ::-1].copy()))
+        ).latent_dist.mean
     mirrored = torch.from_numpy(store.window(len(pixels.records), 3, 2)[:, 0].astype(np.float32))
     torch.testing.assert_close(mirrored, mean, rtol=1e-2, atol=1e-3)
 
@@ -94,8 +107,13 @@ def test_encode_mirrors_clips_whose_captions_name_no_direction(media, shards, re
         (tmp_path / f"{name}.webp").write_bytes((media / "red.webp").read_bytes())
         (tmp_path / f"{name}.txt").write_text(caption)
     pack(tmp_path, tmp_path / "pixels", size=32, fps=8)
-    store = encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts, mirror=True)
-    assert [record.file_name for record in store.records] == [*(f"{name}.webp" for name in "abcdefgh"), "c.webp"]
+    store = encode(
+        tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts, mirror=True
+    )
+    assert [record.file_name for record in store.records] == [
+        *(f"{name}.webp" for name in "abcdefgh"),
+        "c.webp",
+    ]
     assert not np.array_equal(store.window(2, 0, 1), store.window(8, 0, 1))
 
 
@@ -113,7 +131,9 @@ def test_encode_with_another_autoencoder_writes_other_shards(shards, reference, 
     assert {path.stem for path in (tmp_path / "out" / "shards").iterdir()} == after
 
 
-def test_encode_with_two_workers_writes_the_same_files(shards, reference, autoencoder, texts, tmp_path, monkeypatch):
+def test_encode_with_two_workers_writes_the_same_files(
+    shards, reference, autoencoder, texts, tmp_path, monkeypatch
+):
     monkeypatch.setattr(encoding.multiprocessing, "get_context", lambda _: context)
     progress = []
     encode(
@@ -170,7 +190,10 @@ def test_encode_continues_after_it_was_killed(shards, reference, autoencoder, te
         assert len(times) == num_shards and complete.items() <= times.items()
         complete = times
     encode(shards, tmp_path, **options)
-    assert complete.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}.items()
+    assert (
+        complete.items()
+        <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}.items()
+    )
     assert read_files(tmp_path) == read_files(reference)
 
 
@@ -197,7 +220,11 @@ def test_encode_workers_end_with_their_parent(shards, autoencoder, texts, tmp_pa
     workers: list[psutil.Process] = []
     while len(workers) < 2:
         assert process.is_alive()
-        workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        workers = [
+            child
+            for child in psutil.Process(process.pid).children()
+            if "spawn_main" in " ".join(child.cmdline())
+        ]
         time.sleep(0.002)
     process.kill()
     process.join()
@@ -242,7 +269,9 @@ def start_importing_worker(connection, folder: str) -> None:
 
 def test_start_worker_watches_its_parent_while_it_imports(tmp_path):
     started = tmp_path / "started"
-    (tmp_path / "endless.py").write_text(f"import time\nopen({str(started)!r}, 'w').close()\nwhile True:\n    time.sleep(1)\n")
+    (tmp_path / "endless.py").write_text(
+        f"import time\nopen({str(started)!r}, 'w').close()\nwhile True:\n    time.sleep(1)\n"
+    )
     ours, theirs = context.Pipe()
     parent = context.Process(target=start_importing_worker, args=(theirs, str(tmp_path)))
     parent.start()
@@ -257,7 +286,9 @@ def test_start_worker_watches_its_parent_while_it_imports(tmp_path):
 
 def test_ray_encoder_encodes_the_shard_of_a_row(shards, reference, autoencoder, texts, tmp_path):
     (tmp_path / "shards").mkdir()
-    tasks, _, shapes = encoding._plan_shards(Store(shards), tmp_path, encoding.Encoder(autoencoder), mirror=True)
+    tasks, _, shapes = encoding._plan_shards(
+        Store(shards), tmp_path, encoding.Encoder(autoencoder), mirror=True
+    )
     assert shapes == LatentStore(reference).shapes
     with encoding.single_thread():
         encoder = encoding._RayEncoder(tasks, (reference / "autoencoder", None, "cpu"))
@@ -283,7 +314,16 @@ def test_encode_on_ray_survives_the_loss_of_a_machine(shards, reference, autoenc
             cluster.remove_node(node, allow_graceful=False)
 
     try:
-        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, mirror=True, workers=2, ray=cluster.address, progress=progress)
+        encode(
+            shards,
+            tmp_path,
+            autoencoder=autoencoder,
+            texts=texts,
+            mirror=True,
+            workers=2,
+            ray=cluster.address,
+            progress=progress,
+        )
         assert read_files(tmp_path) == read_files(reference)
         assert shards_done == list(range(1, 9))
     finally:
@@ -303,7 +343,9 @@ def test_encode_refuses_invalid_strides_and_sides(media, shards, autoencoder, te
     with pytest.raises(ValueError, match="strides must be 1 or more"):
         encode(shards, tmp_path / "latents", autoencoder=autoencoder, texts=texts, strides=[1, 0])
     pack(media, tmp_path / "pixels", size=33, fps=8)
-    with pytest.raises(ValueError, match="frames with sides of 33 pixels, but the autoencoder needs multiples of 8"):
+    with pytest.raises(
+        ValueError, match="frames with sides of 33 pixels, but the autoencoder needs multiples of 8"
+    ):
         encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts)
     assert not (tmp_path / "latents").exists()
 
@@ -323,12 +365,19 @@ def interrupt(*_) -> None:
 
 
 def test_worker_device_takes_the_gpus_in_turn():
-    assert [encoding.worker_device("cuda", worker, 2) for worker in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert [encoding.worker_device("cuda", worker, 2) for worker in range(4)] == [
+        "cuda:0",
+        "cuda:1",
+        "cuda:0",
+        "cuda:1",
+    ]
     assert encoding.worker_device("cuda:1", 0, 2) == "cuda:1"
     assert encoding.worker_device("cpu", 3, 0) == "cpu"
 
 
-def test_encode_continues_with_the_captions_after_an_interruption(shards, reference, autoencoder, texts, tmp_path, monkeypatch):
+def test_encode_continues_with_the_captions_after_an_interruption(
+    shards, reference, autoencoder, texts, tmp_path, monkeypatch
+):
     embedded = []
     embed = encoding.text.embed
 
@@ -359,8 +408,12 @@ def test_frame_correlation_recovers_the_settings_of_noise(latents, monkeypatch):
     rng = np.random.default_rng(0)
     frames = np.zeros((store.num_frames, 2, 4, 64, 64))
     for record in store.records:
-        frame_noise, clip_noise = (rng.standard_normal((1, number, 4, 64, 64)) for number in (record.num_frames, 1))
-        frames[record.start : record.start + record.num_frames, 0] = 2 * correlated_noise(frame_noise, clip_noise, 0.6, 0.8)[0]
+        frame_noise, clip_noise = (
+            rng.standard_normal((1, number, 4, 64, 64)) for number in (record.num_frames, 1)
+        )
+        frames[record.start : record.start + record.num_frames, 0] = (
+            2 * correlated_noise(frame_noise, clip_noise, 0.6, 0.8)[0]
+        )
     monkeypatch.setattr(store, "_open_shard", lambda _: frames)
     result = store.frame_correlation(num_clips=50)
     assert result["diffusion.shared_noise"] == pytest.approx(0.6, abs=0.05)
@@ -386,7 +439,11 @@ def test_data_noise_prints_the_settings_also_under_its_former_name(latents):
     result = CliRunner().invoke(app, ["data", "noise", str(latents)])
     assert result.exit_code == 0 and result.stderr == ""
     names = [line.replace("=", ": ").partition(": ")[0] for line in result.stdout.splitlines()]
-    assert names == [*(f"correlation {k} apart" for k in (1, 2, 4, 8)), "diffusion.shared_noise", "diffusion.noise_correlation"]
+    assert names == [
+        *(f"correlation {k} apart" for k in (1, 2, 4, 8)),
+        "diffusion.shared_noise",
+        "diffusion.noise_correlation",
+    ]
     former = CliRunner().invoke(app, ["data", "likeness", str(latents)])
     assert former.stdout == result.stdout
     assert "data likeness is now latent-shift data noise" in former.stderr

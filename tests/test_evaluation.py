@@ -19,7 +19,15 @@ from latent_shift import video
 from latent_shift.data.pack import pack
 from latent_shift.data.store import Store
 from latent_shift.diffusion import correlated_noise
-from latent_shift.evaluation import clip_metrics, denoising, features, measures, protocols, statistics, systems
+from latent_shift.evaluation import (
+    clip_metrics,
+    denoising,
+    features,
+    measures,
+    protocols,
+    statistics,
+    systems,
+)
 from latent_shift.evaluation.comparison import Comparison
 from latent_shift.evaluation.evaluate import SavedClips, add_paired_differences, evaluate, generate_clips
 from latent_shift.evaluation.features import Weights
@@ -35,7 +43,9 @@ from latent_shift.training.objectives import DenoisingObjective
 
 @pytest.fixture
 def system(video_model):
-    return systems.open_system(str(video_model), name="tiny", num_frames=4, num_inference_steps=1, guidance_scale=1.0, device="cpu")
+    return systems.open_system(
+        str(video_model), name="tiny", num_frames=4, num_inference_steps=1, guidance_scale=1.0, device="cpu"
+    )
 
 
 @pytest.fixture
@@ -56,24 +66,42 @@ def test_evaluate_measures_saved_clips(system, protocol, packed, tmp_path):
     clips = np.stack([saved(k) for k in range(3)])
     assert clips.shape == (3, 4, 32, 32, 3)
     again = np.concatenate([system.generate([prompt], [k]) for k, prompt in enumerate(protocol.prompts)])
-    assert np.abs(clips.astype(int) - again).max() <= 1  # each clip has its own seed in any batch; batches may round differently
+    assert (
+        np.abs(clips.astype(int) - again).max() <= 1
+    )  # each clip has its own seed in any batch; batches may round differently
     real = np.stack([protocol.real(k) for k in range(3)])
-    assert all(any(np.array_equal(clip, Store(packed).window(index, 0, 4)) for index in range(3)) for clip in real)
+    assert all(
+        any(np.array_equal(clip, Store(packed).window(index, 0, 4)) for index in range(3)) for clip in real
+    )
     for name, score in SCORES.items():
         assert numbers[name] == pytest.approx(np.mean([score(clip) for clip in clips])), name
         assert numbers[name + "_real"] == pytest.approx(np.mean([score(clip) for clip in real])), name
-    generated_energy, real_energy = (np.array([clip_metrics.motion_energy(clip) for clip in some]) + 0.1 for some in (clips, real))
-    assert numbers["motion_error"] == pytest.approx(np.exp(np.abs(np.log(generated_energy / real_energy)).mean()))
+    generated_energy, real_energy = (
+        np.array([clip_metrics.motion_energy(clip) for clip in some]) + 0.1 for some in (clips, real)
+    )
+    assert numbers["motion_error"] == pytest.approx(
+        np.exp(np.abs(np.log(generated_energy / real_energy)).mean())
+    )
     captions = {"other_cluster_ids": np.arange(3)}
     motion = [features.efficientnet(motion=True)(some) for some in (clips, real)]
-    assert numbers["kd-efficientnet-lite0-motion"] == pytest.approx(statistics.kernel_estimate(*motion, **captions).value)
+    assert numbers["kd-efficientnet-lite0-motion"] == pytest.approx(
+        statistics.kernel_estimate(*motion, **captions).value
+    )
     frames = [features.efficientnet()(some) for some in (clips, real)]
-    assert numbers["kd-efficientnet-lite0"] == pytest.approx(statistics.kernel_estimate(*frames, **captions).value)
+    assert numbers["kd-efficientnet-lite0"] == pytest.approx(
+        statistics.kernel_estimate(*frames, **captions).value
+    )
     ranks = retrieval_ranks(*frames)
-    assert numbers["retrieval_top1"] == np.mean(ranks == 1) and numbers["retrieval_median_rank"] == np.median(ranks)
-    assert 0 <= numbers["retrieval_top1"] <= 1 and "retrieval_top5" not in numbers  # three clips are all among the first five
+    assert numbers["retrieval_top1"] == np.mean(ranks == 1) and numbers["retrieval_median_rank"] == np.median(
+        ranks
+    )
+    assert (
+        0 <= numbers["retrieval_top1"] <= 1 and "retrieval_top5" not in numbers
+    )  # three clips are all among the first five
     pairs = enumerate(zip(real, protocol.prompts, strict=True))
-    denoised = [denoising.denoising(system.pipe, clip, prompt, noise=(0, 0), number=k) for k, (clip, prompt) in pairs]
+    denoised = [
+        denoising.denoising(system.pipe, clip, prompt, noise=(0, 0), number=k) for k, (clip, prompt) in pairs
+    ]
     assert numbers["denoising_error"] == pytest.approx(np.mean([errors for errors, _ in denoised]))
     residual = sum(motions[875].residual_per_frame for _, motions in denoised)
     total = sum(motions[875].total for _, motions in denoised)
@@ -85,21 +113,33 @@ def test_evaluate_measures_saved_clips(system, protocol, packed, tmp_path):
 
 def retrieval_ranks(*features_NGD):
     means = [rows.mean(axis=1) for rows in features_NGD]
-    return clip_metrics.retrieval_ranks(*(rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12) for rows in means))
+    return clip_metrics.retrieval_ranks(
+        *(rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12) for rows in means)
+    )
 
 
 def test_retrieval_counts_first_five_of_more_clips(system, protocol, tmp_path):
     clips = np.random.default_rng(0).integers(0, 256, (6, 4, 32, 32, 3), np.uint8)
-    six = replace(protocol, prompts=protocol.prompts * 2, cluster_ids=[*range(6)], num_real=6, real=lambda n: protocol.real(n % 3))
+    six = replace(
+        protocol,
+        prompts=protocol.prompts * 2,
+        cluster_ids=[*range(6)],
+        num_real=6,
+        real=lambda n: protocol.real(n % 3),
+    )
     comparison = Comparison(system, six, lambda k: clips[k], tmp_path, tmp_path / "tiny", Weights())
     _, top5, _ = measures.compute(comparison, "retrieval")
-    ranks = retrieval_ranks(*(comparison.features(features.efficientnet(), real=real) for real in (False, True)))
+    ranks = retrieval_ranks(
+        *(comparison.features(features.efficientnet(), real=real) for real in (False, True))
+    )
     assert (top5.measure, top5.samples, top5.value) == ("retrieval_top5", 6, np.mean(ranks <= 5))
 
 
 def test_reconstruction_uses_train_split_where_nothing_is_held_out(system, protocol, packed, tmp_path):
     protocol.store.splits = {"train"}
-    comparison = Comparison(system, protocol, lambda k: protocol.real(k), tmp_path, tmp_path / "tiny", Weights())
+    comparison = Comparison(
+        system, protocol, lambda k: protocol.real(k), tmp_path, tmp_path / "tiny", Weights()
+    )
     (record,) = measures.compute(comparison, "reconstruction")
     expected = denoising.reconstruction(system.pipe.vae, Store(packed), splits=("train",), num=3)
     assert (record.value, record.samples) == (pytest.approx(expected.mean()), 3)
@@ -109,7 +149,11 @@ def test_reconstruction_uses_train_split_where_nothing_is_held_out(system, proto
 def test_measures_table_takes_a_new_measure_in_one_row(system, protocol, tmp_path, monkeypatch):
     """A row is all that a new measure needs: it is computed, labelled and compared."""
     row = Measure(
-        "brightness", measures.per_clip, {"brightness": Label("brightness", "higher", "mean grey level")}, ("own",), score=np.mean
+        "brightness",
+        measures.per_clip,
+        {"brightness": Label("brightness", "higher", "mean grey level")},
+        ("own",),
+        score=np.mean,
     )
     monkeypatch.setattr(measures, "MEASURES", {"brightness": row})
     task = replace(protocol, measures=measures.names_for("own"))
@@ -127,11 +171,18 @@ def test_records_hold_their_metadata(system, protocol, tmp_path):
         slack = 1e-9 * abs(record["value"])  # for constant values
         held = record["low"] - slack <= record["value"] <= record["high"] + slack
         assert held or record["measure"].startswith("retrieval"), record
-        assert (record["protocol"], record["clips"], record["num_frames"], record["fps"]) == ("own", 3, 4, 8.0)
+        assert (record["protocol"], record["clips"], record["num_frames"], record["fps"]) == (
+            "own",
+            3,
+            4,
+            8.0,
+        )
         own = (None, None) if record["measure"].endswith("_real") else ([32, 32], "0..2")
         assert (record["made_at"], record["seeds"]) == own
         assert record["resamples"] > 1 and record["samples"] > 1
-    (distance,) = [record for record in result["records"] if record["measure"] == "kd-efficientnet-lite0-motion"]
+    (distance,) = [
+        record for record in result["records"] if record["measure"] == "kd-efficientnet-lite0-motion"
+    ]
     assert distance["extractor"]["sha256"] == features.efficientnet().sha256
     assert distance["reference"]["clips"] == 3 and len(distance["reference"]["sha256"]) == 64
     assert result["system"]["weights"] == features.digest(system.pipe.config._name_or_path)
@@ -174,13 +225,19 @@ def test_cached_rows_reuse_finished_parts(system, protocol, clip_folder, tmp_pat
     paths = list(tmp_path.rglob("*.npy"))
     before = {path: np.load(path) for path in paths}
     kinds = {path.stem.split("-")[0] for path in paths}
-    assert kinds == {"efficientnet", "temporal", "denoising", "reconstruction", "clipsim"} and not list(tmp_path.rglob("*.parts"))
+    assert kinds == {"efficientnet", "temporal", "denoising", "reconstruction", "clipsim"} and not list(
+        tmp_path.rglob("*.parts")
+    )
     for path in paths:
         path.unlink()
         path.with_suffix(".parts").mkdir()
-        np.save(path.with_suffix(".parts") / "000000.npy", before[path] + 1)  # a part on disk is not computed again
+        np.save(
+            path.with_suffix(".parts") / "000000.npy", before[path] + 1
+        )  # a part on disk is not computed again
     evaluate(system, protocol, tmp_path, weights=weights)
-    assert all(np.array_equal(np.load(path), before[path] + 1) for path in paths) and not list(tmp_path.rglob("*.parts"))
+    assert all(np.array_equal(np.load(path), before[path] + 1) for path in paths) and not list(
+        tmp_path.rglob("*.parts")
+    )
 
 
 def test_cached_rows_compute_parts_of_256_clips(system, protocol, tmp_path):
@@ -195,7 +252,9 @@ def test_cached_rows_compute_parts_of_256_clips(system, protocol, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         comparison.cached_rows("squares", take, 600)
-    np.testing.assert_array_equal(comparison.cached_rows("squares", take, 600), [[k, k * k] for k in range(600)])
+    np.testing.assert_array_equal(
+        comparison.cached_rows("squares", take, 600), [[k, k * k] for k in range(600)]
+    )
     assert asked == [range(256), range(256, 512), range(256, 512), range(512, 600)]
 
 
@@ -205,34 +264,72 @@ def test_evaluate_counts_clips_of_one_caption_as_one_sample(system, packed, tmp_
     result = evaluate(system, task, tmp_path)
     records = {record["measure"]: record for record in result["records"]}
     assert all(record["samples"] == 2 for record in records.values())
-    assert (records["flicker"]["clips"], records["flicker_real"]["clips"], records["flicker"]["reference"]) == (8, 2, None)
-    assert records["flicker_real"]["value"] == pytest.approx(np.mean([clip_metrics.flicker(task.real(n)) for n in (0, 1)]))
+    assert (
+        records["flicker"]["clips"],
+        records["flicker_real"]["clips"],
+        records["flicker"]["reference"],
+    ) == (8, 2, None)
+    assert records["flicker_real"]["value"] == pytest.approx(
+        np.mean([clip_metrics.flicker(task.real(n)) for n in (0, 1)])
+    )
     saved = SavedClips(tmp_path / "tiny" / "clips", 4)
-    energies = np.array([[clip_metrics.motion_energy(clip) + 0.1 for clip in (saved(k), task.real(k % 2))] for k in range(8)])
-    assert records["motion_error"]["value"] == pytest.approx(np.exp(np.abs(np.log(energies[:, 0] / energies[:, 1])).mean()))
+    energies = np.array(
+        [[clip_metrics.motion_energy(clip) + 0.1 for clip in (saved(k), task.real(k % 2))] for k in range(8)]
+    )
+    assert records["motion_error"]["value"] == pytest.approx(
+        np.exp(np.abs(np.log(energies[:, 0] / energies[:, 1])).mean())
+    )
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "missing"), [(1, {"motion_energy", "flicker", "coherence"}), (2, {"flicker", "persistence", "loop_gap"})]
+    ("num_frames", "missing"),
+    [(1, {"motion_energy", "flicker", "coherence"}), (2, {"flicker", "persistence", "loop_gap"})],
 )
 def test_evaluate_skips_measures_of_longer_clips(video_model, packed, tmp_path, num_frames, missing):
-    options = dict(name="tiny", num_frames=num_frames, num_inference_steps=1, guidance_scale=1.0, device="cpu")
+    options = dict(
+        name="tiny", num_frames=num_frames, num_inference_steps=1, guidance_scale=1.0, device="cpu"
+    )
     task = protocols.open_protocol("own", packed, num_frames=num_frames)
     result = evaluate(systems.open_system(str(video_model), **options), task, tmp_path)
     assert all(f"frames or more, these have {num_frames}" in result["skipped"][name] for name in missing)
-    assert np.isfinite([[record[key] for key in ("value", "low", "high")] for record in result["records"]]).all()
+    assert np.isfinite(
+        [[record[key] for key in ("value", "low", "high")] for record in result["records"]]
+    ).all()
     assert "kd-efficientnet-lite0" in values(result)
 
 
 def test_records_of_real_clips_have_no_seeds_and_size(system, protocol, tmp_path):
-    (record,) = [record for record in evaluate(system, protocol, tmp_path)["records"] if record["measure"] == "flicker_real"]
-    assert (record["seeds"], record["made_at"], record["clips"], record["reference"]["fps"]) == (None, None, 3, 8.0)
+    (record,) = [
+        record
+        for record in evaluate(system, protocol, tmp_path)["records"]
+        if record["measure"] == "flicker_real"
+    ]
+    assert (record["seeds"], record["made_at"], record["clips"], record["reference"]["fps"]) == (
+        None,
+        None,
+        3,
+        8.0,
+    )
 
 
 @pytest.mark.timeout(300)
 def test_eval_command_shares_clips_among_processes(packed, video_model, tmp_path):
-    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 -m -- latent_shift".split()]  # noqa: SIM905
-    options = ["-m", f"a={video_model}", "-m", f"b={video_model}", "--num-frames", 4, "--steps", 1, "--batch-size", 1]
+    torchrun = [
+        sys.executable,
+        *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "latent_shift"],
+    ]
+    options = [
+        "-m",
+        f"a={video_model}",
+        "-m",
+        f"b={video_model}",
+        "--num-frames",
+        4,
+        "--steps",
+        1,
+        "--batch-size",
+        1,
+    ]
     command = [*torchrun, "eval", packed, *options, "--out", tmp_path / "evals", "-o", tmp_path / "out.json"]
     process = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr
@@ -245,20 +342,32 @@ def test_eval_command_shares_clips_among_processes(packed, video_model, tmp_path
 def test_add_paired_differences_compares_the_same_clips(system, protocol, video_model, tmp_path):
     options = dict(num_frames=4, num_inference_steps=1, guidance_scale=3.0, device="cpu")
     first = evaluate(system, protocol, tmp_path)
-    second = evaluate(systems.open_system(str(video_model), name="more guided", **options), protocol, tmp_path)
+    second = evaluate(
+        systems.open_system(str(video_model), name="more guided", **options), protocol, tmp_path
+    )
     same, other = add_paired_differences([first, second], tmp_path)
     assert same == first and all("more" not in record for record in same["records"])
     clips = [SavedClips(tmp_path / name / "clips", 4) for name in ("tiny", "more-guided")]
     flickers = np.array([[clip_metrics.flicker(saved(k)) for k in range(3)] for saved in clips])
     more = {record["measure"]: record["more"] for record in other["records"] if "more" in record}
     assert more["flicker"]["value"] == pytest.approx(flickers[1].mean() - flickers[0].mean())
-    assert more["flicker"]["low"] <= more["flicker"]["value"] <= more["flicker"]["high"] and more["flicker"]["than"] == "tiny"
-    assert more["denoising_error"]["value"] == more["motion_seen_at_625"]["high"] == 0  # guidance does not affect it
-    assert "retrieval_median_rank" in more and not {"flicker_real", "kd-efficientnet-lite0", "reconstruction_psnr_db"} & more.keys()
+    assert (
+        more["flicker"]["low"] <= more["flicker"]["value"] <= more["flicker"]["high"]
+        and more["flicker"]["than"] == "tiny"
+    )
+    assert (
+        more["denoising_error"]["value"] == more["motion_seen_at_625"]["high"] == 0
+    )  # guidance does not affect it
+    assert (
+        "retrieval_median_rank" in more
+        and not {"flicker_real", "kd-efficientnet-lite0", "reconstruction_psnr_db"} & more.keys()
+    )
     shown = markdown([same, other])
     assert "signed values are paired differences from tiny on the same clips" in shown
     assert "{value:+.3g} ({low:+.3g} to {high:+.3g})".format(**more["flicker"]) in shown
-    reasons = skipped_measures([same, {**other, "skipped": {**other["skipped"], "denoising": "there is a reason"}}])
+    reasons = skipped_measures(
+        [same, {**other, "skipped": {**other["skipped"], "denoising": "there is a reason"}}]
+    )
     assert reasons == [*same["skipped"].items(), ("denoising of more guided", "there is a reason")]
 
 
@@ -266,7 +375,9 @@ def test_open_system_compiled_generates_the_same_clips(system, protocol, video_m
     graphs: list = []
     monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))
     options = dict(name="tiny", num_frames=4, num_inference_steps=2, guidance_scale=2.0, device="cpu")
-    plain, compiled = (systems.open_system(str(video_model), **options, compile=each) for each in (False, True))
+    plain, compiled = (
+        systems.open_system(str(video_model), **options, compile=each) for each in (False, True)
+    )
     first = evaluate(plain, protocol, tmp_path / "plain", batch_size=3)
     assert not graphs
     second = evaluate(compiled, protocol, tmp_path / "compiled", batch_size=3)
@@ -282,7 +393,9 @@ def test_evaluate_refuses_other_settings_protocols_and_clips(system, protocol, p
         evaluate(replace(system, settings={**system.settings, "guidance_scale": 2.0}), protocol, tmp_path)
     shutil.copytree(tmp_path, older := tmp_path.with_name("older"))
     (older / "protocol.json").write_text(json.dumps({**protocol.metadata, "latent_shift": "0.0.1"}))
-    with pytest.raises(ValueError, match="holds an evaluation with another latent_shift"):  # its measures may differ
+    with pytest.raises(
+        ValueError, match="holds an evaluation with another latent_shift"
+    ):  # its measures may differ
         evaluate(system, protocol, older)
     fewer = protocols.open_protocol("own", packed, num=2, num_frames=4)
     with pytest.raises(ValueError, match="holds an evaluation with another clips, "):
@@ -299,9 +412,13 @@ def test_evaluate_refuses_other_settings_protocols_and_clips(system, protocol, p
         record["extractor"] = record["extractor"] and {**record["extractor"], "sha256": "another"}
     with pytest.raises(ValueError, match="with different extractor cannot be compared"):
         markdown([result, other])
-    with pytest.raises(ValueError, match="results of denoising_error with different noise cannot be compared"):
+    with pytest.raises(
+        ValueError, match="results of denoising_error with different noise cannot be compared"
+    ):
         markdown([result, evaluate(replace(system, name="b"), protocol, tmp_path, noise=(0.5, 0.5))])
-    with pytest.raises(ValueError, match="a system cannot be called real"):  # the folder of the real clips' features
+    with pytest.raises(
+        ValueError, match="a system cannot be called real"
+    ):  # the folder of the real clips' features
         evaluate(replace(system, name="real"), protocol, tmp_path)
 
 
@@ -319,7 +436,10 @@ def test_evaluate_resizes_clips_to_the_protocols_size(system, protocol, tmp_path
 def test_open_protocol_ucf101_follows_the_papers(tmp_path):
     task = protocols.open_protocol("ucf101", folder := make_ucf101(tmp_path))
     files = [protocols._first_frames(path) for path in sorted(folder.rglob("*_g08_*.avi"))]
-    order = [next(n for n, clip in enumerate(files) if np.array_equal(clip, task.real(k))) for k in range(task.num_real)]
+    order = [
+        next(n for n, clip in enumerate(files) if np.array_equal(clip, task.real(k)))
+        for k in range(task.num_real)
+    ]
     assert sorted(order) == [0, 1, 2] != order  # in random order, so that the first clips cover all classes
     assert len(task.prompts) == 10_100 and len(set(task.prompts)) == 101
     assert sum(prompt.startswith("A person") for prompt in set(task.prompts)) > 90
@@ -346,7 +466,9 @@ def test_open_protocol_msrvtt_follows_the_papers(tmp_path):
     assert len(every.prompts) > len(one.prompts) == one.num_real
     assert set(one.prompts) < set(every.prompts)
     videos = one.num_real
-    assert every.cluster_ids[: 2 * videos] == [*range(videos)] * 2  # in turns, so that the first clips cover all videos
+    assert (
+        every.cluster_ids[: 2 * videos] == [*range(videos)] * 2
+    )  # in turns, so that the first clips cover all videos
     assert one.cluster_ids == [*range(videos)]
     assert one.metadata["complete"] is every.metadata["complete"] is False  # the protocol has 2,990 videos
     with pytest.raises(ValueError, match="expected UCF-101 with videos of split train"):
@@ -378,16 +500,27 @@ def test_open_protocol_of_captions_takes_one_clip_of_each_concept(tmp_path, pack
 def test_evaluate_computes_published_measures_of_public_sets(system, scripts, clip_folder, tmp_path):  # noqa: F811
     """IS, FVD and CLIPSIM are computed with files of the published signatures."""
     longer = replace(system, generate=lambda prompts, seeds: np.stack([noise(k) for k in seeds]))
-    small = lambda name, data, **options: replace(protocols.open_protocol(name, data, **options), size=(32, 32))  # noqa: E731
-    weights = Weights({"i3d": str(scripts / "i3d.pt"), "c3d": str(scripts / "c3d.pt"), "clip": str(clip_folder)})
+
+    def small(name, data, **options):
+        return replace(protocols.open_protocol(name, data, **options), size=(32, 32))
+
+    weights = Weights(
+        {"i3d": str(scripts / "i3d.pt"), "c3d": str(scripts / "c3d.pt"), "clip": str(clip_folder)}
+    )
     (tmp_path / "u").mkdir()
-    result = evaluate(longer, small("ucf101", make_ucf101(tmp_path / "u"), num=102), tmp_path / "1", weights=weights)
+    result = evaluate(
+        longer, small("ucf101", make_ucf101(tmp_path / "u"), num=102), tmp_path / "1", weights=weights
+    )
     numbers, (record,) = values(result), [record for record in result["records"] if record["measure"] == "is"]
-    assert numbers["is"] == pytest.approx(statistics.inception_score(weights.open("c3d")(np.stack([noise(k) for k in range(102)]))).value)
+    assert numbers["is"] == pytest.approx(
+        statistics.inception_score(weights.open("c3d")(np.stack([noise(k) for k in range(102)]))).value
+    )
     assert record["low"] < record["value"] < record["high"] and record["samples"] == 102
     assert result["skipped"]["fvd"].startswith("3 samples of 400 features: the Frechet distance needs more")
     assert "kvd" in numbers and "VideoMAE" in result["skipped"]["fvd-videomae"]
-    assert result["skipped"]["flicker"] == "the real clips have 25 frames a second, these 8"  # motion cannot be compared
+    assert (
+        result["skipped"]["flicker"] == "the real clips have 25 frames a second, these 8"
+    )  # motion cannot be compared
     with pytest.raises(ValueError, match="clip: no measure here uses it; expected i3d, c3d, videomae"):
         measures.check_weights(weights, protocols.open_protocol("ucf101", tmp_path / "u").measures)
     prompts = protocols.open_protocol("msrvtt-lavie", make_msrvtt(tmp_path / "m", split="test")).prompts
@@ -431,10 +564,17 @@ def test_denoising_equals_training_objective_and_knows_motion(packed, video_mode
     clip = Store(packed).window(0, 0, 4)
     errors, seen = denoising.denoising(pipe, clip, "red", noise=(0.3, 0.6), levels=1)
     objective = DenoisingObjective(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config))
-    latents = pipe.vae.encode(to_pixels(torch.from_numpy(clip))).latent_dist.mean * pipe.vae.config.scaling_factor
-    own, common = (torch.randn(1, n, *latents.shape[1:], generator=generator) for generator in [seed(0)] for n in (4, 1))
+    latents = (
+        pipe.vae.encode(to_pixels(torch.from_numpy(clip))).latent_dist.mean * pipe.vae.config.scaling_factor
+    )
+    own, common = (
+        torch.randn(1, n, *latents.shape[1:], generator=generator) for generator in [seed(0)] for n in (4, 1)
+    )
     loss, _ = objective(
-        latents[None], correlated_noise(own, common, 0.3, 0.6), torch.tensor([500]), embed(pipe.tokenizer, pipe.text_encoder, ["red"])
+        latents[None],
+        correlated_noise(own, common, 0.3, 0.6),
+        torch.tensor([500]),
+        embed(pipe.tokenizer, pipe.text_encoder, ["red"]),
     )
     assert errors.shape == (4,)
     assert errors.mean() == pytest.approx(float(loss), rel=1e-4)

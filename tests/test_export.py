@@ -28,8 +28,16 @@ def test_onnx_export_accepts_any_number_of_frames(edge, tmp_path):
         session = onnxruntime.InferenceSession(path)
         for num in (4, 7):
             x, t, text = inputs(num)
-            feeds = dict(zip((entry.name for entry in session.get_inputs()), (x.numpy(), t.numpy(), text.numpy()), strict=True))
-            np.testing.assert_allclose(session.run(None, feeds)[0], unet(x, t, text).sample.numpy(), atol=1e-4)
+            feeds = dict(
+                zip(
+                    (entry.name for entry in session.get_inputs()),
+                    (x.numpy(), t.numpy(), text.numpy()),
+                    strict=True,
+                )
+            )
+            np.testing.assert_allclose(
+                session.run(None, feeds)[0], unet(x, t, text).sample.numpy(), atol=1e-4
+            )
 
 
 def test_tensorboard_tracker_writes_statistics(packed, tmp_path):

@@ -31,7 +31,9 @@ def clips(num: int = 3, num_frames: int = 16, side: int = 40) -> np.ndarray:
 class I3D(nn.Module):
     """The signature of i3d_torchscript.pt; it returns some pixels: the corners of the first frames, channel by channel."""
 
-    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False
+    ) -> Tensor:
         assert rescale and resize and return_features
         assert x.dtype == torch.float32
         return x[:, :, :4, :10, :10].flatten(1)[:, :400]
@@ -40,7 +42,9 @@ class I3D(nn.Module):
 class Narrow(nn.Module):
     """The same signature, another width."""
 
-    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False
+    ) -> Tensor:
         return x[:, :, :4, :10, :10].flatten(1)[:, :399]
 
 
@@ -75,11 +79,19 @@ def test_scripted_extractors_call_networks_as_published(scripts):
     some = clips()
     i3d = features.i3d(scripts / "i3d.pt")
     assert (MEASURES["fvd"].network, MEASURES["kvd"].network, i3d.unit) == ("i3d", "i3d", "clip")
-    red = [[some[clip, frame, y, x, 0] for frame in range(4) for y in range(10) for x in range(10)] for clip in range(3)]
+    red = [
+        [some[clip, frame, y, x, 0] for frame in range(4) for y in range(10) for x in range(10)]
+        for clip in range(3)
+    ]
     np.testing.assert_array_equal(i3d(some, batch_size=2), np.array(red, np.float32)[:, None])
     inception = features.inception(scripts / "inception.pt")
     planes = [
-        [[some[clip, frame, y, x, channel] for channel in range(3) for y in range(28) for x in range(28)][:2048] for frame in range(16)]
+        [
+            [some[clip, frame, y, x, channel] for channel in range(3) for y in range(28) for x in range(28)][
+                :2048
+            ]
+            for frame in range(16)
+        ]
         for clip in range(3)
     ]
     np.testing.assert_array_equal(inception(some), np.array(planes, np.float32))
@@ -87,9 +99,14 @@ def test_scripted_extractors_call_networks_as_published(scripts):
     powers = np.exp(np.array(planes, np.float64)[..., :1008] / 50)
     np.testing.assert_allclose(probabilities(some), powers / powers.sum(axis=2, keepdims=True), rtol=1e-4)
     assert inception.name != probabilities.name  # their features lie in one folder
-    red = [[some[clip, frame, y, x, 0] for frame in range(4) for y in range(6) for x in range(6)][:101] for clip in range(3)]
+    red = [
+        [some[clip, frame, y, x, 0] for frame in range(4) for y in range(6) for x in range(6)][:101]
+        for clip in range(3)
+    ]
     powers = np.exp(np.array(red, np.float64) / 50)
-    np.testing.assert_allclose(features.c3d(scripts / "c3d.pt")(some)[:, 0], powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
+    np.testing.assert_allclose(
+        features.c3d(scripts / "c3d.pt")(some)[:, 0], powers / powers.sum(axis=1, keepdims=True), rtol=1e-4
+    )
     with pytest.raises(ValueError, match="takes clips of 16 frames, these have 8"):
         i3d(clips(num_frames=8))
     with pytest.raises(ValueError, match=r"expected clips \(B, F, H, W, 3\) uint8"):
@@ -101,7 +118,10 @@ def test_scripted_extractors_refuse_other_networks(scripts, tmp_path):
         with pytest.raises(ValueError, match="cannot be called as the TorchScript file i3d"):
             features.i3d(scripts / f"{name}.pt")
     torch.jit.script(Narrow()).save(str(tmp_path / "narrow.pt"))
-    with pytest.raises(ValueError, match=r"returns features of shape \(1, 399\) instead of 400; expected the TorchScript file i3d"):
+    with pytest.raises(
+        ValueError,
+        match=r"returns features of shape \(1, 399\) instead of 400; expected the TorchScript file i3d",
+    ):
         features.i3d(tmp_path / "narrow.pt")
     with pytest.raises(ValueError, match="no such file"):
         features.i3d(tmp_path / "gone.pt")
@@ -109,7 +129,9 @@ def test_scripted_extractors_refuse_other_networks(scripts, tmp_path):
     with pytest.raises(ValueError, match="expected a TorchScript file"):
         features.c3d(tmp_path / "text.pt")
     torch.jit.script(Logits()).save(str(tmp_path / "logits.pt"))
-    with pytest.raises(ValueError, match="does not return probabilities; expected the TorchScript file c3d_ucf101"):
+    with pytest.raises(
+        ValueError, match="does not return probabilities; expected the TorchScript file c3d_ucf101"
+    ):
         features.c3d(tmp_path / "logits.pt")
 
 
@@ -120,13 +142,17 @@ def videomae_config() -> VideoMAEConfig:
     )  # fmt: skip
 
 
-IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])  # as the cards of the published weights have it
+IMAGENET = dict(
+    image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
+)  # as the cards of the published weights have it
 
 
 def videomae_folder(folder):
     torch.manual_seed(0)
     VideoMAEForVideoClassification(videomae_config()).save_pretrained(folder)
-    VideoMAEImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **IMAGENET).save_pretrained(folder)
+    VideoMAEImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **IMAGENET
+    ).save_pretrained(folder)
     return folder
 
 
@@ -137,11 +163,18 @@ def test_videomae_returns_input_of_its_classifier(tmp_path):
     assert (found.num_frames, MEASURES["fvd-videomae"].network) == (4, "videomae")
     some = np.random.default_rng(0).integers(0, 256, (2, 4, 40, 60, 3), np.uint8)
     mean, std = (torch.tensor(each) for each in IMAGENET.values())
-    resized = np.stack([[np.asarray(Image.fromarray(f).resize((48, 32), Image.Resampling.BILINEAR)) for f in clip] for clip in some])
+    resized = np.stack(
+        [
+            [np.asarray(Image.fromarray(f).resize((48, 32), Image.Resampling.BILINEAR)) for f in clip]
+            for clip in some
+        ]
+    )
     pixels = ((torch.from_numpy(resized[:, :, :, 8:40]) / 255 - mean) / std).permute(0, 1, 4, 2, 3)
     with torch.no_grad():
         logits = network(pixels).logits
-        torch.testing.assert_close(network.classifier(torch.from_numpy(found(some)[:, 0])), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            network.classifier(torch.from_numpy(found(some)[:, 0])), logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_videomae_refuses_weights_without_classifier(tmp_path):
@@ -159,20 +192,34 @@ def clip_folder(texts, tmp_path_factory):
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=20, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder
+    )
     return folder
 
 
 def test_clip_similarity_equals_mean_logits(clip_folder):
     found, some, prompts = features.Clip(clip_folder), clips(2, 3), ["red", "a green square"]
-    network, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPImageProcessorPil.from_pretrained(clip_folder)
+    network, processor = (
+        CLIPModel.from_pretrained(clip_folder).eval(),
+        CLIPImageProcessorPil.from_pretrained(clip_folder),
+    )
     tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
     for clip, prompt, value in zip(some, prompts, found(some, prompts), strict=True):
-        inputs = tokenizer([prompt], return_tensors="pt") | processor([Image.fromarray(f) for f in clip], return_tensors="pt")
+        inputs = tokenizer([prompt], return_tensors="pt") | processor(
+            [Image.fromarray(f) for f in clip], return_tensors="pt"
+        )
         with torch.no_grad():
             logits = network(**inputs).logits_per_image[:, 0] / network.logit_scale.exp()
         assert value == pytest.approx(float(logits.mean()), abs=1e-5)
@@ -187,7 +234,9 @@ def test_efficientnet_motion_adds_mean_change_of_features():
     np.testing.assert_allclose(motion(some)[:, 0], expected, rtol=1e-3, atol=1e-4)
     with pytest.raises(MeasureUnavailable, match="takes clips of 2 frames or more, these have 1"):
         motion(some[:, :1])
-    assert MEASURES["fd-efficientnet-lite0"].options == {} and MEASURES["kd-efficientnet-lite0-motion"].options == {"motion": True}
+    assert MEASURES["fd-efficientnet-lite0"].options == {} and MEASURES[
+        "kd-efficientnet-lite0-motion"
+    ].options == {"motion": True}
     frozen = np.repeat(some[:, :1], 4, axis=1)
     np.testing.assert_allclose(motion(frozen)[..., 1280:], 0, atol=1e-5)
 

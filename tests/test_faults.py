@@ -16,7 +16,12 @@ def prepared(tmp_path_factory):
 def test_fault_loses_nothing(fault, prepared, tmp_path):
     config, folder = prepared
     fault(config, tmp_path / "run", 2)
-    assert faults.find_differences(tmp_path / "run", folder / ("latents" if fault is faults.encoding_killed else "whole")) == []
+    assert (
+        faults.find_differences(
+            tmp_path / "run", folder / ("latents" if fault is faults.encoding_killed else "whole")
+        )
+        == []
+    )
 
 
 def test_find_differences_reports_another_run(prepared, tmp_path):

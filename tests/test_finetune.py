@@ -68,8 +68,13 @@ def test_recipe_trains_a_video_model_from_a_checkpoint_and_a_folder(checkpoint, 
     assert pipe.call_defaults == {
         "num_frames": 4, "fps": 8, "shared_noise": 0.5, "noise_correlation": 0.7, "num_inference_steps": 2, "guidance_scale": 7.5,
     }  # fmt: skip
-    assert not np.allclose(image(model), image(checkpoint), atol=1e-3)  # the weights changed, and diffusers reads them
-    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["00000002.png", "00000002.webp"]
+    assert not np.allclose(
+        image(model), image(checkpoint), atol=1e-3
+    )  # the weights changed, and diffusers reads them
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
+        "00000002.png",
+        "00000002.webp",
+    ]
 
 
 def test_lora_is_small_resumes_exactly_and_loads_in_diffusers(checkpoint, media, tmp_path):
@@ -86,19 +91,29 @@ def test_lora_is_small_resumes_exactly_and_loads_in_diffusers(checkpoint, media,
         torch.testing.assert_close(weights[name], tensor)
     newest = sorted((tmp_path / "part" / "checkpoints").iterdir())[-1] / "model.safetensors"
     (name, tensor), *others = load_file(newest).items()
-    save_file({f"{name[:-1]}_": tensor, **dict(others)}, newest, metadata={"format": "pt"})  # the file keeps its size
+    save_file(
+        {f"{name[:-1]}_": tensor, **dict(others)}, newest, metadata={"format": "pt"}
+    )  # the file keeps its size
     with pytest.raises(ValueError, match=r"expected the .* trained tensors of this run"):
         train(settings, tmp_path / "part")
     convolutions = [tensor for name, tensor in weights.items() if "resnets.0.conv1.lora" in name]
     assert convolutions
     assert all(tensor.any() for tensor in convolutions)  # the second matrix starts at zero, so it was trained
-    assert not np.allclose(image(checkpoint), image(checkpoint, load_lora_weights=str(uninterrupted.parent)), atol=1e-3)
+    assert not np.allclose(
+        image(checkpoint), image(checkpoint, load_lora_weights=str(uninterrupted.parent)), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("place", ["conv1", "conv2", "end"])
 def test_load_lora_restores_shift_and_size(checkpoint, media, tmp_path, place):
     settings = resolved(
-        checkpoint, media, "lora.rank=2", "model.forward=0.25", f"model.place={place}", "data.size=16", 'lora.modules=["to_q", "conv1"]'
+        checkpoint,
+        media,
+        "lora.rank=2",
+        "model.forward=0.25",
+        f"model.place={place}",
+        "data.size=16",
+        'lora.modules=["to_q", "conv1"]',
     )
     file = train(settings, tmp_path) / "pytorch_lora_weights.safetensors"
     with safe_open(file, "pt") as opened:
@@ -110,7 +125,15 @@ def test_load_lora_restores_shift_and_size(checkpoint, media, tmp_path, place):
     assert pipe.call_defaults["num_frames"] == metadata["num_frames"] == 4
     plain = loading.load(checkpoint)
     clip, without = (
-        pipeline("red", height=16, width=16, num_inference_steps=2, generator=seed(0), num_frames=4, output_type="latent").frames
+        pipeline(
+            "red",
+            height=16,
+            width=16,
+            num_inference_steps=2,
+            generator=seed(0),
+            num_frames=4,
+            output_type="latent",
+        ).frames
         for pipeline in (pipe, plain)
     )
     assert not torch.allclose(clip, without, atol=1e-3)
@@ -123,7 +146,10 @@ def test_add_lora_freezes_the_model_in_the_precision_of_the_run(checkpoint, medi
     settings = resolved(checkpoint, media, "lora.rank=2", f"train.precision={precision}")
     unet = stages.DenoiserStage(settings, prepare.prepare(settings, tmp_path)).model
     dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in unet.parameters()}
-    assert dtypes == {(True, torch.float32), (False, {"no": torch.float32, "bf16": torch.bfloat16}[precision])}
+    assert dtypes == {
+        (True, torch.float32),
+        (False, {"no": torch.float32, "bf16": torch.bfloat16}[precision]),
+    }
     if precision == "bf16":
         assert train(settings, tmp_path / "run").exists()
         assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
@@ -144,7 +170,9 @@ def test_prepare_builds_everything_once(checkpoint, media, packed, latents, tmp_
     assert not (tmp_path / "2" / "pixels").exists()
     assert prepare.prepare(resolved(checkpoint, latents), tmp_path / "3").store == str(latents)
     assert not (tmp_path / "3").exists()
-    with pytest.raises(ValueError, match=r"data\.size, data\.fps, data\.aspects have no effect: .* is packed already"):
+    with pytest.raises(
+        ValueError, match=r"data\.size, data\.fps, data\.aspects have no effect: .* is packed already"
+    ):
         prepare.prepare(resolved(checkpoint, packed, "data.size=16"), tmp_path / "4")
     with pytest.raises(ValueError, match=r"data\.mirror have no effect: .* is encoded already"):
         prepare.prepare(resolved(checkpoint, latents, "data.mirror=true"), tmp_path / "4")
@@ -153,11 +181,15 @@ def test_prepare_builds_everything_once(checkpoint, media, packed, latents, tmp_
     assert set(Store(finetune_path(checkpoint, media, tmp_path / "5")).shapes.values()) == {(61, 16, 16, 3)}
 
     half = tmp_path / "half"
-    StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None).to(torch.float16).save_pretrained(half, variant="fp16")
+    StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None).to(
+        torch.float16
+    ).save_pretrained(half, variant="fp16")
     settings = resolved(half, latents)
     of_variant = prepare.prepare(settings, tmp_path / "6")
     assert of_variant.init == tmp_path / "6" / "base"
-    assert isinstance(stages.DenoiserStage(settings, of_variant).model, UNet2DConditionModel)  # an image model fits any edge
+    assert isinstance(
+        stages.DenoiserStage(settings, of_variant).model, UNet2DConditionModel
+    )  # an image model fits any edge
     with pytest.raises(ValueError, match=r"was made of .* delete it or choose another folder"):
         prepare.prepare(resolved(checkpoint, media, "data.size=16"), tmp_path)
     for setting in ("data.size=20", "data.aspects=12"):
@@ -167,11 +199,15 @@ def test_prepare_builds_everything_once(checkpoint, media, packed, latents, tmp_
     shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents" / "shards").iterdir()}
     prepare.prepare(resolved(checkpoint, media, "data.strides=[1, 2]"), tmp_path)  # encodes captions only
     assert Store(tmp_path / "latents").info["strides"] == [1, 2]
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents" / "shards").iterdir()} == shards
+    assert {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "latents" / "shards").iterdir()
+    } == shards
     monkeypatch.setenv("RANK", "1")  # other processes use what the first has built
     assert prepare.prepare(resolved(checkpoint, media), tmp_path) == prepared
     ready, is_enough = tmp_path / "ready", threading.Event()
-    waiting = threading.Thread(target=lambda: prepare._claim_build(ready, "store.json", {"data": 1}, is_enough.is_set))
+    waiting = threading.Thread(
+        target=lambda: prepare._claim_build(ready, "store.json", {"data": 1}, is_enough.is_set)
+    )
     waiting.start()
     ready.mkdir()
     (tmp_path / "ready.json").write_text('{"data": 1}')
@@ -193,16 +229,26 @@ def test_prepare_reports_mistakes_before_packing(checkpoint, video_model, media,
     for options, message in (
         (["data.splits=['trian']"], "has no split trian; expected train, val_concept"),
         (["data.val_splits=['test']"], "has no split test"),
-        (["diffusion.prediction=v_prediction"], r"diffusion\.prediction is v_prediction, but .* was trained with epsilon"),
+        (
+            ["diffusion.prediction=v_prediction"],
+            r"diffusion\.prediction is v_prediction, but .* was trained with epsilon",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train(resolved(checkpoint, media, *options), tmp_path / "run")
     from_scratch = config.Config.model_validate(
-        {"stage": "image", "data": {"path": str(media), "size": 32}, "model": {"size": "tiny"}, "optim": {"steps": 1000, "lr": 1e-3}}
+        {
+            "stage": "image",
+            "data": {"path": str(media), "size": 32},
+            "model": {"size": "tiny"},
+            "optim": {"steps": 1000, "lr": 1e-3},
+        }
     )
     with pytest.raises(ValueError, match=r"holds no latents, and there is no model\.init to encode it with"):
         train(from_scratch, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"model\.temporal is none, but .* was trained with shift: set it to that"):
+    with pytest.raises(
+        ValueError, match=r"model\.temporal is none, but .* was trained with shift: set it to that"
+    ):
         train(resolved(video_model, media, "model.temporal=none", "model.edge=zero"), tmp_path / "run")
     for options, message in (
         (["lora.rank=2", "model.place=end"], "conv2 shifts and takes no LoRA"),
@@ -216,24 +262,35 @@ def test_prepare_reports_mistakes_before_packing(checkpoint, video_model, media,
 
 def test_train_reports_mistakes(checkpoint, media, tmp_path):
     with pytest.raises(
-        ValueError, match=r"a lora adds to the weights of a trained denoiser: expected stage image or video, and model\.init"
+        ValueError,
+        match=r"a lora adds to the weights of a trained denoiser: expected stage image or video, and model\.init",
     ):
         config.Config.model_validate({"stage": "image", "data": {"path": "x"}, "model": {"size": "tiny"}, "lora": {"rank": 2}, "optim": {"steps": 1000, "lr": 1e-3}})  # fmt: skip
-    with pytest.raises(ValueError, match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that"):
+    with pytest.raises(
+        ValueError,
+        match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that",
+    ):
         train(resolved(checkpoint, media, "diffusion.prediction=v_prediction"), tmp_path / "1")
     with pytest.raises(ValueError, match=r"Target modules .*nothing.* not found"):
         train(resolved(checkpoint, media, "lora.rank=2", 'lora.modules=["nothing"]'), tmp_path / "2")
-    scratch = {"stage": "autoencoder", "data": {"path": str(media)}, "model": {"size": "tiny"}, "optim": {"steps": 1000, "lr": 1e-3}}
+    scratch = {
+        "stage": "autoencoder",
+        "data": {"path": str(media)},
+        "model": {"size": "tiny"},
+        "optim": {"steps": 1000, "lr": 1e-3},
+    }
     with pytest.raises(ValueError, match=r"a folder of videos needs data\.size"):
         prepare.prepare(config.Config.model_validate(scratch), tmp_path / "3")
-    with pytest.raises(ValueError, match=r"no_such: expected one of emoji, or a folder that is there"):
+    with pytest.raises(ValueError, match=r"no_such: expected one of emoji, or an existing folder"):
         prepare.prepare(resolved("no_such", media), tmp_path / "4")
     with pytest.raises(ValueError, match=r"with model\.place=end .*conv2 shifts and takes no LoRA"):
         train(resolved(checkpoint, media, "lora.rank=2", "model.place=end"), tmp_path / "2b")
     double = tmp_path / "xl"
     shutil.copytree(checkpoint, double)
     (double / "text_encoder_2").mkdir()
-    with pytest.raises(ValueError, match="the family of Stable Diffusion XL can generate here, but not be trained"):
+    with pytest.raises(
+        ValueError, match="the family of Stable Diffusion XL can generate here, but not be trained"
+    ):
         prepare.prepare(resolved(double, media), tmp_path / "5")
     wrong = resolved(checkpoint, media, "lora.rank=3")
     train(wrong, tmp_path / "6")
@@ -293,5 +350,7 @@ def test_estimate_run_counts_the_flops_of_a_real_step(checkpoint, media, tmp_pat
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
         stage.objective(*stage.draw_batch(np.random.default_rng(0)))[0].backward()
     accumulated = settings.optim.accumulate
-    assert memory.estimate_run(settings, prepared, "cpu").flops == pytest.approx(accumulated * counted.get_total_flops(), rel=0.01)
+    assert memory.estimate_run(settings, prepared, "cpu").flops == pytest.approx(
+        accumulated * counted.get_total_flops(), rel=0.01
+    )
     assert matrix_rate("cpu", torch.float32, seconds=0.01) > 1e9

@@ -47,7 +47,10 @@ def test_latent_vdm_starts_as_the_image_network(image, network):
     assert torch.equal(call(network, x, 4), call(image, x, 4))
     added = {name for name, _ in network.named_parameters()} - {name for name, _ in image.named_parameters()}
     assert added and all(".over_time." in name for name in added)
-    blocks = sum(type(module).__name__ in ("_ResnetBlockWithTime", "_TransformerWithTime") for module in network.modules())
+    blocks = sum(
+        type(module).__name__ in ("_ResnetBlockWithTime", "_TransformerWithTime")
+        for module in network.modules()
+    )
     assert blocks == len({name.split(".over_time.")[0] for name in added})
 
 
@@ -86,7 +89,10 @@ def test_latent_vdm_rejects_what_only_a_shift_can_do(network):
         ls.inflate(network, ls.Shift())
     with pytest.raises(ValueError, match="cannot be run in chunks"):
         reach(network)
-    with pytest.raises(ValueError, match="only a shifted network can loop"), ls.frames(network, 4, edge="wrap"):
+    with (
+        pytest.raises(ValueError, match="only a shifted network can loop"),
+        ls.frames(network, 4, edge="wrap"),
+    ):
         pass
     with pytest.raises(ValueError, match="a stream needs a causal shift"), streaming(network, {}):
         pass
@@ -102,22 +108,40 @@ def test_deflate_refuses_a_network_with_temporal_layers(network):
 def test_latent_vdm_trains_saves_and_generates(checkpointing, latents, image_model, tmp_path):
     options = {"gradient_checkpointing": checkpointing, "sample_every": 2, "sample_steps": 1}
     rows = []
-    config = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, optim={"lr": 1e-2}, train=options)
+    config = tiny_config(
+        "video",
+        latents,
+        model={"init": str(image_model), "temporal": "attention"},
+        optim={"lr": 1e-2},
+        train=options,
+    )
     pipe = loading.load(train(config, tmp_path / "run", report=rows.append))
     assert isinstance(pipe.unet, LatentVDMUNet)
-    assert any(parameter.any() for name, parameter in pipe.unet.named_parameters() if "over_time.to_out.weight" in name)
+    assert any(
+        parameter.any()
+        for name, parameter in pipe.unet.named_parameters()
+        if "over_time.to_out.weight" in name
+    )
     clip = pipe("a red square", num_inference_steps=2, generator=ls.seed(0)).frames
-    again = loading.load(tmp_path / "run" / "model")("a red square", num_inference_steps=2, generator=ls.seed(0)).frames
+    again = loading.load(tmp_path / "run" / "model")(
+        "a red square", num_inference_steps=2, generator=ls.seed(0)
+    ).frames
     assert clip.shape == (1, 4, 32, 32, 3) and np.array_equal(clip, again)
     with pytest.raises(ValueError, match="only a shifted network can loop"):
         pipe("a red square", loop=True)
-    going_on = tiny_config("video", latents, steps=1, model={"init": str(tmp_path / "run" / "model"), "temporal": "attention"})
+    going_on = tiny_config(
+        "video", latents, steps=1, model={"init": str(tmp_path / "run" / "model"), "temporal": "attention"}
+    )
     train(going_on, tmp_path / "on")
     if checkpointing:
-        plain = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, optim={"lr": 1e-2})
+        plain = tiny_config(
+            "video", latents, model={"init": str(image_model), "temporal": "attention"}, optim={"lr": 1e-2}
+        )
         others = []
         train(plain, tmp_path / "plain", report=others.append)
-        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=1e-5 + ROUNDING)
+        assert [row["loss"] for row in rows] == pytest.approx(
+            [row["loss"] for row in others], rel=1e-5 + ROUNDING
+        )
 
 
 def test_latent_vdm_shares_text(network):

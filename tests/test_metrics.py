@@ -58,7 +58,9 @@ def test_retrieval_ranks_equal_those_of_a_sort():
 
 
 def test_loop_gap_is_one_for_closed_loops():
-    turning = np.stack([np.roll(moving_square(0)[0], 8 * k, axis=1) for k in range(4)])  # once round in four frames
+    turning = np.stack(
+        [np.roll(moving_square(0)[0], 8 * k, axis=1) for k in range(4)]
+    )  # once round in four frames
     assert clip_metrics.loop_gap(turning) == pytest.approx(1, abs=1e-3)
     assert clip_metrics.loop_gap(moving_square(1)) == pytest.approx(5, rel=1e-2)
     assert clip_metrics.loop_gap(np.zeros((6, 2, 2, 3), np.uint8)) == 1
@@ -88,7 +90,9 @@ def test_reconstruction_equals_psnr_of_held_out_frames(packed, video_model):
         clip = store.window(index, 0, int(store.index[index]["num_frames"]))
         pixels = to_pixels(torch.from_numpy(clip))
         with torch.no_grad():
-            made = [to_frames(vae.decode(vae.encode(one[None]).latent_dist.mean).sample).numpy() for one in pixels]
+            made = [
+                to_frames(vae.decode(vae.encode(one[None]).latent_dist.mean).sample).numpy() for one in pixels
+            ]
         return {round(clip_metrics.psnr(frame, again[0]), 2) for frame, again in zip(clip, made, strict=True)}
 
     for split in ("train", "val_concept"):
@@ -98,5 +102,7 @@ def test_reconstruction_equals_psnr_of_held_out_frames(packed, video_model):
             concepts[store.records[index].concept] |= of_frames(index)
         values = denoising.reconstruction(vae, store, splits=(split,), num=9)
         assert len(values) == len(concepts)
-        found = [{concept for concept, every in concepts.items() if round(value, 2) in every} for value in values]
+        found = [
+            {concept for concept, every in concepts.items() if round(value, 2) in every} for value in values
+        ]
         assert set.union(*found) == set(concepts) and all(found), split

@@ -35,7 +35,11 @@ def sd(texts, **latent_shift):
         CLIPTextModel.from_pretrained(texts / "text_encoder"),
     )
     settings = {"num_frames": 6, "num_inference_steps": 3, "guidance_scale": 3.0, **latent_shift}
-    return quiet(LatentShiftPipeline(sizes.autoencoder("tiny").eval(), encoder, tokenizer, unet, scheduler, latent_shift=settings))
+    return quiet(
+        LatentShiftPipeline(
+            sizes.autoencoder("tiny").eval(), encoder, tokenizer, unet, scheduler, latent_shift=settings
+        )
+    )
 
 
 def xl_components(texts) -> dict:
@@ -62,7 +66,11 @@ def xl_components(texts) -> dict:
 
 @pytest.fixture
 def xl(texts):
-    return quiet(LatentShiftXLPipeline(**xl_components(texts), latent_shift={"num_frames": 4, "num_inference_steps": 2}))
+    return quiet(
+        LatentShiftXLPipeline(
+            **xl_components(texts), latent_shift={"num_frames": 4, "num_inference_steps": 2}
+        )
+    )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -84,11 +92,20 @@ def test_xl_pipeline_generates_saves_and_loads_clips(xl, tmp_path):
     assert both.shape == (2, 4, 3, 32, 32)
     alone = xl("blue", generator=seed(1), negative_prompt="green", output_type="pt").frames
     torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-5)
-    assert not torch.equal(alone, xl("blue", generator=seed(1), negative_prompt="green", original_size=(999, 9), output_type="pt").frames)
+    assert not torch.equal(
+        alone,
+        xl(
+            "blue", generator=seed(1), negative_prompt="green", original_size=(999, 9), output_type="pt"
+        ).frames,
+    )
     xl.save_pretrained(tmp_path)
     again = quiet(LatentShiftXLPipeline.from_pretrained(tmp_path))
-    torch.testing.assert_close(again("blue", generator=seed(1), negative_prompt="green", output_type="pt").frames, alone)
-    assert StableDiffusionXLPipeline.from_pretrained(tmp_path, add_watermarker=False)("red", num_inference_steps=1).images
+    torch.testing.assert_close(
+        again("blue", generator=seed(1), negative_prompt="green", output_type="pt").frames, alone
+    )
+    assert StableDiffusionXLPipeline.from_pretrained(tmp_path, add_watermarker=False)(
+        "red", num_inference_steps=1
+    ).images
     with pytest.raises(TypeError, match="no argument 'orignal_size'; did you mean 'original_size'"):
         xl("red", orignal_size=(3, 4))
 
@@ -142,7 +159,9 @@ def test_mask_keeps_the_black_region(texts, scheduler):
     clean = encode_pictures(pipe, CLIP, 32, 32, 4)
     left = np.zeros((32, 32), np.uint8)
     left[:, :16] = 255
-    made = pipe("red", video=list(CLIP), mask=Image.fromarray(left), generator=seed(0), output_type="latent").frames
+    made = pipe(
+        "red", video=list(CLIP), mask=Image.fromarray(left), generator=seed(0), output_type="latent"
+    ).frames
     torch.testing.assert_close(made[..., 2:], clean[..., 2:])
     assert ((made - clean)[..., :2].abs() > 1e-3).float().mean() > 0.9
     over_time = np.stack([np.full((32, 32), 255 * (k > 2), np.uint8) for k in range(6)])
@@ -158,7 +177,11 @@ def test_loop_rolls_with_its_noise(texts):
     clip = pipe("red", latents=noise, loop=True, output_type="latent").frames
     rolled = pipe("red", latents=noise.roll(2, dims=2), loop=True, output_type="latent").frames
     torch.testing.assert_close(rolled, clip.roll(2, dims=2), atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(pipe("red", latents=noise.roll(2, dims=2), output_type="latent").frames, clip.roll(2, dims=2), atol=1e-2)
+    assert not torch.allclose(
+        pipe("red", latents=noise.roll(2, dims=2), output_type="latent").frames,
+        clip.roll(2, dims=2),
+        atol=1e-2,
+    )
 
 
 @pytest.mark.parametrize("loop", [False, True])
@@ -181,7 +204,9 @@ def test_chunk_with_full_halo_equals_the_whole_clip(texts, loop):
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
-@pytest.mark.parametrize(("shared_noise", "noise_correlation"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.8), (0.5, 0.8)])
+@pytest.mark.parametrize(
+    ("shared_noise", "noise_correlation"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.8), (0.5, 0.8)]
+)
 def test_stream_equals_the_whole_clip(texts, scheduler, shared_noise, noise_correlation):
     pipe = sd(texts, backward=0.0, shared_noise=shared_noise, noise_correlation=noise_correlation)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
@@ -210,8 +235,13 @@ def test_prompt_schedule_interpolates_between_prompts(texts):
     pipe = sd(texts)
     latents = torch.randn(1, 4, 6, 4, 4, generator=seed(0))
     red, blue = (pipe(words, latents=latents, output_type="latent").frames for words in ("red", "blue"))
-    travelled = pipe({0: "red", 5: "blue"}, latents=latents, num_inference_steps=1, output_type="latent").frames
-    one = [pipe(words, latents=latents, num_inference_steps=1, output_type="latent").frames for words in ("red", "blue")]
+    travelled = pipe(
+        {0: "red", 5: "blue"}, latents=latents, num_inference_steps=1, output_type="latent"
+    ).frames
+    one = [
+        pipe(words, latents=latents, num_inference_steps=1, output_type="latent").frames
+        for words in ("red", "blue")
+    ]
     inflate(pipe.unet, Shift(0, 0))  # frame by frame the ends are the two prompts' own
     ends = pipe({0: "red", 5: "blue"}, latents=latents, output_type="latent").frames
     alone = [pipe(words, latents=latents, output_type="latent").frames for words in ("red", "blue")]
@@ -227,10 +257,14 @@ def test_prompt_schedule_interpolates_between_prompts(texts):
 
 
 def test_prompt_schedule_works_with_xl(xl):
-    assert xl({0: "red", 3: "blue"}, num_videos_per_prompt=2, negative_prompt="green", output_type="latent").frames.shape == (2, 4, 4, 4, 4)
+    assert xl(
+        {0: "red", 3: "blue"}, num_videos_per_prompt=2, negative_prompt="green", output_type="latent"
+    ).frames.shape == (2, 4, 4, 4, 4)
     latents = torch.randn(1, 4, 4, 4, 4, generator=seed(0))
     same = xl({0: "red", 3: "red"}, latents=latents, output_type="latent").frames
-    torch.testing.assert_close(same, xl("red", latents=latents, output_type="latent").frames, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        same, xl("red", latents=latents, output_type="latent").frames, atol=1e-3, rtol=1e-3
+    )
 
 
 def test_prompt_weights_change_the_clip(texts):
@@ -244,7 +278,10 @@ def test_prompt_weights_change_the_clip(texts):
     clip = lambda prompt: pipe(prompt, latents=latents, output_type="latent").frames  # noqa: E731
     torch.testing.assert_close(clip("a (red:1.0) square"), clip("a red square"))
     assert not torch.allclose(clip("a (red:1.5) square"), clip("a red square"))
-    negative = lambda prompt: pipe("red", negative_prompt=prompt, latents=latents, output_type="latent").frames  # noqa: E731
+
+    def negative(prompt):
+        return pipe("red", negative_prompt=prompt, latents=latents, output_type="latent").frames
+
     torch.testing.assert_close(negative("a (blue:1.0) square"), negative("a blue square"))
     assert not torch.allclose(negative("a (blue:1.5) square"), negative("a blue square"))
 
@@ -266,8 +303,13 @@ def test_prompt_weights_scale_from_the_null_prompt(texts):
 def test_prompt_weights_count_the_vectors_of_a_textual_inversion(texts):
     pipe = sd(texts)
     pipe.load_textual_inversion({"<toy>": torch.randn(3, 32)}, token="<toy>")
-    tokens = pipe.tokenizer.convert_ids_to_tokens(pipe.tokenizer(pipe.maybe_convert_prompt("<toy> ab cd", pipe.tokenizer)).input_ids)
-    for prompt, weighted in (("<toy> (ab:1.5) cd", ["a", "b</w>"]), ("(<toy>:1.5) ab cd", ["<toy>", "<toy>_1", "<toy>_2"])):
+    tokens = pipe.tokenizer.convert_ids_to_tokens(
+        pipe.tokenizer(pipe.maybe_convert_prompt("<toy> ab cd", pipe.tokenizer)).input_ids
+    )
+    for prompt, weighted in (
+        ("<toy> (ab:1.5) cd", ["a", "b</w>"]),
+        ("(<toy>:1.5) ab cd", ["<toy>", "<toy>_1", "<toy>_2"]),
+    ):
         changed = (prompt_embeds(pipe, prompt) != prompt_embeds(pipe, "<toy> ab cd")).any(dim=-1)[0]
         assert [token for token, weigh in zip(tokens, changed.tolist(), strict=False) if weigh] == weighted
 
@@ -277,7 +319,12 @@ def test_free_init_samples_again_from_its_result(texts):
     once = pipe("red", generator=seed(0), output_type="latent").frames
     pipe.enable_free_init(num_iters=2)
     steps = []
-    twice = pipe("red", generator=seed(0), output_type="latent", callback_on_step_end=lambda p, i, t, k: steps.append(i) or {}).frames
+    twice = pipe(
+        "red",
+        generator=seed(0),
+        output_type="latent",
+        callback_on_step_end=lambda p, i, t, k: steps.append(i) or {},
+    ).frames
     assert steps == [0, 1, 2] * 2
     assert not torch.allclose(once, twice)
     with pytest.raises(ValueError, match="FreeInit"):
@@ -311,8 +358,12 @@ def test_scale_latents_uses_mean_and_deviation(texts):
     """Autoencoders of XL's kind say the mean and spread of their latents."""
     pipe = sd(texts)
     plain = encode_pictures(pipe, CLIP, 32, 32, 4)
-    pipe.vae = AutoencoderKL.from_config(pipe.vae.config, latents_mean=[1.0, 2, 3, 4], latents_std=[2.0, 2, 2, 2])
+    pipe.vae = AutoencoderKL.from_config(
+        pipe.vae.config, latents_mean=[1.0, 2, 3, 4], latents_std=[2.0, 2, 2, 2]
+    )
     pipe.vae.load_state_dict(sd(texts).vae.state_dict())
     moved = encode_pictures(pipe, CLIP, 32, 32, 4)
     torch.testing.assert_close(moved * 2 + torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1, 1, 1), plain)
-    torch.testing.assert_close(decode_clips(pipe, moved, 2, "pt"), decode_clips(sd(texts), plain, 6, "pt"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        decode_clips(pipe, moved, 2, "pt"), decode_clips(sd(texts), plain, 6, "pt"), atol=1e-5, rtol=1e-5
+    )

@@ -42,9 +42,14 @@ def test_train_ends_after_many_skipped_steps(latents, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stages.DenoiserStage, "draw_batch", bad)
     monkeypatch.setattr(optimizer, "MAX_SKIPPED_STEPS", 3)
-    with pytest.raises(RuntimeError, match=r"no gradient was finite in the last 3 steps, to step 3; try a smaller optim\.lr"):
+    with pytest.raises(
+        RuntimeError, match=r"no gradient was finite in the last 3 steps, to step 3; try a smaller optim\.lr"
+    ):
         train(tiny_config("video", latents), tmp_path)
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (tmp_path / "stats.jsonl").read_text().splitlines()
+    ]
     assert [(row["loss"], row["skipped"]) for row in rows] == [(None, 1), (None, 1)]
 
 
@@ -62,7 +67,9 @@ def test_step_if_finite_leaves_weights_and_states(latents, kind):
         (scaler.scale(loss) if scaler else loss).backward()
         if scaler:
             scaler.unscale_(adamw.optimizer)
-        before = [tensor.clone() for tensor in (weight.detach(), *adamw.state_dict()["state"].get(0, {}).values())]
+        before = [
+            tensor.clone() for tensor in (weight.detach(), *adamw.state_dict()["state"].get(0, {}).values())
+        ]
         assert float(step_if_finite(adamw, weight.grad.norm(), config)) == skipped
         adamw.zero_grad()
         after = (weight.detach(), *adamw.state_dict()["state"][0].values())

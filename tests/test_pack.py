@@ -16,10 +16,17 @@ from latent_shift.data.store import Store
 
 def test_pack_keeps_line_separators_and_skips_clips_without_caption(tmp_path):
     video.write(counting_clip(16), tmp_path / "a.mp4")
-    rows = [{"file_name": "a.mp4", "text": "one\u2028line"}, {"file_name": "a.mp4", "text": ["", "a"]}, {"file_name": "a.mp4", "text": " "}]
+    rows = [
+        {"file_name": "a.mp4", "text": "one\u2028line"},
+        {"file_name": "a.mp4", "text": ["", "a"]},
+        {"file_name": "a.mp4", "text": " "},
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     assert pack(tmp_path, tmp_path / "store", size=16, fps=8) == [("a.mp4", "no caption")]
-    assert sorted(record.texts for record in Store(tmp_path / "store").records) == [("a",), ("one\u2028line",)]
+    assert sorted(record.texts for record in Store(tmp_path / "store").records) == [
+        ("a",),
+        ("one\u2028line",),
+    ]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.mp4", "text": "a"}\n')
     with pytest.raises(ValueError, match=r"none of 1 files can be used; the first: gone.mp4: .*no such file"):
         pack(tmp_path, tmp_path / "other", size=16, fps=8)
@@ -29,7 +36,9 @@ def test_pack_reports_broken_files_and_does_not_replace_them(media, tmp_path):
     (tmp_path / "red.webp").write_bytes((media / "red.webp").read_bytes())
     (tmp_path / "broken.mp4").write_bytes(b"x")
     names = ["red.webp", "broken.mp4", "gone.mp4"]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": name}) for name in names))
+    (tmp_path / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": name, "text": name}) for name in names)
+    )
     problems = pack(tmp_path, tmp_path / "store", size=16, fps=8)
     assert [name for name, _ in problems] == ["broken.mp4", "gone.mp4"]
     assert [record.file_name for record in Store(tmp_path / "store").records] == ["red.webp"]
@@ -41,7 +50,11 @@ def test_preview_shows_clips_with_their_captions(packed):
     assert sheet.shape == (3 * (32 + 14), 5 * 32 + 4 * 2, 3)
     assert set(captions) <= {text for record in store.records for text in record.texts}
     sheet, captions = preview(store, rows=6, columns=4, num_frames=11, stride=2)
-    suitable = [record for record in store.records if record.split == "train" and (record.num_frames >= 21 or record.loop)]
+    suitable = [
+        record
+        for record in store.records
+        if record.split == "train" and (record.num_frames >= 21 or record.loop)
+    ]
     assert sheet.shape[0] == 6 * (32 + 14) and 0 < len(suitable) < len(store.records)
     assert set(captions) <= {f"{text}, 4 fps" for record in suitable for text in record.texts}
     with pytest.raises(ValueError, match="no record to train on"):
@@ -55,9 +68,13 @@ def test_preview_of_latents_decodes_a_posterior_sample(packed, latents, autoenco
     rng = np.random.default_rng(0)
     vae = AutoencoderKL.from_pretrained(autoencoder)
     with torch.no_grad():
-        pixels = torch.from_numpy(Store(packed).draw_window(rng, 0, 3, stride=2)).permute(0, 3, 1, 2) / 127.5 - 1
+        pixels = (
+            torch.from_numpy(Store(packed).draw_window(rng, 0, 3, stride=2)).permute(0, 3, 1, 2) / 127.5 - 1
+        )
         posterior = vae.encode(pixels).latent_dist
-        sample = posterior.mean + posterior.std * torch.from_numpy(rng.standard_normal(posterior.mean.shape, np.float32))
+        sample = posterior.mean + posterior.std * torch.from_numpy(
+            rng.standard_normal(posterior.mean.shape, np.float32)
+        )
         expected = ((vae.decode(sample).sample.permute(0, 2, 3, 1) + 1) * 127.5).clamp(0, 255).numpy()
     assert np.abs(frames - expected).max() < 3 < expected.std()
     captions = preview(LatentStore(latents), rows=4, columns=4, stride=2)[1]
@@ -67,13 +84,22 @@ def test_preview_of_latents_decodes_a_posterior_sample(packed, latents, autoenco
 def test_pack_keeps_aspect_ratios_at_one_area(tmp_path):
     sizes = aspect_sizes(64, 16)
     assert (64, 64) in sizes and (32, 64) not in sizes
-    assert all(height % 16 == 0 == width % 16 and height * width <= 64**2 and 0.5 <= height / width <= 2 for height, width in sizes)
+    assert all(
+        height % 16 == 0 == width % 16 and height * width <= 64**2 and 0.5 <= height / width <= 2
+        for height, width in sizes
+    )
     assert {(width, height) for height, width in sizes} & set(sizes) >= {(64, 64)}
-    with pytest.raises(ValueError, match="no size of at most 32x32 pixels has sides that are multiples of 64"):
+    with pytest.raises(
+        ValueError, match="no size of at most 32x32 pixels has sides that are multiples of 64"
+    ):
         aspect_sizes(32, 64)
     wide = np.zeros((8, 90, 160, 3), np.uint8)
     wide[:, :, 80:] = 200
-    for name, frames in (("wide", wide), ("tall", wide.transpose(0, 2, 1, 3)), ("square", wide[:, :, 35:125])):
+    for name, frames in (
+        ("wide", wide),
+        ("tall", wide.transpose(0, 2, 1, 3)),
+        ("square", wide[:, :, 35:125]),
+    ):
         video.write(frames, tmp_path / f"{name}.webp", fps=8)
         (tmp_path / f"{name}.txt").write_text(name)
     assert pack(tmp_path, tmp_path / "store", size=64, fps=8, aspects=16) == []

@@ -22,7 +22,9 @@ from latent_shift.pipelines import catalog
 from latent_shift.shift import Shift
 
 MODULES = sorted(
-    module.name for module in pkgutil.walk_packages(latent_shift.__path__, "latent_shift.") if not module.name.endswith("__main__")
+    module.name
+    for module in pkgutil.walk_packages(latent_shift.__path__, "latent_shift.")
+    if not module.name.endswith("__main__")
 )
 EXTRAS = [
     "torchvision",
@@ -53,19 +55,23 @@ def test_every_module_imports_with_the_core_alone():
 
 
 def test_public_names():
-    assert set(latent_shift.__all__) == {name for name in latent_shift.__all__ if getattr(latent_shift, name) is not None}
+    assert set(latent_shift.__all__) == {
+        name for name in latent_shift.__all__ if getattr(latent_shift, name) is not None
+    }
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         _ = latent_shift.lod
     assert latent_shift.__version__[0].isdigit()
 
 
-def test_the_method_imports_nothing_of_ours_and_no_file_is_long():
-    for path in Path(latent_shift.__file__).parent.glob("*.py"):
+def test_shift_stands_alone_and_no_file_or_function_is_long():
+    """The method imports nothing of ours; files have 600 lines at most, only the command prints."""
+    package = Path(latent_shift.__file__).parent
+    for path in package.rglob("*.py"):
         text = path.read_text()
-        assert text.count("\n") <= 400, path
+        assert text.count("\n") <= 600, path
         if path.name == "shift.py":
             assert "from latent_shift" not in text
-        if not path.name.startswith("cli"):
+        if path.parent.name != "cli":
             assert "print(" not in text, path
 
 
@@ -121,13 +127,25 @@ print(mapped, libc.mallinfo2().arena >= 512 * 2**20)
     [
         ([], {}, "1 False"),  # a mapping of its own, given back at once
         (["call"], {}, "0 True"),  # a part of the heap, which stays
-        ([], {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "536870912"}, "0 True"),
+        (
+            [],
+            {
+                "MALLOC_MMAP_MAX_": "0",
+                "MALLOC_TRIM_THRESHOLD_": "100000000000",
+                "MALLOC_TOP_PAD_": "536870912",
+            },
+            "0 True",
+        ),
         (["call"], {"MALLOC_MMAP_MAX_": "65536"}, "1 False"),  # the user's choice
     ],
 )
 def test_keep_freed_memory_equals_the_environment_variables(arguments, variables, output):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | variables
-    result = subprocess.run([sys.executable, "-c", MMAPPED_BLOCKS, *arguments], capture_output=True, text=True, env=environment)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
+    } | variables
+    result = subprocess.run(
+        [sys.executable, "-c", MMAPPED_BLOCKS, *arguments], capture_output=True, text=True, env=environment
+    )
     assert result.stdout.strip() == output, result.stderr
 
 
@@ -145,8 +163,11 @@ def test_catalog_describes_with_the_defaults_of_the_pipeline():
         assert Model.model_fields[field.name].default == field.default
     described = catalog.describe("emoji")
     pipe = latent_shift.load("emoji", device="cpu")
-    assert described["picture"] == "x".join([str(pipe.unet.config.sample_size * pipe.vae_scale_factor)] * 2) + " pixels"
-    assert described["frames"] == f"{pipe.call_defaults['num_frames']} at {pipe.call_defaults['fps']} fps by default"
+    assert (
+        described["picture"]
+        == "x".join([str(pipe.unet.config.sample_size * pipe.vae_scale_factor)] * 2) + " pixels"
+    )
+    assert described["frames"] == f"{pipe.call_defaults['num_frames']} at {pipe.call_defaults['fps']} fps"
     assert described["shift"] == "forward 0.333, backward 0.333, place conv1, edge hold"
     assert all((catalog.WEIGHTS / name).is_dir() for name in catalog.MODELS)
 
@@ -172,7 +193,11 @@ def test_oldest_constraints_are_the_lower_bounds_of_the_project():
     for requirement in tomlkit.parse((root / "pyproject.toml").read_text())["project"]["dependencies"]:
         name, _, version = requirement.split(",")[0].partition(">=")
         bounds[name] = version
-    pins = [line.partition("==") for line in (root / "constraints-oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = [
+        line.partition("==")
+        for line in (root / "constraints-oldest.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     for name, _, version in pins:
         assert re.sub(r"(\.0)+$", "", version) == re.sub(r"(\.0)+$", "", bounds[name])
     assert {name for name, _, _ in pins} == set(bounds)

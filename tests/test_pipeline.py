@@ -51,7 +51,9 @@ def components(texts) -> dict:
 
 @pytest.fixture
 def pipe(texts):
-    pipe = LatentShiftPipeline(**components(texts), latent_shift={"num_frames": 4, "num_inference_steps": 3, "guidance_scale": 3.0})
+    pipe = LatentShiftPipeline(
+        **components(texts), latent_shift={"num_frames": 4, "num_inference_steps": 3, "guidance_scale": 3.0}
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -99,24 +101,36 @@ def test_call_generates_frames_together(pipe):
 
 def test_call_with_a_batch_equals_each_prompt_alone(pipe):
     both = pipe(["red", "blue"], generator=[seed(1), seed(2)], output_type="latent").frames
-    alone = torch.cat([pipe(p, generator=seed(n), output_type="latent").frames for p, n in (("red", 1), ("blue", 2))])
+    alone = torch.cat(
+        [pipe(p, generator=seed(n), output_type="latent").frames for p, n in (("red", 1), ("blue", 2))]
+    )
     torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_shared_noise_without_shift_gives_equal_frames(texts):
     """With the frames at the ends held, a clip that does not move is the image, frame for frame."""
-    pipe = LatentShiftPipeline(**components(texts), latent_shift={"num_frames": 4, "edge": "hold", "shared_noise": 1.0})
+    pipe = LatentShiftPipeline(
+        **components(texts), latent_shift={"num_frames": 4, "edge": "hold", "shared_noise": 1.0}
+    )
     noise = pipe.prepare_video_latents(2, 4, 32, 32, torch.float32, torch.device("cpu"), seed(0), None, 1.0)
-    still = pipe(["red", "blue"], num_frames=1, num_inference_steps=3, latents=noise[:, :, :1], output_type="pt").frames
+    still = pipe(
+        ["red", "blue"], num_frames=1, num_inference_steps=3, latents=noise[:, :, :1], output_type="pt"
+    ).frames
     clip = pipe(["red", "blue"], num_inference_steps=3, generator=seed(0), output_type="pt").frames
     torch.testing.assert_close(clip, still.expand_as(clip), atol=1e-5, rtol=1e-5)
-    assert not torch.equal(clip, pipe(["red", "blue"], num_inference_steps=3, shared_noise=0.5, generator=seed(0), output_type="pt").frames)
+    assert not torch.equal(
+        clip,
+        pipe(
+            ["red", "blue"], num_inference_steps=3, shared_noise=0.5, generator=seed(0), output_type="pt"
+        ).frames,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_prepare_video_latents_draws_the_same_noise_in_any_dtype(pipe, dtype):
     drawn = [
-        pipe.prepare_video_latents(1, 3, 32, 32, each, torch.device("cpu"), seed(0), None, 0.5, 0.5) for each in (torch.float32, dtype)
+        pipe.prepare_video_latents(1, 3, 32, 32, each, torch.device("cpu"), seed(0), None, 0.5, 0.5)
+        for each in (torch.float32, dtype)
     ]
     assert drawn[1].dtype == dtype and torch.equal(drawn[0].to(dtype), drawn[1])
 
@@ -141,7 +155,10 @@ def test_callback_sees_and_changes_every_step(pipe):
         return {"latents": torch.zeros_like(tensors["latents"])}
 
     frames = pipe(
-        "red", callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], output_type="latent"
+        "red",
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+        output_type="latent",
     ).frames
     assert [entry[0] for entry in seen] == [0, 1]
     assert seen[0][2:] == ((1, 4, 4, 4, 4), (1, 20, 32))
@@ -161,15 +178,24 @@ def test_callback_may_be_one_of_diffusers(pipe):
         callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5),
     ).frames
     assert pipe.guidance_scale == 0
-    with pytest.raises(ValueError, match="left 1 prompt_embeds, expected 2: one a clip"):  # diffusers cuts them for one prompt only
-        pipe(["red", "blue"], num_inference_steps=4, output_type="latent", callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
+    with pytest.raises(
+        ValueError, match="left 1 prompt_embeds, expected 2: one a clip"
+    ):  # diffusers cuts them for one prompt only
+        pipe(
+            ["red", "blue"],
+            num_inference_steps=4,
+            output_type="latent",
+            callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5),
+        )
     assert not torch.equal(cut, ended)
 
 
 def test_call_takes_prompt_embeds(pipe):
     prompt, negative = pipe.encode_prompt(["red"], "cpu", 1, True)
     words = pipe("red", generator=seed(0), output_type="latent").frames
-    embeddings = pipe(prompt_embeds=prompt, negative_prompt_embeds=negative, generator=seed(0), output_type="latent").frames
+    embeddings = pipe(
+        prompt_embeds=prompt, negative_prompt_embeds=negative, generator=seed(0), output_type="latent"
+    ).frames
     assert torch.equal(words, embeddings)
 
 
@@ -179,12 +205,23 @@ def test_guidance_scale_is_the_formula(pipe):
     got = pipe("red", latents=noise, num_inference_steps=1, guidance_scale=3.0, output_type="latent").frames
     predictions = []
     grab = pipe.unet.register_forward_hook(lambda module, args, output: predictions.append(output[0]))
-    conditional = pipe("red", latents=noise, num_inference_steps=1, guidance_scale=1.0, output_type="latent").frames
-    unconditional = pipe("", latents=noise, num_inference_steps=1, guidance_scale=1.0, output_type="latent").frames
+    conditional = pipe(
+        "red", latents=noise, num_inference_steps=1, guidance_scale=1.0, output_type="latent"
+    ).frames
+    unconditional = pipe(
+        "", latents=noise, num_inference_steps=1, guidance_scale=1.0, output_type="latent"
+    ).frames
     grab.remove()
     assert all(len(prediction) == 4 for prediction in predictions)  # no second half without guidance
     torch.testing.assert_close(got, unconditional + 3 * (conditional - unconditional), rtol=1e-3, atol=1e-4)
-    rescaled = pipe("red", latents=noise, num_inference_steps=1, guidance_scale=3.0, guidance_rescale=0.7, output_type="latent").frames
+    rescaled = pipe(
+        "red",
+        latents=noise,
+        num_inference_steps=1,
+        guidance_scale=3.0,
+        guidance_rescale=0.7,
+        output_type="latent",
+    ).frames
     assert not torch.allclose(rescaled, got)
 
 
@@ -195,7 +232,12 @@ def test_call_uses_timesteps_and_eta(pipe):
         pipe("red", timesteps=[900, 500, 100])
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     steps = []
-    pipe("red", timesteps=[900, 500], callback_on_step_end=lambda p, i, t, k: steps.append(int(t)), generator=seed(0))
+    pipe(
+        "red",
+        timesteps=[900, 500],
+        callback_on_step_end=lambda p, i, t, k: steps.append(int(t)),
+        generator=seed(0),
+    )
     assert steps == [900, 500]
 
 
@@ -212,7 +254,9 @@ def test_save_pretrained_round_trip(pipe, tmp_path):
     # The parts are plain diffusers classes with nothing of ours in their files.
     assert type(UNet2DConditionModel.from_pretrained(tmp_path / "unet")) is UNet2DConditionModel
     assert type(AutoencoderKL.from_pretrained(tmp_path / "vae")) is AutoencoderKL
-    image = StableDiffusionPipeline.from_pretrained(tmp_path)("red", num_inference_steps=2, output_type="np").images
+    image = StableDiffusionPipeline.from_pretrained(tmp_path)(
+        "red", num_inference_steps=2, output_type="np"
+    ).images
     assert image.shape == (1, 32, 32, 3)
 
 
@@ -221,7 +265,9 @@ def test_custom_attention_processors_get_text_for_every_frame(pipe):
 
     expected = pipe("red", generator=seed(0), output_type="latent").frames
     pipe.unet.set_attn_processor(AttnProcessor())
-    torch.testing.assert_close(pipe("red", generator=seed(0), output_type="latent").frames, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        pipe("red", generator=seed(0), output_type="latent").frames, expected, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_wrong_calls_are_rejected(pipe, texts, tmp_path):
@@ -246,7 +292,14 @@ def test_wrong_calls_are_rejected(pipe, texts, tmp_path):
 
 
 def test_safety_checker_blackens_refused_frames(texts):
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
     torch.manual_seed(0)
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8)).eval()
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})

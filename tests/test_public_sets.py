@@ -31,7 +31,9 @@ def clip_bytes(folder, seed: int, **size: int) -> bytes:
 
 
 def ucf101(folder):
-    for number, (action, name) in enumerate((("Archery", "Archery"), ("HandstandPushups", "HandStandPushups"), ("YoYo", "YoYo"))):
+    for number, (action, name) in enumerate(
+        (("Archery", "Archery"), ("HandstandPushups", "HandStandPushups"), ("YoYo", "YoYo"))
+    ):
         for group in (1, 8):
             path = folder / "UCF-101" / action / f"v_{name}_g{group:02}_c01.avi"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,30 +65,52 @@ def webvid(folder):
 def msrvtt(folder, split="train", wordings=1):
     videos = [{"video_id": f"video{number}", "split": split, "id": number} for number in range(3)]
     sentences = [
-        {"caption": f"square {number}" + ", again" * wording, "video_id": f"video{number}", "sen_id": 3 * wording + number}
+        {
+            "caption": f"square {number}" + ", again" * wording,
+            "video_id": f"video{number}",
+            "sen_id": 3 * wording + number,
+        }
         for wording in range(wordings)
         for number in range(3)
     ]
     folder.mkdir(exist_ok=True)
-    (folder / "train_val_videodatainfo.json").write_text(json.dumps({"info": {}, "videos": videos, "sentences": sentences}))
+    (folder / "train_val_videodatainfo.json").write_text(
+        json.dumps({"info": {}, "videos": videos, "sentences": sentences})
+    )
     for number in range(3):
         video.write(moving_square(number), folder / "TrainValVideo" / f"video{number}.mp4", fps=8)
     return folder
 
 
-@pytest.mark.parametrize(("recipe", "write_data"), [("ucf101", ucf101), ("webvid-sd15", webvid), ("webvid-sd15", msrvtt)])
+@pytest.mark.parametrize(
+    ("recipe", "write_data"), [("ucf101", ucf101), ("webvid-sd15", webvid), ("webvid-sd15", msrvtt)]
+)
 def test_train_runs_the_recipe_of_a_public_data_set(recipe, write_data, checkpoint, tmp_path):  # noqa: F811
     (tmp_path / "data").mkdir()
     source = write_data(tmp_path / "data")
     overrides = [*SMALL, *(["data.aspects=8"] if recipe == "webvid-sd15" else ["train.val_batches=1"])]
-    output = run("train", RECIPES / f"{recipe}.toml", f"data={source}", f"model={checkpoint}", *overrides, "--run", tmp_path / "run")
+    output = run(
+        "train",
+        RECIPES / f"{recipe}.toml",
+        f"data={source}",
+        f"model={checkpoint}",
+        *overrides,
+        "--run",
+        tmp_path / "run",
+    )
     assert output.strip().endswith(str(tmp_path / "run" / "model"))
     store = LatentStore(tmp_path / "run" / "latents")
     captions = {record.texts[0] for record in store.records}
     rows = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
     if write_data is ucf101:
-        assert captions == {"A person is doing archery", "A person is doing handstand pushups", "A person is playing with a yo-yo"}
-        assert sorted(record.split for record in store.records) == 6 * ["test"] + 6 * ["train"]  # with mirror images
+        assert captions == {
+            "A person is doing archery",
+            "A person is doing handstand pushups",
+            "A person is playing with a yo-yo",
+        }
+        assert sorted(record.split for record in store.records) == 6 * ["test"] + 6 * [
+            "train"
+        ]  # with mirror images
         assert "val_loss" in rows[-1]
     elif write_data is webvid:
         assert len(store.records) == 6 + 2  # two of six captions name no direction

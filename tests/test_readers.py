@@ -30,7 +30,10 @@ def test_read_media_with_caption_files(tmp_path):
     video.write(counting_clip(16), tmp_path / "sub" / "a.mp4")
     (tmp_path / "sub" / "a.txt").write_text("a cat\nthe same cat\n")
     video.write(counting_clip(16), tmp_path / "b.webm")
-    assert [(record.file_name, record.texts) for record in records(tmp_path)] == [("b.webm", ()), ("sub/a.mp4", ("a cat", "the same cat"))]
+    assert [(record.file_name, record.texts) for record in records(tmp_path)] == [
+        ("b.webm", ()),
+        ("sub/a.mp4", ("a cat", "the same cat")),
+    ]
     counts, problems = check(tmp_path)
     assert counts == {"clips": 1, "stills": 0, "concepts": 2}
     assert problems == [("b.webm", "no caption")]
@@ -38,7 +41,10 @@ def test_read_media_with_caption_files(tmp_path):
     with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8 text"):
         readers.read(tmp_path)
     (tmp_path / "sub" / "a.txt").unlink()
-    with pytest.raises(ValueError, match=r"expected metadata.jsonl or metadata.csv, .tar shards, UCF-101, MSR-VTT, or media files"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected metadata.jsonl or metadata.csv, .tar shards, UCF-101, MSR-VTT, or media files",
+    ):
         readers.read(tmp_path)
     with pytest.raises(ValueError, match="gone: no such folder"):
         readers.read(tmp_path / "gone")
@@ -58,7 +64,10 @@ def test_read_tables(tmp_path, name):
         else:
             file.write("\n".join(map(json.dumps, rows)))
     cat, dog = readers.read(tmp_path if name.startswith("metadata") else tmp_path / name)
-    assert cat == (readers.Record("sub/a.mp4", ("a cat, seen",), "cat", "val", True), tmp_path / "sub" / "a.mp4")
+    assert cat == (
+        readers.Record("sub/a.mp4", ("a cat, seen",), "cat", "val", True),
+        tmp_path / "sub" / "a.mp4",
+    )
     assert dog == (readers.Record("b.mp4", ("a dog",), "a dog"), tmp_path / "b.mp4")
 
 
@@ -95,7 +104,11 @@ def test_read_treats_null_as_absent_and_logs_as_no_annotations(tmp_path):
 def test_read_csv_keeps_commas_and_line_breaks_in_captions(tmp_path):
     table = tmp_path / "list.csv"
     table.write_text('file_name,text\na.mp4,"one, two\nthree"\nb.mp4,\nc.mp4,line\u2028separator\n')
-    assert [record.texts for record, _ in readers.read(table)] == [("one, two\nthree",), (), ("line\u2028separator",)]
+    assert [record.texts for record, _ in readers.read(table)] == [
+        ("one, two\nthree",),
+        (),
+        ("line\u2028separator",),
+    ]
     table.write_text("file_name,text\na.mp4,a cat, seen from above, by day\n")
     with pytest.raises(ValueError, match="2 more columns than the header; a comma in a caption needs quotes"):
         readers.read(table)
@@ -103,7 +116,9 @@ def test_read_csv_keeps_commas_and_line_breaks_in_captions(tmp_path):
 
 def test_read_refuses_other_files(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"clip.mp4: expected a folder, a .jsonl or .csv table or .tar shards"):
+    with pytest.raises(
+        ValueError, match=r"clip.mp4: expected a folder, a .jsonl or .csv table or .tar shards"
+    ):
         readers.read(tmp_path / "clip.mp4")
     with pytest.raises(ValueError, match=r"none: no such folder"):
         readers.read(tmp_path / "none")
@@ -137,7 +152,10 @@ def shards(tmp_path, clip):
             "sub/002.first": {".mp4": clip, ".txt": b"no sample: the key ends at the first dot"},
         },
     )
-    write_shard(folder / "web-001.tar", {"003": {".txt": b"words alone"}, "004": {".mp4": clip}, "005": {".MP4": clip, ".txt": b"loud"}})
+    write_shard(
+        folder / "web-001.tar",
+        {"003": {".txt": b"words alone"}, "004": {".mp4": clip}, "005": {".MP4": clip, ".txt": b"loud"}},
+    )
     return folder
 
 
@@ -148,10 +166,14 @@ def test_read_shards(shards, tmp_path):
     assert clips[2][1].startswith("no media among")
     compressed = tmp_path / "web.tar.gz"
     compressed.write_bytes(gzip.compress((shards / "web-000.tar").read_bytes()))
-    assert [(record.texts, media) for record, media in readers.read(compressed)] == [(record.texts, media) for record, media in clips[:3]]
+    assert [(record.texts, media) for record, media in readers.read(compressed)] == [
+        (record.texts, media) for record, media in clips[:3]
+    ]
     for caption in ([None, 3, " x "], 5, None):
         (shards / "bad").mkdir(exist_ok=True)
-        write_shard(shards / "bad" / "0.tar", {"0": {".json": json.dumps({"caption": caption}).encode(), ".mp4": b""}})
+        write_shard(
+            shards / "bad" / "0.tar", {"0": {".json": json.dumps({"caption": caption}).encode(), ".mp4": b""}}
+        )
         ((record, _),) = readers.read(shards / "bad")
         assert record.texts == (("x",) if isinstance(caption, list) else ())
     problems = pack(shards, tmp_path / "store", size=16, fps=8)
@@ -171,11 +193,15 @@ def test_read_shards_from_urls_with_ranges(shards):
         files.pipe(f"/web/{path.name}", path.read_bytes())
     remote = list(readers.read("memory://web/web-{000..001}.tar"))
     local = list(readers.read(shards / "web-{000..001}.tar"))
-    assert [(record.texts, media) for record, media in remote] == [(record.texts, media) for record, media in local]
+    assert [(record.texts, media) for record, media in remote] == [
+        (record.texts, media) for record, media in local
+    ]
     assert len(remote) == 6
     result = CliRunner().invoke(app, ["data", "check", f"file://{shards}/web-{{000..001}}.tar"])
     assert result.output.splitlines()[-1] == "3 clips, 0 stills, 6 concepts, 5 with problems"
-    assert readers.expand_braces("a{1..2}-{08..10}.tar") == [f"a{i}-{j}.tar" for i in (1, 2) for j in ("08", "09", "10")]
+    assert readers.expand_braces("a{1..2}-{08..10}.tar") == [
+        f"a{i}-{j}.tar" for i in (1, 2) for j in ("08", "09", "10")
+    ]
 
 
 def test_read_shards_from_a_server_that_breaks_off(shards):
@@ -203,7 +229,9 @@ def test_read_shards_from_a_server_that_breaks_off(shards):
         server.shutdown()
         server.server_close()
     local = list(readers.read(shards / "web-{000..001}.tar"))
-    assert [(record.texts, media) for record, media in complete] == [(record.texts, media) for record, media in local]
+    assert [(record.texts, media) for record, media in complete] == [
+        (record.texts, media) for record, media in local
+    ]
     assert isinstance(broken[-1][1], str) and broken[-1][1].startswith("cannot read the shard: ")
     assert [media for _, media in broken[:-1]] == [media for _, media in complete[: len(broken) - 1]]
 
@@ -213,7 +241,11 @@ def test_read_shards_reports_broken_shards_and_reads_the_others(shards):
     (shards / "web-000.tar").write_bytes(content[: len(content) // 2])
     (shards / "web-002.tar").write_bytes(b"no tar at all")
     clips = list(readers.read(shards))
-    errors = [(record.file_name.rpartition("/")[2], media) for record, media in clips if isinstance(media, str) and "the shard" in media]
+    errors = [
+        (record.file_name.rpartition("/")[2], media)
+        for record, media in clips
+        if isinstance(media, str) and "the shard" in media
+    ]
     assert [name for name, _ in errors] == ["web-000.tar", "web-002.tar"]
     assert any(record.texts == ("loud",) for record, _ in clips)
     ((_, error),) = list(readers.read(shards / "web-{7..7}.tar"))
@@ -224,7 +256,10 @@ def test_read_shards_reports_broken_shards_and_reads_the_others(shards):
 
 def test_read_shards_never_completes_a_sample_from_the_next_shard(tmp_path, clip):
     """A shard ends inside the caption of a sample, and the next one begins with a file of the same key."""
-    path = write_shard(tmp_path / "web" / "0.tar", {"0": {".mp4": clip, ".txt": b"first"}, "1": {".mp4": clip, ".txt": b"x" * 5000}})
+    path = write_shard(
+        tmp_path / "web" / "0.tar",
+        {"0": {".mp4": clip, ".txt": b"first"}, "1": {".mp4": clip, ".txt": b"x" * 5000}},
+    )
     path.write_bytes(path.read_bytes()[:-15_000])  # a tar file is padded to 10,240 bytes
     write_shard(tmp_path / "web" / "1.tar", {"1": {".txt": b"second"}, "2": {".mp4": clip, ".txt": b"third"}})
     clips = list(readers.read(tmp_path / "web"))
@@ -236,14 +271,18 @@ def test_read_ucf101_as_unpacked(tmp_path):
     sentences = readers.ucf101_sentences()
     assert len(sentences) == 101
     assert len(set(sentences.values())) == 101
-    content = video.write(counting_clip(8), tmp_path / "clip.mp4").read_bytes()  # FFmpeg detects the container by its content
+    content = video.write(
+        counting_clip(8), tmp_path / "clip.mp4"
+    ).read_bytes()  # FFmpeg detects the container by its content
     for action, group in (("ApplyEyeMakeup", 1), ("ApplyEyeMakeup", 8), ("YoYo", 9)):
         path = tmp_path / "UCF-101" / action / f"v_{action}_g{group:02}_c01.avi"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     lists = tmp_path / "ucfTrainTestlist"
     lists.mkdir()
-    (lists / "trainlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\nYoYo/v_YoYo_g09_c01.avi 101\n")
+    (lists / "trainlist01.txt").write_text(
+        "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\nYoYo/v_YoYo_g09_c01.avi 101\n"
+    )
     (lists / "testlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi\n")
     (lists / "trainlist02.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi 1\n")
     clips = records(tmp_path)
@@ -251,7 +290,9 @@ def test_read_ucf101_as_unpacked(tmp_path):
         ("A person is applying eye makeup", "test"), ("A person is applying eye makeup", "train"), ("A person is playing with a yo-yo", "train"),
     ]  # fmt: skip
     assert [record.concept for record in clips] == ["ApplyEyeMakeup", "ApplyEyeMakeup", "YoYo"]
-    stands = tmp_path / "stands" / "HandstandPushups" / "v_HandStandPushups_g01_c01.avi"  # the capitals of this class differ
+    stands = (
+        tmp_path / "stands" / "HandstandPushups" / "v_HandStandPushups_g01_c01.avi"
+    )  # the capitals of this class differ
     stands.parent.mkdir(parents=True)
     stands.write_bytes(content)
     assert [(record.concept, record.texts) for record in records(tmp_path / "stands")] == [
@@ -273,12 +314,22 @@ def test_read_msrvtt_as_unpacked(tmp_path):
     rows = {
         "info": {"year": "2016"},
         "videos": [
-            {"video_id": f"video{number}", "split": split, "category": 1, "url": "", "start time": 0.0, "end time": 1.0, "id": number}
+            {
+                "video_id": f"video{number}",
+                "split": split,
+                "category": 1,
+                "url": "",
+                "start time": 0.0,
+                "end time": 1.0,
+                "id": number,
+            }
             for number, split in ((10, "test"), (2, "validate"), (1, "train"))
         ],
         "sentences": [
             {"caption": caption, "video_id": name, "sen_id": number}
-            for number, (name, caption) in enumerate([("video1", "one "), ("video10", "ten"), ("video1", "a first one"), ("video2", "two")])
+            for number, (name, caption) in enumerate(
+                [("video1", "one "), ("video10", "ten"), ("video1", "a first one"), ("video2", "two")]
+            )
         ],
     }
     (tmp_path / "annotation").mkdir()

@@ -104,7 +104,9 @@ def test_split_keeps_a_concept_on_one_side():
     concepts = [f"1f{number:03x}" for number in range(2000)]
     held = {concept for concept in concepts if fetch.split(concept, concept) == "val_concept"}
     assert 60 < len(held) < 140
-    variants = {concept: {fetch.split(concept, f"{concept}-{tone}") for tone in fetch.TONES} for concept in concepts}
+    variants = {
+        concept: {fetch.split(concept, f"{concept}-{tone}") for tone in fetch.TONES} for concept in concepts
+    }
     assert all(variants[concept] == {"val_concept"} for concept in held)
     combos = sum("val_combo" in variants[concept] for concept in concepts)
     assert 0.1 < combos / 2000 < 0.35
@@ -118,7 +120,13 @@ def test_captions_are_labels_and_keywords():
     texts = fetch.captions("cat", ["pet", "feline", "cat", "animal", "kitty", "meow"], "1f408")
     assert texts[0] == "cat"
     assert texts == fetch.captions("cat", ["pet", "feline", "cat", "animal", "kitty", "meow"], "1f408")
-    assert sorted(word for word in texts[3].split(", ")[1:] + texts[4].split()) == ["animal", "feline", "kitty", "meow", "pet"]
+    assert sorted(word for word in texts[3].split(", ")[1:] + texts[4].split()) == [
+        "animal",
+        "feline",
+        "kitty",
+        "meow",
+        "pet",
+    ]
 
 
 def test_motion_describes_what_the_frames_show(tmp_path):
@@ -131,11 +139,15 @@ def test_motion_describes_what_the_frames_show(tmp_path):
 
     assert fetch.motion(clip(lambda k: (20 + k, 20))) == ["moving up and down"]
     assert fetch.motion(clip(lambda k: (20, 20 + k))) == ["moving side to side"]
-    assert fetch.motion(clip(lambda k: (24 - k // 2, 24 - k // 2), lambda k: 16 + k // 2 * 2)) == ["changing size"]
+    assert fetch.motion(clip(lambda k: (24 - k // 2, 24 - k // 2), lambda k: 16 + k // 2 * 2)) == [
+        "changing size"
+    ]
     assert fetch.motion(clip(lambda k: (20, 20))) == ["almost still"]
     path = video.write(clip(lambda k: (20, 20 + min(k, 16 - k))), tmp_path / "clips" / "1f408.webp")
     record = fetch.describe((path, {"label": "cat", "tags": [], "concept": "1f408"}, "1f408"))
     assert record["loop"] is True
     assert record["text"] == ["cat", "a cat", "cat emoji", "cat, moving side to side"]
     path.write_bytes(b"broken")
-    assert fetch.describe((path, {"label": "cat", "tags": [], "concept": "1f408"}, "1f408"))[0] == "1f408.webp"
+    assert (
+        fetch.describe((path, {"label": "cat", "tags": [], "concept": "1f408"}, "1f408"))[0] == "1f408.webp"
+    )

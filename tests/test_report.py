@@ -47,7 +47,12 @@ def evals(packed, video_model, tmp_path_factory):
     task = protocols.open_protocol("own", packed, num=2, num_frames=4)
     for name, guidance in (("b", 1.0), ("a <shift>", 3.0)):
         system = systems.open_system(
-            str(video_model), name=name, num_frames=4, num_inference_steps=1, guidance_scale=guidance, device="cpu"
+            str(video_model),
+            name=name,
+            num_frames=4,
+            num_inference_steps=1,
+            guidance_scale=guidance,
+            device="cpu",
         )
         evaluate.evaluate(system, task, folder / "compare")
     classes = protocols.open_protocol("classes", packed, num=2, num_frames=4)
@@ -81,11 +86,21 @@ def test_report_shows_every_result(evals, packed, video_model, tmp_path):
     poster = np.asarray(Image.open(path.parent / page.all("video")[5]["poster"]))
     assert np.array_equal(poster, real[0].repeat(4, axis=0).repeat(4, axis=1))
     assert "Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 1" in text
-    assert "caption retrieval, top 1 \u2191" in text and "flicker, grey levels =" in text and "motion error, factor \u2193" in text
-    assert "<dt>flicker, grey levels</dt><dd>mean absolute second difference" in text and text.count("<dt>motion R²</dt>") == 1
+    assert (
+        "caption retrieval, top 1 \u2191" in text
+        and "flicker, grey levels =" in text
+        and "motion error, factor \u2193" in text
+    )
+    assert (
+        "<dt>flicker, grey levels</dt><dd>mean absolute second difference" in text
+        and text.count("<dt>motion R²</dt>") == 1
+    )
     assert "<li>kd-efficientnet-lite0: the kernel distance needs three samples" in text  # there are two clips
     assert re.search(r'<th scope="row">per-frame motion R² at t = 875</th>', text)  # without an arrow
-    assert "By a &lt;shift&gt; (Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 3), 4 frames each" in text
+    assert (
+        "By a &lt;shift&gt; (Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 3), 4 frames each"
+        in text
+    )
     assert len(page.all("figure")) == 2 * 4
     named = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(named) == len(set(named)) > 40  # including those in plots
@@ -93,13 +108,17 @@ def test_report_shows_every_result(evals, packed, video_model, tmp_path):
     assert "Latent-Shift 0.66 at 16" in text and "limits are\n100 GFLOP/s and 10 GB/s;" in text
     results = json.loads((evals / "compare" / "b" / "results.json").read_text())
     (energy,) = [record for record in results["records"] if record["measure"] == "motion_energy"]
-    (share, alike) = next(record["noise"] for record in results["records"] if record["measure"] == "denoising_error")
+    (share, alike) = next(
+        record["noise"] for record in results["records"] if record["measure"] == "denoising_error"
+    )
     noise = "independent from frame to frame"
     if share or alike:
         noise = f"of which frames share {share:.0%}, with a correlation of {alike:g} from frame to frame in the rest"
     description = f"a part of protocol own. Denoising error and motion R² are measured on real clips under noise {noise}."
     assert text.count(f"2 clips of 4 frames a system, {description}") == 2  # also above the ablation
-    assert f"<td>{energy['value']:.4g} <small>{energy['low']:.4g} to {energy['high']:.4g}</small></td>" in text
+    assert (
+        f"<td>{energy['value']:.4g} <small>{energy['low']:.4g} to {energy['high']:.4g}</small></td>" in text
+    )
     (trained,) = runs([video_model.parent])
     assert f"<td>{trained['steps']}</td><td>{trained['loss']:.4f}</td><td></td>" in text
     energy = next(
@@ -107,9 +126,16 @@ def test_report_shows_every_result(evals, packed, video_model, tmp_path):
         for record in add_paired_differences(results_of(evals), evals / "compare")[1]["records"]
         if record["measure"] == "motion_energy"
     )["more"]
-    assert f"{energy['value']:+.3g} ({energy['low']:+.3g} to {energy['high']:+.3g})</small>" in text and "<b>" not in text
+    assert (
+        f"{energy['value']:+.3g} ({energy['low']:+.3g} to {energy['high']:+.3g})</small>" in text
+        and "<b>" not in text
+    )
     assert "clipsim" in text and "CLIPModel" in text  # what was not measured, and why
-    outside = re.sub(r"http://www\.w3\.org/\S+|http://purl\.org/\S+|https://matplotlib\.org/?|http://creativecommons\.org/\S+", "", text)
+    outside = re.sub(
+        r"http://www\.w3\.org/\S+|http://purl\.org/\S+|https://matplotlib\.org/?|http://creativecommons\.org/\S+",
+        "",
+        text,
+    )
     assert "http" not in outside
 
 
@@ -125,7 +151,9 @@ def test_report_merges_training_seeds(evals, tmp_path):
             record["value"] = record["value"] + 100 if record["measure"] == "flicker" else record["value"]
         path.write_text(json.dumps(result))
     options = {"shown": ["b", "a <shift>", "a-seed-1", "seed-2"], "rows": 1}
-    text = report(tmp_path / "one", tmp_path / "compare", seeds={"b": ["seed-2"], "a <shift>": ["a-seed-1"]}, **options).read_text()
+    text = report(
+        tmp_path / "one", tmp_path / "compare", seeds={"b": ["seed-2"], "a <shift>": ["a-seed-1"]}, **options
+    ).read_text()
     table = text[text.index('id="numbers"') :]
     assert re.findall(r'<th scope="col">([^<]*)<small>', table) == ["b", "a &lt;shift&gt;", "real clips"]
     assert table.count("2 training seeds") == 2 and "the least and greatest over the seeds" in table
@@ -137,7 +165,9 @@ def test_report_merges_training_seeds(evals, tmp_path):
         "a &lt;shift&gt;",
         "a-seed-1",
     ]
-    with pytest.raises(ValueError, match="--seeds: no results of c; expected some of a <shift>, a-seed-1, b, seed-2"):
+    with pytest.raises(
+        ValueError, match="--seeds: no results of c; expected some of a <shift>, a-seed-1, b, seed-2"
+    ):
         report(tmp_path / "three", tmp_path / "compare", seeds={"b": ["c"]}, **options)
 
 
@@ -153,7 +183,9 @@ def results_of(evals) -> list[dict]:
 def test_stills_equal_clips_of_one_frame(evals, video_model):
     still = np.asarray(Image.open(evals / "compare" / "b" / "stills" / "000000.png"))
     words = json.loads((evals / "compare" / "prompts.json").read_text())[0]
-    one = systems.open_system(str(video_model), num_frames=1, num_inference_steps=1, guidance_scale=1.0, device="cpu")
+    one = systems.open_system(
+        str(video_model), num_frames=1, num_inference_steps=1, guidance_scale=1.0, device="cpu"
+    )
     np.testing.assert_array_equal(one.generate([words], [0])[0, 0], still)
 
 
@@ -175,19 +207,38 @@ def test_report_shows_saved_real_clips_only(evals, tmp_path):
     for number in (0, 1):
         (tmp_path / "compare" / "real" / "clips" / f"{number:06}.png").unlink()
         page = report(tmp_path / "page", tmp_path / "compare", rows=2).read_text()
-        seen.append(("real clips<small>of the same prompts" in page, page.count('<span class="quiet">none</span>'), page.count("<video")))
+        seen.append(
+            (
+                "real clips<small>of the same prompts" in page,
+                page.count('<span class="quiet">none</span>'),
+                page.count("<video"),
+            )
+        )
     assert seen == [(True, 1, 5), (False, 0, 4)]
 
 
 def test_report_separates_clips_of_two_evaluations(evals, tmp_path):
     for name, source in (("one", "compare"), ("two", "classes")):
         shutil.copytree(evals / source, tmp_path / name / "same")
-    path = report(tmp_path / "page", tmp_path / "one" / "same", shown=["a <shift>"], classes=tmp_path / "two" / "same", rows=2)
+    path = report(
+        tmp_path / "page",
+        tmp_path / "one" / "same",
+        shown=["a <shift>"],
+        classes=tmp_path / "two" / "same",
+        rows=2,
+    )
     files = [path.parent / video["src"] for video in Page(path.read_text()).all("video")]
     assert len(set(files)) == len(files) == 2 * (1 + 1) + 8
     (first,) = {each.parent for each in files}
-    kept = np.stack([evaluate.SavedClips(tmp_path / name / "same" / "a-shift" / "clips", 4)(0)[0] for name in ("one", "two")])
-    shown = np.stack([np.asarray(Image.open(first / f"{name}-a-shift-000.png")) for name in ("compared", "classes")])
+    kept = np.stack(
+        [
+            evaluate.SavedClips(tmp_path / name / "same" / "a-shift" / "clips", 4)(0)[0]
+            for name in ("one", "two")
+        ]
+    )
+    shown = np.stack(
+        [np.asarray(Image.open(first / f"{name}-a-shift-000.png")) for name in ("compared", "classes")]
+    )
     np.testing.assert_array_equal(shown, kept.repeat(4, axis=1).repeat(4, axis=2))
 
 
@@ -205,9 +256,14 @@ def run_and_read(out, evals, *options) -> str:
 
 
 def test_report_command_and_errors(evals, tmp_path):
-    told = run("report", tmp_path / "page", evals / "compare", "--rows", 1, "--title", "mine", "--note", "of <mine>")
+    told = run(
+        "report", tmp_path / "page", evals / "compare", "--rows", 1, "--title", "mine", "--note", "of <mine>"
+    )
     assert told.strip() == str(tmp_path / "page" / "index.html")
-    assert "<title>mine</title>" in (text := (tmp_path / "page" / "index.html").read_text()) and "of &lt;mine&gt;</p>" in text
+    assert (
+        "<title>mine</title>" in (text := (tmp_path / "page" / "index.html").read_text())
+        and "of &lt;mine&gt;</p>" in text
+    )
     with pytest.raises(ValueError, match=r"no \*/results\.json"):
         report(tmp_path / "page", tmp_path)
     assert "shift&gt;" not in run_and_read(tmp_path, evals, "--show", "b")

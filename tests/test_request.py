@@ -12,7 +12,9 @@ from latent_shift.pipelines.request import Request, generate_clip
 def test_generate_clip_gives_the_clip_of_a_call(texts):
     pipe = sd(texts)
     steps = []
-    clip = generate_clip(Request(prompt="red", seed=3), pipe, on_step=lambda *progress: steps.append(progress))
+    clip = generate_clip(
+        Request(prompt="red", seed=3), pipe, on_step=lambda *progress: steps.append(progress)
+    )
     again = generate_clip(Request(prompt="red", seed=3, fps=4), pipe)
     assert (clip.frames.shape, clip.frames.dtype, clip.fps, again.fps) == ((6, 32, 32, 3), np.uint8, 8, 4)
     assert np.array_equal(clip.frames, again.frames)
@@ -28,7 +30,9 @@ def test_generate_clip_leaves_the_pipeline_as_it_was(texts, tmp_path):
     assert not np.array_equal(plain, other)
     assert type(pipe.scheduler) is DDIMScheduler and not pipe.free_init_enabled
     with pytest.raises(ValueError, match="num_frames must be 3"):
-        generate_clip(Request(prompt="red", scheduler="LCM", image=still, last_image=still, num_frames=2), pipe)
+        generate_clip(
+            Request(prompt="red", scheduler="LCM", image=still, last_image=still, num_frames=2), pipe
+        )
     assert type(pipe.scheduler) is DDIMScheduler
 
 
@@ -39,8 +43,20 @@ def test_generate_clip_reads_pictures_at_the_size_of_the_clip(texts, tmp_path):
     video.write(np.zeros((1, 100, 80, 3), np.uint8), tmp_path / "still.png")
     video.write(np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8), tmp_path / "clip.webp")
     video.write(np.full((1, 64, 64, 3), 255, np.uint8), tmp_path / "mask.png")
-    assert generate_clip(Request(prompt="red", image=tmp_path / "still.png"), pipe).frames.shape == (6, 32, 48, 3)
-    request = Request(prompt="red", video=tmp_path / "clip.webp", mask=tmp_path / "mask.png", num_frames=4, width=64, height=40)
+    assert generate_clip(Request(prompt="red", image=tmp_path / "still.png"), pipe).frames.shape == (
+        6,
+        32,
+        48,
+        3,
+    )
+    request = Request(
+        prompt="red",
+        video=tmp_path / "clip.webp",
+        mask=tmp_path / "mask.png",
+        num_frames=4,
+        width=64,
+        height=40,
+    )
     assert generate_clip(request, pipe).frames.shape == (4, 40, 64, 3)
 
 

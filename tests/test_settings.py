@@ -58,7 +58,11 @@ OTHERS: dict[str, tuple] = {
     "optim.optimizer": ("image", "adamw8bit", {}),
     "optim.warmup_steps": ("image", 2, {}),
     "optim.cooldown_steps": ("image", 2, {"optim.warmup_steps": 0}),
-    "optim.cooldown": ("image", "cosine", {"optim.steps": 3, "optim.warmup_steps": 0, "optim.cooldown_steps": 3}),
+    "optim.cooldown": (
+        "image",
+        "cosine",
+        {"optim.steps": 3, "optim.warmup_steps": 0, "optim.cooldown_steps": 3},
+    ),
     "optim.weight_decay": ("image", 0.5, {}),
     "optim.beta2": ("image", 0.5, {}),
     "optim.grad_clip": ("image", 1e-3, {}),
@@ -87,7 +91,9 @@ def keys() -> set[str]:
     names = set()
     for name, field in config.Config.model_fields.items():
         section = config.Lora if name == "lora" else field.annotation
-        names |= {f"{name}.{key}" for key in section.model_fields} if hasattr(section, "model_fields") else {name}
+        names |= (
+            {f"{name}.{key}" for key in section.model_fields} if hasattr(section, "model_fields") else {name}
+        )
     return names
 
 
@@ -100,9 +106,15 @@ def outcome(settings: config.Config, run) -> dict[str, object] | str:
     recomputed, compiled, loaders = [], [], []
     executor, recompute = loop.ThreadPoolExecutor, torch.utils.checkpoint.checkpoint
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **options: recomputed.append(1) or recompute(*args, **options))
+        patch.setattr(
+            torch.utils.checkpoint,
+            "checkpoint",
+            lambda *args, **options: recomputed.append(1) or recompute(*args, **options),
+        )
         patch.setattr(nn.Module, "compile", traced(compiled))
-        patch.setattr(loop, "ThreadPoolExecutor", lambda threads: loaders.append(threads) or executor(threads))
+        patch.setattr(
+            loop, "ThreadPoolExecutor", lambda threads: loaders.append(threads) or executor(threads)
+        )
         try:
             model = train(settings, run)
         except ValueError as error:
@@ -113,10 +125,17 @@ def outcome(settings: config.Config, run) -> dict[str, object] | str:
     return {
         "rows": [{name: value for name, value in row.items() if name not in times} for row in rows],
         "weights": {name: digest(tensor) for name, tensor in load_file(newest / "model.safetensors").items()},
-        "average": {name: digest(tensor) for name, tensor in load_file(newest / "average.safetensors").items()},
-        "optimizer": sorted(str(state.keys()) for state in torch.load(newest / "optimizer.bin", weights_only=False)["state"].values()),
+        "average": {
+            name: digest(tensor) for name, tensor in load_file(newest / "average.safetensors").items()
+        },
+        "optimizer": sorted(
+            str(state.keys())
+            for state in torch.load(newest / "optimizer.bin", weights_only=False)["state"].values()
+        ),
         "files": sorted(
-            str(path.relative_to(run)) for path in run.rglob("*") if "tfevents" not in path.name and path.name != "config.toml"
+            str(path.relative_to(run))
+            for path in run.rglob("*")
+            if "tfevents" not in path.name and path.name != "config.toml"
         ),
         "index": (model / "model_index.json").read_text() if (model / "model_index.json").exists() else "",
         "recomputed": len(recomputed),
@@ -135,22 +154,30 @@ def plain_outcomes() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("key", OTHERS)
-def test_setting_changes_the_outcome(key, plain_outcomes, media, packed, latents, image_model, autoencoder, texts, tmp_path):
+def test_setting_changes_the_outcome(
+    key, plain_outcomes, media, packed, latents, image_model, autoencoder, texts, tmp_path
+):
     stage, value, further = OTHERS[key]
     path = packed if stage == "autoencoder" else latents
     if key == "data.strides":
-        path = encode(packed, tmp_path / "latents", autoencoder=autoencoder, texts=texts, strides=[1, 2]).folder
+        path = encode(
+            packed, tmp_path / "latents", autoencoder=autoencoder, texts=texts, strides=[1, 2]
+        ).folder
     if key.removeprefix("data.") in config.PACKING:  # of a folder that is packed and encoded first
         path, further = media, {"model.init": ...}
     if key == "data.path":
-        value = str(encode(packed, tmp_path / "mirrored", autoencoder=autoencoder, texts=texts, mirror=True).folder)
+        value = str(
+            encode(packed, tmp_path / "mirrored", autoencoder=autoencoder, texts=texts, mirror=True).folder
+        )
     value = {"stage": "video", "model.init": str(image_model)}.get(key, value)
 
     def run(folder, changes: dict[str, object]) -> object:
         tables = tiny_config(stage, path, steps=2).model_dump(exclude_none=True)
         for name, setting in changes.items():
             table, _, field = name.rpartition(".")
-            (tables.setdefault(table, {}) if table else tables)[field] = str(image_model) if setting is ... else setting
+            (tables.setdefault(table, {}) if table else tables)[field] = (
+                str(image_model) if setting is ... else setting
+            )
             if name == "model.init":
                 tables["model"].pop("size", None)
             if name == "stage":

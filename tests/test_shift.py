@@ -27,7 +27,11 @@ def tiny_unet(**changes) -> UNet2DConditionModel:
 
 def inputs(num: int, seed: int = 1):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num, 4, 8, 8, generator=generator), torch.tensor(7), torch.randn(num, 3, 8, generator=generator)
+    return (
+        torch.randn(num, 4, 8, 8, generator=generator),
+        torch.tensor(7),
+        torch.randn(num, 3, 8, generator=generator),
+    )
 
 
 def shift_by_loops(x, num_frames, ahead, back, edge):
@@ -48,7 +52,8 @@ def shift_by_loops(x, num_frames, ahead, back, edge):
 
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize(
-    ("ahead", "back"), [(1 / 3, 1 / 3), (1 / 8, 1 / 8), (1 / 4, 1 / 4), (1 / 2, 0), (0, 1 / 3), (0, 0), (0.5, 0.5), (1, 0)]
+    ("ahead", "back"),
+    [(1 / 3, 1 / 3), (1 / 8, 1 / 8), (1 / 4, 1 / 4), (1 / 2, 0), (0, 1 / 3), (0, 0), (0.5, 0.5), (1, 0)],
 )
 def test_temporal_shift_moves_channels_to_neighbouring_frames(edge, ahead, back):
     x = torch.randn(3 * 5, 10, 2, 3)
@@ -76,7 +81,10 @@ def test_concatenate_shifted_equals_copy_shifted(edge):
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_shift_op_passes_opcheck(edge, adjoint):
     """PyTorch's own: schema, fake tensors and autograd tell the truth."""
-    for x in (torch.randn(2, 4, 6, 3, 3), torch.randn(8, 6, 3, 3).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 4))):
+    for x in (
+        torch.randn(2, 4, 6, 3, 3),
+        torch.randn(8, 6, 3, 3).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 4)),
+    ):
         torch.library.opcheck(shift._shift_op, (x.requires_grad_(), 2, 1, edge, adjoint))
 
 
@@ -126,8 +134,14 @@ def test_temporal_shift_then_conv2d_equals_the_masked_conv3d(edge, mode):
             conv3d.weight[:, group, tap] = conv2d.weight[:, group]
     x_BCFHW = torch.randn(2, num_channels, num_frames, 4, 4, dtype=torch.float64)
     x_NCHW = x_BCFHW.transpose(1, 2).flatten(0, 1)
-    ours = conv2d(temporal_shift(x_NCHW, num_frames, Shift(edge=edge))).unflatten(0, (2, num_frames)).transpose(1, 2)
-    padded = torch.nn.functional.pad(x_BCFHW, (0, 0, 0, 0, 1, 1), mode="constant" if mode == "zeros" else mode)
+    ours = (
+        conv2d(temporal_shift(x_NCHW, num_frames, Shift(edge=edge)))
+        .unflatten(0, (2, num_frames))
+        .transpose(1, 2)
+    )
+    padded = torch.nn.functional.pad(
+        x_BCFHW, (0, 0, 0, 0, 1, 1), mode="constant" if mode == "zeros" else mode
+    )
     theirs = conv3d(torch.nn.functional.pad(padded, (1, 1, 1, 1))) + conv2d.bias[:, None, None, None]
     torch.testing.assert_close(ours, theirs)
 
@@ -139,7 +153,9 @@ def test_inflate_adds_no_parameters_and_deflate_undoes_it(place):
     types = [type(module) for module in unet.modules()]
     settings = Shift(place=place)
     assert inflate(unet, settings) is unet and shift_of(unet) == settings
-    assert list(unet.state_dict()) == names and [id(parameter) for parameter in unet.parameters()] == parameters
+    assert (
+        list(unet.state_dict()) == names and [id(parameter) for parameter in unet.parameters()] == parameters
+    )
     deflate(unet)
     assert [type(module) for module in unet.modules()] == types and shift_of(unet) is None
     assert not any("clip" in vars(module) for module in unet.modules())
@@ -168,9 +184,13 @@ def test_inflate_equals_a_network_with_shifted_convolutions(place):
         if "resnets" in name and name.endswith("conv1" if place == "conv1" else "conv2"):
             third = module.in_channels // 3 if place != "end" else module.out_channels // 3
             if place == "end":
-                module.register_forward_hook(lambda _, args, y, third=third: shift_by_loops(y, 4, third, third, "zero"))
+                module.register_forward_hook(
+                    lambda _, args, y, third=third: shift_by_loops(y, 4, third, third, "zero")
+                )
             else:
-                module.register_forward_pre_hook(lambda _, args, third=third: (shift_by_loops(args[0], 4, third, third, "zero"),))
+                module.register_forward_pre_hook(
+                    lambda _, args, third=third: (shift_by_loops(args[0], 4, third, third, "zero"),)
+                )
     unet = inflate(tiny_unet(), Shift(place=place))
     with frames(unet, 4):
         torch.testing.assert_close(unet(x, t, text).sample, hooked(x, t, text).sample)
@@ -205,7 +225,10 @@ def test_frames_never_mixes_clips_of_a_batch():
 @pytest.mark.parametrize(("backward", "seen"), [(1 / 3, [2, 3, 4]), (0, [3, 4])])
 def test_reach_is_one_frame_for_each_block(place, backward, seen):
     torch.manual_seed(0)
-    block = inflate(ResnetBlock2D(in_channels=12, out_channels=12, temb_channels=4, groups=3).eval(), Shift(1 / 3, backward, place))
+    block = inflate(
+        ResnetBlock2D(in_channels=12, out_channels=12, temb_channels=4, groups=3).eval(),
+        Shift(1 / 3, backward, place),
+    )
     x, temb = torch.randn(7, 12, 4, 4), torch.randn(7, 4)
     changed = x.clone()
     changed[3] += torch.randn(12, 4, 4)
@@ -261,12 +284,13 @@ def test_frames_of_minus_one_takes_the_batch_as_one_clip():
 
 
 @torch.no_grad()
-def test_inflated_network_compiles_without_graph_breaks():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_inflated_network_compiles_without_graph_breaks(backend):
     unet = inflate(tiny_unet())
     x, t, text = inputs(4)
     with frames(unet, 4):
         expected = unet(x, t, text).sample
-        compiled = torch.compile(unet, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(unet, backend=backend, fullgraph=True)
         torch.testing.assert_close(compiled(x, t, text, return_dict=False)[0], expected)
 
 
@@ -328,7 +352,9 @@ def test_shift_rejects_wrong_settings(options, message):
 
 
 def test_wrong_calls_are_rejected():
-    with pytest.raises(ValueError, match="num_frames=15 does not divide the batch of 32 frames; pass num_frames=16"):
+    with pytest.raises(
+        ValueError, match="num_frames=15 does not divide the batch of 32 frames; pass num_frames=16"
+    ):
         temporal_shift(torch.zeros(32, 3, 1, 1), 15)
     with pytest.raises(ValueError, match="not inflated"), frames(tiny_unet(), 4):
         pass

@@ -15,7 +15,14 @@ from latent_shift.pipelines.loading import describe, load
 from latent_shift.runtime import seed
 
 SMALL_TEXTS = [
-    dict(hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, projection_dim=width) for width in (32, 48)
+    dict(
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=width,
+    )
+    for width in (32, 48)
 ]
 
 
@@ -24,7 +31,12 @@ def small(monkeypatch):
     """The families with the layout they have, narrow."""
     for name, family in single_file.FAMILIES.items():
         levels = 3 if name == "sdxl" else 4
-        unet = {**family.unet, "block_out_channels": (32, 32, 64, 64)[:levels], "layers_per_block": 1, "sample_size": 8}
+        unet = {
+            **family.unet,
+            "block_out_channels": (32, 32, 64, 64)[:levels],
+            "layers_per_block": 1,
+            "sample_size": 8,
+        }
         unet |= {
             "cross_attention_dim": sum(text["hidden_size"] for text in SMALL_TEXTS[: len(family.texts)]),
             "attention_head_dim": 4,
@@ -36,14 +48,22 @@ def small(monkeypatch):
                 "projection_class_embeddings_input_dim": 48 + 6 * 8,
                 "transformer_layers_per_block": (1, 1, 2),
             }
-        vae = {**family.vae, "block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+        vae = {
+            **family.vae,
+            "block_out_channels": (16, 16, 32, 32),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+        }
         texts = tuple({**text, **small} for text, small in zip(family.texts, SMALL_TEXTS, strict=False))
         monkeypatch.setitem(single_file.FAMILIES, name, replace(family, unet=unet, vae=vae, texts=texts))
 
 
 def test_families_match_the_published_models():
     """Parameters as the model cards say: 860 M, 865 M (866), 2.6 B."""
-    counts = {name: [sum(p.numel() for p in part.parameters()) for part in _parts(name)] for name in single_file.FAMILIES}
+    counts = {
+        name: [sum(p.numel() for p in part.parameters()) for part in _parts(name)]
+        for name in single_file.FAMILIES
+    }
     assert counts == {
         "sd1": [859_520_964, 83_653_863, 123_060_480],
         "sd2": [865_910_724, 83_653_863, 340_387_840],
@@ -59,7 +79,10 @@ def _parts(name):
 def test_tokenizer_is_clip():
     tokenizer = single_file.tokenizer()
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    assert tokenizer("An astronaut riding a horse, 4k!").input_ids == tokenizer("an  astronaut riding a horse, 4k!").input_ids
+    assert (
+        tokenizer("An astronaut riding a horse, 4k!").input_ids
+        == tokenizer("an  astronaut riding a horse, 4k!").input_ids
+    )
     assert single_file.tokenizer("!")("", padding="max_length").input_ids == [49406, 49407, *[0] * 75]
 
 
@@ -67,7 +90,10 @@ def test_tokenizer_is_clip():
 def test_open_file_equals_the_model_it_was_made_from(name, small, tmp_path):
     torch.manual_seed(0)
     pipe = single_file.blank(name)
-    save_file({key: value.contiguous() for key, value in original_layout.of(pipe, name).items()}, tmp_path / "model.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in original_layout.of(pipe, name).items()},
+        tmp_path / "model.safetensors",
+    )
     loaded = load(tmp_path / "model.safetensors", device="cpu")
     assert type(loaded) is type(pipe)
     arguments = dict(num_frames=2, num_inference_steps=2, output_type="pt")
@@ -81,7 +107,9 @@ def test_open_file_equals_the_model_it_was_made_from(name, small, tmp_path):
     assert told["unet"] == f"{sum(p.numel() for p in pipe.unet.parameters()) / 1e6:,.1f} M parameters"
     # What is saved, diffusers opens and makes the same image with.
     loaded.save_pretrained(tmp_path / "folder")
-    theirs = (StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline).from_pretrained(tmp_path / "folder")
+    theirs = (StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline).from_pretrained(
+        tmp_path / "folder"
+    )
     theirs.set_progress_bar_config(disable=True)
     assert {**describe(tmp_path / "folder"), "format": told["format"]}.items() >= {
         key: told[key] for key in told if key != "text_encoder"
@@ -90,18 +118,35 @@ def test_open_file_equals_the_model_it_was_made_from(name, small, tmp_path):
     ours.set_progress_bar_config(disable=True)
     image = theirs("a cat", generator=seed(0), num_inference_steps=2, output_type="np").images
     np.testing.assert_array_equal(
-        ours("a cat", num_frames=1, generator=seed(0), num_inference_steps=2, guidance_scale=7.5 if name != "sdxl" else 5.0).frames[:, 0],
+        ours(
+            "a cat",
+            num_frames=1,
+            generator=seed(0),
+            num_inference_steps=2,
+            guidance_scale=7.5 if name != "sdxl" else 5.0,
+        ).frames[:, 0],
         image,
     )
 
 
 def test_open_file_reads_the_prediction_type(small, tmp_path):
-    tensors = {key: value.contiguous() for key, value in original_layout.of(single_file.blank("sdxl"), "sdxl").items()}
+    tensors = {
+        key: value.contiguous()
+        for key, value in original_layout.of(single_file.blank("sdxl"), "sdxl").items()
+    }
     save_file({**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "v.safetensors")
     scheduler = load(tmp_path / "v.safetensors", device="cpu").scheduler
-    assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == ("v_prediction", True)
+    assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == (
+        "v_prediction",
+        True,
+    )
     save_file(tensors, tmp_path / "e.safetensors")
-    assert load(tmp_path / "e.safetensors", device="cpu", prediction="v_prediction").scheduler.config.prediction_type == "v_prediction"
+    assert (
+        load(
+            tmp_path / "e.safetensors", device="cpu", prediction="v_prediction"
+        ).scheduler.config.prediction_type
+        == "v_prediction"
+    )
 
 
 def test_load_takes_the_only_variant(small, tmp_path):
@@ -128,10 +173,16 @@ def test_load_names_other_kinds_of_files(tensor, message, tmp_path):
         load(tmp_path / "x.safetensors", device="cpu")
 
 
-@pytest.mark.parametrize(("part", "message"), [("cond_stage_model", "no text encoder"), ("first_stage_model", "no autoencoder")])
+@pytest.mark.parametrize(
+    ("part", "message"), [("cond_stage_model", "no text encoder"), ("first_stage_model", "no autoencoder")]
+)
 def test_load_names_a_missing_part_of_a_file(part, message, small, tmp_path):
-    tensors = {key: value.contiguous() for key, value in original_layout.of(single_file.blank("sd1"), "sd1").items()}
-    save_file({key: value for key, value in tensors.items() if not key.startswith(part)}, tmp_path / "x.safetensors")
+    tensors = {
+        key: value.contiguous() for key, value in original_layout.of(single_file.blank("sd1"), "sd1").items()
+    }
+    save_file(
+        {key: value for key, value in tensors.items() if not key.startswith(part)}, tmp_path / "x.safetensors"
+    )
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "x.safetensors", device="cpu")
 
@@ -145,7 +196,9 @@ def test_load_rejects_unreadable_files(tmp_path):
         load(tmp_path / "text.safetensors", device="cpu")
     save_file({"a": torch.zeros(100)}, tmp_path / "whole.safetensors")
     (tmp_path / "half.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-40])
-    with pytest.raises(ValueError, match=r"another size than its \d+ bytes: the file is cut short, download it again"):
+    with pytest.raises(
+        ValueError, match=r"another size than its \d+ bytes: the file is cut short, download it again"
+    ):
         load(tmp_path / "half.safetensors", device="cpu")
     (tmp_path / "empty.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}" + b"  ")
     with pytest.raises(ValueError, match=r"expected a \.safetensors file with weights"):

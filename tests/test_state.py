@@ -91,7 +91,8 @@ def test_deepcopy_inside_frames_is_the_image_network(unet):
 
 
 @pytest.mark.parametrize(
-    ("shift", "expected"), [(Shift(0, 0), (0, 0)), (Shift(1 / 3, 0), (11, 0)), (Shift(0, 1 / 3), (0, 11)), (Shift(), (11, 11))]
+    ("shift", "expected"),
+    [(Shift(0, 0), (0, 0)), (Shift(1 / 3, 0), (11, 0)), (Shift(0, 1 / 3), (0, 11)), (Shift(), (11, 11))],
 )
 def test_reach_counts_layers_that_move_channels(shift, expected):
     unet = inflate(sizes.unet("tiny", sample_size=4), shift)
@@ -134,7 +135,9 @@ def test_jvp_works_through_a_network_in_training():
         with frames(unet, 4):
             return unet(latents, torch.tensor(5), TEXT[:4].double(), return_dict=False)[0]
 
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # PyTorch's fused attention has no forward mode
+    with torch.nn.attention.sdpa_kernel(
+        torch.nn.attention.SDPBackend.MATH
+    ):  # PyTorch's fused attention has no forward mode
         _, derivative = torch.func.jvp(predict, (latents,), (tangent,))
         step = 1e-6
         difference = (predict(latents + step * tangent) - predict(latents - step * tangent)) / (2 * step)
@@ -158,7 +161,9 @@ def test_stream_keeps_its_settings_beside_other_calls(texts):
     pipe = sd(texts, backward=0.0)
     expected = list(stream(pipe, guidance_scale=7.5))
     others = list(stream(pipe, "blue", 1, guidance_scale=2.0))
-    both = list(zip(stream(pipe, guidance_scale=7.5), stream(pipe, "blue", 1, guidance_scale=2.0), strict=True))
+    both = list(
+        zip(stream(pipe, guidance_scale=7.5), stream(pipe, "blue", 1, guidance_scale=2.0), strict=True)
+    )
     for (first, second), one, two in zip(both, expected, others, strict=True):
         assert np.array_equal(first, one) and np.array_equal(second, two)
     for scale, other in ((7.5, 1.0), (1.0, 7.5)):
@@ -183,7 +188,9 @@ def test_stream_with_a_multistep_scheduler_equals_the_whole_clip(texts, schedule
     pipe = sd(texts, backward=0.0)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
     whole = pipe("red", num_frames=3, num_inference_steps=5, generator=seed(0)).frames[0]
-    torch.testing.assert_close(np.stack(list(stream(pipe, num_inference_steps=5))), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        np.stack(list(stream(pipe, num_inference_steps=5))), whole, atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, LCMScheduler])
@@ -213,7 +220,10 @@ def test_guided_rescales_over_whole_clips(texts):
     conditional = torch.randn(2, 4, 3, 4, 4) * torch.tensor([1.0, 2.0, 4.0]).view(1, 1, 3, 1, 1)
     unconditional = torch.randn(2, 4, 3, 4, 4)
     predict = guided(
-        lambda *_: conditional, lambda *_: torch.cat([unconditional, conditional]), ClassifierFreeGuidance(3.0, guidance_rescale=0.7), 5
+        lambda *_: conditional,
+        lambda *_: torch.cat([unconditional, conditional]),
+        ClassifierFreeGuidance(3.0, guidance_rescale=0.7),
+        5,
     )
     plain = unconditional + 3.0 * (conditional - unconditional)
     ratio = conditional.flatten(1).std(dim=1) / plain.flatten(1).std(dim=1)
@@ -227,13 +237,17 @@ def test_guider_replaces_classifier_free_guidance(texts):
     latents = torch.randn(1, 4, 6, 4, 4, generator=seed(3))
     clip = lambda **options: pipe("red", latents=latents, output_type="latent", **options).frames  # noqa: E731
     assert torch.equal(clip(guidance_scale=4.0), clip(guider=ClassifierFreeGuidance(4.0)))
-    assert torch.equal(clip(guidance_scale=1.0), clip(guider=ClassifierFreeGuidance(4.0, start=0.5, stop=0.5)))
+    assert torch.equal(
+        clip(guidance_scale=1.0), clip(guider=ClassifierFreeGuidance(4.0, start=0.5, stop=0.5))
+    )
     batches = []
     hook = pipe.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]) // 6))
     interval = clip(guider=ClassifierFreeGuidance(4.0, start=0.34, stop=0.67))
     hook.remove()
     assert batches == [1, 1, 2, 2, 1, 1]  # outside the interval the unconditional half is not computed
-    assert not torch.allclose(interval, clip(guidance_scale=4.0)) and not torch.allclose(interval, clip(guidance_scale=1.0))
+    assert not torch.allclose(interval, clip(guidance_scale=4.0)) and not torch.allclose(
+        interval, clip(guidance_scale=1.0)
+    )
     assert not torch.allclose(clip(guider=AdaptiveProjectedGuidance(4.0, eta=0.0)), clip(guidance_scale=4.0))
     with pytest.raises(ValueError, match="a guider, or guidance_scale"):
         pipe("red", guider=ClassifierFreeGuidance(4.0), guidance_scale=3.0, **arguments)
@@ -246,14 +260,20 @@ def test_free_init_uses_the_timesteps_that_are_given(texts):
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.enable_free_init(num_iters=2)
     steps = []
-    pipe("red", timesteps=[900, 500], callback_on_step_end=lambda p, i, timestep, k: steps.append(int(timestep)) or {})
+    pipe(
+        "red",
+        timesteps=[900, 500],
+        callback_on_step_end=lambda p, i, timestep, k: steps.append(int(timestep)) or {},
+    )
     assert steps == [900, 500] * 2
 
 
 @pytest.mark.parametrize("method", ["butterworth", "gaussian", "ideal"])
 def test_free_init_works_with_sigma_schedulers(texts, method):
     pipe = sd(texts)
-    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", steps_offset=1)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="leading", steps_offset=1
+    )
     once = pipe("red", generator=seed(0), output_type="latent").frames
     pipe.enable_free_init(num_iters=2, method=method)
     twice = pipe("red", generator=seed(0), output_type="latent").frames
@@ -266,7 +286,10 @@ def test_image_and_video_work_with_a_tiny_autoencoder(texts):
     torch.manual_seed(0)
     widths, blocks = (8, 8, 8, 8), (1, 1, 1, 1)
     pipe.vae = AutoencoderTiny(
-        encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=blocks, num_decoder_blocks=blocks
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
     ).eval()
     for pictures in ({"image": CLIP[0]}, {"video": CLIP}):
         assert pipe("red", **pictures).frames.shape == (1, 6, 32, 32, 3)
@@ -280,7 +303,10 @@ def test_clip_skip_takes_an_earlier_layer(texts):
     expected = pipe.text_encoder.final_layer_norm(states[-2])
     latents = torch.randn(1, 4, 6, 4, 4, generator=seed(0))
     skipped = pipe("red", guidance_scale=1.0, clip_skip=1, latents=latents, output_type="latent").frames
-    torch.testing.assert_close(skipped, pipe(prompt_embeds=expected, guidance_scale=1.0, latents=latents, output_type="latent").frames)
+    torch.testing.assert_close(
+        skipped,
+        pipe(prompt_embeds=expected, guidance_scale=1.0, latents=latents, output_type="latent").frames,
+    )
 
 
 def test_save_pretrained_writes_a_folder_for_generic_loaders(texts, tmp_path):

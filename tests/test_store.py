@@ -22,7 +22,9 @@ def two_sizes(tmp_path):
     """A store of the concept "a" with a wide and a tall clip, and of "b" with a wide clip; pixels hold the number of the frame."""
     writer = StoreWriter(tmp_path / "two_sizes", shard_mb=1e-3)
     for number, (concept, shape) in enumerate((("a", (8, 16)), ("b", (8, 16)), ("a", (16, 8)))):
-        frames = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None] + 50 * number, (20, *shape, 3))
+        frames = np.broadcast_to(
+            np.arange(20, dtype=np.uint8)[:, None, None, None] + 50 * number, (20, *shape, 3)
+        )
         writer.add(Record(f"{number}.mp4", (concept,), concept, loop=number == 2), frames)
     writer.close(dtype="uint8")
     return Store(tmp_path / "two_sizes")
@@ -35,18 +37,27 @@ def test_store_returns_the_packed_frames(media, packed, tmp_path):
         assert np.array_equal(store.window(index, 0, len(frames)), frames)
     assert (store.info["fps"], store.num_frames) == (8, 61)
     assert pack(media, tmp_path / "two", size=32, fps=8, workers=2) == []
-    assert Store(tmp_path / "two").shapes == store.shapes  # names are hashes: the same frames in the same order
+    assert (
+        Store(tmp_path / "two").shapes == store.shapes
+    )  # names are hashes: the same frames in the same order
     assert pack(media, tmp_path / "two", size=32, fps=8, shard_mb=0.05) == []
     small = Store(tmp_path / "two")
     assert len(small.shapes) > 1 == len(store.shapes)
-    assert sorted(path.stem for path in (small.folder / "shards").iterdir()) == sorted(small.shapes)  # the old shards are removed
+    assert sorted(path.stem for path in (small.folder / "shards").iterdir()) == sorted(
+        small.shapes
+    )  # the old shards are removed
     for index, record in enumerate(store.records):
-        assert np.array_equal(small.window(index, 0, record.num_frames), store.window(index, 0, record.num_frames))
+        assert np.array_equal(
+            small.window(index, 0, record.num_frames), store.window(index, 0, record.num_frames)
+        )
 
 
 def test_window_wraps_around_in_loops_and_stays_inside_other_clips(packed):
     store = Store(packed)
-    red, green = (next(i for i, record in enumerate(store.records) if record.concept == name) for name in ("red", "green"))
+    red, green = (
+        next(i for i, record in enumerate(store.records) if record.concept == name)
+        for name in ("red", "green")
+    )
     clip = store.window(red, 0, 20)
     assert np.array_equal(store.window(red, 18, 4), clip[[18, 19, 0, 1]])
     rng = np.random.default_rng(0)
@@ -74,7 +85,9 @@ def test_sampler_draws_batches_of_one_size_and_concepts_equally_often(two_sizes)
     draws = [sampler.draw(rng, 4) for _ in range(1500)]
     assert all(len({two_sizes.frame_shape(index) for index in draw}) == 1 for draw in draws)
     share = np.bincount(np.concatenate(draws), minlength=3) / 6000
-    assert np.allclose(share, [0.25, 0.5, 0.25], atol=0.04)  # "a" as often as "b", and both of its clips equally often
+    assert np.allclose(
+        share, [0.25, 0.5, 0.25], atol=0.04
+    )  # "a" as often as "b", and both of its clips equally often
     with pytest.raises(ValueError, match="no record to train on"):
         BalancedSampler(two_sizes, [])
 
@@ -83,7 +96,9 @@ def test_store_opens_several_stores_as_one(media, packed, autoencoder, texts, tm
     for name in ("b", "a"):
         pack(media, tmp_path / "parts" / name, size=32, fps=8, shard_mb=0.05 if name == "b" else 64)
     writer = StoreWriter(tmp_path / "parts" / "c")  # with another caption and split
-    writer.add(Record("c.mp4", ("a grey square",), "grey", split="test"), np.full((9, 32, 32, 3), 99, np.uint8))
+    writer.add(
+        Record("c.mp4", ("a grey square",), "grey", split="test"), np.full((9, 32, 32, 3), 99, np.uint8)
+    )
     writer.close(dtype="uint8", fps=8, size=32, source="c")
     for name in "abc":
         encode(tmp_path / "parts" / name, tmp_path / "latents" / name, autoencoder=autoencoder, texts=texts)
@@ -98,7 +113,9 @@ def test_store_opens_several_stores_as_one(media, packed, autoencoder, texts, tm
     assert latents.splits == one.splits | {"test"} and latents.num_frames == 2 * 61 + 9
     assert latents.select(splits=["test"]).tolist() == [len(both.records)]
     config = tiny_config("video", tmp_path / "latents" / "*", data={"splits": ["train", "test"]})
-    clips, _, _, _ = DenoiserStage(config, prepare.prepare(config, tmp_path / "run")).draw_batch(np.random.default_rng(0))
+    clips, _, _, _ = DenoiserStage(config, prepare.prepare(config, tmp_path / "run")).draw_batch(
+        np.random.default_rng(0)
+    )
     assert clips.shape == (config.data.batch_size, 4, 4, 4, 4)
     for folder in latents.folders:
         part = LatentStore(folder)
@@ -115,7 +132,9 @@ def test_store_opens_several_stores_as_one(media, packed, autoencoder, texts, tm
     with pytest.raises(ValueError, match="c: not a packed data set"):
         Store(tmp_path / "parts" / "*")
     pack(media, tmp_path / "parts" / "c", size=32, fps=4)
-    with pytest.raises(ValueError, match=r"c: fps is 4 here and 8 in .*a; expected stores with equal settings"):
+    with pytest.raises(
+        ValueError, match=r"c: fps is 4 here and 8 in .*a; expected stores with equal settings"
+    ):
         Store(tmp_path / "parts" / "*")
 
 
@@ -152,7 +171,9 @@ def test_store_refuses_damaged_stores(packed, tmp_path):
         Store(tmp_path / "store")
     with (tmp_path / "store" / "index.jsonl").open("a") as file:
         file.write("{}")
-    with pytest.raises(ValueError, match=r"index\.jsonl: expected \d+ bytes, got \d+; create the data set again"):
+    with pytest.raises(
+        ValueError, match=r"index\.jsonl: expected \d+ bytes, got \d+; create the data set again"
+    ):
         Store(tmp_path / "store")
     (tmp_path / "store" / "store.json").write_text("{}")
     with pytest.raises(ValueError, match="packed by an older version"):

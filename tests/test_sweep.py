@@ -29,9 +29,15 @@ def test_sweep_times_every_network_for_every_load(small, monkeypatch):
     assert {each["name"] for each in points} == set(networks.NETWORKS)
     assert len(points) == 5 * len(networks.NETWORKS)
     (cannot,) = [each for each in points if "cannot" in each]
-    assert (cannot["name"], cannot["frames"], cannot["cannot"]) == ("AnimateDiff (UNetMotionModel)", 33, "at most 32 frames")
+    assert (cannot["name"], cannot["frames"], cannot["cannot"]) == (
+        "AnimateDiff (UNetMotionModel)",
+        33,
+        "at most 32 frames",
+    )
     at = {(each["name"], each["line"], each["frames"]): each for each in points if "cannot" not in each}
-    assert all(at[name, "frames", 16] == at[name, "side", 16] | {"line": "frames"} for name in networks.NETWORKS)  # one load, timed once
+    assert all(
+        at[name, "frames", 16] == at[name, "side", 16] | {"line": "frames"} for name in networks.NETWORKS
+    )  # one load, timed once
     ours, image = (at[name, "frames", 33] for name in ("Latent-Shift", "frame by frame"))
     assert ours["parameters"] == image["parameters"]
     # The shift adds no multiplications; one text a clip instead of one a frame saves some.
@@ -56,7 +62,9 @@ def test_work_counts_every_operation():
     assert work.seconds == pytest.approx((max(work.flops, moved) + 2 * 4 * 8 * 4) / 1e9)
     q = torch.ones(2, 3, 10, 8)
     with Work({"flops_per_s": 1e9, "bytes_per_s": 1e9}) as work, torch.no_grad():
-        torch.nn.functional.scaled_dot_product_attention(q, q, q)  # PyTorch's own counter sees none of it on a CPU
+        torch.nn.functional.scaled_dot_product_attention(
+            q, q, q
+        )  # PyTorch's own counter sees none of it on a CPU
     assert work.flops == 4 * 2 * 3 * 10 * 10 * 8
     with Work({"flops_per_s": 1e9, "bytes_per_s": 1e9}) as work:
         temporal_shift(x, 2)
@@ -92,36 +100,63 @@ def test_bench_sweep_writes_json_tables_and_plots(small, video_model, monkeypatc
         sweep,
         "memory_of_steps",
         lambda numbers, **given: [
-            {"name": "Latent-Shift", "frames": number, "gib_peak": 1.0, "side": given["side"], "full": given["full"]} for number in numbers
+            {
+                "name": "Latent-Shift",
+                "frames": number,
+                "gib_peak": 1.0,
+                "side": given["side"],
+                "full": given["full"],
+            }
+            for number in numbers
         ],
     )
     row = {"frames": 8, "seconds_a_clip": 12.34, "clips_per_s": 0.123}
     monkeypatch.setattr(sweep, "whole_clips", lambda model, **_: [{"model": model, **row}])
-    monkeypatch.setattr(sweep, "timed_networks", lambda **options: dict([*networks.timed_networks(**options).items()][:2]))
+    monkeypatch.setattr(
+        sweep, "timed_networks", lambda **options: dict([*networks.timed_networks(**options).items()][:2])
+    )
     made = run(
         "bench", "sweep", "--frames", 2, "--sides", 16, "--clips", 1, "--side", 8, "--rounds", 3, "-m", video_model, "-o", tmp_path / "sweep.json",
         "--plots", tmp_path / "plots",
     )  # fmt: skip
     result = json.loads((tmp_path / "sweep.json").read_text())
     assert {each["line"] for each in result["points"]} == {"frames", "side", "clips"}
-    assert (result["memory"][0]["frames"], result["memory"][0]["side"], result["memory"][0]["full"]) == (2, 8, False)
+    assert (result["memory"][0]["frames"], result["memory"][0]["side"], result["memory"][0]["full"]) == (
+        2,
+        8,
+        False,
+    )
     assert result["whole clips"] == [{"model": str(video_model), **row}]
     assert f"| {video_model}, 8 frames | 12.3 | 0.123 |" in made
     assert (result["dtype"], result["rounds"]) == ("float32", 3)
-    image = next(each for each in result["points"] if each["name"] == "frame by frame" and each["line"] == "side")
+    image = next(
+        each for each in result["points"] if each["name"] == "frame by frame" and each["line"] == "side"
+    )
     assert image["ratio_least"] <= image["ratio"] <= image["ratio_most"]
-    assert f"| 1 x 16 frames, 16x16 | {_cell(result, 'Latent-Shift')} | {_cell(result, 'frame by frame')} |" in made
+    assert (
+        f"| 1 x 16 frames, 16x16 | {_cell(result, 'Latent-Shift')} | {_cell(result, 'frame by frame')} |"
+        in made
+    )
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
         "sweep-frames-a-second-by-clips.svg", "sweep-memory-at-the-peak-of-one-step.svg", "sweep-relative-to-latent-shift.svg",
         "sweep-share-of-the-roofline.svg", "sweep-time-of-one-step-by-size.svg", "sweep-time-of-one-step.svg",
     ]  # fmt: skip
     again = plots.save(result, tmp_path / "again")
-    assert [path.read_text() for path in again] == [(tmp_path / "plots" / path.name).read_text() for path in again]  # ids are deterministic
-    assert "Relative to Latent-Shift</text>" in (tmp_path / "plots" / "sweep-relative-to-latent-shift.svg").read_text()
+    assert [path.read_text() for path in again] == [
+        (tmp_path / "plots" / path.name).read_text() for path in again
+    ]  # ids are deterministic
+    assert (
+        "Relative to Latent-Shift</text>"
+        in (tmp_path / "plots" / "sweep-relative-to-latent-shift.svg").read_text()
+    )
 
 
 def _cell(result, name):
-    point = [each for each in result["points"] if each["name"] == name and (each["side"], each["frames"]) == (16, 16)][-1]
+    point = [
+        each
+        for each in result["points"]
+        if each["name"] == name and (each["side"], each["frames"]) == (16, 16)
+    ][-1]
     return f"{point['seconds']:.3g} s ({point['ratio']:.2f})"
 
 
@@ -132,6 +167,11 @@ def test_whole_clips_times_the_models_own_settings(video_model):
 
 def test_timed_networks_at_full_size_match_stable_diffusion():
     """SD 1.5's U-Net has 860 M parameters, as published; the shift adds none, the others add theirs."""
-    counts = {name: sizes.num_parameters(each.network) for name, each in networks.timed_networks(full=True, device="meta").items()}
+    counts = {
+        name: sizes.num_parameters(each.network)
+        for name, each in networks.timed_networks(full=True, device="meta").items()
+    }
     assert counts["Latent-Shift"] == counts["frame by frame"] == 859_520_964
-    assert all(size > 859_520_964 for name, size in counts.items() if name not in ("Latent-Shift", "frame by frame"))
+    assert all(
+        size > 859_520_964 for name, size in counts.items() if name not in ("Latent-Shift", "frame by frame")
+    )

@@ -24,7 +24,15 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from latent_shift.evaluation import clip_metrics, evaluate, protocols, systems
 from latent_shift.models import sizes
@@ -34,7 +42,9 @@ from latent_shift.shift import Shift, inflate
 
 def t5(kind=T5EncoderModel, config=T5Config):
     letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters], extra_ids=0)
+    tokenizer = T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters], extra_ids=0
+    )
     network = kind(config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     return {"tokenizer": tokenizer, "text_encoder": network.eval()}
 
@@ -47,10 +57,17 @@ def clip_texts(texts):
 def animatediff(texts):
     unet = sizes.unet("tiny", sample_size=4)
     adapter = MotionAdapter(
-        block_out_channels=unet.config.block_out_channels, motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=2
+        block_out_channels=unet.config.block_out_channels,
+        motion_layers_per_block=1,
+        motion_norm_num_groups=8,
+        motion_num_attention_heads=2,
     )
     return AnimateDiffPipeline(
-        vae=sizes.autoencoder("tiny"), unet=unet, motion_adapter=adapter, scheduler=DDIMScheduler(clip_sample=False), **clip_texts(texts)
+        vae=sizes.autoencoder("tiny"),
+        unet=unet,
+        motion_adapter=adapter,
+        scheduler=DDIMScheduler(clip_sample=False),
+        **clip_texts(texts),
     )
 
 
@@ -59,7 +76,12 @@ def modelscope(texts):
         sample_size=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32, attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
     )  # fmt: skip
-    return TextToVideoSDPipeline(vae=sizes.autoencoder("tiny"), unet=unet, scheduler=DDIMScheduler(clip_sample=False), **clip_texts(texts))
+    return TextToVideoSDPipeline(
+        vae=sizes.autoencoder("tiny"),
+        unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False),
+        **clip_texts(texts),
+    )
 
 
 def cogvideox(texts, **options):
@@ -82,9 +104,19 @@ def wan_transformer():
 
 
 def wan(texts, **options):
-    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return WanPipeline(transformer=wan_transformer(), vae=vae, scheduler=scheduler, **t5(UMT5EncoderModel, UMT5Config), **options)
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return WanPipeline(
+        transformer=wan_transformer(),
+        vae=vae,
+        scheduler=scheduler,
+        **t5(UMT5EncoderModel, UMT5Config),
+        **options,
+    )
 
 
 def ltx(texts):
@@ -120,7 +152,11 @@ def test_open_system_opens_every_peer(kind, texts, tmp_path):
     options = dict(num_frames=num_frames, height=size, width=size, num_inference_steps=2, guidance_scale=3.0)
     system = systems.open_system(str(tmp_path), name="peer", device="cpu", **options)
     assert (system.title, system.fps) == systems.PEERS[kind][:2]
-    assert (system.settings["pipeline"], system.settings["dtype"], system.settings["every"]) == (kind, "float32", 1)
+    assert (system.settings["pipeline"], system.settings["dtype"], system.settings["every"]) == (
+        kind,
+        "float32",
+        1,
+    )
     assert {key: system.settings[key] for key in options} == options
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     assert system.parameters >= sum(parameter.numel() for parameter in network.parameters()) > 0
@@ -139,17 +175,26 @@ def test_evaluate_measures_every_peer_at_the_protocols_rate(kind, texts, packed,
     torch.manual_seed(0)
     make(texts).save_pretrained(tmp_path / "peer")
     task = protocols.open_protocol("own", packed, num=2)
-    options = dict(num_frames=16, fps=task.fps, height=32, width=64, num_inference_steps=1, guidance_scale=1.0)
+    options = dict(
+        num_frames=16, fps=task.fps, height=32, width=64, num_inference_steps=1, guidance_scale=1.0
+    )
     system = systems.open_system(str(tmp_path / "peer"), name="peer", device="cpu", **options)
     result = evaluate.evaluate(system, task, tmp_path / "evals")
-    asked = {"CogVideoXPipeline": 17, "WanPipeline": 33, "LTXPipeline": 49}.get(kind, 16)  # at 8, 16, 24 fps with 4, 4, 8 frames a latent
+    asked = {"CogVideoXPipeline": 17, "WanPipeline": 33, "LTXPipeline": 49}.get(
+        kind, 16
+    )  # at 8, 16, 24 fps with 4, 4, 8 frames a latent
     assert (system.fps, system.settings["num_frames"]) == (8, asked)
     clip = evaluate.SavedClips(tmp_path / "evals" / "peer" / "clips", 16)(0)
     assert clip.shape == (16, 32, 64, 3)  # as generated; its centre is measured
     records = {record["measure"]: record for record in result["records"]}
     middle = [evaluate.SavedClips(tmp_path / "evals" / "peer" / "clips", 16)(k)[:, :, 16:48] for k in (0, 1)]
-    assert records["motion_energy"]["value"] == pytest.approx(np.mean([clip_metrics.motion_energy(clip) for clip in middle]))
-    assert (records["motion_energy"]["made_at"], records["motion_energy"]["measured_at"]) == ([32, 64], [32, 32])
+    assert records["motion_energy"]["value"] == pytest.approx(
+        np.mean([clip_metrics.motion_energy(clip) for clip in middle])
+    )
+    assert (records["motion_energy"]["made_at"], records["motion_energy"]["measured_at"]) == (
+        [32, 64],
+        [32, 32],
+    )
     assert "is defined for models of this package" in result["skipped"]["denoising"]
 
 
@@ -172,9 +217,13 @@ def test_open_system_refuses_other_rates_and_nan(texts, tmp_path):
     torch.manual_seed(0)
     pipe = modelscope(texts)
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"ModelScope .* generates 8 frames a second, 5 is no whole fraction"):
+    with pytest.raises(
+        ValueError, match=r"ModelScope .* generates 8 frames a second, 5 is no whole fraction"
+    ):
         systems.open_system(str(tmp_path), device="cpu", fps=5)
-    system = systems.open_system(str(tmp_path), device="cpu", num_frames=3, height=32, width=32, num_inference_steps=1)
+    system = systems.open_system(
+        str(tmp_path), device="cpu", num_frames=3, height=32, width=32, num_inference_steps=1
+    )
     torch.nn.init.constant_(system.pipe.unet.conv_out.bias, float("nan"))
     with pytest.raises(ValueError, match=r"generates NaN or infinity in torch\.float32"):
         system.generate(["red"], [0])
@@ -184,7 +233,11 @@ def test_open_system_titles_own_models_by_shift(video_model, tmp_path):
     system = systems.open_system(str(video_model), num_frames=3, num_inference_steps=1, device="cpu")
     assert (system.title, system.name, system.fps) == ("Latent-Shift", str(video_model), 8)
     assert system.generate(["red"], [0]).shape == (1, 3, 32, 32, 3)
-    assert systems.default_num_frames(str(video_model)) == load(video_model, device="cpu").call_defaults["num_frames"] == 4
+    assert (
+        systems.default_num_frames(str(video_model))
+        == load(video_model, device="cpu").call_defaults["num_frames"]
+        == 4
+    )
     assert systems.default_num_frames("emoji") == 16
     pipe = load(video_model, device="cpu")
     inflate(pipe.unet, Shift(1 / 8, 1 / 4, edge="hold"))
@@ -198,9 +251,17 @@ def test_open_system_titles_own_models_by_shift(video_model, tmp_path):
 
 def test_open_system_refuses_other_pipelines(tmp_path):
     DDPMPipeline(
-        UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2), DDIMScheduler()
+        UNet2DModel(
+            block_out_channels=(32, 32),
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        ),
+        DDIMScheduler(),
     ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a DDPMPipeline; expected a Stable Diffusion folder or one of AnimateDiffPipeline"):
+    with pytest.raises(
+        ValueError,
+        match="holds a DDPMPipeline; expected a Stable Diffusion folder or one of AnimateDiffPipeline",
+    ):
         systems.open_system(str(tmp_path), device="cpu")
-    with pytest.raises(ValueError, match="expected one of emoji, or a folder that is there"):
+    with pytest.raises(ValueError, match="expected one of emoji, or an existing folder"):
         systems.open_system(str(tmp_path / "gone"), device="cpu")

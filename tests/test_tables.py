@@ -16,14 +16,19 @@ ROOT = Path(__file__).parent.parent
 
 def test_label_of_fills_in_the_timestep_and_accepts_other_versions():
     assert measures.label_of("motion_seen_at_375")[:2] == ("motion R² at t = 375", "higher")
-    assert measures.label_of("motion_seen_at_375_frame_by_frame")[:2] == ("per-frame motion R² at t = 375", "")
+    assert measures.label_of("motion_seen_at_375_frame_by_frame")[:2] == (
+        "per-frame motion R² at t = 375",
+        "",
+    )
     assert measures.label_of("flicker_real") == measures.label_of("flicker")
     assert measures.label_of("older_measure")[:2] == ("older measure", "")
 
 
 def test_labels_are_short_and_defined():
     labels = [label for measure in MEASURES.values() for label in measure.labels.values()]
-    assert all(len(label.text.replace("at t = {timestep}", "").split()) <= 5 and label.definition for label in labels)
+    assert all(
+        len(label.text.replace("at t = {timestep}", "").split()) <= 5 and label.definition for label in labels
+    )
     assert len({label.text for label in labels}) == len(labels)
 
 
@@ -51,22 +56,44 @@ def test_parse_seeds_reads_groups():
 
 def tiny_results(values_of: dict[str, float], first: str) -> list[dict]:
     """Results of one measure, with differences from the first system."""
-    protocol = dict(protocol="own", clips=3, num_frames=4, prompts_sha256="", reference={}, size=[8, 8], complete=True)
+    protocol = dict(
+        protocol="own", clips=3, num_frames=4, prompts_sha256="", reference={}, size=[8, 8], complete=True
+    )
     results = []
     for name, value in values_of.items():
         difference = value - values_of[first]
-        more = {"than": first, "value": difference, "low": difference - 1, "high": difference + 1, "samples": 3, "resamples": 9}
+        more = {
+            "than": first,
+            "value": difference,
+            "low": difference - 1,
+            "high": difference + 1,
+            "samples": 3,
+            "resamples": 9,
+        }
         record = Record("flicker", value, value - 1, value + 1, 3, 9, more=None if name == first else more)
         real = Record("flicker_real", 9.0, 8.0, 10.0, 3, 9)
         records = [record.to_json(), real.to_json()]
-        results.append({"system": {"system": name, "parameters": 2e6}, "protocol": protocol, "records": records, "skipped": {}})
+        results.append(
+            {
+                "system": {"system": name, "parameters": 2e6},
+                "protocol": protocol,
+                "records": records,
+                "skipped": {},
+            }
+        )
     return results
 
 
 def test_make_table_merges_training_seeds():
-    results = tiny_results({"shift": 1.0, "seed-1": 3.0, "none": 5.0, "none-seed-1": 9.0, "vdm": 7.0}, "shift")
+    results = tiny_results(
+        {"shift": 1.0, "seed-1": 3.0, "none": 5.0, "none-seed-1": 9.0, "vdm": 7.0}, "shift"
+    )
     table = make_table(results, find_seeds(["shift", "seed-1", "none", "none-seed-1", "vdm"]))
-    assert (table.names, table.num_seeds, table.measures) == (["shift", "none", "vdm"], [2, 2, 1], ["flicker"])
+    assert (table.names, table.num_seeds, table.measures) == (
+        ["shift", "none", "vdm"],
+        [2, 2, 1],
+        ["flicker"],
+    )
     shift, none, vdm, real = table.cells[0]
     assert (shift.seeds.mean, shift.seeds.least, shift.seeds.greatest, shift.more) == (2, 1, 3, None)
     assert (none.seeds.mean, none.seeds.least, none.seeds.greatest) == (7, 5, 9)
@@ -99,9 +126,15 @@ def test_docs_tables_show_range_over_training_seeds(docs_tables):
     shift, none, vdm = (results.cells[name]["flicker"] for name in ("shift", "none", "vdm"))
     assert docs_tables.value(shift, form) == "2.0 (1.0 to 3.0)" and docs_tables.point(shift, form) == "2.0"
     assert docs_tables.value(vdm, form) == "7.0 (6.0 to 8.0)"
-    assert [docs_tables.difference(cell, 1) for cell in (none, vdm)] == ["+6.0 (+4.0 to +8.0)", "+6.0 (+5.0 to +7.0)"]
+    assert [docs_tables.difference(cell, 1) for cell in (none, vdm)] == [
+        "+6.0 (+4.0 to +8.0)",
+        "+6.0 (+5.0 to +7.0)",
+    ]
     assert results.losses(["shift", "vdm"]) == ["0.2000 (0.1000 to 0.3000)", "0.7000"]
-    assert "trained with 2 seeds the mean" in results.caption() and "from shift, first seed," in results.caption(differences=True)
+    assert (
+        "trained with 2 seeds the mean" in results.caption()
+        and "from shift, first seed," in results.caption(differences=True)
+    )
     assert results.real("flicker", form) == "9.0 (8.0 to 10.0)" and results.real("motion_error", form) == ""
 
 
@@ -116,8 +149,13 @@ def test_docs_tables_replace_marked_tables(docs_tables, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("before\n\n<!-- table: measures -->\nold\n<!-- end of table -->\nafter\n")
     text = docs_tables.with_tables("page.md")
-    assert "| flicker, grey levels | `flicker` | close to real clips |  | mean absolute second difference" in text
-    assert text.startswith("before\n\n<!-- table: measures -->\n\n| measure |") and text.endswith("<!-- end of table -->\nafter\n")
+    assert (
+        "| flicker, grey levels | `flicker` | close to real clips |  | mean absolute second difference"
+        in text
+    )
+    assert text.startswith("before\n\n<!-- table: measures -->\n\n| measure |") and text.endswith(
+        "<!-- end of table -->\nafter\n"
+    )
     page.write_text("<!-- table: nothing -->\n<!-- end of table -->")
     with pytest.raises(ValueError, match=r"page\.md: no table nothing; expected one of emoji"):
         docs_tables.with_tables("page.md")

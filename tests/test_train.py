@@ -42,7 +42,10 @@ def test_train_writes_settings_stats_samples_and_model(video_model):
     assert [path.name for path in sorted((run / "samples").iterdir())] == names
     assert video.read(run / "samples" / "00000004.webp")[0].shape == (4, 3 * 32 + 2 * 2, 4 * 32 + 3 * 2, 3)
     with Image.open(run / "samples" / "00000004.png") as sheet:
-        assert sheet.size == (4 * 32 + 3 * 2, 9 * 32 + 8 * 2)  # four frames of eight training prompts and of the one held out
+        assert sheet.size == (
+            4 * 32 + 3 * 2,
+            9 * 32 + 8 * 2,
+        )  # four frames of eight training prompts and of the one held out
     pipe = LatentShiftPipeline.from_pretrained(video_model)
     weights = load_file(video_model / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
@@ -63,10 +66,16 @@ def test_train_resumes_exactly(stage, packed, latents, tmp_path):
     options = {"seed": 3, "log_every": 2}  # the second stop is between two lines of stats.jsonl
     config = tiny_config(stage, packed if stage == "autoencoder" else latents, steps=6, train=options)
     train(config, tmp_path / "uninterrupted")
-    train(config, tmp_path / "parts", report=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 2 else None)
+    train(
+        config,
+        tmp_path / "parts",
+        report=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 2 else None,
+    )
     assert checkpoint.steps(tmp_path / "parts")[-1].name == "step-00000002"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "learning_rate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or train_rate(*_))
+        patch.setattr(
+            loop, "learning_rate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or train_rate(*_)
+        )
         train(config, tmp_path / "parts")
     assert checkpoint.steps(tmp_path / "parts")[-1].name == "step-00000003"
     train(config, tmp_path / "parts")
@@ -74,12 +83,20 @@ def test_train_resumes_exactly(stage, packed, latents, tmp_path):
     assert uninterrupted.name == parts.name == "step-00000006"
     for name in ("model.safetensors", "average.safetensors"):
         assert alike(load_file(uninterrupted / name), load_file(parts / name)), name
-    assert ROUNDING or (uninterrupted / "average.safetensors").read_bytes() == (parts / "average.safetensors").read_bytes()
+    assert (
+        ROUNDING
+        or (uninterrupted / "average.safetensors").read_bytes()
+        == (parts / "average.safetensors").read_bytes()
+    )
     a, b = (torch.load(folder / "optimizer.bin", weights_only=False) for folder in (uninterrupted, parts))
     assert alike(a, b)
     rows = [json.loads(line) for line in (tmp_path / "parts" / "stats.jsonl").read_text().splitlines()]
-    expected = [json.loads(line) for line in (tmp_path / "uninterrupted" / "stats.jsonl").read_text().splitlines()]
-    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=ROUNDING, abs=0)
+    expected = [
+        json.loads(line) for line in (tmp_path / "uninterrupted" / "stats.jsonl").read_text().splitlines()
+    ]
+    assert [row["loss"] for row in rows] == pytest.approx(
+        [row["loss"] for row in expected], rel=ROUNDING, abs=0
+    )
 
 
 train_rate = loop.learning_rate
@@ -87,7 +104,11 @@ train_rate = loop.learning_rate
 
 def test_train_logs_every_validation(latents, tmp_path):
     config = tiny_config(
-        "video", latents, steps=10, data={"val_splits": ["train"]}, train={"validate_every": 3, "val_batches": 1, "log_every": 5}
+        "video",
+        latents,
+        steps=10,
+        data={"val_splits": ["train"]},
+        train={"validate_every": 3, "val_batches": 1, "log_every": 5},
     )
     train(config, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
@@ -100,7 +121,10 @@ def test_save_keeps_complete_checkpoints_over_corrupt_ones(latents, tmp_path):
     train(config, tmp_path)
     newest = checkpoint.steps(tmp_path)[-1]
     (newest / "optimizer.bin").write_bytes(b"x")
-    train(tiny_config("video", latents, steps=4, train={"checkpoint_minutes": 1e9, "keep_checkpoints": 2}), tmp_path)
+    train(
+        tiny_config("video", latents, steps=4, train={"checkpoint_minutes": 1e9, "keep_checkpoints": 2}),
+        tmp_path,
+    )
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000004"]
     (checkpoint.steps(tmp_path)[-1] / "state.json").unlink()
     train(config, tmp_path)  # step 2 is still there to resume from
@@ -113,7 +137,9 @@ def test_train_resumes_after_an_interrupted_preparation(latents, tmp_path, monke
         with pytest.raises(KeyboardInterrupt):
             train(tiny_config("video", latents, steps=1), tmp_path / "run")
     assert load(tmp_path / "run" / "config.toml") == tiny_config("video", latents, steps=1)
-    train(tiny_config("video", latents, steps=1, model={"size": "tiny", "edge": "hold"}), tmp_path / "run")  # nothing had been trained yet
+    train(
+        tiny_config("video", latents, steps=1, model={"size": "tiny", "edge": "hold"}), tmp_path / "run"
+    )  # nothing had been trained yet
 
 
 def test_check_store_reports_short_clips_and_unknown_splits(latents, caplog):
@@ -132,11 +158,16 @@ def test_prepare_resolves_the_precision_of_the_device(latents, tmp_path, monkeyp
         assert prepared.precision == expected
     checks.check_settings(tiny_config("video", latents, train={"precision": "bf16"}), tmp_path)
     assert "no units for bf16" in caplog.text
-    assert resolve_precision("auto", torch.device("cuda")) == "bf16"  # on a machine without CUDA: that of a recent GPU
+    assert (
+        resolve_precision("auto", torch.device("cuda")) == "bf16"
+    )  # on a machine without CUDA: that of a recent GPU
     assert resolve_precision("fp16", torch.device("cpu")) == "fp16"
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads what Linux says of an x86")
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(),
+    reason="reads what Linux says of an x86",
+)
 def test_has_bf16_units_agrees_with_the_processor():
     assert has_bf16_units() == ("avx512_bf16" in Path("/proc/cpuinfo").read_text().split())
 
@@ -167,13 +198,17 @@ def test_check_settings_runs_before_data_is_read(media, image_model, tmp_path, m
         ("peft", {"lora": {"rank": 2}}),
         ("wandb", {"train": {"tracker": "wandb"}}),
     ):
-        monkeypatch.setattr(checks, "find_spec", lambda name, package=package: None if name == package else find_spec(name))
+        monkeypatch.setattr(
+            checks, "find_spec", lambda name, package=package: None if name == package else find_spec(name)
+        )
         refused("pip install", **sections)
     assert config.with_settings({"optim.steps": 5}).optim.steps == 5
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("ema", "steps", "warns"), [(0.999, 600, True), (0.999, 5000, False), (0.0, 4, False)])
+@pytest.mark.parametrize(
+    ("ema", "steps", "warns"), [(0.999, 600, True), (0.999, 5000, False), (0.0, 4, False)]
+)
 def test_check_settings_warns_of_a_long_average(ema, steps, warns, tmp_path, caplog):
     checks.check_settings(tiny_config("image", "data", steps=steps, optim={"ema": ema}), tmp_path)
     assert ("optim.ema=0.999 averages over about 1000 steps, optim.steps is 600" in caplog.text) == warns
@@ -228,9 +263,15 @@ def test_train_in_bf16_or_with_checkpointing_gives_the_same_losses(latents, tmp_
     """bf16 gives nearly the same losses, gradient checkpointing exactly the same."""
     recomputed = []
     checkpoint_once = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: recomputed.append(1) or checkpoint_once(*a, **k))
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: recomputed.append(1) or checkpoint_once(*a, **k)
+    )
     losses = {}
-    for name, options in (("plain", {}), ("bf16", {"precision": "bf16"}), ("recomputed", {"gradient_checkpointing": True})):
+    for name, options in (
+        ("plain", {}),
+        ("bf16", {"precision": "bf16"}),
+        ("recomputed", {"gradient_checkpointing": True}),
+    ):
         rows: list[dict] = []
         train(tiny_config("video", latents, train=options), tmp_path / name, report=rows.append)
         losses[name] = [row["loss"] for row in rows]
@@ -246,7 +287,11 @@ def test_train_compiled_gives_the_same_losses(latents, tmp_path, monkeypatch):
     for name, compiled in (("plain", False), ("compiled", True)):
         torch._dynamo.reset()
         config = tiny_config(
-            "video", latents, steps=6, data={"image_share": 0.5, "val_splits": ["train"]}, train={"compile": compiled, "sample_every": 3}
+            "video",
+            latents,
+            steps=6,
+            data={"image_share": 0.5, "val_splits": ["train"]},
+            train={"compile": compiled, "sample_every": 3},
         )
         rows: list[dict] = []
         train(config, tmp_path / name, report=rows.append)
@@ -266,7 +311,11 @@ def test_train_in_fp16_needs_a_gpu(latents, tmp_path):
     losses: dict[str, list[float]] = {"fp16": [], "no": []}
     for precision in losses:
         config = tiny_config("video", latents, steps=8, train={"precision": precision})
-        train(config, tmp_path / precision, report=lambda row, precision=precision: losses[precision].append(row["loss"]))
+        train(
+            config,
+            tmp_path / precision,
+            report=lambda row, precision=precision: losses[precision].append(row["loss"]),
+        )
     assert losses["fp16"] != losses["no"]
     assert losses["fp16"] == pytest.approx(losses["no"], rel=0.02)
 
@@ -275,7 +324,9 @@ def test_prefetch_batches_does_not_depend_on_the_loaders(latents, tmp_path):
     losses = {}
     for loaders in (1, 3):
         rows: list[dict] = []
-        config = tiny_config("video", latents, data={"loaders": loaders, "image_share": 0.5}, optim={"accumulate": 2})
+        config = tiny_config(
+            "video", latents, data={"loaders": loaders, "image_share": 0.5}, optim={"accumulate": 2}
+        )
         train(config, tmp_path / str(loaders), report=rows.append)
         losses[loaders] = [row["loss"] for row in rows]
     assert losses[1] == pytest.approx(losses[3], rel=ROUNDING, abs=0) and len(set(losses[1])) == 4
@@ -290,13 +341,17 @@ def test_draw_batch_may_use_independent_noise(latents):
         return [float((noise[:, 0] * noise[:, 1]).mean()) > 0.5 for noise in noises]
 
     assert all(is_shared(0.0)) and not any(is_shared(1.0)) and len(set(is_shared(0.5))) == 2
-    with pytest.raises(ValueError, match=r"independent_noise_prob has no effect without shared_noise or noise_correlation"):
+    with pytest.raises(
+        ValueError, match=r"independent_noise_prob has no effect without shared_noise or noise_correlation"
+    ):
         tiny_config("video", latents, diffusion={"independent_noise_prob": 0.5})
 
 
 def test_trim_stats_drops_later_and_cut_lines(tmp_path):
     rows = [{"step": step, "seconds": float(step)} for step in (10, 20, 30)]
-    (tmp_path / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "sec')  # cut by a crash
+    (tmp_path / "stats.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "sec'
+    )  # cut by a crash
     assert checkpoint.trim_stats(tmp_path, 20) == 20.0
     assert [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()] == rows[:2]
     assert checkpoint.trim_stats(tmp_path / "absent", 0) == 0.0
@@ -312,17 +367,26 @@ def test_check_crop_refuses_crops_that_do_not_fit(packed):
 def test_train_saves_on_sigterm_and_resumes(packed, tmp_path):
     """A run stopped in the middle writes a checkpoint and returns; the next call finishes as without the stop."""
     config = tiny_config("autoencoder", packed, steps=6)
-    train(config, tmp_path / "stopped", report=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 2 else None)
+    train(
+        config,
+        tmp_path / "stopped",
+        report=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 2 else None,
+    )
     assert [path.name for path in checkpoint.steps(tmp_path / "stopped")] == ["step-00000002"]
     assert not (tmp_path / "stopped" / "model").exists()
     train(config, tmp_path / "stopped")
     train(config, tmp_path / "uninterrupted")
-    a, b = (load_file(tmp_path / run / "model" / "diffusion_pytorch_model.safetensors") for run in ("stopped", "uninterrupted"))
+    a, b = (
+        load_file(tmp_path / run / "model" / "diffusion_pytorch_model.safetensors")
+        for run in ("stopped", "uninterrupted")
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_save_deletes_old_checkpoints_and_steps_ignores_partial_ones(packed, tmp_path):
-    config = tiny_config("autoencoder", packed, steps=5, train={"checkpoint_minutes": 1e-9, "keep_checkpoints": 2})
+    config = tiny_config(
+        "autoencoder", packed, steps=5, train={"checkpoint_minutes": 1e-9, "keep_checkpoints": 2}
+    )
     train(config, tmp_path)
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000004", "step-00000005"]
     (tmp_path / "checkpoints" / ".step-00000009.partial").mkdir()
@@ -344,7 +408,9 @@ def test_whiten_changes_latents_and_not_pictures(packed):
         after = vae.encode(pixels).latent_dist
         torch.testing.assert_close(vae.decode(after.mean).sample, picture, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(after.mean.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
-        torch.testing.assert_close(after.mean.std(dim=(0, 2, 3), correction=0), torch.ones(4), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            after.mean.std(dim=(0, 2, 3), correction=0), torch.ones(4), rtol=1e-3, atol=1e-3
+        )
         scale = before.mean.std(dim=(0, 2, 3), correction=0)
         torch.testing.assert_close(after.std, before.std / scale[None, :, None, None], rtol=1e-3, atol=1e-5)
 
@@ -378,7 +444,9 @@ def test_draw_batch_follows_the_settings(latents):
     assert shapes == {(3, 4, 4, 4, 4), (12, 1, 4, 4, 4)}
     again = stage.draw_batch(np.random.default_rng(19))
     assert all(torch.equal(a, b) for a, b in zip(again, (x, noise, timesteps, text), strict=True))
-    emptied = stage_of(tiny_config("video", latents, diffusion={"caption_dropout": 1.0})).draw_batch(np.random.default_rng(0))
+    emptied = stage_of(tiny_config("video", latents, diffusion={"caption_dropout": 1.0})).draw_batch(
+        np.random.default_rng(0)
+    )
     null = torch.from_numpy(LatentStore(latents).embed([""])[0])
     assert (emptied[3] == null).all()
 
@@ -393,14 +461,18 @@ def test_draw_batch_adds_the_frame_rate_to_captions_of_strided_clips(packed, aut
         stride: {text.tobytes() for text in store.embed([caption + suffix for caption in captions])}
         for stride, suffix in ((1, ""), (2, ", 4 fps"))
     }
-    stage.store._open = lambda key: np.load(tmp_path / "shards" / f"{key}.npy") * np.array([1, 0], np.float16)[:, None, None, None]
+    stage.store._open_shard = lambda key: (
+        np.load(tmp_path / "shards" / f"{key}.npy") * np.array([1, 0], np.float16)[:, None, None, None]
+    )
     batches = set()
     for seed in range(30):
         latents, _, _, text = (tensor.numpy() for tensor in stage.draw_batch(np.random.default_rng(seed)))
         stride = next(stride for stride in (1, 2) if text[0].tobytes() in embeddings[stride])
         batches.add((latents.shape[1], stride))
         if latents.shape[1] > 1:
-            clips = [stage.store.window(index, 0, 4, stride=stride)[:, 0].astype(np.float32) for index in range(3)]
+            clips = [
+                stage.store.window(index, 0, 4, stride=stride)[:, 0].astype(np.float32) for index in range(3)
+            ]
             assert any(np.array_equal(latents[0], clip) for clip in clips)
     assert batches == {(1, 1), (4, 1), (4, 2)}
     with pytest.raises(ValueError, match=r"has no captions for data\.strides \[3\]: encode it with --stride"):
@@ -417,20 +489,25 @@ def test_build_pipeline_samples_with_the_noise_of_training(latents):
     assert settings.items() <= stage.build_pipeline().call_defaults.items()
     other = {"sample_shared_noise": 0.0, "sample_noise_correlation": 0.9}  # the settings of samples win
     stage = stage_of(tiny_config("video", latents, diffusion=settings, train=other))
-    assert {"shared_noise": 0.0, "noise_correlation": 0.9}.items() <= stage.build_pipeline().call_defaults.items()
+    assert {
+        "shared_noise": 0.0,
+        "noise_correlation": 0.9,
+    }.items() <= stage.build_pipeline().call_defaults.items()
 
 
 def test_draw_batch_shifts_timesteps(latents):
     timesteps = [
-        stage_of(tiny_config("video", latents, diffusion={"timestep_shift": shift}, data={"batch_size": 64})).draw_batch(
-            np.random.default_rng(0)
-        )[2]
+        stage_of(
+            tiny_config("video", latents, diffusion={"timestep_shift": shift}, data={"batch_size": 64})
+        ).draw_batch(np.random.default_rng(0))[2]
         for shift in (1.0, 3.0)
     ]
     assert timesteps[1].float().mean() > timesteps[0].float().mean() + 100
 
 
-def test_exported_model_generates_at_its_training_size(media, packed, image_model, autoencoder, texts, tmp_path):
+def test_exported_model_generates_at_its_training_size(
+    media, packed, image_model, autoencoder, texts, tmp_path
+):
     pack(media, tmp_path / "pixels", size=64, fps=8)
     encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts)
     config = tiny_config("image", tmp_path / "latents", steps=1, model={"init": str(image_model)})
@@ -438,20 +515,36 @@ def test_exported_model_generates_at_its_training_size(media, packed, image_mode
     assert pipe("red", num_inference_steps=1).frames.shape == (1, 1, 64, 64, 3)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError("8 GiB")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError("8 GiB")]
+)
 def test_train_out_of_memory_suggests_smaller_settings(error, latents, image_model, tmp_path, monkeypatch):
     monkeypatch.setattr(stages.DenoisingObjective, "forward", lambda *_: (_ for _ in ()).throw(error))
-    config = tiny_config("video", latents, model={"init": str(image_model)}, data={"batch_size": 4}, optim={"accumulate": 3})
+    config = tiny_config(
+        "video", latents, model={"init": str(image_model)}, data={"batch_size": 4}, optim={"accumulate": 3}
+    )
     other = " in another run folder"
     options = f"train.gradient_checkpointing=true, data.batch_size=2 optim.accumulate=6, train.precision=bf16, optim.optimizer=adamw8bit{other}, lora.rank=32{other}, data.num_frames=2"
     with pytest.raises(RuntimeError, match=f"out of memory: try, in this order, {options}"):
         train(config, tmp_path)
-    monkeypatch.setattr(stages.DenoisingObjective, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
+    monkeypatch.setattr(
+        stages.DenoisingObjective, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("something else"))
+    )
     with pytest.raises(RuntimeError, match=r"^something else$"):
         train(config, tmp_path)
-    lowered = config_of(config, "train.gradient_checkpointing=true", "data.batch_size=1", "optim.optimizer=adamw8bit", "data.num_frames=2")
-    assert suggest_smaller_settings(lowered).endswith(f"try, in this order, train.precision=bf16, lora.rank=32{other}")
-    attention = tiny_config("video", latents, model={"init": str(image_model), "temporal": "attention"}, data={"num_frames": 3})
+    lowered = config_of(
+        config,
+        "train.gradient_checkpointing=true",
+        "data.batch_size=1",
+        "optim.optimizer=adamw8bit",
+        "data.num_frames=2",
+    )
+    assert suggest_smaller_settings(lowered).endswith(
+        f"try, in this order, train.precision=bf16, lora.rank=32{other}"
+    )
+    attention = tiny_config(
+        "video", latents, model={"init": str(image_model), "temporal": "attention"}, data={"num_frames": 3}
+    )
     assert "lora" not in suggest_smaller_settings(attention) and "num_frames" not in suggest_smaller_settings(
         attention
     )  # which would be refused
@@ -471,13 +564,18 @@ def test_check_start_refuses_other_training(latents, image_model, video_model, t
         return stages.DenoiserStage(config, prepare.prepare(config, tmp_path))
 
     moving = {"init": str(video_model), "edge": "wrap"}
-    with pytest.raises(ValueError, match=r"model\.edge is wrap, but .* was trained with zero: set it to that"):
+    with pytest.raises(
+        ValueError, match=r"model\.edge is wrap, but .* was trained with zero: set it to that"
+    ):
         stage_from(model=moving)
     stage_from(model={"init": str(image_model), "edge": "wrap"})
     model = {"init": str(image_model)}
     with pytest.raises(ValueError, match=r"diffusion\.num_timesteps is 100, but .* was trained with 1000"):
         stage_from(model=model, diffusion={"num_timesteps": 100})
-    with pytest.raises(ValueError, match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that"):
+    with pytest.raises(
+        ValueError,
+        match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that",
+    ):
         stage_from(model=model, diffusion={"prediction": "v_prediction"})
     with pytest.raises(ValueError, match="texts 32 wide, the U-Net takes 4 and 384"):
         stage_from(model={"size": "emoji"})

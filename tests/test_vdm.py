@@ -38,7 +38,12 @@ def test_vdm_unet_has_no_temporal_convolution():
 def in_pixels(media, tmp_path_factory):
     folder = tmp_path_factory.mktemp("in-pixels")
     pack(media, folder / "frames", size=32, fps=8)
-    encode(folder / "frames", folder / "stored", autoencoder=loading.folder("pixels"), texts=loading.folder("emoji"))
+    encode(
+        folder / "frames",
+        folder / "stored",
+        autoencoder=loading.folder("pixels"),
+        texts=loading.folder("emoji"),
+    )
     return folder
 
 
@@ -47,7 +52,9 @@ def test_vdm_trains_and_generates_in_pixels(in_pixels, tmp_path):
     assert (stored.info["channels"], stored.info["factor"]) == (3, 1)
     expected = to_pixels(torch.from_numpy(frames.window(0, 0, 3))).numpy()
     np.testing.assert_allclose(stored.window(0, 0, 3)[:, 0], expected, atol=1e-3)
-    np.testing.assert_array_equal(stored.draw_pixels(np.random.default_rng(0), 0, 3), frames.draw_window(np.random.default_rng(0), 0, 3))
+    np.testing.assert_array_equal(
+        stored.draw_pixels(np.random.default_rng(0), 0, 3), frames.draw_window(np.random.default_rng(0), 0, 3)
+    )
     config = tiny_config("video", in_pixels / "stored", steps=2, model={"size": "pixels", "temporal": "vdm"})
     run = train(config, tmp_path / "run")
     system = systems.open_system(str(run), num_inference_steps=2, device="cpu")
@@ -58,7 +65,14 @@ def test_vdm_trains_and_generates_in_pixels(in_pixels, tmp_path):
     pipe.save_pretrained(tmp_path / "again")
     again = loading.load(tmp_path / "again", device="cpu")
     assert isinstance(again.vae, PixelSpace) and isinstance(again.unet, VDMUNet)
-    with pytest.raises(ValueError, match=r"model\.temporal is attention, but .* was trained with vdm: set it to that"):
-        train(tiny_config("video", in_pixels / "stored", model={"init": str(run), "temporal": "attention"}), tmp_path / "other")
-    with pytest.raises(ValueError, match="has latents of 3 channels and texts 384 wide, the U-Net takes 4 and 384"):
+    with pytest.raises(
+        ValueError, match=r"model\.temporal is attention, but .* was trained with vdm: set it to that"
+    ):
+        train(
+            tiny_config("video", in_pixels / "stored", model={"init": str(run), "temporal": "attention"}),
+            tmp_path / "other",
+        )
+    with pytest.raises(
+        ValueError, match="has latents of 3 channels and texts 384 wide, the U-Net takes 4 and 384"
+    ):
         stage_of(tiny_config("video", in_pixels / "stored", model={"size": "emoji", "temporal": "vdm"}))

@@ -24,8 +24,13 @@ def clips():
 
 def test_degradations_change_what_they_say(clips):
     rng, clip = np.random.default_rng(0), clips[0]
-    assert np.std(sensitivity.add_noise(np.full((4, 64, 64, 3), 128, np.uint8), 0.25, rng)) == pytest.approx(16, rel=0.02)
-    assert np.abs(np.diff(sensitivity.blur(clip, 1.0, rng).astype(int), axis=2)).mean() < np.abs(np.diff(clip.astype(int), axis=2)).mean()
+    assert np.std(sensitivity.add_noise(np.full((4, 64, 64, 3), 128, np.uint8), 0.25, rng)) == pytest.approx(
+        16, rel=0.02
+    )
+    assert (
+        np.abs(np.diff(sensitivity.blur(clip, 1.0, rng).astype(int), axis=2)).mean()
+        < np.abs(np.diff(clip.astype(int), axis=2)).mean()
+    )
     mixed = sensitivity.shuffle(clip, 1.0, rng)
     assert not np.array_equal(mixed, clip)
     assert sorted(frame.tobytes() for frame in mixed) == sorted(frame.tobytes() for frame in clip)
@@ -38,8 +43,14 @@ def test_degradations_change_what_they_say(clips):
 
 def test_sensitivity_rises_where_measures_respond(clips):
     found = sensitivity.sensitivity(clips, open_distances(Weights()), strengths=(0.25, 1.0))
-    assert all({name for name, measure in MEASURES.items() if measure.score} < measures.keys() for measures in found.values())
-    says = {way: {name: sensitivity.trend(values) for name, values in measures.items()} for way, measures in found.items()}
+    assert all(
+        {name for name, measure in MEASURES.items() if measure.score} < measures.keys()
+        for measures in found.values()
+    )
+    says = {
+        way: {name: sensitivity.trend(values) for name, values in measures.items()}
+        for way, measures in found.items()
+    }
     assert says["noise"]["kd-efficientnet-lite0"] == says["noise"]["kd-efficientnet-lite0-motion"] == "rises"
     assert says["blur"]["kd-efficientnet-lite0"] == "rises"
     assert says["shuffle"]["kd-efficientnet-lite0"] == "stays"  # of single frames
@@ -51,7 +62,12 @@ def test_sensitivity_rises_where_measures_respond(clips):
 
 
 def test_trend_names_direction():
-    assert [sensitivity.trend(values) for values in ([1, 2, 3], [3, 2, 2], [1, 1.001, 1], [1, 3, 2])] == ["rises", "falls", "stays", ""]
+    assert [sensitivity.trend(values) for values in ([1, 2, 3], [3, 2, 2], [1, 1.001, 1], [1, 3, 2])] == [
+        "rises",
+        "falls",
+        "stays",
+        "",
+    ]
 
 
 def test_bench_measures_prints_table(tmp_path):
@@ -63,13 +79,30 @@ def test_bench_measures_prints_table(tmp_path):
     (tmp_path / "clips" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pack(tmp_path / "clips", tmp_path / "packed", size=32, fps=8)
     weights = ("--weights", f"videomae={videomae}")
-    told = run("bench", "measures", tmp_path / "packed", "--num", 6, "--num-frames", 4, *weights, "-o", tmp_path / "measures.json")
+    told = run(
+        "bench",
+        "measures",
+        tmp_path / "packed",
+        "--num",
+        6,
+        "--num-frames",
+        4,
+        *weights,
+        "-o",
+        tmp_path / "measures.json",
+    )
     found = json.loads((tmp_path / "measures.json").read_text())
-    assert [each["name"] for each in found["extractors"]] == ["efficientnet-lite0", "efficientnet-lite0-motion", "videomae"]
+    assert [each["name"] for each in found["extractors"]] == [
+        "efficientnet-lite0",
+        "efficientnet-lite0-motion",
+        "videomae",
+    ]
     assert len(found["measures"]["noise"]["kvd-videomae"]) == 5
     assert set(found["measures"]) == set(sensitivity.DEGRADATIONS)
     assert found["data"]["clips"] == 6
-    refused = CliRunner().invoke(main.app, ["bench", "measures", str(tmp_path / "packed"), "--num", "6", "--weights", "c3d=nowhere"])
+    refused = CliRunner().invoke(
+        main.app, ["bench", "measures", str(tmp_path / "packed"), "--num", "6", "--weights", "c3d=nowhere"]
+    )
     assert "c3d: no measure here uses it; expected i3d, inception, videomae" in str(refused.exception)
     energy = found["measures"]["freeze"]["motion_energy"]
     assert f"| motion_energy | freeze | {energy[0]:.4g} |" in told

@@ -12,7 +12,9 @@ from latent_shift import video
 
 def counting_clip(num_frames: int, size: int = 32) -> np.ndarray:
     """Return a clip whose frame k has grey level 10 k."""
-    return np.repeat(np.arange(num_frames, dtype=np.uint8) * 10, size * size * 3).reshape(num_frames, size, size, 3)
+    return np.repeat(np.arange(num_frames, dtype=np.uint8) * 10, size * size * 3).reshape(
+        num_frames, size, size, 3
+    )
 
 
 def levels(frames: np.ndarray) -> list[int]:
@@ -33,7 +35,12 @@ def test_write_and_read_return_the_same_frames(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webp"])
 @pytest.mark.parametrize(
-    ("fps", "expected"), [(5, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]), (20, [k // 2 for k in range(40)]), (4, [0, 2, 5, 7, 10, 12, 15, 17])]
+    ("fps", "expected"),
+    [
+        (5, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]),
+        (20, [k // 2 for k in range(40)]),
+        (4, [0, 2, 5, 7, 10, 12, 15, 17]),
+    ],
 )
 def test_read_resamples_to_the_frames_on_screen(tmp_path, suffix, fps, expected):
     path = video.write(counting_clip(20), tmp_path / f"clip{suffix}", fps=10)
@@ -51,7 +58,9 @@ def test_read_num_frames_returns_the_first_frames_and_decodes_no_more(tmp_path, 
     frames, rate = video.read(path, fps=fps)
     images = list(video._decode_video(path))
     decoded = []
-    monkeypatch.setattr(video, "_decode_video", lambda _: (decoded.append(image) or image for image in images))
+    monkeypatch.setattr(
+        video, "_decode_video", lambda _: (decoded.append(image) or image for image in images)
+    )
     for num_frames in range(1, 44):
         decoded.clear()
         first, first_rate = video.read(path, fps=fps, num_frames=num_frames)
@@ -71,7 +80,9 @@ def test_write_mp4_plays_in_browsers(tmp_path):
         assert stream.frames == 5
         assert stream.average_rate == 8
     body = path.read_bytes()
-    assert body.index(b"moov") < body.index(b"mdat")  # the index comes first: playback starts before the file has arrived
+    assert body.index(b"moov") < body.index(
+        b"mdat"
+    )  # the index comes first: playback starts before the file has arrived
 
 
 def test_write_png_is_a_strip(tmp_path):
@@ -118,7 +129,11 @@ def test_read_refuses_truncated_files_with_a_reason(tmp_path, suffix):
     else:
         path = tmp_path / f"clip{suffix}"
         images = [Image.fromarray(frame) for frame in frames]
-        options = {} if suffix in (".jpg", ".jpeg") else {"save_all": True, "append_images": images[1:], "duration": 100}
+        options = (
+            {}
+            if suffix in (".jpg", ".jpeg")
+            else {"save_all": True, "append_images": images[1:], "duration": 100}
+        )
         images[0].save(path, format={".jpg": "jpeg", ".apng": "png"}.get(suffix), **options)
     content = path.read_bytes()
     truncated = tmp_path / f"truncated{suffix}"  # FFmpeg detects the container by its content
@@ -172,5 +187,8 @@ def test_read_refuses_a_video_that_is_shorter_than_its_header_says(tmp_path, suf
     assert len(video.read(path)[0]) == 24
     truncated = tmp_path / f"truncated{suffix}"
     truncated.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r": (truncated: [0-9.]+ s of 3\.0 s can be decoded|cannot be decoded after \d+ frames)"):
+    with pytest.raises(
+        ValueError,
+        match=r": (truncated: [0-9.]+ s of 3\.0 s can be decoded|cannot be decoded after \d+ frames)",
+    ):
         video.read(truncated)

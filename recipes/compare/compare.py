@@ -54,8 +54,14 @@ def run(command: str, *, result: str | None = None) -> None:
 def prepare_data() -> None:
     run("python recipes/emoji/fetch.py data/emoji", result="data/emoji/metadata.jsonl")
     for size in (128, 64):
-        run(f"latent-shift data pack data/emoji data/emoji-{size} --size {size} --fps 8", result=f"data/emoji-{size}/store.json")
-    for source, out, autoencoder in (("emoji-128", "compare-latents", "emoji"), ("emoji-64", "compare-pixels", "pixels")):
+        run(
+            f"latent-shift data pack data/emoji data/emoji-{size} --size {size} --fps 8",
+            result=f"data/emoji-{size}/store.json",
+        )
+    for source, out, autoencoder in (
+        ("emoji-128", "compare-latents", "emoji"),
+        ("emoji-64", "compare-pixels", "pixels"),
+    ):
         run(
             f"latent-shift encode data/{source} data/{out} --autoencoder {autoencoder} --texts emoji --workers 2",
             result=f"data/{out}/store.json",
@@ -66,7 +72,9 @@ def train_image_model() -> None:
     """Train recipes/compare/image-model anew; models trained from the old one are deleted."""
     run("latent-shift train recipes/compare/image.toml --run runs/compare/image")
     for part in ("unet", "scheduler"):
-        shutil.copytree(f"runs/compare/image/model/{part}", f"recipes/compare/image-model/{part}", dirs_exist_ok=True)
+        shutil.copytree(
+            f"runs/compare/image/model/{part}", f"recipes/compare/image-model/{part}", dirs_exist_ok=True
+        )
     shutil.copy("runs/compare/image/model/model_index.json", "recipes/compare/image-model")
     for name in ("image", *VARIANTS):
         shutil.rmtree(f"runs/compare/{name}", ignore_errors=True)
@@ -77,7 +85,10 @@ def train_image_model() -> None:
 def train_variants() -> None:
     for name, settings in VARIANTS.items():
         result = f"runs/compare/{name}/model/model_index.json"
-        run(f"latent-shift train recipes/compare/video.toml --run runs/compare/{name} {settings}", result=result)
+        run(
+            f"latent-shift train recipes/compare/video.toml --run runs/compare/{name} {settings}",
+            result=result,
+        )
     result = "runs/compare/vdm/model/model_index.json"
     run("latent-shift train recipes/compare/vdm-image.toml --run runs/compare/vdm-image", result=result)
     run("latent-shift train recipes/compare/vdm.toml --run runs/compare/vdm", result=result)
@@ -87,23 +98,35 @@ def measure() -> None:
     folders = " ".join(f"runs/compare/{name}" for name in (*VARIANTS, "vdm"))
     run(f"latent-shift bench runs {folders} -o docs/results/compare-training.json")
     models = " ".join(f"-m {name}=runs/compare/{name}/model" for name in VARIANTS)
-    run(f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out evals/parts-of-the-shift {models} -o docs/results/compare.json")
+    run(
+        f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out evals/parts-of-the-shift {models} -o docs/results/compare.json"
+    )
     for name in ("shift", "attention", "none", "real"):  # the same clips; they are not generated twice
         shutil.copytree(f"evals/parts-of-the-shift/{name}", f"evals/systems/{name}", dirs_exist_ok=True)
-    models = " ".join(f"-m {name}=runs/compare/{name}/model" for name in ("shift", "attention", "none", "vdm"))
-    run(f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out evals/systems {models} -m emoji -o docs/results/systems.json")
+    models = " ".join(
+        f"-m {name}=runs/compare/{name}/model" for name in ("shift", "attention", "none", "vdm")
+    )
+    run(
+        f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out evals/systems {models} -m emoji -o docs/results/systems.json"
+    )
     run("latent-shift eval data/emoji-128 --protocol classes -m emoji --out evals/classes")
 
 
 def write_page() -> None:
     """Write docs/page, and a picture of it by Chromium."""
-    run("latent-shift bench sweep -o docs/results/sweep.json --plots docs/results", result="docs/results/sweep.json")
+    run(
+        "latent-shift bench sweep -o docs/results/sweep.json --plots docs/results",
+        result="docs/results/sweep.json",
+    )
     columns = "--show shift --show attention --show none --show vdm --show emoji"
     tables = "--ablation evals/parts-of-the-shift --training docs/results/compare-training.json --classes evals/classes"
     plots = "--sweep docs/results/sweep.json --sweep docs/results/sweep-h200.json"
     run(f"latent-shift report docs/page evals/systems {columns} {tables} {plots} --note {shlex.quote(NOTE)}")
     chromium = "chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=4000 --window-size=1100,1500"
-    subprocess.run([*chromium.split(), "--screenshot=docs/page.png", Path("docs/page/index.html").resolve().as_uri()], check=True)
+    subprocess.run(
+        [*chromium.split(), "--screenshot=docs/page.png", Path("docs/page/index.html").resolve().as_uri()],
+        check=True,
+    )
     run(
         "python -c \"from PIL import Image; page = Image.open('docs/page.png'); page.convert('RGB').quantize(128).save(page.filename, optimize=True)\""
     )

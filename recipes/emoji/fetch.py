@@ -27,12 +27,30 @@ from latent_shift import video
 from latent_shift.files import write_text
 
 PACKAGES = {  # name, version -> sha512 as the registry states it
-    ("@lobehub/fluent-emoji-anim-1", "1.0.0"): "/4m31vAuZEQ4aUJ5pxcOU5PVkuJya55GRxUZL7+zgLlxZXpzzE8jPqpDyhZICE3n47nS/Y9M5/vLdizi8201QA==",
-    ("@lobehub/fluent-emoji-anim-2", "1.0.0"): "S6yzf0RZXrQbXdxCWuHA9BAoLdBRk2flX+ne4TPGEH/qApwisCAKHoAAGjKSlTY3OVeZ9b7t/NEbmpjawnQYJA==",
-    ("@lobehub/fluent-emoji-anim-3", "1.0.0"): "UzRSUDMjdfdt9vER5bhjHkPqgc3EEgfGtYs6ndvizOTvQOxYQ57ow2RTkWSDZxwW30X4EYBi2eWTS7CXDDoFsg==",
-    ("@lobehub/fluent-emoji-anim-4", "1.0.0"): "IIkl5ztSd1HrzvIDt/uGsFoC1WODXRdYq5uROrnkyqi9DbToEcJ1nlY86PnoUXeFS9nBCnHfiYk3ouSEGThFmA==",
-    ("@lobehub/fluent-emoji-3d", "1.1.0"): "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
-    ("emojibase-data", "17.0.0"): "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
+    (
+        "@lobehub/fluent-emoji-anim-1",
+        "1.0.0",
+    ): "/4m31vAuZEQ4aUJ5pxcOU5PVkuJya55GRxUZL7+zgLlxZXpzzE8jPqpDyhZICE3n47nS/Y9M5/vLdizi8201QA==",
+    (
+        "@lobehub/fluent-emoji-anim-2",
+        "1.0.0",
+    ): "S6yzf0RZXrQbXdxCWuHA9BAoLdBRk2flX+ne4TPGEH/qApwisCAKHoAAGjKSlTY3OVeZ9b7t/NEbmpjawnQYJA==",
+    (
+        "@lobehub/fluent-emoji-anim-3",
+        "1.0.0",
+    ): "UzRSUDMjdfdt9vER5bhjHkPqgc3EEgfGtYs6ndvizOTvQOxYQ57ow2RTkWSDZxwW30X4EYBi2eWTS7CXDDoFsg==",
+    (
+        "@lobehub/fluent-emoji-anim-4",
+        "1.0.0",
+    ): "IIkl5ztSd1HrzvIDt/uGsFoC1WODXRdYq5uROrnkyqi9DbToEcJ1nlY86PnoUXeFS9nBCnHfiYk3ouSEGThFmA==",
+    (
+        "@lobehub/fluent-emoji-3d",
+        "1.1.0",
+    ): "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
+    (
+        "emojibase-data",
+        "17.0.0",
+    ): "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
 }
 TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 
@@ -79,7 +97,11 @@ def extract(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             path = folder / Path(member.name).name
-            if member.isfile() and path.suffix == ".webp" and not (path.exists() and path.stat().st_size == member.size):
+            if (
+                member.isfile()
+                and path.suffix == ".webp"
+                and not (path.exists() and path.stat().st_size == member.size)
+            ):
                 path.write_bytes(tar.extractfile(member).read())
 
 
@@ -92,7 +114,11 @@ def names(archive: Path) -> dict[str, dict]:
         concept = key(entry["hexcode"])
         for variant in [entry, *entry.get("skins", [])]:
             label = variant["label"].replace(": ", ", ")
-            table[key(variant["hexcode"])] = {"label": label, "tags": entry.get("tags", []), "concept": concept}
+            table[key(variant["hexcode"])] = {
+                "label": label,
+                "tags": entry.get("tags", []),
+                "concept": concept,
+            }
     return table
 
 
@@ -106,7 +132,9 @@ def split(concept: str, code: str) -> str:
     if int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 20 == 0:
         return "val_concept"
     variant = any(tone in code for tone in TONES)
-    return "val_combo" if variant and int(hashlib.sha256(code.encode()).hexdigest(), 16) % 20 == 0 else "train"
+    return (
+        "val_combo" if variant and int(hashlib.sha256(code.encode()).hexdigest(), 16) % 20 == 0 else "train"
+    )
 
 
 def captions(label: str, tags: list[str], code: str) -> list[str]:
@@ -181,8 +209,13 @@ def main() -> None:
             registry = "https://registry.npmjs.org"
     archives = args.folder / "packages"
     archives.mkdir(parents=True, exist_ok=True)
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()) as progress:
-        files = [download(name, version, sha, archives, registry, progress) for (name, version), sha in PACKAGES.items()]
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    ) as progress:
+        files = [
+            download(name, version, sha, archives, registry, progress)
+            for (name, version), sha in PACKAGES.items()
+        ]
     for name in ("clips", "stills"):
         (args.folder / name).mkdir(exist_ok=True)
     for archive in files[:4]:
@@ -199,7 +232,9 @@ def main() -> None:
             rejected.append((path.name, "no entry in emojibase"))
     records, concepts = [], set()
     with ProcessPoolExecutor(args.workers) as pool, Progress() as progress:
-        for result in progress.track(pool.map(describe, tasks, chunksize=16), total=len(tasks), description="reading"):
+        for result in progress.track(
+            pool.map(describe, tasks, chunksize=16), total=len(tasks), description="reading"
+        ):
             if isinstance(result, tuple):
                 rejected.append(result)
             elif result["file_name"].startswith("clips") and "loop" not in result:
@@ -207,10 +242,18 @@ def main() -> None:
             else:
                 records.append(result)
                 concepts.add(result["concept"])
-    write_text(args.folder / "rejected.jsonl", "".join(json.dumps({"file": name, "reason": why}) + "\n" for name, why in rejected))
-    write_text(args.folder / "metadata.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(
+        args.folder / "rejected.jsonl",
+        "".join(json.dumps({"file": name, "reason": why}) + "\n" for name, why in rejected),
+    )
+    write_text(
+        args.folder / "metadata.jsonl",
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+    )
     clips = sum("loop" in record for record in records)
-    print(f"{len(records)} records ({clips} clips) of {len(concepts)} concepts, {len(rejected)} rejected (rejected.jsonl)")
+    print(
+        f"{len(records)} records ({clips} clips) of {len(concepts)} concepts, {len(rejected)} rejected (rejected.jsonl)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Latent-Shift: a text-to-image latent diffusion model becomes a text-to-video model by shifting channels along time.
+"""Latent-Shift: a text-to-image latent diffusion model becomes a text-to-video model by shifting channels
+along time.
 
     import latent_shift as ls
 

@@ -1,4 +1,5 @@
-"""Recipes: typed, frozen settings read from TOML, with `key=value` overrides; every mistake is reported before data is read."""
+"""Recipes: typed, frozen settings read from TOML, with `key=value` overrides; every mistake is reported
+before data is read."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ class Data(Section):
         "the autoencoder trains on pixels, the other stages on latents."
     )
     size: int | None = Field(
-        None, ge=8, description="Side in pixels to which videos are resized when they are packed; unset: the size of the model."
+        None,
+        ge=8,
+        description="Side in pixels to which videos are resized when they are packed; unset: the size of the model.",
     )
     fps: float = Field(8, gt=0, description="Frame rate at which videos are packed.")
     aspects: int | None = Field(
@@ -37,10 +40,17 @@ class Data(Section):
         ge=8,
         description="Pack each video in the nearest aspect ratio whose sides are multiples of this; unset: square frames.",
     )
-    mirror: bool = Field(False, description="Also train on the mirror image of clips whose captions do not mention left or right.")
+    mirror: bool = Field(
+        False,
+        description="Also train on the mirror image of clips whose captions do not mention left or right.",
+    )
     batch_size: int = Field(16, ge=1, description="Crops, images or clips in a batch, per process.")
-    loaders: int = Field(1, ge=1, description="Threads that prepare batches in advance; the batches do not depend on it.")
-    crop: int = Field(64, ge=8, description="Side in pixels of the random crops that the autoencoder trains on.")
+    loaders: int = Field(
+        1, ge=1, description="Threads that prepare batches in advance; the batches do not depend on it."
+    )
+    crop: int = Field(
+        64, ge=8, description="Side in pixels of the random crops that the autoencoder trains on."
+    )
     num_frames: int = Field(1, ge=1, description="Frames in a clip; 1 trains an image model.")
     strides: list[Annotated[int, Field(ge=1)]] = Field(
         [1],
@@ -48,38 +58,53 @@ class Data(Section):
         description="Frame strides of the clips, one chosen at random for each batch; the first is used for validation and samples.",
     )
     window: Literal["random", "first"] = Field(
-        "random", description="Which frames of a longer clip are taken: a random window or the first one; single frames are always random."
+        "random",
+        description="Which frames of a longer clip are taken: a random window or the first one; single frames are always random.",
     )
     image_share: float = Field(
-        0.0, ge=0, le=1, description="Probability that a step of the video stage trains on single frames instead of clips."
+        0.0,
+        ge=0,
+        le=1,
+        description="Probability that a step of the video stage trains on single frames instead of clips.",
     )
     splits: list[str] = Field(["train"], min_length=1, description="Splits to train on.")
-    val_splits: list[str] = Field([], description="Splits on which the validation loss is computed; empty: no validation.")
+    val_splits: list[str] = Field(
+        [], description="Splits on which the validation loss is computed; empty: no validation."
+    )
 
 
 class Model(Section):
     """The network to train and its temporal layers."""
 
     size: str | None = Field(None, description="A named size to start from with random weights.")
-    init: str | None = Field(None, description="A checkpoint to start from: a model's name, a diffusers folder, a single file or a Hub id.")
+    init: str | None = Field(
+        None,
+        description="A checkpoint to start from: a model's name, a diffusers folder, a single file or a Hub id.",
+    )
     temporal: Literal["shift", "none", "attention", "vdm"] = Field(
         "shift",
         description="How frames exchange information: the paper's shift, not at all, or a baseline: Latent-VDM (convolution and "
         "attention over time) or VDM (attention over time).",
     )
     place: Literal["conv1", "conv2", "end"] = Field(
-        "conv1", description="Where channels shift in a residual block: before its first convolution, before its second, or at its end."
+        "conv1",
+        description="Where channels shift in a residual block: before its first convolution, before its second, or at its end.",
     )
-    forward: float = Field(1 / 3, ge=0, le=1, description="Fraction of channels taken from the previous frame.")
+    forward: float = Field(
+        1 / 3, ge=0, le=1, description="Fraction of channels taken from the previous frame."
+    )
     backward: float = Field(1 / 3, ge=0, le=1, description="Fraction of channels taken from the next frame.")
     edge: Literal["zero", "wrap", "hold"] = Field(
-        "zero", description="What fills the shifted channels at the ends of a clip: zeros, the other end, or the frame's own channels."
+        "zero",
+        description="What fills the shifted channels at the ends of a clip: zeros, the other end, or the frame's own channels.",
     )
 
     @model_validator(mode="after")
     def _one_start(self) -> Model:
         if (self.size is None) == (self.init is None):
-            raise ValueError("give either size (a named size, random weights) or init (a folder with weights)")
+            raise ValueError(
+                "give either size (a named size, random weights) or init (a folder with weights)"
+            )
         for name in ("place", "forward", "backward", "edge"):
             if self.temporal != "shift" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect on temporal={self.temporal}: leave it out")
@@ -94,10 +119,15 @@ class Model(Section):
 class Lora(Section):
     """Train low-rank additions to the weights instead of the weights (Hu et al. 2021)."""
 
-    rank: int = Field(ge=1, description="Rank of the added matrices; setting it trains a LoRA instead of the weights.")
-    # The default covers attention, and the convolutions that mix a frame's own channels with the shifted ones.
+    rank: int = Field(
+        ge=1, description="Rank of the added matrices; setting it trains a LoRA instead of the weights."
+    )
+    # The default covers attention, and the convolutions that mix a frame's own channels with the shifted
+    # ones.
     modules: list[str] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"], min_length=1, description="Names of the layers that get a LoRA."
+        ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"],
+        min_length=1,
+        description="Names of the layers that get a LoRA.",
     )
 
 
@@ -111,37 +141,65 @@ class Diffusion(Section):
         "scaled_linear", description="Beta schedule, by diffusers' name; scaled_linear is Stable Diffusion's."
     )
     num_timesteps: int = Field(1000, ge=1, description="Number of training timesteps.")
-    zero_terminal_snr: bool = Field(False, description="Rescale the schedule to end in pure noise; needs v_prediction.")
+    zero_terminal_snr: bool = Field(
+        False, description="Rescale the schedule to end in pure noise; needs v_prediction."
+    )
     timestep_shift: float = Field(
-        1.0, gt=0, description="1 samples timesteps uniformly (as in the paper); above 1 samples noisier timesteps more often."
+        1.0,
+        gt=0,
+        description="1 samples timesteps uniformly (as in the paper); above 1 samples noisier timesteps more often.",
     )
-    min_snr: float | None = Field(None, gt=0, description="Gamma of the min-SNR loss weights; unset: all timesteps weigh the same.")
+    min_snr: float | None = Field(
+        None, gt=0, description="Gamma of the min-SNR loss weights; unset: all timesteps weigh the same."
+    )
     motion_weight: float = Field(
-        1.0, gt=0, description="Weight of the error that changes from frame to frame, relative to the error of the clip's mean frame."
+        1.0,
+        gt=0,
+        description="Weight of the error that changes from frame to frame, relative to the error of the clip's mean frame.",
     )
-    shared_noise: float = Field(0.0, ge=0, lt=1, description="Fraction of the noise variance that all frames of a clip share.")
-    noise_correlation: float = Field(0.0, ge=0, lt=1, description="Correlation of the remaining noise from one frame to the next.")
+    shared_noise: float = Field(
+        0.0, ge=0, lt=1, description="Fraction of the noise variance that all frames of a clip share."
+    )
+    noise_correlation: float = Field(
+        0.0, ge=0, lt=1, description="Correlation of the remaining noise from one frame to the next."
+    )
     independent_noise_prob: float = Field(
-        0.0, ge=0, le=1, description="Probability that a batch of clips has independent noise, despite the two settings above."
+        0.0,
+        ge=0,
+        le=1,
+        description="Probability that a batch of clips has independent noise, despite the two settings above.",
     )
     caption_dropout: float = Field(
-        0.1, ge=0, le=1, description="Probability that a caption is replaced by the empty one, for classifier-free guidance."
+        0.1,
+        ge=0,
+        le=1,
+        description="Probability that a caption is replaced by the empty one, for classifier-free guidance.",
     )
 
     @model_validator(mode="after")
     def _pure_noise(self) -> Diffusion:
         if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError("zero_terminal_snr needs prediction v_prediction: in pure noise, predicting the noise teaches nothing")
+            raise ValueError(
+                "zero_terminal_snr needs prediction v_prediction: in pure noise, predicting the noise teaches nothing"
+            )
         if self.independent_noise_prob and not (self.shared_noise or self.noise_correlation):
-            raise ValueError("independent_noise_prob has no effect without shared_noise or noise_correlation: leave it out")
+            raise ValueError(
+                "independent_noise_prob has no effect without shared_noise or noise_correlation: leave it out"
+            )
         return self
 
 
 class Loss(Section):
     """Weights of the autoencoder's loss terms; the mean absolute error weighs 1."""
 
-    kl: float = Field(5e-4, ge=0, description="Weight of the KL divergence of the latents from a standard normal.")
-    perceptual: float = Field(0.0, ge=0, description="Weight of the distance of EfficientNet-lite0 features, from the extra `perceptual`.")
+    kl: float = Field(
+        5e-4, ge=0, description="Weight of the KL divergence of the latents from a standard normal."
+    )
+    perceptual: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the distance of EfficientNet-lite0 features, from the extra `perceptual`.",
+    )
 
 
 class Optim(Section):
@@ -150,14 +208,19 @@ class Optim(Section):
     steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
     lr: float = Field(gt=0, description="Learning rate after warm-up.")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="AdamW, or AdamW with 8-bit states, which take a quarter of the memory, from the extra `finetune`."
+        "adamw",
+        description="AdamW, or AdamW with 8-bit states, which take a quarter of the memory, from the extra `finetune`.",
     )
-    warmup_steps: int = Field(200, ge=0, description="First steps, over which the learning rate rises linearly.")
+    warmup_steps: int = Field(
+        200, ge=0, description="First steps, over which the learning rate rises linearly."
+    )
     cooldown_steps: int = Field(0, ge=0, description="Last steps, over which the learning rate falls to 0.")
     cooldown: Literal["linear", "cosine"] = Field("linear", description="Shape of that fall.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
     beta2: float = Field(0.99, gt=0, lt=1, description="Decay of AdamW's second moment.")
-    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient; larger gradients are scaled down to it.")
+    grad_clip: float = Field(
+        1.0, gt=0, description="Largest norm of the gradient; larger gradients are scaled down to it."
+    )
     ema: float = Field(
         0.999,
         ge=0,
@@ -178,8 +241,12 @@ class Train(Section):
     )
     log_every: int = Field(50, ge=1, description="Steps between two lines of stats.jsonl.")
     sample_every: int = Field(1000, ge=1, description="Steps between two sets of samples.")
-    sample_steps: int = Field(20, ge=1, description="Sampling steps of the samples, and the default of the exported model.")
-    sample_guidance: float = Field(4.0, ge=1, description="Guidance scale of the samples, and the default of the exported model.")
+    sample_steps: int = Field(
+        20, ge=1, description="Sampling steps of the samples, and the default of the exported model."
+    )
+    sample_guidance: float = Field(
+        4.0, ge=1, description="Guidance scale of the samples, and the default of the exported model."
+    )
     sample_shared_noise: float | None = Field(
         None,
         ge=0,
@@ -197,12 +264,18 @@ class Train(Section):
     validate_every: int = Field(500, ge=1, description="Steps between two validations.")
     val_batches: int = Field(8, ge=1, description="Batches in a validation.")
     tracker: Literal["tensorboard", "wandb"] | None = Field(
-        None, description="Also log to this tracker, from the extra of its name; stats.jsonl is always written."
+        None,
+        description="Also log to this tracker, from the extra of its name; stats.jsonl is always written.",
     )
-    compile: bool = Field(False, description="Compile the network: minutes at the start, every later step faster.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower steps.")
+    compile: bool = Field(
+        False, description="Compile the network: minutes at the start, every later step faster."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, slower steps."
+    )
     shard: bool = Field(
-        False, description="Shard weights, gradients and optimizer states over the processes (FSDP2), for models too large for one device."
+        False,
+        description="Shard weights, gradients and optimizer states over the processes (FSDP2), for models too large for one device.",
     )
 
 
@@ -239,8 +312,15 @@ class Config(Section):
             )
         if self.train.shard and self.train.precision == "fp16":
             raise ValueError("train.shard with train.precision=fp16: expected bf16 or no")
-        if self.lora and self.model.place == "end" and self.model.temporal == "shift" and "conv2" in self.lora.modules:
-            raise ValueError("with model.place=end conv2 shifts and takes no LoRA: leave it out of lora.modules")
+        if (
+            self.lora
+            and self.model.place == "end"
+            and self.model.temporal == "shift"
+            and "conv2" in self.lora.modules
+        ):
+            raise ValueError(
+                "with model.place=end conv2 shifts and takes no LoRA: leave it out of lora.modules"
+            )
         if self.lora and self.model.temporal in ("attention", "vdm"):
             raise ValueError(
                 f"the layers of model.temporal={self.model.temporal} are new, and a lora only adds to trained weights: train without lora"
@@ -248,9 +328,13 @@ class Config(Section):
         if self.optim.cooldown != "linear" and not self.optim.cooldown_steps:
             raise ValueError("optim.cooldown has no effect without optim.cooldown_steps")
         if not self.data.val_splits and (self.train.validate_every, self.train.val_batches) != (500, 8):
-            raise ValueError("train.validate_every and train.val_batches have no effect without data.val_splits")
+            raise ValueError(
+                "train.validate_every and train.val_batches have no effect without data.val_splits"
+            )
         if self.lora and (self.stage == "autoencoder" or self.model.init is None):
-            raise ValueError("a lora adds to the weights of a trained denoiser: expected stage image or video, and model.init")
+            raise ValueError(
+                "a lora adds to the weights of a trained denoiser: expected stage image or video, and model.init"
+            )
         if self.optim.warmup_steps + self.optim.cooldown_steps > self.optim.steps:
             warmup, cooldown = self.optim.warmup_steps, self.optim.cooldown_steps
             raise ValueError(
@@ -270,7 +354,8 @@ class Config(Section):
             return None
 
     def identity(self) -> dict[str, object]:
-        """Return the settings that must stay when a run is resumed: they decide what its weights and optimizer states mean."""
+        """Return the settings that must stay when a run is resumed: they decide what its weights and
+        optimizer states mean."""
         diffusion = ("prediction", "schedule", "num_timesteps", "zero_terminal_snr")
         return {
             "stage": self.stage,
@@ -395,10 +480,16 @@ def _explain(problem) -> str:
     if problem["type"] == "extra_forbidden":
         section: type[BaseModel] = Config
         for table in tables:
-            kinds = typing.get_args(section.model_fields[table].annotation) or (section.model_fields[table].annotation,)
+            kinds = typing.get_args(section.model_fields[table].annotation) or (
+                section.model_fields[table].annotation,
+            )
             section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
         nearest = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.6)
-        hint = f"did you mean {'.'.join([*tables, *nearest])}?" if nearest else f"expected one of {', '.join(section.model_fields)}"
+        hint = (
+            f"did you mean {'.'.join([*tables, *nearest])}?"
+            if nearest
+            else f"expected one of {', '.join(section.model_fields)}"
+        )
         return f"unknown key {'.'.join([*tables, name])}; {hint}"
     where = ".".join([*tables, name])
     return (

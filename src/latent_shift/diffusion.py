@@ -1,4 +1,5 @@
-"""Diffusion as pure functions: noise schedules, timesteps, parameterization (noise, velocity, x0), noise that frames share.
+"""Diffusion as pure functions: noise schedules, timesteps, parameterization (noise, velocity, x0), noise
+that frames share.
 
 B clips, F frames.
 """
@@ -14,9 +15,14 @@ from latent_shift.config import Diffusion
 
 
 def noise_schedule(
-    *, prediction: str = "epsilon", schedule: str = "scaled_linear", num_timesteps: int = 1000, zero_terminal_snr: bool = False
+    *,
+    prediction: str = "epsilon",
+    schedule: str = "scaled_linear",
+    num_timesteps: int = 1000,
+    zero_terminal_snr: bool = False,
 ) -> DDPMScheduler:
-    """Return the training schedule: betas as in Stable Diffusion, or cosine, or rescaled to end in pure noise (Lin et al. 2024)."""
+    """Return the training schedule: betas as in Stable Diffusion, or cosine, or rescaled to end in pure
+    noise (Lin et al. 2024)."""
     betas = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}.get(schedule, (1e-4, 0.02))
     return DDPMScheduler(
         num_train_timesteps=num_timesteps,
@@ -40,14 +46,18 @@ def schedule_of(options: Diffusion) -> DDPMScheduler:
     )  # fmt: skip
 
 
-def draw_timesteps(rng: np.random.Generator, num: int, num_timesteps: int, *, shift: float = 1.0) -> np.ndarray:
-    """Draw timesteps `(num,)` in [0, num_timesteps): uniform u, shifted to s u / (1 + (s - 1) u) (Esser et al. 2024, equation 23)."""
+def draw_timesteps(
+    rng: np.random.Generator, num: int, num_timesteps: int, *, shift: float = 1.0
+) -> np.ndarray:
+    """Draw timesteps `(num,)` in [0, num_timesteps): uniform u, shifted to s u / (1 + (s - 1) u) (Esser et
+    al. 2024, equation 23)."""
     u = rng.random(num)
     return (num_timesteps * shift * u / (1 + (shift - 1) * u)).astype(np.int64)
 
 
 def correlated_noise(frame_noise, clip_noise, shared: float, correlation: float = 0.0, *, loop: bool = False):
-    """Return noise of unit variance whose frames are alike: frames k apart correlate by shared + (1 - shared) correlation^k.
+    """Return noise of unit variance whose frames are alike: frames k apart correlate by shared + (1 -
+    shared) correlation^k.
 
     This is the mixed and the progressive noise of PYoCo (Ge et al. 2023, section 4.1) in one.
 
@@ -61,7 +71,9 @@ def correlated_noise(frame_noise, clip_noise, shared: float, correlation: float 
     frames = [ar1_step(frame_noise[:, :1], None, correlation)]
     if loop:
         num, gain = frame_noise.shape[1], (1 - correlation**2) ** 0.5
-        last = sum(frame_noise[:, num - 1 - k : num - k] * correlation**k for k in range(num)) * (gain / (1 - correlation**num))
+        last = sum(frame_noise[:, num - 1 - k : num - k] * correlation**k for k in range(num)) * (
+            gain / (1 - correlation**num)
+        )
         frames = [ar1_step(frame_noise[:, :1], last, correlation)]
     for frame in range(1, frame_noise.shape[1]):
         frames.append(ar1_step(frame_noise[:, frame : frame + 1], frames[-1], correlation))
@@ -72,12 +84,14 @@ def correlated_noise(frame_noise, clip_noise, shared: float, correlation: float 
 
 
 def ar1_step(noise, previous, correlation: float):
-    """Return the noise of the frame after `previous` (None: the first frame), of an autoregressive process of order 1."""
+    """Return the noise of the frame after `previous` (None: the first frame), of an autoregressive process
+    of order 1."""
     return noise if previous is None else previous * correlation + noise * (1 - correlation**2) ** 0.5
 
 
 def training_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return what a network learns to predict from noised latents: the noise, or the velocity (Salimans and Ho 2022).
+    """Return what a network learns to predict from noised latents: the noise, or the velocity (Salimans and
+    Ho 2022).
 
     Raises:
         ValueError: a schedule with another prediction type.

@@ -1,6 +1,7 @@
 """Files: atomic writes, checksums, JSON, Markdown tables, and the header of a `.safetensors` file.
 
-NumPy and safetensors are imported inside the functions: the command imports this file before it parses its arguments.
+NumPy and safetensors are imported inside the functions: the command imports this file before it parses its
+arguments.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def atomic_path(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
-    """Yield a path beside `path` that is renamed to `path` when the block ends, so that no reader ever sees half a file.
+    """Yield a path beside `path` that is renamed to `path` when the block ends, so that no reader ever sees
+    half a file.
 
     An error in the block removes the partial file and leaves `path` as it was.
 
     Args:
         path: the file to write; one that exists is replaced.
-        suffix: of the partial file, for writers that choose a format by it. None by default, so that no search for `*.npy` finds it.
+        suffix: of the partial file, for writers that choose a format by it. None by default, so that no
+            search for `*.npy` finds it.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial{suffix}")
@@ -95,7 +98,9 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 
     path = Path(path)
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise ValueError(f"{path}: a pickle file can run any program when it is opened; expected .safetensors")
+        raise ValueError(
+            f"{path}: a pickle file can run any program when it is opened; expected .safetensors"
+        )
     try:
         with safe_open(path, framework="np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

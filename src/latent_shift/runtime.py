@@ -1,6 +1,8 @@
-"""The process and the machine: device, precision, seed, rank, memory, worker processes, and notices of the libraries.
+"""The process and the machine: device, precision, seed, rank, memory, worker processes, and notices of the
+libraries.
 
-Torch is imported inside the functions, so that the command can import this file before it parses its arguments.
+Torch is imported inside the functions, so that the command can import this file before it parses its
+arguments.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ def resolve_device(name: str | torch.device | None = None) -> torch.device:
     """Return an available device.
 
     Args:
-        name: "cpu", "cuda", "cuda:1", "mps", ... None takes CUDA if available, else the CPU. On a machine with several GPUs, None and
-            "cuda" are the GPU of this process (LOCAL_RANK). Apple's GPU ("mps") is only used if asked for, for sampling as for
-            training: nothing here was measured on one.
+        name: "cpu", "cuda", "cuda:1", "mps", ... None takes CUDA if available, else the CPU. On a machine
+            with several GPUs, None and "cuda" are the GPU of this process (LOCAL_RANK). Apple's GPU ("mps")
+            is only used if asked for, for sampling as for training: nothing here was measured on one.
 
     Raises:
         ValueError: an unknown device, or one that this machine or this build of PyTorch does not have.
@@ -51,9 +53,13 @@ def resolve_device(name: str | torch.device | None = None) -> torch.device:
     if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: this machine, or this build of PyTorch, has no CUDA; expected cpu")
+        raise ValueError(
+            f"device {device}: this machine, or this build of PyTorch, has no CUDA; expected cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device}: this machine has {torch.cuda.device_count()} GPUs; expected cuda:0 and up")
+        raise ValueError(
+            f"device {device}: this machine has {torch.cuda.device_count()} GPUs; expected cuda:0 and up"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device {device}: this machine, or this build of PyTorch, has no MPS; expected cpu")
     return device
@@ -62,23 +68,27 @@ def resolve_device(name: str | torch.device | None = None) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> str:
     """Return the precision that a `train.precision` means on a device: "no" (float32), "bf16" or "fp16".
 
-    "auto" is bf16 on hardware with bf16 units, fp16 on older GPUs, and float32 elsewhere: a CPU without such units takes 50 times longer
-    for a matrix product in bf16 than in float32 (AVX2, PyTorch 2.13).
+    "auto" is bf16 on hardware with bf16 units, fp16 on older GPUs, and float32 elsewhere: a CPU without such
+    units takes 50 times longer for a matrix product in bf16 than in float32 (AVX2, PyTorch 2.13).
     """
     import torch
 
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return (
+            "bf16"
+            if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+            else "fp16"
+        )
     return "bf16" if has_bf16_units() or device.type != "cpu" else "no"
 
 
 def has_bf16_units() -> bool:
     """Return whether this CPU multiplies in bf16.
 
-    oneDNN's own answer is not used on x86: it is yes for every CPU with AVX-512, where bf16 may only be emulated, and for some without,
-    where it has no gradients.
+    oneDNN's own answer is not used on x86: it is yes for every CPU with AVX-512, where bf16 may only be
+    emulated, and for some without, where it has no gradients.
     """
     import torch
 
@@ -104,9 +114,10 @@ def seed(number: int) -> torch.Generator:
 def skip_packages(names: Iterable[str]) -> None:
     """Keep diffusers, transformers and peft from importing optional packages that this process will not use.
 
-    They import each of bitsandbytes, peft, torchao and scipy wherever it is installed, which takes a third of the time that `generate`
-    spends on imports. Afterwards these packages look as if they were not installed, to everything in this process: only a command may call this,
-    which runs once and knows what it needs (`catalog.unused_packages`). It does nothing after diffusers was imported.
+    They import each of bitsandbytes, peft, torchao and scipy wherever it is installed, which takes a third
+    of the time that `generate` spends on imports. Afterwards these packages look as if they were not
+    installed, to everything in this process: only a command may call this, which runs once and knows what it
+    needs (`catalog.unused_packages`). It does nothing after diffusers was imported.
     """
     if "diffusers" not in sys.modules and "transformers" not in sys.modules:
         for name in names:
@@ -116,8 +127,9 @@ def skip_packages(names: Iterable[str]) -> None:
 def set_passive_waiting() -> None:
     """Let idle OpenMP threads sleep instead of spin; call it before torch is imported.
 
-    With a neighbour on the same cores, a clip takes 39 s instead of 88 s. Variables that the user set are respected. KMP_BLOCKTIME is
-    the same setting of Intel's and LLVM's OpenMP, which PyTorch uses on Windows and macOS.
+    With a neighbour on the same cores, a clip takes 39 s instead of 88 s. Variables that the user set are
+    respected. KMP_BLOCKTIME is the same setting of Intel's and LLVM's OpenMP, which PyTorch uses on Windows
+    and macOS.
     """
     if "OMP_WAIT_POLICY" not in os.environ and "KMP_BLOCKTIME" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -125,11 +137,13 @@ def set_passive_waiting() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Keep large freed buffers in this process instead of returning them to the system; has an effect with glibc only.
+    """Keep large freed buffers in this process instead of returning them to the system; has an effect with
+    glibc only.
 
-    glibc maps large tensors anew and zeroes their pages at each use (24,528 page faults in a training step of the emoji U-Net on 64 frames,
-    1 with these settings), which makes training on a CPU up to 30 times slower where page faults are expensive. The calls
-    equal MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_=-1 and MALLOC_TOP_PAD_=536870912; a variable that the user set is respected.
+    glibc maps large tensors anew and zeroes their pages at each use (24,528 page faults in a training step
+    of the emoji U-Net on 64 frames, 1 with these settings), which makes training on a CPU up to 30 times
+    slower where page faults are expensive. The calls equal MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_=-1 and
+    MALLOC_TOP_PAD_=536870912; a variable that the user set is respected.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -144,7 +158,8 @@ def keep_freed_memory() -> None:
 
 
 def exit_with_parent() -> None:
-    """Make a worker process end when the process that started it does, however that ends. Call it first in the worker."""
+    """Make a worker process end when the process that started it does, however that ends. Call it first in
+    the worker."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -169,12 +184,14 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING)
     # The warning about a prompt longer than the text encoder reads stays.
-    diffusers.utils.logging.get_logger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").setLevel(logging.WARNING)
+    diffusers.utils.logging.get_logger(
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
+    ).setLevel(logging.WARNING)
 
 
 def start_worker(module: str, function: str, *args: object) -> None:
-    """Initialize a worker process: watch its parent, set its allocator, silence the libraries, then call a function given by name, whose
-    imports are silent, too."""
+    """Initialize a worker process: watch its parent, set its allocator, silence the libraries, then call a
+    function given by name, whose imports are silent, too."""
     exit_with_parent()
     keep_freed_memory()
     quiet_libraries()
@@ -187,7 +204,9 @@ def peak_memory_gib(device: str | torch.device = "cpu") -> float:
 
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if (status := Path("/proc/self/status")).exists():  # not ru_maxrss, which starts at the peak of the parent process
+    if (
+        status := Path("/proc/self/status")
+    ).exists():  # not ru_maxrss, which starts at the peak of the parent process
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     import resource
 

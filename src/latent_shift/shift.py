@@ -1,12 +1,14 @@
-"""The method: a parameter-free shift of feature channels along time, in the residual branch of every 2D ResNet block.
+"""The method: a parameter-free shift of feature channels along time, in the residual branch of every 2D
+ResNet block.
 
-Latent-Shift (An et al. 2023, arXiv 2304.08477) turns a text-to-image U-Net into a text-to-video U-Net with one operation: among the
-C channels of frame i, the first group is taken from frame i-1, the last group from frame i+1, and the rest stay. A 2D convolution
-after the shift sees three frames: it equals the 3D convolution whose temporal kernel is a fixed mask.
+Latent-Shift (An et al. 2023, arXiv 2304.08477) turns a text-to-image U-Net into a text-to-video U-Net with
+one operation: among the C channels of frame i, the first group is taken from frame i-1, the last group from
+frame i+1, and the rest stay. A 2D convolution after the shift sees three frames: it equals the 3D
+convolution whose temporal kernel is a fixed mask.
 
     unet = UNet2DConditionModel.from_pretrained("any/stable-diffusion", subfolder="unet")
-    inflate(unet, Shift())                      # in place, no new weights, same state_dict; deflate(unet) undoes it
-    with frames(unet, 16):
+    inflate(unet, Shift())                      # in place, no new weights, same state_dict; deflate(unet)
+    undoes it with frames(unet, 16):
         epsilon = unet(noisy, t, text).sample   # (B*16, 4, H, W), the frames of a clip side by side
 
 Shapes: B clips, F frames, C channels, N = B*F; the frames of a clip are adjacent in a batch.
@@ -34,12 +36,15 @@ class Shift:
     """Settings of the temporal shift.
 
     Args:
-        forward: fraction of the channels taken from the previous frame, in [0, 1]. The paper's figure shows 1/3, TSM uses 1/8.
+        forward: fraction of the channels taken from the previous frame, in [0, 1]. The paper's figure shows
+            1/3, TSM uses 1/8.
         backward: fraction taken from the next frame. 0 makes the network causal.
-        place: where a ResNet block is shifted. "conv1" shifts the input of its first convolution (as TSM does), "conv2" the
-            input of its second, "end" the output of the residual branch. The paper's text and figure differ.
-        edge: fill for the vacated channels of the first and last frame: "zero" (the paper), "wrap" (values from the other end
-            of the clip; the network then commutes with rotating the frames, so clips loop) or "hold" (the frame's own values).
+        place: where a ResNet block is shifted. "conv1" shifts the input of its first convolution (as TSM
+            does), "conv2" the input of its second, "end" the output of the residual branch. The paper's text
+            and figure differ.
+        edge: fill for the vacated channels of the first and last frame: "zero" (the paper), "wrap" (values
+            from the other end of the clip; the network then commutes with rotating the frames, so clips
+            loop) or "hold" (the frame's own values).
 
     Raises:
         ValueError: fractions that are negative or sum to more than 1, an unknown place or edge.
@@ -58,11 +63,13 @@ class Shift:
             )
         for name, choices in (("place", get_args(Place)), ("edge", get_args(Edge))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(choices)}"
+                )
 
     def channels(self, num_channels: int) -> tuple[int, int]:
-        """Return how many of `num_channels` are taken from the previous and from the next frame, rounded down (the widths of
-        Stable Diffusion do not divide by 3; the paper does not say how it rounds)."""
+        """Return how many of `num_channels` are taken from the previous and from the next frame, rounded
+        down (the widths of Stable Diffusion do not divide by 3; the paper does not say how it rounds)."""
         return int(num_channels * self.forward + 1e-6), int(num_channels * self.backward + 1e-6)
 
 
@@ -73,8 +80,8 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
 
     Args:
         x_NCHW: `(B*F, C, ...)`, the frames of a clip adjacent.
-        num_frames: F. -1 takes the whole batch as one clip. A single frame has no neighbours and is returned unchanged (except
-            by a compiled graph of -1, whose F is 2 or more).
+        num_frames: F. -1 takes the whole batch as one clip. A single frame has no neighbours and is returned
+            unchanged (except by a compiled graph of -1, whose F is 2 or more).
         shift: fractions and edge; `place` has no effect here.
 
     Returns:
@@ -88,7 +95,9 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
     if num_frames != -1 and (num_frames < 1 or x_NCHW.shape[0] % num_frames):
         batch = x_NCHW.shape[0]
         nearest = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - num_frames))
-        raise ValueError(f"num_frames={num_frames} does not divide the batch of {batch} frames; pass num_frames={nearest}")
+        raise ValueError(
+            f"num_frames={num_frames} does not divide the batch of {batch} frames; pass num_frames={nearest}"
+        )
     ahead, back = shift.channels(x_NCHW.shape[1])
     x_BFCHW = x_NCHW.unflatten(0, (1, -1) if num_frames == -1 else (-1, num_frames))
     if not torch.compiler.is_compiling():
@@ -101,8 +110,8 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
 
 
 def _concatenate_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Tensor:
-    """Shift by concatenation: for exporters, and for compilers that fuse it into the previous operation. (On a CPU the compiled
-    loops are not vectorised, which makes a step 9 % slower.)"""
+    """Shift by concatenation: for exporters, and for compilers that fuse it into the previous operation. (On
+    a CPU the compiled loops are not vectorised, which makes a step 9 % slower.)"""
     from_previous, stays, from_next = x_BFCHW.split([ahead, x_BFCHW.shape[2] - ahead - back, back], dim=2)
     first, last = from_previous[:, :1], from_next[:, -1:]
     if edge == "zero":
@@ -115,11 +124,15 @@ def _concatenate_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> 
 
 
 def _copy_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, adjoint: bool) -> Tensor:
-    """Shift in one pass over memory: copy every group of channels straight to its destination. The adjoint is the shift in the
-    opposite direction, plus the second use of the end frames where the edge is held."""
+    """Shift in one pass over memory: copy every group of channels straight to its destination. The adjoint
+    is the shift in the opposite direction, plus the second use of the end frames where the edge is held."""
     y_BFCHW = torch.empty_like(x_BFCHW)
     num_channels = x_BFCHW.shape[2]
-    previous, stays, following = slice(0, ahead), slice(ahead, num_channels - back), slice(num_channels - back, num_channels)
+    previous, stays, following = (
+        slice(0, ahead),
+        slice(ahead, num_channels - back),
+        slice(num_channels - back, num_channels),
+    )
     if adjoint:
         previous, following = following, previous
     y_BFCHW[:, 1:, previous] = x_BFCHW[:, :-1, previous]
@@ -136,7 +149,8 @@ def _copy_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, adjoint: b
 
 
 class _CopyShifted(torch.autograd.Function):
-    """`_copy_shifted` with its derivatives. The shift is linear: its tangent is the shift, its gradient the adjoint."""
+    """`_copy_shifted` with its derivatives. The shift is linear: its tangent is the shift, its gradient the
+    adjoint."""
 
     @staticmethod
     def forward(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, adjoint: bool) -> Tensor:  # type: ignore[override]
@@ -164,7 +178,10 @@ class _CopyShifted(torch.autograd.Function):
 
 # For torch.compile on a CPU: one opaque operator, whose copies the compiler does not turn into slower loops.
 _shift_op = torch.library.custom_op(
-    "latent_shift::shift", _copy_shifted, mutates_args=(), schema="(Tensor x, int ahead, int back, str edge, bool adjoint) -> Tensor"
+    "latent_shift::shift",
+    _copy_shifted,
+    mutates_args=(),
+    schema="(Tensor x, int ahead, int back, str edge, bool adjoint) -> Tensor",
 )
 
 
@@ -182,9 +199,10 @@ _shift_op.register_autograd(_shift_op_backward, setup_context=_shift_op_context)
 
 
 class _ShiftState(threading.local):
-    """State that the shifted layers of one network share: the settings, the number of frames in a clip, and, when frames come one
-    after the other, the channels that each layer passes on to the next frame. Every thread has its own, so that two threads can use
-    one network at once; a thread starts with the image network (one frame)."""
+    """State that the shifted layers of one network share: the settings, the number of frames in a clip, and,
+    when frames come one after the other, the channels that each layer passes on to the next frame. Every
+    thread has its own, so that two threads can use one network at once; a thread starts with the image
+    network (one frame)."""
 
     def __init__(self, shift: Shift):
         self.inflated = shift
@@ -192,11 +210,15 @@ class _ShiftState(threading.local):
         self.num_frames = 1
         self.memory: dict[nn.Module, Tensor] | None = None
 
-    def __reduce__(self):  # a thread's state cannot be copied; a copy of the network starts as the image network
+    def __reduce__(
+        self,
+    ):  # a thread's state cannot be copied; a copy of the network starts as the image network
         return _ShiftState, (self.inflated,)
 
     @contextmanager
-    def using(self, num_frames: int, shift: Shift, memory: dict[nn.Module, Tensor] | None = None) -> Iterator[None]:
+    def using(
+        self, num_frames: int, shift: Shift, memory: dict[nn.Module, Tensor] | None = None
+    ) -> Iterator[None]:
         before = self.num_frames, self.shift, self.memory
         self.num_frames, self.shift, self.memory = num_frames, shift, memory
         try:
@@ -221,9 +243,9 @@ def _shift_output(layer: ShiftGroupNorm | ShiftConv2d, x_NCHW: Tensor) -> Tensor
 class ShiftGroupNorm(nn.GroupNorm):
     """Group norm whose output is shifted.
 
-    Between this norm and the convolution there are only maps that act on each frame and channel separately and keep 0 at 0 (SiLU,
-    nearest upsampling, average pooling, dropout), so shifting here equals shifting the input of the convolution. Parameter names
-    do not change.
+    Between this norm and the convolution there are only maps that act on each frame and channel separately
+    and keep 0 at 0 (SiLU, nearest upsampling, average pooling, dropout), so shifting here equals shifting
+    the input of the convolution. Parameter names do not change.
     """
 
     shift_state: _ShiftState
@@ -246,30 +268,41 @@ _SHIFT_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: ShiftGroup
 
 
 def inflate(network: nn.Module, shift: Shift = Shift()) -> nn.Module:
-    """Turn an image U-Net into a video U-Net, in place: its ResNet blocks shift channels along time. No parameter is added, renamed
-    or moved. Outside `frames` the network is still the image network, bit for bit.
+    """Turn an image U-Net into a video U-Net, in place: its ResNet blocks shift channels along time. No
+    parameter is added, renamed or moved. Outside `frames` the network is still the image network, bit for
+    bit.
 
     Args:
-        network: a module with diffusers `ResnetBlock2D`s. A network that is already inflated takes the new settings.
+        network: a module with diffusers `ResnetBlock2D`s. A network that is already inflated takes the new
+            settings.
         shift: settings of the shift.
 
     Returns:
         `network`.
 
     Raises:
-        ValueError: no block to shift, a block that cannot be shifted at this place, or a network with temporal layers of its own.
+        ValueError: no block to shift, a block that cannot be shifted at this place, or a network with
+            temporal layers of its own.
     """
     if has_temporal_layers(network):
-        raise ValueError(f"{type(network).__name__} has temporal layers of its own; expected an image U-Net such as UNet2DConditionModel")
+        raise ValueError(
+            f"{type(network).__name__} has temporal layers of its own; expected an image U-Net such as UNet2DConditionModel"
+        )
     blocks = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
     if not blocks:
-        raise ValueError(f"{type(network).__name__} has no ResnetBlock2D to shift; expected a U-Net such as UNet2DConditionModel")
+        raise ValueError(
+            f"{type(network).__name__} has no ResnetBlock2D to shift; expected a U-Net such as UNet2DConditionModel"
+        )
     if shift.place == "conv2" and any(block.time_embedding_norm != "default" for block in blocks):
-        raise ValueError('place="conv2" needs blocks that add the time embedding; these scale and shift by it: use place="conv1" or "end"')
+        raise ValueError(
+            'place="conv2" needs blocks that add the time embedding; these scale and shift by it: use place="conv1" or "end"'
+        )
     layers = [getattr(block, _SHIFT_LAYER[shift.place]) for block in blocks]
     for layer in layers:
         if type(layer) not in {*_SHIFT_CLASS.keys(), *_SHIFT_CLASS.values()}:
-            raise ValueError(f"cannot shift a {type(layer).__name__}: inflate before adding adapters to this layer")
+            raise ValueError(
+                f"cannot shift a {type(layer).__name__}: inflate before adding adapters to this layer"
+            )
     deflate(network)
     state = _ShiftState(shift)
     for layer in layers:
@@ -286,7 +319,8 @@ def deflate(network: nn.Module) -> nn.Module:
         `network`.
 
     Raises:
-        ValueError: a network with temporal layers of its own (`LatentVDMUNet`), which has no image network to return to.
+        ValueError: a network with temporal layers of its own (`LatentVDMUNet`), which has no image network
+            to return to.
     """
     if has_temporal_layers(network):
         raise ValueError(
@@ -324,8 +358,8 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
 
     Args:
         network: an inflated network.
-        num_frames: F; 1 is the image network. -1 takes the whole batch as one clip, so that an exported graph accepts any F of 2
-            or more.
+        num_frames: F; 1 is the image network. -1 takes the whole batch as one clip, so that an exported
+            graph accepts any F of 2 or more.
         edge: an edge other than the network's own, e.g. "wrap" for a loop.
 
     Raises:
@@ -349,18 +383,24 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
 
 @contextmanager
 def streaming(network: nn.Module, memory: dict[nn.Module, Tensor]) -> Iterator[nn.Module]:
-    """Treat every image of a batch as the next frame of a clip whose frames come one call after the other, inside this block.
+    """Treat every image of a batch as the next frame of a clip whose frames come one call after the other,
+    inside this block.
 
     Args:
         network: an inflated network with a causal shift (`backward=0`).
-        memory: channels that each layer passes on to the next frame; empty before the first frame. Use one for each sequence of
-            calls that makes a clip: when sampling, one for each timestep.
+        memory: channels that each layer passes on to the next frame; empty before the first frame. Use one
+            for each sequence of calls that makes a clip: when sampling, one for each timestep.
 
     Raises:
         ValueError: `network` is not inflated, not causal, or loops.
     """
     state: _ShiftState | None = getattr(network, "_shift_state", None)
-    if state is None or state.shift.backward > 0 or state.shift.edge == "wrap" or has_temporal_layers(network):
+    if (
+        state is None
+        or state.shift.backward > 0
+        or state.shift.edge == "wrap"
+        or has_temporal_layers(network)
+    ):
         settings = "not inflated" if state is None else f"inflated with {state.shift}"
         raise ValueError(
             f'a stream needs a causal shift: expected Shift(backward=0, edge="zero" or "hold"), {type(network).__name__} is {settings}'
@@ -370,25 +410,30 @@ def streaming(network: nn.Module, memory: dict[nn.Module, Tensor]) -> Iterator[n
 
 
 def reach(network: nn.Module) -> tuple[int, int]:
-    """Return how many frames before and after a frame can affect it in an inflated network: one for each layer that takes channels
-    from the previous frame, and one for each that takes channels from the next.
+    """Return how many frames before and after a frame can affect it in an inflated network: one for each
+    layer that takes channels from the previous frame, and one for each that takes channels from the next.
 
     Raises:
         ValueError: a network with temporal layers (`LatentVDMUNet`), which attends to all frames.
     """
     if has_temporal_layers(network):
-        raise ValueError(f"{type(network).__name__} attends to all frames of a clip: it cannot be run in chunks")
+        raise ValueError(
+            f"{type(network).__name__} attends to all frames of a clip: it cannot be run in chunks"
+        )
     shift = shift_of(network) or Shift(0, 0)
     layers = [layer for layer in network.modules() if isinstance(layer, (ShiftGroupNorm, ShiftConv2d))]
-    widths = [layer.num_channels if isinstance(layer, ShiftGroupNorm) else layer.out_channels for layer in layers]
+    widths = [
+        layer.num_channels if isinstance(layer, ShiftGroupNorm) else layer.out_channels for layer in layers
+    ]
     moved = [shift.channels(width) for width in widths]
     return sum(ahead > 0 for ahead, _ in moved), sum(back > 0 for _, back in moved)
 
 
 @dataclass
 class _CheckpointClips:
-    """Gradient checkpointing that runs blocks again with the frames of the forward pass, although `frames` has ended by then. (An
-    object and not a closure, so that a deep copy of the network refers to the state of the copy.)"""
+    """Gradient checkpointing that runs blocks again with the frames of the forward pass, although `frames`
+    has ended by then. (An object and not a closure, so that a deep copy of the network refers to the state
+    of the copy.)"""
 
     checkpoint: Callable
     state: _ShiftState
@@ -404,9 +449,11 @@ class _CheckpointClips:
 
 
 class ClipTextProcessor(AttnProcessor2_0):
-    """Cross-attention of all frames of a clip to one text: keys and values are computed once a clip instead of once a frame.
+    """Cross-attention of all frames of a clip to one text: keys and values are computed once a clip instead
+    of once a frame.
 
-    With `(B, L, D)` text and `(B*F, S, D)` positions the queries of a clip become one sequence of F*S, which gives the same sums.
+    With `(B, L, D)` text and `(B*F, S, D)` positions the queries of a clip become one sequence of F*S, which
+    gives the same sums.
     """
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *args, **kwargs) -> Tensor:
@@ -416,7 +463,8 @@ class ClipTextProcessor(AttnProcessor2_0):
 def share_text(network: nn.Module) -> bool:
     """Let the cross-attention layers of a U-Net take one text a clip; return whether all of them do.
 
-    Layers with a custom processor (an IP-Adapter's, for example) keep it; the text must then be repeated for each frame.
+    Layers with a custom processor (an IP-Adapter's, for example) keep it; the text must then be repeated for
+    each frame.
     """
     layers = _cross_attentions(network)
     for layer in layers:
@@ -426,4 +474,6 @@ def share_text(network: nn.Module) -> bool:
 
 
 def _cross_attentions(network: nn.Module) -> list[Attention]:
-    return [module for module in network.modules() if isinstance(module, Attention) and module.is_cross_attention]
+    return [
+        module for module in network.modules() if isinstance(module, Attention) and module.is_cross_attention
+    ]

@@ -66,8 +66,14 @@ def read(
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: expected one of {' '.join(sorted(SUFFIXES))}, got {path.suffix or 'no suffix'!r}")
-    decode = _decode_video if path.suffix.lower() in VIDEO_SUFFIXES else partial(_decode_image, background=background)
+        raise ValueError(
+            f"{path}: expected one of {' '.join(sorted(SUFFIXES))}, got {path.suffix or 'no suffix'!r}"
+        )
+    decode = (
+        _decode_video
+        if path.suffix.lower() in VIDEO_SUFFIXES
+        else partial(_decode_image, background=background)
+    )
     frames: list[np.ndarray] = []
     seconds = 0.0
     num_decoded = 0
@@ -90,7 +96,8 @@ def read(
         raise ValueError(f"{path}: has no frames")
     if num_decoded == 1:
         return frames[0][None], 0.0
-    # A last frame on screen for less than half its time would repeat the first frame of a loop, so it is dropped.
+    # A last frame on screen for less than half its time would repeat the first frame of a loop, so it is
+    # dropped.
     length = len(frames) if fps is None else max(1, round(seconds * fps))
     return np.stack(frames[:length][:num_frames]), fps or num_decoded / seconds
 
@@ -121,11 +128,14 @@ def write(frames: np.ndarray, path: str | Path, *, fps: float = 8) -> Path:
         Image.fromarray(np.concatenate(list(frames), axis=1)).save(path)
     else:
         images = [Image.fromarray(frame) for frame in frames]
-        # GIF counts in 10 ms, WebP in 1 ms. Rounding the times and not the durations keeps the length of the clip.
+        # GIF counts in 10 ms, WebP in 1 ms. Rounding the times and not the durations keeps the length of the
+        # clip.
         tick = 10 if suffix == ".gif" else 1
         durations = np.diff(np.round(np.arange(len(frames) + 1) * 1000 / fps / tick)).astype(int) * tick
         # Pillow merges equal frames into one with a longer duration. GIF ignores WebP's `lossless`.
-        images[0].save(path, save_all=True, append_images=images[1:], duration=durations.tolist(), loop=0, lossless=True)
+        images[0].save(
+            path, save_all=True, append_images=images[1:], duration=durations.tolist(), loop=0, lossless=True
+        )
     return path
 
 
@@ -137,7 +147,9 @@ def check_output(path: str | Path, *, fps: float = 8) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in OUTPUT_SUFFIXES:
-        raise ValueError(f"{path}: expected one of {' '.join(OUTPUT_SUFFIXES)}, got {path.suffix or 'no suffix'!r}")
+        raise ValueError(
+            f"{path}: expected one of {' '.join(OUTPUT_SUFFIXES)}, got {path.suffix or 'no suffix'!r}"
+        )
     if fps <= 0:
         raise ValueError(f"fps must be above 0, got {fps}")
     if fps > 50 and path.suffix.lower() == ".gif":
@@ -162,7 +174,8 @@ def find_cuts(frames: np.ndarray) -> list[int]:
 
 
 def montage(tiles: np.ndarray, *, columns: int, gap: int = 2) -> np.ndarray:
-    """Arrange `(N, H, W, 3) uint8` images in a grid, `gap` white pixels apart; returns `(H', W', 3) uint8`."""
+    """Arrange `(N, H, W, 3) uint8` images in a grid, `gap` white pixels apart; returns
+    `(H', W', 3) uint8`."""
     num, height, width, _ = tiles.shape
     rows = -(-num // columns)
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
@@ -173,11 +186,16 @@ def montage(tiles: np.ndarray, *, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def side_by_side(clips: np.ndarray | list[np.ndarray], *, columns: int) -> np.ndarray:
-    """Arrange `(F, H, W, 3) uint8` clips of equal shape in a grid; returns one `(F, H', W', 3) uint8` clip."""
-    return np.stack([montage(np.stack(tiles), columns=min(columns, len(clips))) for tiles in zip(*clips, strict=True)])
+    """Arrange `(F, H, W, 3) uint8` clips of equal shape in a grid; returns one `(F, H', W', 3) uint8`
+    clip."""
+    return np.stack(
+        [montage(np.stack(tiles), columns=min(columns, len(clips))) for tiles in zip(*clips, strict=True)]
+    )
 
 
-def labelled_rows(clips: list[np.ndarray], labels: list[str], *, columns: int, label_height: int = 14) -> np.ndarray:
+def labelled_rows(
+    clips: list[np.ndarray], labels: list[str], *, columns: int, label_height: int = 14
+) -> np.ndarray:
     """Draw a contact sheet with one row per clip.
 
     Args:
@@ -232,7 +250,9 @@ def _decode_video(file: Path | io.BytesIO) -> Iterator[tuple[Image.Image, float]
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         default_duration = 1 / float(stream.average_rate or 25)
-        reformatter = VideoReformatter()  # shared: `frame.to_image()` starts threads for each frame, 1 to 5 ms
+        reformatter = (
+            VideoReformatter()
+        )  # shared: `frame.to_image()` starts threads for each frame, 1 to 5 ms
         decoded_seconds = 0.0
         previous = None
         for frame in container.decode(stream):
@@ -248,8 +268,12 @@ def _decode_video(file: Path | io.BytesIO) -> Iterator[tuple[Image.Image, float]
                 duration = float(previous.duration * previous.time_base)
             decoded_seconds += duration
             yield _to_upright_image(previous, reformatter), duration
-        header_seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-        if not header_seconds and container.duration and len(container.streams) == 1:  # no sound of another length
+        header_seconds = (
+            float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+        )
+        if (
+            not header_seconds and container.duration and len(container.streams) == 1
+        ):  # no sound of another length
             header_seconds = container.duration / av.time_base
         if decoded_seconds < 0.9 * header_seconds - 2 * default_duration:
             raise EOFError(f"truncated: {decoded_seconds:.1f} s of {header_seconds:.1f} s can be decoded")
@@ -260,7 +284,9 @@ def _to_upright_image(frame: av.VideoFrame, reformatter: VideoReformatter) -> Im
     return image.rotate(frame.rotation, expand=True)  # both count degrees counterclockwise
 
 
-def _decode_image(file: Path | io.BytesIO, background: tuple[int, int, int]) -> Iterator[tuple[Image.Image, float]]:
+def _decode_image(
+    file: Path | io.BytesIO, background: tuple[int, int, int]
+) -> Iterator[tuple[Image.Image, float]]:
     """Yield each frame and the seconds that it is on screen."""
     with Image.open(file) as image:
         for frame in ImageSequence.Iterator(image):
@@ -277,7 +303,9 @@ def _decode_image(file: Path | io.BytesIO, background: tuple[int, int, int]) -> 
 
 def _encode_video(frames: np.ndarray, path: Path, fps: float) -> None:
     _, height, width, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p needs even sides
+    frames = np.pad(
+        frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge"
+    )  # yuv420p needs even sides
     mp4 = path.suffix.lower() == ".mp4"
     with av.open(str(path), "w", options={"movflags": "+faststart"} if mp4 else {}) as container:
         rate = Fraction(fps).limit_denominator(1001)
@@ -287,7 +315,9 @@ def _encode_video(frames: np.ndarray, path: Path, fps: float) -> None:
         # A constant rate factor of 18 (x264) or 24 (VP9) is visually lossless at these sizes.
         stream.options = {"crf": "18", "preset": "medium"} if mp4 else {"crf": "24", "b": "0"}
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+            )
         container.mux(stream.encode(None))
 
 
@@ -312,7 +342,8 @@ def load_video(path: str | Path, *, fps: float | None = None, size: int | None =
 
 
 def to_uint8(clip: np.ndarray | Tensor | list[Image.Image]) -> np.ndarray:
-    """Convert a clip as pipelines return it to `(F, H, W, 3) uint8`; floats are clipped to [0, 1] and rounded.
+    """Convert a clip as pipelines return it to `(F, H, W, 3) uint8`; floats are clipped to [0, 1] and
+    rounded.
 
     Args:
         clip: as in `save_video`.

@@ -15,7 +15,11 @@ def machine(device: str = "cpu") -> dict[str, object]:
     """Return what a result says of the machine, the versions and the date."""
     processor = platform.processor() or platform.machine()
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = f"{names[0]} ({processor})" if names else processor
     return {
         "processor": processor, "threads": torch.get_num_threads(),
@@ -25,7 +29,8 @@ def machine(device: str = "cpu") -> dict[str, object]:
 
 
 def matrix_rate(device: str | torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
-    """Measure the FLOP/s of products of large matrices, the upper limit of a step; on a GPU in TF32 if convolutions use it.
+    """Measure the FLOP/s of products of large matrices, the upper limit of a step; on a GPU in TF32 if
+    convolutions use it.
 
     Args:
         device, dtype: of the matrices.

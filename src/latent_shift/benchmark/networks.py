@@ -14,9 +14,11 @@ from latent_shift.shift import frames, inflate, share_text
 
 
 class Size(NamedTuple):
-    """Sizes of the U-Nets: their common configuration, the number of attention heads, and the width of a head.
+    """Sizes of the U-Nets: their common configuration, the number of attention heads, and the width of a
+    head.
 
-    diffusers' 2D U-Nets take the number of heads as `attention_head_dim`; ModelScope's U-Net takes their width.
+    diffusers' 2D U-Nets take the number of heads as `attention_head_dim`; ModelScope's U-Net takes their
+    width.
     """
 
     widths: dict[str, Any]
@@ -27,15 +29,21 @@ class Size(NamedTuple):
         return UNet2DConditionModel(**self.widths, attention_head_dim=self.num_heads)
 
 
-SMALL = Size(dict(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128), (2, 4, 8, 8), 32)
+SMALL = Size(
+    dict(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=128), (2, 4, 8, 8), 32
+)
 FULL = Size(dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768), 8, 64)
 
 NETWORKS: dict[str, Callable[[Size], torch.nn.Module]] = {
     "Latent-Shift": lambda size: inflate(size.image_unet()),
     "frame by frame": lambda size: size.image_unet(),
     "Latent-VDM": lambda size: LatentVDMUNet(**size.widths, attention_head_dim=size.num_heads),
-    "AnimateDiff (UNetMotionModel)": lambda size: UNetMotionModel(**size.widths, num_attention_heads=size.num_heads),
-    "ModelScope (UNet3DConditionModel)": lambda size: UNet3DConditionModel(**size.widths, attention_head_dim=size.head_width),
+    "AnimateDiff (UNetMotionModel)": lambda size: UNetMotionModel(
+        **size.widths, num_attention_heads=size.num_heads
+    ),
+    "ModelScope (UNet3DConditionModel)": lambda size: UNet3DConditionModel(
+        **size.widths, attention_head_dim=size.head_width
+    ),
 }
 
 
@@ -45,7 +53,8 @@ class TimedNetwork:
 
     Attributes:
         network: the U-Net, with random weights.
-        call: (clips, frames, side of the latents) to a function without arguments that runs one denoising step.
+        call: (clips, frames, side of the latents) to a function without arguments that runs one denoising
+            step.
         max_frames: the most frames that it takes; None: any number.
     """
 
@@ -85,14 +94,24 @@ def timed_networks(
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
         if name in ("Latent-Shift", "Latent-VDM"):
             share_text(network)  # type: ignore[arg-type]
-        call = _caller(name, network, torch.compile(network) if compiled else network, size, text_length, device, dtype)
-        max_frames = 32 if isinstance(network, UNetMotionModel) else None  # the length of its positional embedding
+        call = _caller(
+            name, network, torch.compile(network) if compiled else network, size, text_length, device, dtype
+        )
+        max_frames = (
+            32 if isinstance(network, UNetMotionModel) else None
+        )  # the length of its positional embedding
         networks[name] = TimedNetwork(network, call, max_frames)
     return networks
 
 
 def _caller(
-    name: str, network: torch.nn.Module, run: Callable, size: Size, text_length: int, device: str, dtype: torch.dtype
+    name: str,
+    network: torch.nn.Module,
+    run: Callable,
+    size: Size,
+    text_length: int,
+    device: str,
+    dtype: torch.dtype,
 ) -> Callable[[int, int, int], Callable[[], object]]:
     """Return `TimedNetwork.call` of a network."""
 

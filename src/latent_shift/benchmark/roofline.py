@@ -1,5 +1,5 @@
-"""The roofline of a machine (Williams et al. 2009): the least time that a step's operations can take, given what the
-machine computes and moves a second. Here it is drawn operation by operation.
+"""The roofline of a machine (Williams et al. 2009): the least time that a step's operations can take, given
+what the machine computes and moves a second. Here it is drawn operation by operation.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from torch.utils._pytree import tree_leaves
 from latent_shift.benchmark.hardware import matrix_rate
 from latent_shift.training import memory
 
-_OVERWRITES = {torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_}  # these do not read their first argument
+_OVERWRITES = {
+    torch.ops.aten.copy_,
+    torch.ops.aten.fill_,
+    torch.ops.aten.zero_,
+}  # these do not read their first argument
 
 
 class Work(TorchDispatchMode):
     """Count the work of a call while it is active.
 
-    Each operation takes at least as long as its multiplications at the machine's rate or its bytes at the machine's
-    bandwidth, whichever is longer. Caches and fused kernels may be faster than that.
+    Each operation takes at least as long as its multiplications at the machine's rate or its bytes at the
+    machine's bandwidth, whichever is longer. Caches and fused kernels may be faster than that.
 
     Attributes:
         flops: multiplications and additions.
@@ -34,24 +38,30 @@ class Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if func.is_view or func.name().startswith(("aten::empty", "aten::_unsafe_view")):  # these move nothing
+        if func.is_view or func.name().startswith(
+            ("aten::empty", "aten::_unsafe_view")
+        ):  # these move nothing
             return output
         count = memory.FLOPS.get(func._overloadpacket)
         flops = count(*args, **(kwargs or {}), out_val=output) if count else 0
         read = args[1:] if func._overloadpacket in _OVERWRITES else args
-        moved = sum(leaf.nbytes for leaf in tree_leaves((read, kwargs, output)) if isinstance(leaf, torch.Tensor))
+        moved = sum(
+            leaf.nbytes for leaf in tree_leaves((read, kwargs, output)) if isinstance(leaf, torch.Tensor)
+        )
         self.flops += flops
         self.bytes += moved
         self.seconds += max(flops / self.limits["flops_per_s"], moved / self.limits["bytes_per_s"])
         return output
 
 
-def limits(device: str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: float = 0.3) -> dict[str, float]:
+def limits(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: float = 0.3
+) -> dict[str, float]:
     """Measure the limits of a machine for about `seconds` each.
 
     Returns:
-        `flops_per_s`, the rate of large matrix products, and `bytes_per_s`, the bytes read and written a second in
-        copies of 1 GiB.
+        `flops_per_s`, the rate of large matrix products, and `bytes_per_s`, the bytes read and written a
+        second in copies of 1 GiB.
     """
     source = torch.ones(2**30 // dtype.itemsize, device=device, dtype=dtype)
     target = torch.empty_like(source)

@@ -1,4 +1,5 @@
-"""The time of one denoising step: what the shift adds, how other U-Nets compare, and what the pipeline saves."""
+"""The time of one denoising step: what the shift adds, how other U-Nets compare, and what the pipeline
+saves."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ def shift_overhead(
         text_length: tokens of the prompt.
         rounds: counted rounds.
         device: "cpu" or "cuda".
-        unet: U-Net to time with its own shift, if it has one; it is not changed. None: one of 34 M parameters with
-            32x32 latents.
+        unet: U-Net to time with its own shift, if it has one; it is not changed. None: one of 34 M
+            parameters with 32x32 latents.
 
     Returns:
         The sizes, and for each of the three ways what `time_in_rounds` returns.
@@ -48,7 +49,9 @@ def shift_overhead(
     calls = {
         "frame by frame": lambda: plain(x, 500, text),
         "with the shift": lambda: _predict(shifted, x, text, num_frames),
-        "with the shift, one text a clip as the pipeline has it": lambda: _predict(sharing, x, text[:1], num_frames),
+        "with the shift, one text a clip as the pipeline has it": lambda: _predict(
+            sharing, x, text[:1], num_frames
+        ),
     }
     with torch.no_grad():
         results = time_in_rounds(calls, rounds=rounds)
@@ -73,10 +76,17 @@ def against_peers(
     Returns:
         For each network `parameters` and what `time_in_rounds` returns; ratios are to Latent-Shift.
     """
-    networks = timed_networks(text_length=text_length, device=device, dtype=dtype, channels_last=channels_last, compiled=compiled)
+    networks = timed_networks(
+        text_length=text_length, device=device, dtype=dtype, channels_last=channels_last, compiled=compiled
+    )
     with torch.no_grad():
-        results = time_in_rounds({name: network.call(1, num_frames, 32) for name, network in networks.items()}, rounds=rounds)
-    return {name: {"parameters": sizes.num_parameters(networks[name].network), **result} for name, result in results.items()}
+        results = time_in_rounds(
+            {name: network.call(1, num_frames, 32) for name, network in networks.items()}, rounds=rounds
+        )
+    return {
+        name: {"parameters": sizes.num_parameters(networks[name].network), **result}
+        for name, result in results.items()
+    }
 
 
 def savings(*, num_frames: int = 16, text_length: int = 77, rounds: int = 10, device: str = "cpu") -> dict:
@@ -89,8 +99,12 @@ def savings(*, num_frames: int = 16, text_length: int = 77, rounds: int = 10, de
     text = torch.randn(2, text_length, SMALL.widths["cross_attention_dim"], device=device)
     calls = {
         "as the pipeline runs it": lambda: _predict(sharing, x, text, num_frames),
-        "keys and values for each frame": lambda: _predict(per_frame, x, text.repeat_interleave(num_frames, dim=0), num_frames),
-        "guidance in two calls": lambda: [_predict(sharing, x[:num_frames], text[row : row + 1], num_frames) for row in (0, 1)],
+        "keys and values for each frame": lambda: _predict(
+            per_frame, x, text.repeat_interleave(num_frames, dim=0), num_frames
+        ),
+        "guidance in two calls": lambda: [
+            _predict(sharing, x[:num_frames], text[row : row + 1], num_frames) for row in (0, 1)
+        ],
     }
     with torch.no_grad():
         return time_in_rounds(calls, rounds=rounds)

@@ -1,5 +1,5 @@
-"""One denoising step of all `timed_networks` against frames, size of the latents and clips at once: time, work,
-memory and how close it comes to the machine's limits. Also whole clips, from prompt to frames.
+"""One denoising step of all `timed_networks` against frames, size of the latents and clips at once: time,
+work, memory and how close it comes to the machine's limits. Also whole clips, from prompt to frames.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def sweep(
 
     Returns:
         `limits` of the machine, and `points`, one for each network and load of a line: seconds, ratio to
-        Latent-Shift, multiplications and additions, bytes, fractions of the machine's rate and of its roofline, on a
-        GPU peak memory (for a CPU see `memory_of_steps`); or `cannot`, why the network does not take the load.
+        Latent-Shift, multiplications and additions, bytes, fractions of the machine's rate and of its
+        roofline, on a GPU peak memory (for a CPU see `memory_of_steps`); or `cannot`, why the network does
+        not take the load.
     """
     machine = limits(device, dtype)
     lines: dict[Load, list[str]] = {}  # a load on several lines is timed once
@@ -67,16 +68,30 @@ def sweep(
     for load, names in lines.items():
         numbers = _time_load(load, networks, machine, rounds, device)
         for line in names:
-            points += [{"line": line, **load._asdict(), "name": name, **values} for name, values in numbers.items()]
-    return {"limits": machine, "full": full, "rounds": rounds, "dtype": str(dtype).removeprefix("torch."), "points": points}
+            points += [
+                {"line": line, **load._asdict(), "name": name, **values} for name, values in numbers.items()
+            ]
+    return {
+        "limits": machine,
+        "full": full,
+        "rounds": rounds,
+        "dtype": str(dtype).removeprefix("torch."),
+        "points": points,
+    }
 
 
 def _time_load(
     load: Load, networks: dict[str, TimedNetwork], machine: dict[str, float], rounds: int, device: str
 ) -> dict[str, dict[str, Any]]:
     """Return the numbers of every network for one load, those that do not take it first."""
-    too_long = [name for name, network in networks.items() if network.max_frames is not None and load.frames > network.max_frames]
-    numbers: dict[str, dict[str, Any]] = {name: {"cannot": f"at most {networks[name].max_frames} frames"} for name in too_long}
+    too_long = [
+        name
+        for name, network in networks.items()
+        if network.max_frames is not None and load.frames > network.max_frames
+    ]
+    numbers: dict[str, dict[str, Any]] = {
+        name: {"cannot": f"at most {networks[name].max_frames} frames"} for name in too_long
+    }
     calls = {name: network.call(*load) for name, network in networks.items() if name not in too_long}
     works, peaks = {}, {}
     with torch.no_grad():
@@ -108,10 +123,19 @@ def _peak_gib(call, network: torch.nn.Module, work: Work, device: str) -> float 
 
 
 def memory_of_steps(
-    num_frames: Sequence[int] = FRAMES, *, side: int = 16, full: bool = False, dtype: torch.dtype = torch.float32
+    num_frames: Sequence[int] = FRAMES,
+    *,
+    side: int = 16,
+    full: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> list[dict[str, Any]]:
-    """Measure the memory of a CPU step of every network in GiB, before it and at its peak, each in a process of its own."""
-    return [run_alone(_memory_of_step, name, number, side, full, dtype) for name in NETWORKS for number in num_frames]
+    """Measure the memory of a CPU step of every network in GiB, before it and at its peak, each in a process
+    of its own."""
+    return [
+        run_alone(_memory_of_step, name, number, side, full, dtype)
+        for name in NETWORKS
+        for number in num_frames
+    ]
 
 
 def _memory_of_step(name: str, num_frames: int, side: int, full: bool, dtype: torch.dtype) -> dict[str, Any]:
@@ -150,7 +174,8 @@ def whole_clips(
 
 
 def table(points: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table of the seconds a step of each network, with the ratio to Latent-Shift in brackets."""
+    """Return a Markdown table of the seconds a step of each network, with the ratio to Latent-Shift in
+    brackets."""
     loads: dict[str, dict[str, dict[str, Any]]] = {}
     for point in points:
         load = f"{point['clips']} x {point['frames']} frames, {point['side']}x{point['side']}"
@@ -159,12 +184,27 @@ def table(points: Sequence[dict[str, Any]]) -> str:
     rows = []
     for load, by_name in loads.items():
         cells = (by_name[name] for name in names)
-        rows.append([load, *("" if "cannot" in cell else f"{cell['seconds']:.3g} s ({cell['ratio']:.2f})" for cell in cells)])
+        rows.append(
+            [
+                load,
+                *(
+                    "" if "cannot" in cell else f"{cell['seconds']:.3g} s ({cell['ratio']:.2f})"
+                    for cell in cells
+                ),
+            ]
+        )
     return markdown_table(["a step of", *names], rows)
 
 
 def table_of_clips(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of `whole_clips`."""
     head = ["prompt to clip", "seconds a clip", "clips a second, four at once"]
-    cells = [[f"{row['model']}, {row['frames']} frames", f"{row['seconds_a_clip']:.3g}", f"{row['clips_per_s']:.3g}"] for row in rows]
+    cells = [
+        [
+            f"{row['model']}, {row['frames']} frames",
+            f"{row['seconds_a_clip']:.3g}",
+            f"{row['clips_per_s']:.3g}",
+        ]
+        for row in rows
+    ]
     return markdown_table(head, cells)

@@ -1,4 +1,5 @@
-"""Throughput of large data sets: encoding frames by several processes, and the cost of an index of many clips."""
+"""Throughput of large data sets: encoding frames by several processes, and the cost of an index of many
+clips."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ def encoding(
         ray: address of a Ray cluster. None: processes of this machine.
 
     Returns:
-        For each number of workers frames a second, seconds, seconds before the first shard, and efficiency relative
-        to the first.
+        For each number of workers frames a second, seconds, seconds before the first shard, and efficiency
+        relative to the first.
     """
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -72,11 +73,15 @@ def encoding(
                 }
             )
     for row in rows:
-        row["efficiency"] = row["frames_per_s"] / rows[0]["frames_per_s"] * rows[0]["workers"] / row["workers"]
+        row["efficiency"] = (
+            row["frames_per_s"] / rows[0]["frames_per_s"] * rows[0]["workers"] / row["workers"]
+        )
     return rows
 
 
-def index(num_clips: int = 100_000, *, num_frames: int = 16, clips_a_shard: int = 400, clips_a_part: int = 100_000) -> dict[str, float]:
+def index(
+    num_clips: int = 100_000, *, num_frames: int = 16, clips_a_shard: int = 400, clips_a_part: int = 100_000
+) -> dict[str, float]:
     """Time writing and opening the index of many clips, and drawing batches from it, in a process of its own.
 
     Frames have the smallest size there is, so that the index dominates.
@@ -99,7 +104,11 @@ def index(num_clips: int = 100_000, *, num_frames: int = 16, clips_a_shard: int 
             start = time.perf_counter()
             writer.close(dtype="float16", fps=8, size=8)
             write_seconds += time.perf_counter() - start
-        return {"clips": num_clips, "seconds_to_write_the_index": write_seconds, **run_alone(_draw, f"{folder}/*", num_frames)}
+        return {
+            "clips": num_clips,
+            "seconds_to_write_the_index": write_seconds,
+            **run_alone(_draw, f"{folder}/*", num_frames),
+        }
 
 
 def _draw(folder: str, num_frames: int) -> dict[str, float]:

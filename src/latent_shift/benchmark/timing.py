@@ -1,4 +1,5 @@
-"""Comparable timings: alternating rounds in one process, medians and paired ratios; and processes of their own."""
+"""Comparable timings: alternating rounds in one process, medians and paired ratios; and processes of their
+own."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ import torch
 from latent_shift.runtime import quiet_libraries
 
 
-def time_in_rounds(calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2) -> dict[str, dict[str, float]]:
+def time_in_rounds(
+    calls: dict[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2
+) -> dict[str, dict[str, float]]:
     """Time each call once a round, in turn, in alternating order.
 
     Other work on the machine falls on all calls alike, so ratios within a round are surer than times.
@@ -28,8 +31,8 @@ def time_in_rounds(calls: dict[str, Callable[[], object]], *, rounds: int = 10, 
         warm_up: rounds before them.
 
     Returns:
-        For each name `seconds`, the median time, and `ratio`, `ratio_least` and `ratio_most`: median, least and
-        greatest ratio to the first call's time of the same round.
+        For each name `seconds`, the median time, and `ratio`, `ratio_least` and `ratio_most`: median, least
+        and greatest ratio to the first call's time of the same round.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + rounds):
@@ -53,7 +56,9 @@ def time_in_rounds(calls: dict[str, Callable[[], object]], *, rounds: int = 10, 
 
 def run_alone(call: Callable[..., Any], *args: Any) -> Any:
     """Return the result of `call` in a fresh process, whose peak memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=quiet_libraries) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), initializer=quiet_libraries
+    ) as pool:
         return pool.submit(call, *args).result()
 
 
@@ -61,11 +66,16 @@ def command_seconds(model: str = "emoji", *, rounds: int = 3, device: str = "cpu
     """Return the median seconds of two whole commands: the help page, and a prompt to an mp4."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        for arguments in (["--help"], ["generate", "a red heart", "-m", model, "--device", device, "-o", f"{folder}/clip.mp4"]):
+        for arguments in (
+            ["--help"],
+            ["generate", "a red heart", "-m", model, "--device", device, "-o", f"{folder}/clip.mp4"],
+        ):
             times = []
             for _ in range(rounds):
                 start = time.perf_counter()
-                subprocess.run([sys.executable, "-m", "latent_shift", *arguments], check=True, capture_output=True)
+                subprocess.run(
+                    [sys.executable, "-m", "latent_shift", *arguments], check=True, capture_output=True
+                )
                 times.append(time.perf_counter() - start)
             seconds[f"latent-shift {arguments[0]}"] = float(np.median(times))
     return seconds

@@ -38,8 +38,8 @@ def runs(folders: list[Path]) -> list[dict[str, Any]]:
         folders: of completed runs.
 
     Returns:
-        For each run the steps, the parameters, the mean loss of its second half, the last validation loss, the median
-        clips a second, the fraction of time spent waiting for data, and the peak memory in GiB.
+        For each run the steps, the parameters, the mean loss of its second half, the last validation loss,
+        the median clips a second, the fraction of time spent waiting for data, and the peak memory in GiB.
 
     Raises:
         ValueError: a folder without a model.
@@ -49,7 +49,9 @@ def runs(folders: list[Path]) -> list[dict[str, Any]]:
         if not (folder / "model").exists():
             raise ValueError(f"{folder}: holds no model; expected the folder of a completed run")
         stats = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-        weights = sorted((folder / "model").rglob("unet/*.safetensors")) or sorted((folder / "model").glob("*.safetensors"))
+        weights = sorted((folder / "model").rglob("unet/*.safetensors")) or sorted(
+            (folder / "model").glob("*.safetensors")
+        )
         with safe_open(weights[0], "pt") as file:
             parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
         second_half = stats[len(stats) // 2 :]
@@ -71,10 +73,11 @@ def runs(folders: list[Path]) -> list[dict[str, Any]]:
 def training_step(
     model: str = "emoji", *, clips: int = 4, num_frames: int = 16, rounds: int = 10, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """Time a step of the video stage against one of the image stage on as many single frames, forward and backward.
+    """Time a step of the video stage against one of the image stage on as many single frames, forward and
+    backward.
 
-    The video stage runs with the shift, with no temporal layers, with Latent-VDM's, and with the shift compiled; the
-    precision is the default of training on the device.
+    The video stage runs with the shift, with no temporal layers, with Latent-VDM's, and with the shift
+    compiled; the precision is the default of training on the device.
 
     Args:
         model: as in `loading.load`.
@@ -88,8 +91,12 @@ def training_step(
     pipe = loading.load(model, device=device, dtype=torch.float32)
     side, width = pipe.unet.config.sample_size, pipe.unet.config.cross_attention_dim
     plain = deflate(copy.deepcopy(pipe.unet))
-    settings = [Model.model_validate({"init": model, "temporal": name}) for name in ("shift", "none", "attention")]
-    networks: dict[str, Any] = {setting.temporal: sizes.inflate_unet(copy.deepcopy(plain), setting).to(device) for setting in settings}
+    settings = [
+        Model.model_validate({"init": model, "temporal": name}) for name in ("shift", "none", "attention")
+    ]
+    networks: dict[str, Any] = {
+        setting.temporal: sizes.inflate_unet(copy.deepcopy(plain), setting).to(device) for setting in settings
+    }
     networks["shift, compiled"] = copy.deepcopy(networks["shift"])
     networks["shift, compiled"].compile(dynamic=False)
     dtype = dtype_of(resolve_precision("auto", torch.device(device)))
@@ -103,19 +110,30 @@ def training_step(
         objective = DenoisingObjective(unet, noise_schedule()).train()
 
         def run() -> None:
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32), attention_kernel(device, noise=noise):
+            with (
+                torch.autocast(device, dtype, enabled=dtype != torch.float32),
+                attention_kernel(device, noise=noise),
+            ):
                 objective(latents, noise, timesteps, texts)[0].backward()
             objective.zero_grad()
 
         return run
 
-    calls: dict[str, Callable[[], object]] = {f"{clips * num_frames} images": step(networks["none"], clips * num_frames, 1)}
-    calls |= {f"{clips} clips of {num_frames} frames, {name}": step(unet, clips, num_frames) for name, unet in networks.items()}
+    calls: dict[str, Callable[[], object]] = {
+        f"{clips * num_frames} images": step(networks["none"], clips * num_frames, 1)
+    }
+    calls |= {
+        f"{clips} clips of {num_frames} frames, {name}": step(unet, clips, num_frames)
+        for name, unet in networks.items()
+    }
     return time_in_rounds(calls, rounds=rounds)
 
 
-def resuming(size: str = "emoji", *, model: str = "emoji", num_frames: int = 8, batch_size: int = 8) -> dict[str, float]:
-    """Time how long a run that was interrupted takes to resume: seconds to the end of its next step, less the step itself.
+def resuming(
+    size: str = "emoji", *, model: str = "emoji", num_frames: int = 8, batch_size: int = 8
+) -> dict[str, float]:
+    """Time how long a run that was interrupted takes to resume: seconds to the end of its next step, less
+    the step itself.
 
     Args:
         size: named size of the U-Net, which has random weights.
@@ -131,7 +149,12 @@ def resuming(size: str = "emoji", *, model: str = "emoji", num_frames: int = 8, 
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", "import latent_shift.training.loop"], check=True)
         imports = time.perf_counter() - start
-    return {"seconds": resumed[0] - step, "of_these_imports": imports, "seconds_a_step": step, "seconds_of_a_first_start": first[0] - step}
+    return {
+        "seconds": resumed[0] - step,
+        "of_these_imports": imports,
+        "seconds_a_step": step,
+        "seconds_of_a_first_start": first[0] - step,
+    }
 
 
 def _write_still_recipe(folder: Path, size: str, model: str, num_frames: int, batch_size: int) -> Path:
@@ -139,7 +162,9 @@ def _write_still_recipe(folder: Path, size: str, model: str, num_frames: int, ba
     writer = StoreWriter(folder / "pixels")
     writer.add(Record("a.mp4", ("nothing",), "nothing"), np.zeros((2 * num_frames, 128, 128, 3), np.uint8))
     writer.close(dtype="uint8", fps=8, size=128, source="nothing")
-    encode(folder / "pixels", folder / "latents", autoencoder=loading.folder(model), texts=loading.folder(model))
+    encode(
+        folder / "pixels", folder / "latents", autoencoder=loading.folder(model), texts=loading.folder(model)
+    )
     recipe = folder / "recipe.toml"
     recipe.write_text(f"""stage = "video"
         data = {{path = "{folder / "latents"}", num_frames = {num_frames}, batch_size = {batch_size}}}
@@ -152,7 +177,9 @@ def _write_still_recipe(folder: Path, size: str, model: str, num_frames: int, ba
 def _step_times(recipe: Path, run: Path, *overrides: str) -> list[float]:
     """Return the seconds from the start of the train command to the end of each step."""
     command, start = ["train", str(recipe), "--run", str(run), *overrides], time.perf_counter()
-    with subprocess.Popen([sys.executable, "-m", "latent_shift", *command], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "latent_shift", *command], stdout=subprocess.PIPE, text=True
+    ) as process:
         seconds = [time.perf_counter() - start for line in process.stdout or () if line.startswith("step")]
     if process.returncode:
         raise RuntimeError(f"latent-shift {' '.join(command)} ended with status {process.returncode}")

@@ -1,4 +1,5 @@
-"""`latent-shift bench`: time and memory of the shift, of other systems' U-Nets, of training and of encoding."""
+"""`latent-shift bench`: time and memory of the shift, of other systems' U-Nets, of training and of
+encoding."""
 
 from __future__ import annotations
 
@@ -12,12 +13,15 @@ from latent_shift.files import markdown_table, write_json
 from latent_shift.runtime import keep_freed_memory, quiet_libraries
 
 app = typer.Typer(
-    rich_markup_mode=None, help="Time one denoising step with the shift against the same U-Net without it, in turn; or measure more."
+    rich_markup_mode=None,
+    help="Time one denoising step with the shift against the same U-Net without it, in turn; or measure more.",
 )
 
 Frames = Annotated[int, typer.Option(min=1, help="frames of a clip")]
 Rounds = Annotated[int, typer.Option(min=1, help="rounds after the warm-up; at most 3 for whole commands")]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="take this model's U-Net instead of the 34 M one")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="take this model's U-Net instead of the 34 M one")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="also write the numbers to this .json")]
 
@@ -26,18 +30,24 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="also write 
 def shift(
     context: typer.Context,
     frames: Frames = 16,
-    size: Annotated[int | None, typer.Option(min=1, help="side of the latents; default: the model's, else 32")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="side of the latents; default: the model's, else 32")
+    ] = None,
     rounds: Rounds = 10,
     model: Model = None,
     device: Device = "cpu",
-    commands: Annotated[bool, typer.Option("--commands", help="also time whole commands, loading included")] = False,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="also time whole commands, loading included")
+    ] = False,
     output: Output = None,
 ) -> None:
     if command := context.invoked_subcommand:
         sources = {name: context.get_parameter_source(name) for name in context.params}
         misplaced = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
         if misplaced:
-            raise ValueError(f"bench {command}: its options come after it, not before it: --{', --'.join(misplaced)}")
+            raise ValueError(
+                f"bench {command}: its options come after it, not before it: --{', --'.join(misplaced)}"
+            )
         return
     _prepare_process()
     from latent_shift.benchmark.hardware import machine
@@ -60,7 +70,8 @@ def shift(
 
 @app.command()
 def peers(frames: Frames = 16, rounds: Rounds = 5, device: Device = "cpu", output: Output = None) -> None:
-    """Time the step against U-Nets of AnimateDiff and ModelScope with the same widths, in float32, bfloat16, channels last and compiled."""
+    """Time the step against U-Nets of AnimateDiff and ModelScope with the same widths, in float32, bfloat16,
+    channels last and compiled."""
     _prepare_process()
     import torch
 
@@ -82,13 +93,23 @@ def peers(frames: Frames = 16, rounds: Rounds = 5, device: Device = "cpu", outpu
 
 @app.command()
 def sweep(
-    frames: Annotated[list[int] | None, typer.Option(min=1, help="frames of a clip; may be repeated; default: 1, 2, 4, ... 256")] = None,
-    sides: Annotated[list[int] | None, typer.Option(min=1, help="side of the latents; may be repeated; default: 8, 16, 32, 64")] = None,
-    clips: Annotated[list[int] | None, typer.Option(min=1, help="clips in a batch; may be repeated; default: 1, 2, 4")] = None,
+    frames: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="frames of a clip; may be repeated; default: 1, 2, 4, ... 256"),
+    ] = None,
+    sides: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="side of the latents; may be repeated; default: 8, 16, 32, 64"),
+    ] = None,
+    clips: Annotated[
+        list[int] | None, typer.Option(min=1, help="clips in a batch; may be repeated; default: 1, 2, 4")
+    ] = None,
     rounds: Rounds = 3,
     device: Device = "cpu",
     half: Annotated[bool, typer.Option("--half", help="bfloat16 instead of float32")] = False,
-    full: Annotated[bool, typer.Option("--full", help="U-Nets of the widths of Stable Diffusion 1.5, for a GPU")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="U-Nets of the widths of Stable Diffusion 1.5, for a GPU")
+    ] = False,
     side: Annotated[int, typer.Option(min=1, help="side of the latents where frames and clips vary")] = 16,
     model: Annotated[str, typer.Option("--model", "-m", help="model of the whole clips")] = "emoji",
     plots: Annotated[Path | None, typer.Option(help="also write plots (.svg) to this folder")] = None,
@@ -130,10 +151,16 @@ def sweep(
 
 @app.command()
 def memory(
-    model: Annotated[str, typer.Option("--model", "-m", help="model of the long clips: a name, a folder or a .safetensors file")] = "emoji",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="model of the long clips: a name, a folder or a .safetensors file"
+        ),
+    ] = "emoji",
     output: Output = None,
 ) -> None:
-    """Measure on the CPU the memory of long clips, and of a step and a training step of the size of SD 1.5."""
+    """Measure on the CPU the memory of long clips, and of a step and a training step of the size of SD
+    1.5."""
     _prepare_process()
     from latent_shift.benchmark import memory
     from latent_shift.benchmark.hardware import machine
@@ -181,11 +208,16 @@ def training(
 
 @app.command("encode")
 def encoding(
-    workers: Annotated[list[int] | None, typer.Option(min=1, help="processes; may be repeated; default 1 and 2")] = None,
+    workers: Annotated[
+        list[int] | None, typer.Option(min=1, help="processes; may be repeated; default 1 and 2")
+    ] = None,
     shards: Annotated[int, typer.Option(min=1, help="shards of 128 frames")] = 40,
     size: Annotated[int, typer.Option(min=8, help="height and width of the frames in pixels")] = 128,
     model: Annotated[str, typer.Option("--model", "-m", help="model of the autoencoder")] = "emoji",
-    ray: Annotated[str | None, typer.Option(help="address of a Ray cluster whose workers are timed: local, auto, host:port")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="address of a Ray cluster whose workers are timed: local, auto, host:port"),
+    ] = None,
     output: Output = None,
 ) -> None:
     """Time encoding frames with one process and with several."""
@@ -198,7 +230,9 @@ def encoding(
 
 
 @app.command()
-def index(clips: Annotated[int, typer.Option(min=1, help="records")] = 100_000, output: Output = None) -> None:
+def index(
+    clips: Annotated[int, typer.Option(min=1, help="records")] = 100_000, output: Output = None
+) -> None:
     """Time opening an index of many clips and sampling from it."""
     _prepare_process()
     from latent_shift.benchmark.hardware import machine
@@ -228,10 +262,15 @@ def _cell(value: object) -> str:
 @app.command()
 def measures(
     data: Annotated[Path, typer.Argument(help="a packed data set")],
-    num: Annotated[int, typer.Option(min=6, help="clips: one half is the reference, the other is degraded")] = 80,
+    num: Annotated[
+        int, typer.Option(min=6, help="clips: one half is the reference, the other is degraded")
+    ] = 80,
     num_frames: Annotated[int, typer.Option(min=4, help="frames of a clip")] = 16,
     weights: Annotated[
-        list[str] | None, typer.Option(help="KIND=PATH of a network to measure distances with: i3d, inception or videomae; may be repeated")
+        list[str] | None,
+        typer.Option(
+            help="KIND=PATH of a network to measure distances with: i3d, inception or videomae; may be repeated"
+        ),
     ] = None,
     output: Output = None,
 ) -> None:

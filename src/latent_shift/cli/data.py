@@ -11,7 +11,9 @@ import typer
 from latent_shift.cli.terminal import Progress
 from latent_shift.runtime import quiet_libraries
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check, pack and preview captioned videos.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Check, pack and preview captioned videos."
+)
 
 Folder = Annotated[
     str,
@@ -34,7 +36,8 @@ def check(
     ] = None,
     workers: Workers = 2,
 ) -> None:
-    """List unusable clips with the reason. Clips are decoded as in training. Exits with 1 if there are any."""
+    """List unusable clips with the reason. Clips are decoded as in training. Exits with 1 if there are
+    any."""
     from latent_shift.data import check as checks
 
     counts, problems = checks.check(folder, min_frames=frames, fps=fps, aspects=aspects, workers=workers)
@@ -53,9 +56,13 @@ def pack(
     fps: Annotated[float, typer.Option(min=0.001, help="frames per second")] = 8,
     aspects: Annotated[
         int | None,
-        typer.Option(min=8, help="keep aspect ratios, with sides that are multiples of this (64 for Stable Diffusion)"),
+        typer.Option(
+            min=8, help="keep aspect ratios, with sides that are multiples of this (64 for Stable Diffusion)"
+        ),
     ] = None,
-    split_cuts: Annotated[bool, typer.Option("--split-cuts", help="store each scene as a clip of its own")] = False,
+    split_cuts: Annotated[
+        bool, typer.Option("--split-cuts", help="store each scene as a clip of its own")
+    ] = False,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="size of a shard in megabytes")] = 64,
     workers: Workers = 2,
 ) -> None:
@@ -83,7 +90,8 @@ def pack(
 
 @app.command()
 def noise(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) -> None:
-    """Measure the correlation between frames. Prints the settings of the noise that matches it, for `train`."""
+    """Measure the correlation between frames. Prints the settings of the noise that matches it, for
+    `train`."""
     quiet_libraries()
     from latent_shift.data.latents import LatentStore
 
@@ -94,7 +102,9 @@ def noise(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) 
 @app.command(hidden=True)
 def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")]) -> None:
     """Run `noise` under its former name."""
-    notice = "latent-shift data likeness is now latent-shift data noise; the old name will go in the next release"
+    notice = (
+        "latent-shift data likeness is now latent-shift data noise; the old name will go in the next release"
+    )
     print(notice, file=sys.stderr)
     noise(latents)
 

@@ -1,4 +1,5 @@
-"""`latent-shift eval`, `report` and `sheet`: systems measured, shown on a page, and sampled on a contact sheet."""
+"""`latent-shift eval`, `report` and `sheet`: systems measured, shown on a page, and sampled on a contact
+sheet."""
 
 from __future__ import annotations
 
@@ -19,37 +20,69 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="the real clips of the protocol: a packed data set, a folder of UCF-101 or MSR-VTT")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="the real clips of the protocol: a packed data set, a folder of UCF-101 or MSR-VTT"
+        ),
+    ],
     model: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", "-m", help="[NAME=]MODEL: a name, a folder or file of ours, of AnimateDiff, ModelScope, ...; may be repeated"
+            "--model",
+            "-m",
+            help="[NAME=]MODEL: a name, a folder or file of ours, of AnimateDiff, ModelScope, ...; may be repeated",
         ),
     ] = None,
-    protocol: Annotated[str, typer.Option(help="own, emoji, classes, ucf101, msrvtt-mav or msrvtt-lavie")] = "own",
-    num: Annotated[int | None, typer.Option(min=1, help="number of clips, the protocol's first; default: all (own: at most 100)")] = None,
-    num_frames: Annotated[int | None, typer.Option(min=2, help="own, classes: frames of a clip; default: the first model's")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="own: split of the captions; may be repeated; default: train")] = None,
-    size: Annotated[int | None, typer.Option(min=8, help="height and width in pixels of generated clips; default: each system's")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="own, emoji, classes, ucf101, msrvtt-mav or msrvtt-lavie")
+    ] = "own",
+    num: Annotated[
+        int | None,
+        typer.Option(min=1, help="number of clips, the protocol's first; default: all (own: at most 100)"),
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(min=2, help="own, classes: frames of a clip; default: the first model's")
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="own: split of the captions; may be repeated; default: train")
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=8, help="height and width in pixels of generated clips; default: each system's"),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: on a GPU what each was published in")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16; default: on a GPU what each was published in"),
+    ] = None,
     weights: Annotated[
         list[str] | None,
-        typer.Option(help="KIND=PATH of a network to measure with: i3d, c3d, inception, videomae or clip; may be repeated"),
+        typer.Option(
+            help="KIND=PATH of a network to measure with: i3d, c3d, inception, videomae or clip; may be repeated"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="clips in a batch")] = 5,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="compile the networks: minutes at first, then faster clips")] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="compile the networks: minutes at first, then faster clips")
+    ] = False,
     noise: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="shared noise and noise correlation of the denoising measures; default: those of the first model of ours"),
+        typer.Option(
+            help="shared noise and noise correlation of the denoising measures; default: those of the first model of ours"
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="folder of clips and features; an interrupted evaluation continues; default: evals/ and the protocol"),
+        typer.Option(
+            help="folder of clips and features; an interrupted evaluation continues; default: evals/ and the protocol"
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the records to this .json")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="also write the records to this .json")
+    ] = None,
 ) -> None:
     """Measure systems against real clips, each number with its protocol, its weights and its interval."""
     models, torch_dtype = _parse_models(model or ["emoji"]), _parse_dtype(dtype)
@@ -60,13 +93,17 @@ def evaluate(
 
     if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.default_num_frames(models[0][1])
-    task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None)
+    task = protocols.open_protocol(
+        protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None
+    )
     networks = Weights.parse(weights or [], device=str(runtime.resolve_device(device)))
     settings = dict(
         height=size, width=size, num_inference_steps=steps, guidance_scale=guidance, device=device, dtype=torch_dtype, compile=compile,
     )  # fmt: skip
     folder = out or Path("evals") / protocol
-    results = _evaluate_systems(models, task, folder, networks=networks, noise=noise, batch_size=batch_size, settings=settings)
+    results = _evaluate_systems(
+        models, task, folder, networks=networks, noise=noise, batch_size=batch_size, settings=settings
+    )
     if runtime.rank() > 0:
         return
     print(tables.markdown(results))
@@ -108,7 +145,9 @@ def _evaluate_systems(
 
     if len({evaluate.folder_name(name) for name, _ in models}) < len(models):
         names = ", ".join(name for name, _ in models)
-        raise ValueError(f"--model: two systems have one folder: expected NAME=MODEL with different names, got {names}")
+        raise ValueError(
+            f"--model: two systems have one folder: expected NAME=MODEL with different names, got {names}"
+        )
     if noise is not None and "denoising" not in task.measures:
         raise ValueError(f"--noise: protocol {task.name} has no denoising measures; expected own or emoji")
     is_main = runtime.rank() == 0
@@ -116,11 +155,23 @@ def _evaluate_systems(
         measures.check_weights(networks, task.measures)
     results = []
     for name, path in models:
-        system = systems.open_system(path, name=name, num_frames=task.num_frames, fps=task.required_fps, **settings)
+        system = systems.open_system(
+            path, name=name, num_frames=task.num_frames, fps=task.required_fps, **settings
+        )
         if noise is None and "shared_noise" in system.settings:
             noise = (system.settings["shared_noise"], system.settings["noise_correlation"])
         with Progress(f"{system.name}: clips") as progress:
-            results.append(evaluate.evaluate(system, task, folder, weights=networks, noise=noise, batch_size=batch_size, progress=progress))
+            results.append(
+                evaluate.evaluate(
+                    system,
+                    task,
+                    folder,
+                    weights=networks,
+                    noise=noise,
+                    batch_size=batch_size,
+                    progress=progress,
+                )
+            )
         del system  # a GPU may not hold two of them
         gc.collect()
         torch.cuda.empty_cache()
@@ -129,12 +180,22 @@ def _evaluate_systems(
 
 def report(
     out: Annotated[Path, typer.Argument(help="folder of the page")],
-    compared: Annotated[Path, typer.Argument(help="folder of an evaluation (`eval --out`), its systems in columns")],
-    show: Annotated[list[str] | None, typer.Option(help="its systems from left to right; may be repeated; default: all")] = None,
-    ablation: Annotated[list[Path] | None, typer.Option(help="an evaluation, as a table of all its systems; may be repeated")] = None,
+    compared: Annotated[
+        Path, typer.Argument(help="folder of an evaluation (`eval --out`), its systems in columns")
+    ],
+    show: Annotated[
+        list[str] | None, typer.Option(help="its systems from left to right; may be repeated; default: all")
+    ] = None,
+    ablation: Annotated[
+        list[Path] | None, typer.Option(help="an evaluation, as a table of all its systems; may be repeated")
+    ] = None,
     training: Annotated[Path | None, typer.Option(help="a .json of `bench runs -o`, as a table")] = None,
-    classes: Annotated[Path | None, typer.Option(help="an evaluation with protocol classes, as rows of clips")] = None,
-    sweep: Annotated[list[Path] | None, typer.Option(help="a .json of `bench sweep -o`, as plots; may be repeated")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="an evaluation with protocol classes, as rows of clips")
+    ] = None,
+    sweep: Annotated[
+        list[Path] | None, typer.Option(help="a .json of `bench sweep -o`, as plots; may be repeated")
+    ] = None,
     seeds: Annotated[
         list[str] | None,
         typer.Option(
@@ -144,7 +205,9 @@ def report(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="prompts shown")] = 8,
     title: Annotated[str, typer.Option(help="title of the page")] = "Latent-Shift beside others",
-    note: Annotated[str, typer.Option(help="introduction of the page: what readers must know about these systems")] = "",
+    note: Annotated[
+        str, typer.Option(help="introduction of the page: what readers must know about these systems")
+    ] = "",
 ) -> None:
     """Write evaluations as a web page: clips side by side, numbers, plots. It opens from disk."""
     quiet_libraries()
@@ -157,13 +220,23 @@ def report(
 
 
 def sheet(
-    prompts: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a text file with a prompt per line; # starts a comment")],
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, dir_okay=False, help="a text file with a prompt per line; # starts a comment"
+        ),
+    ],
     outputs: Annotated[
-        list[Path], typer.Argument(help="a .png: a row of frames per prompt; a .gif, .webp, .mp4 or .webm: all clips side by side")
+        list[Path],
+        typer.Argument(
+            help="a .png: a row of frames per prompt; a .gif, .webp, .mp4 or .webm: all clips side by side"
+        ),
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="a name or a diffusers folder")] = "emoji",
     seed: Annotated[int, typer.Option(help="seed of every clip")] = 0,
-    columns: Annotated[int, typer.Option(min=1, help="frames of each clip in a .png, clips per row otherwise")] = 8,
+    columns: Annotated[
+        int, typer.Option(min=1, help="frames of each clip in a .png, clips per row otherwise")
+    ] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
@@ -180,7 +253,11 @@ def sheet(
     from latent_shift.pipelines.loading import load
     from latent_shift.pipelines.request import Request, generate_clip
 
-    lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line.strip()
+        for line in prompts.read_text(encoding="utf-8").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     pipe = load(model, device=device)
     pipe.set_progress_bar_config(disable=True)
     clips = []
@@ -191,5 +268,9 @@ def sheet(
             progress(len(clips), len(lines))
     for path in outputs:
         still = path.suffix.lower() == ".png"
-        picture = video.labelled_rows(clips, lines, columns=columns)[None] if still else video.side_by_side(clips, columns=columns)
+        picture = (
+            video.labelled_rows(clips, lines, columns=columns)[None]
+            if still
+            else video.side_by_side(clips, columns=columns)
+        )
         print(video.write(picture, path, fps=pipe.call_defaults["fps"]))

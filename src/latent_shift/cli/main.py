@@ -1,6 +1,7 @@
 """The command `latent-shift`: each verb parses its arguments and calls one public function.
 
-Wrong input is refused before torch is imported, wherever that is possible: importing torch, diffusers and transformers takes seconds.
+Wrong input is refused before torch is imported, wherever that is possible: importing torch, diffusers and
+transformers takes seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from latent_shift.cli import bench, data, evaluate, generate, models, train
 from latent_shift.runtime import set_passive_waiting
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help="Text to video by Latent-Shift."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Text to video by Latent-Shift.",
 )
 app.command()(generate.generate)
 app.command()(train.train)

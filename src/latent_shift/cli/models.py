@@ -20,7 +20,9 @@ def models(context: typer.Context) -> None:
 
 
 @app.command()
-def show(model: Annotated[str, typer.Argument(help="a name, a diffusers folder or a .safetensors file")]) -> None:
+def show(
+    model: Annotated[str, typer.Argument(help="a name, a diffusers folder or a .safetensors file")],
+) -> None:
     """Describe a model without loading its weights: family, parts, parameters, sizes, shift."""
     from latent_shift.pipelines import catalog
 

@@ -27,7 +27,8 @@ class Progress:
 
 
 class TrainingProgress:
-    """A bar with loss and speed on a terminal, a line per logged row elsewhere; calling it takes a row of `stats.jsonl`."""
+    """A bar with loss and speed on a terminal, a line per logged row elsewhere; calling it takes a row of
+    `stats.jsonl`."""
 
     def __init__(self, stage: str, num_steps: int):
         from rich import progress

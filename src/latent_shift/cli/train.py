@@ -22,7 +22,8 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="settings, e.g. optim.lr=1e-4; data= and model= are short for data.path and model.init"
+            metavar="[KEY=VALUE]...",
+            help="settings, e.g. optim.lr=1e-4; data= and model= are short for data.path and model.init",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and stop")] = False,
@@ -33,7 +34,9 @@ def train(
     settings = recipe / "config.toml" if recipe.is_dir() else recipe
     if not settings.exists():
         raise ValueError(f"{settings}: no such file; expected a recipe (.toml) or the folder of a run")
-    run = run or (recipe if recipe.is_dir() else Path("runs") / f"{recipe.resolve().parent.name}-{recipe.stem}")
+    run = run or (
+        recipe if recipe.is_dir() else Path("runs") / f"{recipe.resolve().parent.name}-{recipe.stem}"
+    )
     resolved = config.load(settings, overrides)
     if dry_run:
         print(config.dump(resolved), end="")
@@ -43,7 +46,15 @@ def train(
     from latent_shift.training import loop
 
     with TrainingProgress(resolved.stage, resolved.optim.steps) as report:
-        print(loop.train(resolved, run, report=report, on_prepared=partial(_print_estimate, resolved), progress=Progress))
+        print(
+            loop.train(
+                resolved,
+                run,
+                report=report,
+                on_prepared=partial(_print_estimate, resolved),
+                progress=Progress,
+            )
+        )
 
 
 def _print_estimate(config: Config, prepared: Prepared) -> None:
@@ -65,18 +76,28 @@ def _print_estimate(config: Config, prepared: Prepared) -> None:
 def encode(
     packed: Annotated[Path, typer.Argument(help="a packed data set")],
     out: Annotated[Path, typer.Argument(help="folder of the latents")],
-    autoencoder: Annotated[str, typer.Option(help="a model's name, or the folder of an AutoencoderKL or a pipeline")],
+    autoencoder: Annotated[
+        str, typer.Option(help="a model's name, or the folder of an AutoencoderKL or a pipeline")
+    ],
     texts: Annotated[str, typer.Option(help="a model's name, or a folder with tokenizer/ and text_encoder/")],
     stride: Annotated[
-        list[int] | None, typer.Option(min=1, help="also captions for clips of every second frame (2), ...; may be repeated")
+        list[int] | None,
+        typer.Option(min=1, help="also captions for clips of every second frame (2), ...; may be repeated"),
     ] = None,
-    mirror: Annotated[bool, typer.Option("--mirror", help="also mirror clips whose captions name no side")] = False,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="frames in a batch; default: by their size")] = None,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="also mirror clips whose captions name no side")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="frames in a batch; default: by their size")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     workers: Annotated[int, typer.Option(min=1, help="processes; on a CPU with one thread each")] = 1,
-    ray: Annotated[str | None, typer.Option(help="address of a Ray cluster that shares the work: auto, local, host:port")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="address of a Ray cluster that shares the work: auto, local, host:port")
+    ] = None,
 ) -> None:
-    """Encode packed frames and captions once, for the image and video stages. An interrupted run continues."""
+    """Encode packed frames and captions once, for the image and video stages. An interrupted run
+    continues."""
     from latent_shift.pipelines import catalog
 
     folders = {"autoencoder": catalog.folder(autoencoder), "texts": catalog.folder(texts)}
@@ -85,7 +106,9 @@ def encode(
     from latent_shift.data.encode import encode
     from latent_shift.runtime import resolve_device
 
-    options = dict(mirror=mirror, strides=[1, *(stride or [])], batch_size=batch_size, workers=workers, ray=ray)
+    options = dict(
+        mirror=mirror, strides=[1, *(stride or [])], batch_size=batch_size, workers=workers, ray=ray
+    )
     with Progress("encoding") as progress:
         store = encode(packed, out, **folders, device=resolve_device(device), progress=progress, **options)  # type: ignore[arg-type]
     print(f"{out}: {store.num_frames} frames, {store.num_captions} captions with the empty one")

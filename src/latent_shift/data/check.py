@@ -99,8 +99,12 @@ def thumbnail(frames: np.ndarray) -> np.ndarray:
     selected = frames[np.linspace(0, len(frames) - 1, 4).round().astype(int)]
     rows = np.linspace(0, frames.shape[1], 8 + 1).round().astype(int)
     columns = np.linspace(0, frames.shape[2], 9 + 1).round().astype(int)
-    sums = np.add.reduceat(np.add.reduceat(selected.astype(np.float32), rows[:-1], axis=1), columns[:-1], axis=2)
-    return (sums / (np.diff(rows)[:, None, None] * np.diff(columns)[:, None])).round().astype(np.uint8).ravel()
+    sums = np.add.reduceat(
+        np.add.reduceat(selected.astype(np.float32), rows[:-1], axis=1), columns[:-1], axis=2
+    )
+    return (
+        (sums / (np.diff(rows)[:, None, None] * np.diff(columns)[:, None])).round().astype(np.uint8).ravel()
+    )
 
 
 class _DuplicateFinder:
@@ -140,7 +144,8 @@ def _is_near(rows_ND: np.ndarray, row_D: np.ndarray) -> np.ndarray:
 
 
 def _middle_gradient(frames: np.ndarray) -> np.ndarray:
-    """Return the vertical and horizontal gradient of the middle frame in grey levels, `(2, 128, 128) int8`."""
+    """Return the vertical and horizontal gradient of the middle frame in grey levels,
+    `(2, 128, 128) int8`."""
     grey = frames[len(frames) // 2].mean(axis=-1, dtype=np.float32)
     image = np.asarray(Image.fromarray(grey).resize((ANALYSIS_SIZE, ANALYSIS_SIZE)))
     return np.stack(np.gradient(image)).clip(-127, 127).round().astype(np.int8)
@@ -155,7 +160,8 @@ def _find_overlay(gradients: list[np.ndarray], *, min_clips: int = 20, strength:
         return None
     gradients_NDHW = np.stack(gradients).astype(np.float32)
     median = np.median(gradients_NDHW, axis=0)
-    # Standard error of the median of normal variables, with their deviation from the median absolute deviation.
+    # Standard error of the median of normal variables, with their deviation from the median absolute
+    # deviation.
     error = 1.2533 * 1.4826 * np.median(np.abs(gradients_NDHW - median), axis=0) / len(gradients) ** 0.5
     overlay = (np.abs(median) > strength + 5 * error).any(axis=0)
     if overlay.mean() < 1e-3:

@@ -80,7 +80,9 @@ class Encoder:
         device: device of the autoencoder.
     """
 
-    def __init__(self, autoencoder: str | Path, batch_size: int | None = None, device: str | torch.device = "cpu"):
+    def __init__(
+        self, autoencoder: str | Path, batch_size: int | None = None, device: str | torch.device = "cpu"
+    ):
         self.vae = load_autoencoder(autoencoder).to(device).eval()
         self.batch_size = batch_size
         self.factor = downscale_factor(self.vae.config)  # pixels per latent, along each side
@@ -173,7 +175,9 @@ def encode(
     _check_sides(source, encoder.factor)
     start_store(out)
     encoder.vae.save_pretrained(out / "autoencoder")
-    embedding_shape, text_encoder = _encode_captions(source, Path(texts), out, strides, batch_size or 32, device)
+    embedding_shape, text_encoder = _encode_captions(
+        source, Path(texts), out, strides, batch_size or 32, device
+    )
     tasks, records, shapes = _plan_shards(source, out, encoder, mirror=mirror)
     encoder_args = (str(out / "autoencoder"), batch_size, str(device))
     for num_done in _encode_missing(tasks, shapes, encoder, encoder_args, workers, ray):
@@ -230,7 +234,9 @@ def _encode_captions(
     task = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
     progress = json.loads(progress_path.read_text()) if progress_path.exists() else {}
     num_done = progress["done"] if progress.get("task") == task else 0
-    file = np.lib.format.open_memmap(embeddings_path, "r+" if num_done else "w+", np.float16, (len(captions), *shape))
+    file = np.lib.format.open_memmap(
+        embeddings_path, "r+" if num_done else "w+", np.float16, (len(captions), *shape)
+    )
     for num_batches, start in enumerate(range(num_done, len(captions), batch_size), 1):
         embeddings = text.embed(tokenizer, text_encoder, captions[start : start + batch_size])
         file[start : start + batch_size] = embeddings.half().cpu().numpy()
@@ -290,11 +296,21 @@ def _plan_shards(
                 continue
             pieces = tuple((clip.start, clip.num_frames) for clip in clips)
             name = hashlib.sha256(repr((shard, pieces, mirrored, encoder.digest)).encode()).hexdigest()[:24]
-            tasks.append(ShardTask(source.paths[shard].absolute(), pieces, mirrored, out / "shards" / f"{name}.npy"))
+            tasks.append(
+                ShardTask(source.paths[shard].absolute(), pieces, mirrored, out / "shards" / f"{name}.npy")
+            )
             height, width = source.shapes[shard][1:3]
             starts = [0, *np.cumsum([num for _, num in pieces]).tolist()]
-            shapes[name] = (starts[-1], 2, encoder.channels, height // encoder.factor, width // encoder.factor)
-            records += [replace(clip, shard=name, start=start) for clip, start in zip(clips, starts[:-1], strict=True)]
+            shapes[name] = (
+                starts[-1],
+                2,
+                encoder.channels,
+                height // encoder.factor,
+                width // encoder.factor,
+            )
+            records += [
+                replace(clip, shard=name, start=start) for clip, start in zip(clips, starts[:-1], strict=True)
+            ]
     return tasks, records, shapes
 
 
@@ -332,7 +348,9 @@ def _encode_missing(
         yield num_present + num_encoded
 
 
-def _num_worthwhile_workers(tasks: list[ShardTask], shapes: dict[str, tuple[int, ...]], encoder: Encoder) -> int:
+def _num_worthwhile_workers(
+    tasks: list[ShardTask], shapes: dict[str, tuple[int, ...]], encoder: Encoder
+) -> int:
     """Return the number of processes so that each has more work than its start takes."""
     if len(tasks) <= 1:
         return 1
@@ -355,7 +373,9 @@ def _encode_in_pool(tasks: list[ShardTask], encoder_args: tuple, workers: int) -
     num_started = context.Value("i", 0)
     initargs = (__name__, "_start_worker", num_started, *encoder_args)
     workers = min(workers, len(tasks))
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=initargs) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=start_worker, initargs=initargs
+    ) as pool:
         try:
             for future in as_completed([pool.submit(_encode_in_worker, task) for task in tasks]):
                 future.result()
@@ -424,7 +444,9 @@ def _start_worker(num_started, autoencoder: str, batch_size: int | None, device:
     with num_started.get_lock():
         worker = num_started.value
         num_started.value += 1
-    _worker_encoder = Encoder(autoencoder, batch_size, worker_device(device, worker, torch.cuda.device_count()))
+    _worker_encoder = Encoder(
+        autoencoder, batch_size, worker_device(device, worker, torch.cuda.device_count())
+    )
 
 
 def worker_device(device: str, worker: int, num_gpus: int) -> str:

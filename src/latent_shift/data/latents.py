@@ -1,13 +1,16 @@
 """Read latents and caption embeddings, the data set of the image and video stages. encode.py writes it.
 
     latents/
-      store.json, index.jsonl, shards/KEY.npy   a store (store.py) with frames of shape (2, C, h, w), posterior
+      store.json, index.jsonl, shards/KEY.npy   a store (store.py) with frames of shape (2, C, h, w),
+      posterior
                                                 mean and std
-      texts.npy                                 (captions, L, D) float16 embeddings of every caption and of the
+      texts.npy                                 (captions, L, D) float16 embeddings of every caption and of
+      the
                                                 null prompt
       texts.json                                the captions
-      captions.npy                              64-bit digests of the captions in ascending order, for the lookup
-      autoencoder/, text_encoder/, tokenizer/   the models that encoded the data, with which a trained U-Net is
+      captions.npy                              64-bit digests of the captions in ascending order, for the
+      lookup autoencoder/, text_encoder/, tokenizer/   the models that encoded the data, with which a trained
+      U-Net is
                                                 exported
 
 F frames, H W, C channels and h w of the latents, L tokens, D width.
@@ -38,7 +41,9 @@ class LatentStore(Store):
     def __init__(self, folder: str | Path):
         super().__init__(folder)
         if "texts" not in self.info:
-            raise ValueError(f"{folder}: holds pixels, not latents; `latent-shift encode` makes latents of them")
+            raise ValueError(
+                f"{folder}: holds pixels, not latents; `latent-shift encode` makes latents of them"
+            )
         digests = [np.load(part / "captions.npy") for part in self.folders]
         self._ends = np.cumsum([len(part) for part in digests])
         self._digests, self._rows = np.unique(np.concatenate(digests), return_index=True)
@@ -69,7 +74,9 @@ class LatentStore(Store):
         rows = self._rows[positions]
         parts = np.searchsorted(self._ends, rows, side="right")
         starts = np.append(0, self._ends)
-        embeddings = [self._embeddings[part][row - starts[part]] for part, row in zip(parts, rows, strict=True)]
+        embeddings = [
+            self._embeddings[part][row - starts[part]] for part, row in zip(parts, rows, strict=True)
+        ]
         return np.stack(embeddings).astype(np.float32)
 
     @functools.cached_property
@@ -77,14 +84,22 @@ class LatentStore(Store):
         return load_autoencoder(self.folder / "autoencoder")
 
     @torch.no_grad()
-    def draw_pixels(self, rng: np.random.Generator, index: int, num_frames: int, *, stride: int = 1) -> np.ndarray:
+    def draw_pixels(
+        self, rng: np.random.Generator, index: int, num_frames: int, *, stride: int = 1
+    ) -> np.ndarray:
         """Return `draw_window`, sampled from the posterior and decoded, as `(F, H, W, 3) uint8` frames."""
         vae = self._autoencoder
-        mean, std = self.draw_window(rng, index, num_frames, stride=stride).astype(np.float32).transpose(1, 0, 2, 3, 4)
+        mean, std = (
+            self.draw_window(rng, index, num_frames, stride=stride)
+            .astype(np.float32)
+            .transpose(1, 0, 2, 3, 4)
+        )
         latents = torch.from_numpy(mean + std * rng.standard_normal(mean.shape, np.float32))
         return to_frames(decode_latents(vae, latents, batch_size=1)).numpy()
 
-    def frame_correlation(self, *, splits: Iterable[str] = ("train",), num_clips: int = 1000) -> dict[str, float]:
+    def frame_correlation(
+        self, *, splits: Iterable[str] = ("train",), num_clips: int = 1000
+    ) -> dict[str, float]:
         """Measure the correlation between frames of a clip, and fit the noise with the same covariance.
 
         Noise that resembles the clips hides their static and their moving parts at the same timesteps. Frames

@@ -67,7 +67,9 @@ def pack(
         else:
             cuts = video.find_cuts(frames) if split_cuts and len(frames) > 1 else []
             for number, scene in enumerate(np.split(frames, cuts)):
-                part = replace(record, file_name=f"{record.file_name}#{number}", loop=False) if cuts else record
+                part = (
+                    replace(record, file_name=f"{record.file_name}#{number}", loop=False) if cuts else record
+                )
                 writer.add(part, scene)
         if progress:
             progress(num_done, num_clips)

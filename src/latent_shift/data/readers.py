@@ -83,7 +83,9 @@ def read(source: str | Path) -> Iterator[tuple[Record, Media]]:
     if path.suffix in (".jsonl", ".csv"):
         return _read_table(path)
     if not path.is_dir():
-        expected = "expected a folder, a .jsonl or .csv table or .tar shards" if path.exists() else "no such folder"
+        expected = (
+            "expected a folder, a .jsonl or .csv table or .tar shards" if path.exists() else "no such folder"
+        )
         raise ValueError(f"{path}: {expected}")
     for name in ("metadata.jsonl", "metadata.csv"):
         if (path / name).exists():
@@ -159,7 +161,8 @@ _EXTRA_CELLS = "more columns"
 
 
 def _parse_row(row: str | dict[str, Any]) -> Record:
-    """Return the record of a JSON line or of the cells of a CSV line; empty cells and null count as absent."""
+    """Return the record of a JSON line or of the cells of a CSV line; empty cells and null count as
+    absent."""
     if isinstance(row, str):
         row = {key: value for key, value in json.loads(row).items() if value is not None}
     else:
@@ -182,7 +185,9 @@ def _read_captioned_files(folder: Path) -> Iterator[tuple[Record, Media]]:
         caption_file = path.with_suffix(".txt")
         lines = read_text(caption_file).splitlines() if caption_file.exists() else []
         texts = tuple(line.strip() for line in lines if line.strip())
-        clips.append((Record(str(path.relative_to(folder)), texts, concept=texts[0] if texts else path.stem), path))
+        clips.append(
+            (Record(str(path.relative_to(folder)), texts, concept=texts[0] if texts else path.stem), path)
+        )
     if not any(record.texts for record, _ in clips):
         raise ValueError(
             f"{folder}: expected metadata.jsonl or metadata.csv, .tar shards, UCF-101, MSR-VTT, or media files each "
@@ -220,7 +225,9 @@ def _group_by_key(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes
         if not member.isfile():
             continue
         path = PurePosixPath(member.name)
-        stem, _, suffix = path.name.partition(".")  # WebDataset's rule: the key ends at the first dot of the name
+        stem, _, suffix = path.name.partition(
+            "."
+        )  # WebDataset's rule: the key ends at the first dot of the name
         key = str(path.parent / stem)
         if key != sample_key and files:
             yield sample_key, files
@@ -252,7 +259,8 @@ _UCF101_FILE = re.compile(r"v_([A-Za-z]+)_g\d\d_c\d\d\.avi")
 
 
 def ucf101_sentences() -> dict[str, str]:
-    """Return {class: sentence} for the 101 classes of UCF-101 (Soomro et al. 2012) in their official order."""
+    """Return {class: sentence} for the 101 classes of UCF-101 (Soomro et al. 2012) in their official
+    order."""
     lines = resources.files("latent_shift").joinpath("assets/ucf101.txt").read_text().splitlines()
     return dict(line.split(": ") for line in lines)
 
@@ -262,7 +270,9 @@ def _read_ucf101(folder: Path, files: list[Path]) -> Iterator[tuple[Record, Medi
     sentences, splits = ucf101_sentences(), dict[str, str]()
     for split in ("train", "test"):
         for table in sorted(folder.rglob(f"{split}list01.txt")):
-            splits |= {PurePosixPath(line.split()[0]).name: split for line in read_lines(table) if line.strip()}
+            splits |= {
+                PurePosixPath(line.split()[0]).name: split for line in read_lines(table) if line.strip()
+            }
     classes = {action.lower(): action for action in sentences}  # one class has other capitals in file names
     for file in files:
         action = file.name.split("_")[1]
@@ -285,11 +295,17 @@ def _load_msrvtt_annotations(file: Path) -> dict | None:
         annotations = json.loads(read_text(file))
     except json.JSONDecodeError:
         return None
-    return annotations if isinstance(annotations, dict) and {"videos", "sentences"} <= annotations.keys() else None
+    return (
+        annotations
+        if isinstance(annotations, dict) and {"videos", "sentences"} <= annotations.keys()
+        else None
+    )
 
 
 def _read_msrvtt(folder: Path, annotations: list[dict]) -> Iterator[tuple[Record, Media]]:
-    files = {path.stem: path for path in folder.rglob("video*") if path.suffix.lower() in video.VIDEO_SUFFIXES}
+    files = {
+        path.stem: path for path in folder.rglob("video*") if path.suffix.lower() in video.VIDEO_SUFFIXES
+    }
     captions = defaultdict(list)
     for annotation in annotations:
         for sentence in annotation["sentences"]:

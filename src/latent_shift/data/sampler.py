@@ -20,7 +20,9 @@ class BalancedSampler:
 
     def __init__(self, store: Store, indices: np.ndarray):
         if not len(indices):
-            raise ValueError("no record to train on: check the names of the splits and that clips have enough frames")
+            raise ValueError(
+                "no record to train on: check the names of the splits and that clips have enough frames"
+            )
         rows = store.index[indices]
         _, concept_ids, counts = np.unique(rows["concept"], return_inverse=True, return_counts=True)
         weights = 1 / counts[concept_ids]
@@ -28,7 +30,9 @@ class BalancedSampler:
         groups = [shape_ids == shape_id for shape_id in np.unique(shape_ids)]
         self._indices = [np.asarray(indices)[group] for group in groups]
         self._cumulative = [_cumulative_probabilities(weights[group]) for group in groups]
-        self._group_cumulative = _cumulative_probabilities(np.array([weights[group].sum() for group in groups]))
+        self._group_cumulative = _cumulative_probabilities(
+            np.array([weights[group].sum() for group in groups])
+        )
 
     def draw(self, rng: np.random.Generator, num: int) -> list[int]:
         """Return `num` random indices of records with frames of equal shape, so that they form a batch."""

@@ -1,12 +1,15 @@
 """Store and read the frames of clips: shards and an index.
 
     store/
-      shards/KEY.npy     frames of successive clips of one size, `(frames, *shape of a frame)`; KEY is a hash of
+      shards/KEY.npy     frames of successive clips of one size, `(frames, *shape of a frame)`; KEY is a hash
+      of
                          the content
       index.jsonl        one line per clip: the fields of `Record`
-      index.npy          INDEX_DTYPE per clip: what sampling needs, 37 bytes a clip, so that ten million fit in
+      index.npy          INDEX_DTYPE per clip: what sampling needs, 37 bytes a clip, so that ten million fit
+      in
                          memory
-      store.json         settings and the shape of every shard; written last, so an interrupted store is refused
+      store.json         settings and the shape of every shard; written last, so an interrupted store is
+      refused
 
 A pattern such as `parts/*` opens several stores with equal settings as one. All randomness comes from a numpy
 Generator that the caller seeds, so that a training step can be repeated exactly.
@@ -103,7 +106,9 @@ class Store:
                 size = path.stat().st_size if path.exists() else 0
                 expected = f"expected {shape[0]} frames {shape[1:]}, got {size} bytes"
                 raise ValueError(f"{path}: {expected}; create the data set again")
-        self._open_shard = lru_cache(256)(lambda name: np.load(self.paths[name], mmap_mode="r"))  # one open file each
+        self._open_shard = lru_cache(256)(
+            lambda name: np.load(self.paths[name], mmap_mode="r")
+        )  # one open file each
 
     @property
     def num_frames(self) -> int:
@@ -119,7 +124,9 @@ class Store:
         ids = {shape: number for number, shape in enumerate(sorted(set(shapes)))}
         return np.array([ids[shape] for shape in shapes])
 
-    def select(self, *, splits: Iterable[str] = ("train",), num_frames: int = 1, stride: int = 1) -> np.ndarray:
+    def select(
+        self, *, splits: Iterable[str] = ("train",), num_frames: int = 1, stride: int = 1
+    ) -> np.ndarray:
         """Return the records from which clips can be drawn.
 
         Args:
@@ -137,20 +144,25 @@ class Store:
         return np.flatnonzero(long_enough & in_splits)
 
     def window(self, index: int, first: int, num_frames: int, *, stride: int = 1) -> np.ndarray:
-        """Return `num_frames` frames of record `index`, every `stride`-th from `first` on; loops wrap around."""
+        """Return `num_frames` frames of record `index`, every `stride`-th from `first` on; loops wrap
+        around."""
         row = self.index[index]
         positions = first + stride * np.arange(num_frames)
         if row["loop"]:
             positions = positions % row["num_frames"]
         return self._open_shard(self._shard_names[row["shard"]])[row["start"] + positions]
 
-    def draw_window(self, rng: np.random.Generator, index: int, num_frames: int, *, stride: int = 1) -> np.ndarray:
+    def draw_window(
+        self, rng: np.random.Generator, index: int, num_frames: int, *, stride: int = 1
+    ) -> np.ndarray:
         """Return `window` from a random first frame."""
         row = self.index[index]
         choices = int(row["num_frames"]) - (0 if row["loop"] else (num_frames - 1) * stride)
         return self.window(index, int(rng.integers(choices)), num_frames, stride=stride)
 
-    def draw_pixels(self, rng: np.random.Generator, index: int, num_frames: int, *, stride: int = 1) -> np.ndarray:
+    def draw_pixels(
+        self, rng: np.random.Generator, index: int, num_frames: int, *, stride: int = 1
+    ) -> np.ndarray:
         """Return `draw_window` as `(F, H, W, 3) uint8` frames."""
         return self.draw_window(rng, index, num_frames, stride=stride)
 
@@ -190,7 +202,8 @@ class _IndexLines(Sequence[Record]):
 
 
 def find_stores(folder: str | Path) -> list[Path]:
-    """Return the store in a folder, or all folders that match a pattern if at least one of them is a store."""
+    """Return the store in a folder, or all folders that match a pattern if at least one of them is a
+    store."""
     if (Path(folder) / "store.json").exists():
         return [Path(folder)]
     matches = [Path(match) for match in sorted(glob.glob(f"{folder}/"))]
@@ -215,7 +228,8 @@ def text_digest(text: str) -> int:
 
 
 def caption_at_rate(caption: str, fps: float, stride: int) -> str:
-    """Return a caption for every `stride`-th frame: the frame rate is appended (CogVideo, Hong et al. 2022)."""
+    """Return a caption for every `stride`-th frame: the frame rate is appended (CogVideo, Hong et al.
+    2022)."""
     return caption if stride == 1 else f"{caption}, {fps / stride:g} fps"
 
 
@@ -229,7 +243,9 @@ def _read_info(folder: Path) -> dict:
     index = folder / "index.jsonl"
     size = index.stat().st_size
     if size != info["index_bytes"]:
-        raise ValueError(f"{index}: expected {info['index_bytes']} bytes, got {size}; create the data set again")
+        raise ValueError(
+            f"{index}: expected {info['index_bytes']} bytes, got {size}; create the data set again"
+        )
     return info
 
 
@@ -274,7 +290,9 @@ class StoreWriter:
         clips = self._pending.pop(shape)
         del self._pending_bytes[shape]
         shard = np.concatenate([frames for _, frames in clips])
-        name = hashlib.sha256(repr((shard.shape, str(shard.dtype))).encode() + shard.tobytes()).hexdigest()[:24]
+        name = hashlib.sha256(repr((shard.shape, str(shard.dtype))).encode() + shard.tobytes()).hexdigest()[
+            :24
+        ]
         write_array(self.folder / "shards" / f"{name}.npy", shard)
         start = 0
         for record, frames in clips:
@@ -290,11 +308,15 @@ def check_store_folder(folder: Path) -> None:
         ValueError: another file; the message names it.
     """
     shards = folder / "shards"
-    foreign = [path for path in folder.glob("*") if path.name not in _STORE_FILES and not path.name.startswith(".")]
+    foreign = [
+        path for path in folder.glob("*") if path.name not in _STORE_FILES and not path.name.startswith(".")
+    ]
     foreign += [path for path in shards.glob("*") if not _SHARD_FILE.fullmatch(path.name)]
     if foreign:
         name = foreign[0].relative_to(folder)
-        raise ValueError(f"{folder}: holds {name}, which does not belong to a data set; choose an empty folder")
+        raise ValueError(
+            f"{folder}: holds {name}, which does not belong to a data set; choose an empty folder"
+        )
 
 
 def start_store(folder: Path) -> None:
@@ -304,7 +326,9 @@ def start_store(folder: Path) -> None:
     (folder / "store.json").unlink(missing_ok=True)
 
 
-def finish_store(folder: Path, records: Iterable[Record], shapes: dict[str, tuple[int, ...]], **info: object) -> None:
+def finish_store(
+    folder: Path, records: Iterable[Record], shapes: dict[str, tuple[int, ...]], **info: object
+) -> None:
     """Write the index and store.json, and remove shards that are not in the index.
 
     Args:
@@ -333,4 +357,6 @@ def finish_store(folder: Path, records: Iterable[Record], shapes: dict[str, tupl
 def is_complete(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
     """Return whether a shard exists with the size of an array of this shape and dtype."""
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return path.exists() and 128 <= path.stat().st_size - expected <= 1024  # numpy's header, at least 128 bytes
+    return (
+        path.exists() and 128 <= path.stat().st_size - expected <= 1024
+    )  # numpy's header, at least 128 bytes

@@ -1,4 +1,5 @@
-"""Measures of a clip that need no network: amount and steadiness of motion, coherence, warping error and loop closure.
+"""Measures of a clip that need no network: amount and steadiness of motion, coherence, warping error and
+loop closure.
 
 Clips are `(F, H, W, 3) uint8`. Grey levels are 0..255.
 """
@@ -11,7 +12,8 @@ import numpy as np
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio of two uint8 arrays in dB, 10 log10(255^2 / mean squared error)."""
+    """Return the peak signal-to-noise ratio of two uint8 arrays in dB, 10 log10(255^2 / mean squared
+    error)."""
     error = np.mean((a.astype(np.float64) - b) ** 2)
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
@@ -27,36 +29,41 @@ def coherence(clip: np.ndarray) -> float:
     flat = flat - flat.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(flat, axis=1)
     products = (flat[1:] * flat[:-1]).sum(axis=1)
-    both_constant = (norms[1:] < 1e-9) & (norms[:-1] < 1e-9)  # two frames of one colour each have no correlation and count as equal
+    both_constant = (norms[1:] < 1e-9) & (
+        norms[:-1] < 1e-9
+    )  # two frames of one colour each have no correlation and count as equal
     return float(np.mean(np.where(both_constant, 1.0, products / np.maximum(norms[1:] * norms[:-1], 1e-9))))
 
 
 def flicker(clip: np.ndarray) -> float:
-    """Return the mean absolute second difference over time in grey levels; jitter gives twice the motion energy."""
+    """Return the mean absolute second difference over time in grey levels; jitter gives twice the motion
+    energy."""
     x = clip.astype(np.int16)
     return float(np.abs(x[2:] - 2 * x[1:-1] + x[:-2]).mean())
 
 
 def persistence(clip: np.ndarray, gap: int = 4) -> float:
-    """Return the change over `gap` frames divided by the change over one frame: 1 where frames vary around one image,
-    more where motion continues. In clips of at most `gap` frames the gap is that between the first and the last.
+    """Return the change over `gap` frames divided by the change over one frame: 1 where frames vary around
+    one image, more where motion continues. In clips of at most `gap` frames the gap is that between the
+    first and the last.
     """
     x, gap = clip.astype(np.int16), min(gap, len(clip) - 1)
     return float((np.abs(x[gap:] - x[:-gap]).mean() + 1e-3) / (np.abs(np.diff(x, axis=0)).mean() + 1e-3))
 
 
 def loop_gap(clip: np.ndarray) -> float:
-    """Return the change from the last frame to the first in mean changes between frames: 1 where a loop closes."""
+    """Return the change from the last frame to the first in mean changes between frames: 1 where a loop
+    closes."""
     x = clip.astype(np.int16)
     return float((np.abs(x[0] - x[-1]).mean() + 1e-3) / (np.abs(np.diff(x, axis=0)).mean() + 1e-3))
 
 
 def warping_error(clip: np.ndarray) -> float:
-    """Return the mean absolute difference, in grey levels, between each frame and the previous one warped along the
-    optical flow (Lai et al. 2018, equation 11, with an L1 norm).
+    """Return the mean absolute difference, in grey levels, between each frame and the previous one warped
+    along the optical flow (Lai et al. 2018, equation 11, with an L1 norm).
 
-    Pixels count where forward and backward flow agree (Ruder et al. 2016), or all of them if they agree nowhere. The
-    flow is OpenCV's dense inverse search (Kroeger et al. 2016).
+    Pixels count where forward and backward flow agree (Ruder et al. 2016), or all of them if they agree
+    nowhere. The flow is OpenCV's dense inverse search (Kroeger et al. 2016).
 
     Raises:
         RuntimeError: OpenCV is not installed.
@@ -64,7 +71,9 @@ def warping_error(clip: np.ndarray) -> float:
     try:
         import cv2
     except ImportError as error:
-        raise RuntimeError("warping_error needs optical flow: pip install 'latent-shift-video[eval]'") from error
+        raise RuntimeError(
+            "warping_error needs optical flow: pip install 'latent-shift-video[eval]'"
+        ) from error
     search: Any = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # type: ignore[attr-defined]
     greys = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip]
     height, width = clip.shape[1:3]
@@ -84,12 +93,15 @@ def warping_error(clip: np.ndarray) -> float:
         length = np.square(np.concatenate([backward_HW2, returned_HW2], axis=-1)).sum(axis=-1)
         inside = ((source_HW2 >= 0) & (source_HW2 <= (width - 1, height - 1))).all(axis=-1)
         consistent = inside & (mismatch < 0.01 * length + 0.5)
-        errors.append(np.abs(clip[k].astype(np.float32) - warped)[consistent if consistent.any() else ...].mean())
+        errors.append(
+            np.abs(clip[k].astype(np.float32) - warped)[consistent if consistent.any() else ...].mean()
+        )
     return float(np.mean(errors))
 
 
 def retrieval_ranks(generated: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Rank the real clip of each generated clip's own caption among all real clips, by cosine similarity; 1 is best.
+    """Rank the real clip of each generated clip's own caption among all real clips, by cosine similarity; 1
+    is best.
 
     Args:
         generated, real: `(N, D)` unit vectors; row n of both belongs to the same caption.

@@ -1,4 +1,5 @@
-"""One system's clips beside the real ones, with features and values of each clip cached on disk, and their records."""
+"""One system's clips beside the real ones, with features and values of each clip cached on disk, and their
+records."""
 
 from __future__ import annotations
 
@@ -35,9 +36,10 @@ class Comparison:
         clips: returns generated clip k, `(F, H, W, 3) uint8`, at its own size.
         out, folder: of the evaluation and, in it, of the system; they hold the cached rows.
         weights: networks to measure with.
-        noise: (shared noise, noise correlation) under which models of this package are shown real clips; None: that
-            of their sampling.
-        values: measure to a value of each generated clip, for measures that are averages: two systems are compared by them.
+        noise: (shared noise, noise correlation) under which models of this package are shown real clips;
+            None: that of their sampling.
+        values: measure to a value of each generated clip, for measures that are averages: two systems are
+            compared by them.
     """
 
     system: System
@@ -69,7 +71,9 @@ class Comparison:
 
     def features(self, extractor: Extractor, *, real: bool = False) -> np.ndarray:
         """Return the features `(N, G, D)` of the generated or of all real clips."""
-        load, num = (self.real_clip, self.protocol.num_real) if real else (self.clip, len(self.protocol.prompts))
+        load, num = (
+            (self.real_clip, self.protocol.num_real) if real else (self.clip, len(self.protocol.prompts))
+        )
 
         def extract(numbers: range) -> np.ndarray:
             batches = [numbers[start : start + 8] for start in range(0, len(numbers), 8)]
@@ -77,7 +81,9 @@ class Comparison:
 
         return self.cached_rows(f"{extractor.name}-{extractor.sha256[:12]}", extract, num, real=real)
 
-    def cached_rows(self, name: str, compute: Callable[[range], np.ndarray], num: int, *, real: bool = False) -> np.ndarray:
+    def cached_rows(
+        self, name: str, compute: Callable[[range], np.ndarray], num: int, *, real: bool = False
+    ) -> np.ndarray:
         """Compute a row of each clip once, `CLIPS_A_PART` clips at a time, and read it from disk afterwards.
 
         Args:
@@ -93,7 +99,9 @@ class Comparison:
         if not path.exists():
             (parts := path.with_suffix(".parts")).mkdir(parents=True, exist_ok=True)
             starts = range(0, num, CLIPS_A_PART)
-            files = {range(start, min(start + CLIPS_A_PART, num)): parts / f"{start:06}.npy" for start in starts}
+            files = {
+                range(start, min(start + CLIPS_A_PART, num)): parts / f"{start:06}.npy" for start in starts
+            }
             for numbers, file in files.items():
                 if not file.exists():
                     write_array(file, compute(numbers))
@@ -101,7 +109,14 @@ class Comparison:
             shutil.rmtree(parts)
         return np.load(path, mmap_mode="r")
 
-    def record(self, measure: str, estimate: Estimate, extractor: Extractor | Clip | None = None, *, real: bool = False) -> Record:
+    def record(
+        self,
+        measure: str,
+        estimate: Estimate,
+        extractor: Extractor | Clip | None = None,
+        *,
+        real: bool = False,
+    ) -> Record:
         """Return the record of an estimate; `real` says that real clips were compared with."""
         metadata = self.protocol.metadata
         return Record(
@@ -129,7 +144,8 @@ class Comparison:
         extractor: Extractor | Clip | None = None,
         real: bool = False,
     ) -> Record:
-        """Return the record of an average over the generated clips; keep their values for paired differences."""
+        """Return the record of an average over the generated clips; keep their values for paired
+        differences."""
         self.values[measure] = values
         estimate = statistics.estimate(values, average, cluster_ids=self.cluster_ids)
         return replace(self.record(measure, estimate, extractor, real=real), average=average.__name__)
@@ -152,4 +168,6 @@ def _crop_and_resize(clip: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     square = clip[:, top : top + side, left : left + side]
     if square.shape[1:3] == size:
         return square
-    return np.stack([np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)) for frame in square])
+    return np.stack(
+        [np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)) for frame in square]
+    )

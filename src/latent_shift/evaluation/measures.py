@@ -1,7 +1,8 @@
 """The table of measures: everything that is measured of a system's clips, one row a measure.
 
-To add a measure, add a row to `MEASURES` and, where none of the functions here fits, a function that returns its
-records. Results, the report and the tables of the documentation take names, labels and directions from the row.
+To add a measure, add a row to `MEASURES` and, where none of the functions here fits, a function that returns
+its records. Results, the report and the tables of the documentation take names, labels and directions from
+the row.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from latent_shift.evaluation import clip_metrics, denoising, features, statistic
 from latent_shift.evaluation.comparison import Comparison
 from latent_shift.evaluation.features import Extractor, Weights
 from latent_shift.evaluation.records import Record
-from latent_shift.evaluation.statistics import Estimate, MeasureUnavailable, frechet_estimate, inception_score, kernel_estimate
+from latent_shift.evaluation.statistics import (
+    Estimate,
+    MeasureUnavailable,
+    frechet_estimate,
+    inception_score,
+    kernel_estimate,
+)
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 
 HIGHER, LOWER, REAL = "higher", "lower", "real"
@@ -68,13 +75,16 @@ class Measure:
     def check(self, num_frames: int) -> None:
         """Raise MeasureUnavailable where clips have too few frames or a package is missing."""
         if num_frames < self.min_frames:
-            raise MeasureUnavailable(f"needs clips of {self.min_frames} frames or more, these have {num_frames}")
+            raise MeasureUnavailable(
+                f"needs clips of {self.min_frames} frames or more, these have {num_frames}"
+            )
         if self.package and not find_spec(self.package):
             raise MeasureUnavailable(f"needs {self.package}: pip install 'latent-shift-video[eval]'")
 
 
 def measure_all(comparison: Comparison) -> tuple[list[Record], dict[str, str]]:
-    """Compute every measure of the protocol; return the records, and for each measure that was skipped the reason."""
+    """Compute every measure of the protocol; return the records, and for each measure that was skipped the
+    reason."""
     records: list[Record] = []
     skipped: dict[str, str] = {}
     for name in comparison.protocol.measures:
@@ -101,7 +111,8 @@ def prepare_real_features(comparison: Comparison) -> None:
 
 
 def check_weights(weights: Weights, names: Sequence[str]) -> None:
-    """Open every network whose weights were given, so that wrong files are refused before any clip is generated.
+    """Open every network whose weights were given, so that wrong files are refused before any clip is
+    generated.
 
     Raises:
         ValueError: a file that is another network, or weights that none of the measures uses.
@@ -135,7 +146,9 @@ def label_of(record: str) -> Label:
     record = record.removesuffix("_real")
     for measure in MEASURES.values():
         for pattern, label in measure.labels.items():
-            match = re.fullmatch(re.escape(pattern).replace(re.escape("{timestep}"), r"(?P<timestep>\d+)"), record)
+            match = re.fullmatch(
+                re.escape(pattern).replace(re.escape("{timestep}"), r"(?P<timestep>\d+)"), record
+            )
             if match:
                 return label._replace(text=label.text.format(**match.groupdict()))
     return Label(record.replace("_", " "), "", "")  # of another version
@@ -145,7 +158,9 @@ def per_clip(comparison: Comparison, measure: Measure) -> list[Record]:
     """Average a score over the generated and over the real clips, which must have the same frame rate."""
     system, protocol = comparison.system, comparison.protocol
     if system.fps != protocol.fps:
-        raise MeasureUnavailable(f"the real clips have {protocol.fps:g} frames a second, these {system.fps:g}")
+        raise MeasureUnavailable(
+            f"the real clips have {protocol.fps:g} frames a second, these {system.fps:g}"
+        )
     generated, real = clip_scores(comparison, measure.name), clip_scores(comparison, measure.name, real=True)
     of_real = comparison.record(f"{measure.name}_real", statistics.estimate(real), real=True)
     of_real = replace(of_real, clips=len(real), seeds=None, fps=protocol.fps, made_at=None)
@@ -182,7 +197,9 @@ def distance(comparison: Comparison, measure: Measure) -> list[Record]:
     if measure.statistic is kernel_estimate and comparison.protocol.matched:
         clusters["other_cluster_ids"] = np.arange(comparison.protocol.num_real)
     generated, real = comparison.features(extractor), comparison.features(extractor, real=True)
-    return [comparison.record(measure.name, measure.statistic(generated, real, **clusters), extractor, real=True)]
+    return [
+        comparison.record(measure.name, measure.statistic(generated, real, **clusters), extractor, real=True)
+    ]
 
 
 def class_score(comparison: Comparison, measure: Measure) -> list[Record]:
@@ -193,16 +210,20 @@ def class_score(comparison: Comparison, measure: Measure) -> list[Record]:
 
 
 def motion_error(comparison: Comparison, measure: Measure) -> list[Record]:
-    """Compare the motion energy of each clip with that of the real clip of its caption; 0.1 grey levels are added to
-    both, so that still clips have a ratio.
+    """Compare the motion energy of each clip with that of the real clip of its caption; 0.1 grey levels are
+    added to both, so that still clips have a ratio.
     """
-    generated, real = clip_scores(comparison, "motion_energy"), clip_scores(comparison, "motion_energy", real=True)
+    generated, real = (
+        clip_scores(comparison, "motion_energy"),
+        clip_scores(comparison, "motion_energy", real=True),
+    )
     ratios = (generated + 0.1) / (real[comparison.cluster_ids] + 0.1)
     return [comparison.mean_record(measure.name, ratios, statistics.factor, real=True)]
 
 
 def retrieval(comparison: Comparison, measure: Measure) -> list[Record]:
-    """Rank the real clip of each generated clip's caption among all real clips, by the mean features of their frames."""
+    """Rank the real clip of each generated clip's caption among all real clips, by the mean features of
+    their frames."""
     extractor = _network(comparison, measure)
     unit = []
     for real in (False, True):
@@ -249,13 +270,17 @@ def denoising_of_real_clips(comparison: Comparison, measure: Measure) -> list[Re
     for level, timestep in enumerate(denoising.timesteps(pipe)):
         for name, residual in (("", 0), ("_frame_by_frame", 1)):
             residual_and_total = motions[:, level][:, [residual, 2]]
-            records.append(comparison.mean_record(f"motion_seen_at_{timestep}{name}", residual_and_total, statistics.r_squared, real=True))
+            records.append(
+                comparison.mean_record(
+                    f"motion_seen_at_{timestep}{name}", residual_and_total, statistics.r_squared, real=True
+                )
+            )
     return [replace(record, noise=list(noise)) for record in records]
 
 
 def reconstruction(comparison: Comparison, measure: Measure) -> list[Record]:
-    """Compute the PSNR through the autoencoder of one held-out frame of each concept that has one, at most 200 of
-    them; where nothing is held out, of any frame of the concept.
+    """Compute the PSNR through the autoencoder of one held-out frame of each concept that has one, at most
+    200 of them; where nothing is held out, of any frame of the concept.
     """
     store, vae = comparison.protocol.store, _own_pipeline(comparison).vae
     assert store is not None
@@ -269,7 +294,14 @@ def reconstruction(comparison: Comparison, measure: Measure) -> list[Record]:
     if np.isinf(values).any():
         raise MeasureUnavailable("its autoencoder returns frames unchanged")
     record = comparison.record("reconstruction_psnr_db", statistics.estimate(values), real=True)
-    return [replace(record, clips=num, seeds=None, reference={**(record.reference or {}), "splits": list(splits), "clips": num})]
+    return [
+        replace(
+            record,
+            clips=num,
+            seeds=None,
+            reference={**(record.reference or {}), "splits": list(splits), "clips": num},
+        )
+    ]
 
 
 def _network(comparison: Comparison, measure: Measure) -> Any:
@@ -285,7 +317,13 @@ def _own_pipeline(comparison: Comparison) -> LatentShiftPipeline:
 
 
 def _score(
-    name: str, score: Callable[[np.ndarray], float], text: str, definition: str, *, min_frames: int = 2, package: str = ""
+    name: str,
+    score: Callable[[np.ndarray], float],
+    text: str,
+    definition: str,
+    *,
+    min_frames: int = 2,
+    package: str = "",
 ) -> Measure:
     """Return the row of a score of single clips."""
     labels, protocols = {name: Label(text, REAL, definition)}, (*CAPTIONS, "classes", *PUBLIC)
@@ -304,7 +342,16 @@ def _distance(
 ) -> Measure:
     """Return the row of a distance between features; `motion` is that of `features.efficientnet`."""
     labels, options = {name: Label(text, LOWER, definition)}, {"motion": True} if motion else {}
-    return Measure(name, distance, labels, protocols, network, options, min_frames=2 if motion else 1, statistic=statistic)
+    return Measure(
+        name,
+        distance,
+        labels,
+        protocols,
+        network,
+        options,
+        min_frames=2 if motion else 1,
+        statistic=statistic,
+    )
 
 
 _MOTION = "R² of the motion in real clips (deviation of latents from their mean over time) predicted under noise of timestep t"

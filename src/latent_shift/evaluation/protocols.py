@@ -1,6 +1,8 @@
-"""Protocols: the prompts of an evaluation, the number of clips of each, and the real clips that they are compared with.
+"""Protocols: the prompts of an evaluation, the number of clips of each, and the real clips that they are
+compared with.
 
-A result names its protocol, because numbers of different protocols cannot be compared: two are in use for MSR-VTT alone.
+A result names its protocol, because numbers of different protocols cannot be compared: two are in use for
+MSR-VTT alone.
 """
 
 from __future__ import annotations
@@ -35,11 +37,12 @@ class Protocol:
     Attributes:
         name: one of `PROTOCOLS`.
         prompts: prompt k belongs to clip k, which is generated with seed k.
-        cluster_ids: which independent sample clip k belongs to: clips of one caption, or of the captions of one
-            video, are one sample.
+        cluster_ids: which independent sample clip k belongs to: clips of one caption, or of the captions of
+            one video, are one sample.
         full_num_clips: generated clips of the complete protocol.
         num_frames: frames a clip.
-        size: (height, width) at which generated and real clips are measured, after cropping to their central square.
+        size: (height, width) at which generated and real clips are measured, after cropping to their central
+            square.
         fps: of the real clips.
         reference: description of the real clips: their number and a hash.
         num_real: number of real clips.
@@ -84,7 +87,8 @@ class Protocol:
 
 
 PUBLIC_SIZE = (256, 256)
-"""Size at which clips of public sets are measured: that of the paper's clips and of those that it compares with."""
+"""Size at which clips of public sets are measured: that of the paper's clips and of those that it compares
+with."""
 CAPTION_PROTOCOLS = {"own": (100, 1), "emoji": (100, 1), "classes": (8, 4)}
 """Protocols of a packed data set: number of captions, and clips of each."""
 EMOJI_CAPTIONS = "28e9dfda1867f4feb7762642be0036ac503bd66f6b512f4d4574f3c5d0977af0"
@@ -92,25 +96,33 @@ EMOJI_CAPTIONS = "28e9dfda1867f4feb7762642be0036ac503bd66f6b512f4d4574f3c5d0977a
 
 
 def open_protocol(
-    name: str, data: str | Path, *, num: int | None = None, num_frames: int | None = None, splits: tuple[str, ...] | None = None
+    name: str,
+    data: str | Path,
+    *,
+    num: int | None = None,
+    num_frames: int | None = None,
+    splits: tuple[str, ...] | None = None,
 ) -> Protocol:
     """Open a protocol on a data set.
 
     Args:
         name: one of `PROTOCOLS`.
         data: a packed data set (own, emoji, classes), or a folder of UCF-101 or MSR-VTT as published.
-        num: the first `num` clips only (of "classes": concepts); results then say that they are incomplete. None: all
-            (of "own" at most 100).
+        num: the first `num` clips only (of "classes": concepts); results then say that they are incomplete.
+            None: all (of "own" at most 100).
         num_frames: frames a clip, for "own" and "classes". None: 16.
         splits: where the captions of "own" come from. None: train.
 
     Raises:
-        ValueError: an unknown protocol, other data, more clips than there are, or an option that the protocol fixes.
+        ValueError: an unknown protocol, other data, more clips than there are, or an option that the
+            protocol fixes.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"unknown protocol {name!r}; expected one of {', '.join(PROTOCOLS)}")
     if name not in ("own", "classes") and (num_frames or 16) != 16:
-        raise ValueError(f"protocol {name} has clips of 16 frames, got num_frames={num_frames}; use protocol own for other lengths")
+        raise ValueError(
+            f"protocol {name} has clips of 16 frames, got num_frames={num_frames}; use protocol own for other lengths"
+        )
     if name != "own" and splits:
         raise ValueError(f"protocol {name} has fixed splits; use protocol own to choose them")
     if name in CAPTION_PROTOCOLS:
@@ -122,7 +134,9 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
     """Open a protocol of captions of a packed data set, each with its real clip."""
     side, fps = store.info["size"], store.info["fps"]
     candidates = [
-        index for index in store.select(splits=splits, num_frames=num_frames).tolist() if store.frame_shape(index) == (side, side, 3)
+        index
+        for index in store.select(splits=splits, num_frames=num_frames).tolist()
+        if store.frame_shape(index) == (side, side, 3)
     ]
     plainest: dict[str, int] = {}  # concept -> its record with the shortest caption: no skin tone, no variant
     for index in sorted(candidates, key=lambda index: len(store.records[index].texts[0])):
@@ -132,7 +146,9 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
         full_num = min(full_num, len(plainest))
     num_captions = _check_num(num, None) or max(1, full_num)
     if len(plainest) < num_captions:
-        raise ValueError(f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {num_captions} are needed")
+        raise ValueError(
+            f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {num_captions} are needed"
+        )
     chosen = np.random.default_rng(0).permutation(sorted(plainest.values())).tolist()
     if name == "emoji":
         _check_emoji(store, [store.records[index].texts[0] for index in chosen[:full_num]])
@@ -161,18 +177,26 @@ def _check_emoji(store: Store, captions: list[str]) -> None:
     """Raise ValueError unless a packed data set is that of recipes/emoji."""
     side, fps = store.info["size"], store.info["fps"]
     if (side, fps) != (128, 8):
-        raise ValueError(f"protocol emoji needs clips of 128 pixels at 8 fps, {store.folder} holds {side} at {fps:g}")
+        raise ValueError(
+            f"protocol emoji needs clips of 128 pixels at 8 fps, {store.folder} holds {side} at {fps:g}"
+        )
     if _digest(captions) != EMOJI_CAPTIONS:
-        raise ValueError(f"{store.folder} holds other captions than the set of recipes/emoji; use protocol own, or pack that set")
+        raise ValueError(
+            f"{store.folder} holds other captions than the set of recipes/emoji; use protocol own, or pack that set"
+        )
 
 
 def _ucf101(name: str, folder: Path, num: int | None) -> Protocol:
     """Open UCF-101: one sentence a class, the train videos as real clips."""
     sentences = list(readers.ucf101_sentences().values())
-    prompts = (sentences * 100)[: _check_num(num, 10_100)]  # in turns over the classes, so that the first clips cover all of them
+    prompts = (sentences * 100)[
+        : _check_num(num, 10_100)
+    ]  # in turns over the classes, so that the first clips cover all of them
     records, files = _read_videos(folder, "train", "UCF-101")
     if not list(folder.rglob("trainlist01.txt")):
-        raise ValueError(f"{folder}: has no trainlist01.txt; expected ucfTrainTestlist, which names the train videos, beside the videos")
+        raise ValueError(
+            f"{folder}: has no trainlist01.txt; expected ucfTrainTestlist, which names the train videos, beside the videos"
+        )
     return Protocol(
         name=name,
         prompts=prompts,
@@ -194,7 +218,10 @@ def _msrvtt(name: str, folder: Path, num: int | None) -> Protocol:
     records, files = _read_videos(folder, "test", "MSR-VTT")
     if name == "msrvtt-lavie":
         rng = np.random.default_rng(0)
-        captions = [(video, record.texts[int(rng.integers(len(record.texts)))]) for video, record in enumerate(records)]
+        captions = [
+            (video, record.texts[int(rng.integers(len(record.texts)))])
+            for video, record in enumerate(records)
+        ]
     else:  # in turns over the videos, so that the first clips cover all of them
         captions = [
             (video, record.texts[turn])
@@ -223,13 +250,22 @@ def _msrvtt(name: str, folder: Path, num: int | None) -> Protocol:
 def _check_num(num: int | None, full: int | None) -> int | None:
     """Return the number of clips to generate; raise ValueError where it is out of range."""
     if num is not None and (num < 1 or (full is not None and num > full)):
-        raise ValueError(f"num={num} is out of range; expected 1 to {full}" if full else f"num={num} is out of range; expected 1 or more")
+        raise ValueError(
+            f"num={num} is out of range; expected 1 to {full}"
+            if full
+            else f"num={num} is out of range; expected 1 or more"
+        )
     return num if num is not None else full
 
 
 def _read_videos(folder: Path, split: str, kind: str) -> tuple[list[readers.Record], list[Path]]:
-    """Return the records of a split, and its files in random order, so that the first ones cover all classes."""
-    videos = [(record, media) for record, media in readers.read(folder) if record.split == split and isinstance(media, Path)]
+    """Return the records of a split, and its files in random order, so that the first ones cover all
+    classes."""
+    videos = [
+        (record, media)
+        for record, media in readers.read(folder)
+        if record.split == split and isinstance(media, Path)
+    ]
     right_kind = all(("v_" in media.name) == (kind == "UCF-101") for _, media in videos)
     if not videos or not right_kind:
         raise ValueError(f"{folder}: expected {kind} with videos of split {split}")
@@ -238,7 +274,9 @@ def _read_videos(folder: Path, split: str, kind: str) -> tuple[list[readers.Reco
 
 
 def _reference(folder: Path, records: list[readers.Record], name: str) -> dict[str, object]:
-    names_and_sizes = (f"{record.file_name} {(folder / record.file_name).stat().st_size}" for record in records)
+    names_and_sizes = (
+        f"{record.file_name} {(folder / record.file_name).stat().st_size}" for record in records
+    )
     return {"data": name, "clips": len(records), "sha256_of_names_and_sizes": _digest(names_and_sizes)}
 
 
@@ -261,4 +299,6 @@ def check_unchanged(metadata: dict[str, object], path: Path) -> None:
     metadata = json.loads(json.dumps(metadata))
     if path.exists() and (before := json.loads(path.read_text())) != metadata:
         changed = [key for key in metadata if metadata[key] != before.get(key)]
-        raise ValueError(f"{path.parent} holds an evaluation with another {', '.join(changed)}; use the same or another folder (--out)")
+        raise ValueError(
+            f"{path.parent} holds an evaluation with another {', '.join(changed)}; use the same or another folder (--out)"
+        )

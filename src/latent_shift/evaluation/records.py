@@ -22,11 +22,13 @@ class Record:
         clips, seeds: how many clips, and the seeds that they were generated with (None: real clips).
         num_frames, fps: frames a clip and frames a second.
         made_at, measured_at: (height, width) at which clips were generated (None: real clips) and measured.
-        extractor: the network whose features were measured, with its preprocessing and the hash of its weights.
+        extractor: the network whose features were measured, with its preprocessing and the hash of its
+            weights.
         reference: the real clips that were compared with, with their hash.
         average: name of the average over clips, one of `statistics.AVERAGES`; None: the number is no average.
         noise: (shared noise, noise correlation) under which a model was shown real clips.
-        more: the paired difference from another system, an `Estimate` with the name of that system under "than".
+        more: the paired difference from another system, an `Estimate` with the name of that system under
+            "than".
     """
 
     measure: str

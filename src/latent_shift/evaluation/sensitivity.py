@@ -1,7 +1,8 @@
 """Sensitivity of the measures: they are computed of real clips that are degraded in four ways.
 
-Noise and blur degrade frames. Shuffling and freezing degrade motion and leave each frame as it was, so a measure of
-single frames cannot respond to them. A measure that can be trusted gets worse as the strength grows.
+Noise and blur degrade frames. Shuffling and freezing degrade motion and leave each frame as it was, so a
+measure of single frames cannot respond to them. A measure that can be trusted gets worse as the strength
+grows.
 """
 
 from __future__ import annotations
@@ -50,13 +51,17 @@ STRENGTHS = (0.125, 0.25, 0.5, 1.0)
 
 
 def sensitivity(
-    clips: np.ndarray, distances: Sequence[tuple[Measure, Extractor]], *, strengths: Sequence[float] = STRENGTHS
+    clips: np.ndarray,
+    distances: Sequence[tuple[Measure, Extractor]],
+    *,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> dict[str, dict[str, list[float]]]:
     """Measure real clips that are degraded more and more.
 
     Args:
         clips: `(N, F, H, W, 3) uint8` real clips; the second half is degraded and compared with the first.
-        distances: each with its network, as `open_distances` returns them; those that need more clips are left out.
+        distances: each with its network, as `open_distances` returns them; those that need more clips are
+            left out.
         strengths: of the degradations, 0 to 1.
 
     Returns:
@@ -73,7 +78,9 @@ def sensitivity(
         for measure, extractor in distances:
             with contextlib.suppress(MeasureUnavailable):
                 assert measure.statistic is not None
-                values[measure.name] = measure.statistic(features[extractor.name], real[extractor.name], resamples=2).value
+                values[measure.name] = measure.statistic(
+                    features[extractor.name], real[extractor.name], resamples=2
+                ).value
         return values
 
     values_of_originals = measure_all(originals)
@@ -94,11 +101,14 @@ def table(results: dict[str, dict[str, list[float]]], strengths: Sequence[float]
         for degradation, measures in results.items():
             values = measures[name]
             rows.append([name, degradation, *(f"{value:.4g}" for value in values), trend(values)])
-    return markdown_table(["measure", "degraded by", "original", *(f"{strength:g}" for strength in strengths), "trend"], rows)
+    return markdown_table(
+        ["measure", "degraded by", "original", *(f"{strength:g}" for strength in strengths), "trend"], rows
+    )
 
 
 def trend(values: Sequence[float], *, tolerance: float = 0.01) -> str:
-    """Return "rises", "falls", "stays" (within a fraction of the first value), or "" for values that go up and down."""
+    """Return "rises", "falls", "stays" (within a fraction of the first value), or "" for values that go up
+    and down."""
     steps, slack = np.diff(values), tolerance * abs(values[0]) + 1e-9
     if (np.abs(np.asarray(values) - values[0]) <= slack).all():
         return "stays"

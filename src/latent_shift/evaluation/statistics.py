@@ -1,8 +1,9 @@
-"""Distances between two sets of features, scores of one set and averages over clips, each with a 95 % bootstrap interval.
+"""Distances between two sets of features, scores of one set and averages over clips, each with a 95 %
+bootstrap interval.
 
-N, M clips of two sets, G rows of features a clip (one a frame, or a single one), D features, K classes. The bootstrap
-is clustered: it resamples the rows of a clip together, and so the clips of one cluster, such as those of several
-captions of one video. All computation is in float64.
+N, M clips of two sets, G rows of features a clip (one a frame, or a single one), D features, K classes. The
+bootstrap is clustered: it resamples the rows of a clip together, and so the clips of one cluster, such as
+those of several captions of one video. All computation is in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 
 
 class MeasureUnavailable(ValueError):
-    """One measure cannot be computed here: too few clips, missing weights or a missing package. Others still can."""
+    """One measure cannot be computed here: too few clips, missing weights or a missing package. Others still
+    can."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Estimate:
         value, low, high: the statistic and its interval.
         samples: independent samples behind it; of two sets, the smaller number.
         resamples: bootstrap resamples.
-        biased: whether the statistic grows as samples get fewer. Its interval then covers other sets of the same
-            size, not larger ones.
+        biased: whether the statistic grows as samples get fewer. Its interval then covers other sets of the
+            same size, not larger ones.
     """
 
     value: float
@@ -39,34 +41,40 @@ class Estimate:
 
 
 def frechet(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
-    """Compute the squared Frechet distance of the Gaussians fitted to two sets (Heusel et al. 2017, equation 6).
+    """Compute the squared Frechet distance of the Gaussians fitted to two sets (Heusel et al. 2017, equation
+    6).
 
     |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with means m and covariances S.
 
     With S = R'R, where R is the triangular factor of a QR decomposition of the centred features, the trace of
-    (S_a S_b)^(1/2) is the sum of the singular values of R_a R_b'. This avoids the root of a nearly singular matrix.
+    (S_a S_b)^(1/2) is the sum of the singular values of R_a R_b'. This avoids the root of a nearly singular
+    matrix.
 
     Args:
         a_ND, b_MD: `(N, D)` and `(M, D)`, or `(N, G, D)` and `(M, H, D)` with G or H rows a clip.
 
     Raises:
-        ValueError: different dimensions, features that are not finite, or no more samples than features: the distance
-            would be mostly bias.
+        ValueError: different dimensions, features that are not finite, or no more samples than features: the
+            distance would be mostly bias.
     """
     a, b = _as_rows(a_ND, b_MD)
     _check_sample_size(len(a), len(b), a)
     return _frechet(a, b, np.ones(len(a)), np.ones(len(b)))
 
 
-def frechet_estimate(a_NGD: np.ndarray, b_MGD: np.ndarray, *, cluster_ids: np.ndarray | None = None, resamples: int = 40) -> Estimate:
-    """Compute `frechet` with its interval, the value plus and minus 1.96 standard deviations of the resampled distances.
+def frechet_estimate(
+    a_NGD: np.ndarray, b_MGD: np.ndarray, *, cluster_ids: np.ndarray | None = None, resamples: int = 40
+) -> Estimate:
+    """Compute `frechet` with its interval, the value plus and minus 1.96 standard deviations of the
+    resampled distances.
 
-    A resample repeats samples, which raises every resampled distance; only their spread is used. The estimate is `biased`.
+    A resample repeats samples, which raises every resampled distance; only their spread is used. The
+    estimate is `biased`.
 
     Args:
         a_NGD, b_MGD: as in `frechet`.
-        cluster_ids: `(N,)`, the independent sample that each clip of `a` belongs to. None: each is its own; those of
-            `b` always are.
+        cluster_ids: `(N,)`, the independent sample that each clip of `a` belongs to. None: each is its own;
+            those of `b` always are.
         resamples: bootstrap resamples of both sets.
     """
     a, b = _as_rows(a_NGD, b_MGD)
@@ -92,7 +100,9 @@ def _frechet(a_NGD: np.ndarray, b_MGD: np.ndarray, weights_N: np.ndarray, weight
     return float(np.square(m_a - m_b).sum() + np.square(r_a).sum() + np.square(r_b).sum() - 2 * roots)
 
 
-def _gaussian(features_NGD: np.ndarray, weights_N: np.ndarray, *, rows: int = 8192) -> tuple[np.ndarray, np.ndarray]:
+def _gaussian(
+    features_NGD: np.ndarray, weights_N: np.ndarray, *, rows: int = 8192
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean `(D,)` and the triangular factor R `(D, D)` of the covariance R'R of weighted samples.
 
     It works on `rows` rows at a time, because a copy of all frames of a large set would take gigabytes.
@@ -104,7 +114,9 @@ def _gaussian(features_NGD: np.ndarray, weights_N: np.ndarray, *, rows: int = 81
     triangle = np.zeros((0, len(mean_D)))
     for part in parts:
         centred = np.sqrt(weights_N[part])[:, None, None] * (features_NGD[part] - mean_D)
-        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, centred.reshape(-1, len(mean_D))]), mode="r"))
+        triangle = np.asarray(
+            np.linalg.qr(np.concatenate([triangle, centred.reshape(-1, len(mean_D))]), mode="r")
+        )
     return mean_D, triangle / np.sqrt(total - 1)
 
 
@@ -117,29 +129,34 @@ def kernel_estimate(
     resamples: int = 1000,
     max_clips: int = 5000,
 ) -> Estimate:
-    """Compute the squared maximum mean discrepancy under the kernel (x'y / D + 1)^3, unbiased at any number of
-    samples (Binkowski et al. 2018, section 4: KID; on video features KVD, Unterthiner et al. 2018).
+    """Compute the squared maximum mean discrepancy under the kernel (x'y / D + 1)^3, unbiased at any number
+    of samples (Binkowski et al. 2018, section 4: KID; on video features KVD, Unterthiner et al. 2018).
 
-    Clips of one cluster are never paired: no frame with another of its clip and, where both sets share captions, no
-    generated clip with the real one of its caption (Gretton et al. 2012, lemma 6: only the two members of a pair must
-    be independent).
+    Clips of one cluster are never paired: no frame with another of its clip and, where both sets share
+    captions, no generated clip with the real one of its caption (Gretton et al. 2012, lemma 6: only the two
+    members of a pair must be independent).
 
     Args:
         a_NGD, b_MGD: as in `frechet`.
         cluster_ids: `(N,)`, the independent sample that each clip of `a` belongs to. None: each is its own.
-        other_cluster_ids: `(M,)`, the same for `b`; equal ids in both sets are one cluster. None: each is its own,
-            none in `a`.
+        other_cluster_ids: `(M,)`, the same for `b`; equal ids in both sets are one cluster. None: each is
+            its own, none in `a`.
         resamples: bootstrap resamples of both sets; clusters that both share are resampled together.
         max_clips: clips taken of each set, at random: the cost grows with their square.
 
     Raises:
-        ValueError: different dimensions, features that are not finite, or fewer than three samples, which have no interval.
+        ValueError: different dimensions, features that are not finite, or fewer than three samples, which
+            have no interval.
     """
     a, b = _as_rows(a_NGD, b_MGD)
     rng = np.random.default_rng(0)
     chosen_a, chosen_b = (np.sort(rng.permutation(len(features))[:max_clips]) for features in (a, b))
     ids_a = (np.arange(len(a)) if cluster_ids is None else np.asarray(cluster_ids))[chosen_a]
-    ids_b = chosen_b + ids_a.max(initial=-1) + 1 if other_cluster_ids is None else np.asarray(other_cluster_ids)[chosen_b]
+    ids_b = (
+        chosen_b + ids_a.max(initial=-1) + 1
+        if other_cluster_ids is None
+        else np.asarray(other_cluster_ids)[chosen_b]
+    )
     a, b = a[chosen_a], b[chosen_b]
     ids = _consecutive_ids(len(a) + len(b), np.concatenate([ids_a, ids_b]))
     ids_a, ids_b = ids[: len(a)], ids[len(a) :]
@@ -159,37 +176,49 @@ def kernel_estimate(
     else:
         weights = (np.split(both, [len(a)]) for both in _bootstrap_weights(len(ids), resamples, ids)[1])
     resampled = np.array([mmd(*pair) for pair in weights])
-    return _percentile_interval(mmd(np.ones(len(a)), np.ones(len(b))), resampled[np.isfinite(resampled)], fewer)
+    return _percentile_interval(
+        mmd(np.ones(len(a)), np.ones(len(b))), resampled[np.isfinite(resampled)], fewer
+    )
 
 
-def _mean_kernel(a_NGD: np.ndarray, ids_N: np.ndarray, b_MGD: np.ndarray, ids_M: np.ndarray) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Return the kernel's mean over all pairs from two clusters as a function of the weights; NaN without such pairs."""
+def _mean_kernel(
+    a_NGD: np.ndarray, ids_N: np.ndarray, b_MGD: np.ndarray, ids_M: np.ndarray
+) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Return the kernel's mean over all pairs from two clusters as a function of the weights; NaN without
+    such pairs."""
     kernel, num_clusters = _kernel(a_NGD, b_MGD), 1 + max(ids_N.max(), ids_M.max())
     kernel[ids_N[:, None] == ids_M] = 0
 
     def weighted_mean(u_N: np.ndarray, w_M: np.ndarray) -> float:
-        pairs = u_N.sum() * w_M.sum() - np.bincount(ids_N, u_N, num_clusters) @ np.bincount(ids_M, w_M, num_clusters)
+        pairs = u_N.sum() * w_M.sum() - np.bincount(ids_N, u_N, num_clusters) @ np.bincount(
+            ids_M, w_M, num_clusters
+        )
         return float(u_N @ kernel @ w_M / pairs) if pairs else np.nan
 
     return weighted_mean
 
 
 def _kernel(a_NGD: np.ndarray, b_MGD: np.ndarray) -> np.ndarray:
-    """Return `(N, M)`, the kernel's mean over the pairs of a row of each clip of `a` and of `b`, computed in blocks."""
+    """Return `(N, M)`, the kernel's mean over the pairs of a row of each clip of `a` and of `b`, computed in
+    blocks."""
     num, size, dims = b_MGD.shape
     rows = 1 + 2**24 // (num * size * size)
     other = b_MGD.reshape(-1, dims).astype(np.float64).T
     parts = [a_NGD[start : start + rows].astype(np.float64) for start in range(0, len(a_NGD), rows)]
-    kernels = (((part.reshape(-1, dims) @ other / dims + 1) ** 3).reshape(len(part), -1, num, size) for part in parts)
+    kernels = (
+        ((part.reshape(-1, dims) @ other / dims + 1) ** 3).reshape(len(part), -1, num, size) for part in parts
+    )
     return np.concatenate([kernel.mean(axis=(1, 3)) for kernel in kernels])
 
 
-def inception_score(probabilities_NGK: np.ndarray, *, cluster_ids: np.ndarray | None = None, resamples: int = 100) -> Estimate:
-    """Compute the inception score, exp of the mean divergence of each row's classes from the classes of all (Salimans
-    et al. 2016), over all clips at once, without splits.
+def inception_score(
+    probabilities_NGK: np.ndarray, *, cluster_ids: np.ndarray | None = None, resamples: int = 100
+) -> Estimate:
+    """Compute the inception score, exp of the mean divergence of each row's classes from the classes of all
+    (Salimans et al. 2016), over all clips at once, without splits.
 
-    The interval is the value plus and minus 1.96 standard deviations of the resampled scores, which repeat samples
-    and are lower.
+    The interval is the value plus and minus 1.96 standard deviations of the resampled scores, which repeat
+    samples and are lower.
 
     Args:
         probabilities_NGK: `(N, K)`, or `(N, G, K)` with G rows a clip.
@@ -200,7 +229,10 @@ def inception_score(probabilities_NGK: np.ndarray, *, cluster_ids: np.ndarray | 
         ValueError: rows that are no probabilities, or no more samples than classes.
     """
     p = probabilities_NGK if probabilities_NGK.ndim == 3 else probabilities_NGK[:, None]
-    class_means, negative_entropies = [], []  # all that the score needs of a clip: its mean probabilities and its mean sum of p log p
+    class_means, negative_entropies = (
+        [],
+        [],
+    )  # all that the score needs of a clip: its mean probabilities and its mean sum of p log p
     for start in range(0, len(p), 256):
         part = p[start : start + 256].astype(np.float64)
         if (part < 0).any() or not np.allclose(part.sum(axis=2), 1, atol=1e-3):
@@ -210,7 +242,9 @@ def inception_score(probabilities_NGK: np.ndarray, *, cluster_ids: np.ndarray | 
     means_NK, negative_entropies_N = np.concatenate(class_means), np.concatenate(negative_entropies)
     num, weights = _bootstrap_weights(len(p), resamples, cluster_ids)
     if num <= p.shape[2]:
-        raise MeasureUnavailable(f"{num} clips of {p.shape[2]} classes: the inception score needs more clips than classes")
+        raise MeasureUnavailable(
+            f"{num} clips of {p.shape[2]} classes: the inception score needs more clips than classes"
+        )
 
     def score(weights_N: np.ndarray) -> float:
         return float(np.exp(mean(negative_entropies_N, weights_N) - _p_log_p(mean(means_NK, weights_N))))
@@ -228,7 +262,8 @@ def mean(values_N: np.ndarray, weights_N: np.ndarray) -> Any:
 
 
 def factor(ratios_N: np.ndarray, weights_N: np.ndarray) -> float:
-    """Return the typical factor between ratios and 1, in either direction: exp of the weighted mean of |log|."""
+    """Return the typical factor between ratios and 1, in either direction: exp of the weighted mean of
+    |log|."""
     return float(np.exp(mean(np.abs(np.log(ratios_N)), weights_N)))
 
 
@@ -285,11 +320,16 @@ def difference(
 ) -> Estimate:
     """Subtract the average of `others_N` from that of `values_N`, with its interval by a paired bootstrap.
 
-    Both are values of the same clips of two systems and are resampled together, so that what they share does not
-    widen the interval. Arguments as in `estimate`.
+    Both are values of the same clips of two systems and are resampled together, so that what they share does
+    not widen the interval. Arguments as in `estimate`.
     """
     pairs = np.stack([np.asarray(values, np.float64) for values in (values_N, others_N)], axis=1)
-    return estimate(pairs, lambda pair, w: average(pair[:, 0], w) - average(pair[:, 1], w), cluster_ids=cluster_ids, resamples=resamples)
+    return estimate(
+        pairs,
+        lambda pair, w: average(pair[:, 0], w) - average(pair[:, 1], w),
+        cluster_ids=cluster_ids,
+        resamples=resamples,
+    )
 
 
 def _consecutive_ids(num: int, cluster_ids: np.ndarray | None) -> np.ndarray:
@@ -302,7 +342,9 @@ def _bootstrap_weights(
     """Return the number of clusters and, for each resample of them, how often each of `num` clips counts."""
     rng, ids = np.random.default_rng(seed), _consecutive_ids(num, cluster_ids)
     num = int(ids.max(initial=-1)) + 1
-    return num, (rng.multinomial(num, np.full(num, 1 / num))[ids].astype(np.float64) for _ in range(resamples))
+    return num, (
+        rng.multinomial(num, np.full(num, 1 / num))[ids].astype(np.float64) for _ in range(resamples)
+    )
 
 
 def _percentile_interval(value: float, resampled, samples: int) -> Estimate:
@@ -312,9 +354,12 @@ def _percentile_interval(value: float, resampled, samples: int) -> Estimate:
 
 
 def _normal_interval(value: float, resampled, samples: int, *, biased: bool = False) -> Estimate:
-    """Return the value +- 1.96 standard deviations of the resampled ones, for a statistic that repeated samples shift."""
+    """Return the value +- 1.96 standard deviations of the resampled ones, for a statistic that repeated
+    samples shift."""
     margin = 1.96 * float(np.std(resampled, ddof=1))
-    return Estimate(float(value), float(value) - margin, float(value) + margin, samples, len(resampled), biased)
+    return Estimate(
+        float(value), float(value) - margin, float(value) + margin, samples, len(resampled), biased
+    )
 
 
 def _as_rows(a_NGD: np.ndarray, b_MGD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -323,6 +368,8 @@ def _as_rows(a_NGD: np.ndarray, b_MGD: np.ndarray) -> tuple[np.ndarray, np.ndarr
     if a.ndim != 3 or b.ndim != 3 or a.shape[2] != b.shape[2]:
         raise ValueError(f"expected two sets of the same features, got {a_NGD.shape} and {b_MGD.shape}")
     for features in (a, b):
-        if not all(np.isfinite(features[start : start + 256]).all() for start in range(0, len(features), 256)):
+        if not all(
+            np.isfinite(features[start : start + 256]).all() for start in range(0, len(features), 256)
+        ):
             raise ValueError("expected finite features, got NaN or infinity")
     return a, b

@@ -1,8 +1,8 @@
-"""Text-to-video systems behind one interface, from prompts and seeds to clips: models of this package and pipelines
-of diffusers.
+"""Text-to-video systems behind one interface, from prompts and seeds to clips: models of this package and
+pipelines of diffusers.
 
-The paper's CogVideo (Hong et al. 2022) has no maintained implementation; CogVideoX is its stronger successor by the
-same group.
+The paper's CogVideo (Hong et al. 2022) has no maintained implementation; CogVideoX is its stronger successor
+by the same group.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from latent_shift.video import to_uint8
 
 
 class Peer(NamedTuple):
-    """A pipeline of diffusers: its title, frames a second (but see `_peer_fps`) and the dtype that it was published in."""
+    """A pipeline of diffusers: its title, frames a second (but see `_peer_fps`) and the dtype that it was
+    published in."""
 
     title: str
     fps: float
@@ -53,8 +54,8 @@ class System:
         name, title: short name, and title in tables.
         fps: of its clips.
         parameters: of its denoising network or networks.
-        settings: everything that its clips depend on beside prompt and seed; an evaluation resumes with the same
-            settings only.
+        settings: everything that its clips depend on beside prompt and seed; an evaluation resumes with the
+            same settings only.
         generate: (B prompts, B seeds) to `(B, F, H, W, 3) uint8`.
         pipe: the pipeline behind it.
     """
@@ -87,16 +88,18 @@ def open_system(
     Args:
         model: whatever `loading.load` takes; or a folder, or online a Hub id, of one of `PEERS`.
         name: in tables. None: `model`.
-        num_frames: frames a clip. A peer that cannot generate this number generates the next larger one, and the
-            first frames are used.
-        fps: frames a second of a peer's clips; of a peer with twice the rate every second frame is used. None: its own.
-        height, width, num_inference_steps, guidance_scale: of each call of the pipeline. None: its own defaults.
+        num_frames: frames a clip. A peer that cannot generate this number generates the next larger one, and
+            the first frames are used.
+        fps: frames a second of a peer's clips; of a peer with twice the rate every second frame is used.
+            None: its own.
+        height, width, num_inference_steps, guidance_scale: of each call of the pipeline. None: its own
+            defaults.
         device, dtype: as in `loading.load`; peers on a GPU default to the dtype that they were published in.
         compile: whether to compile the networks; each batch size has a graph of its own.
 
     Raises:
-        ValueError: no such model, a pipeline that is neither ours nor one of `PEERS`, or a rate that is no whole
-            fraction of its own.
+        ValueError: no such model, a pipeline that is neither ours nor one of `PEERS`, or a rate that is no
+            whole fraction of its own.
     """
     device = resolve_device(device)
     options = {
@@ -106,7 +109,9 @@ def open_system(
     options = {key: value for key, value in options.items() if value is not None}
     kind = _pipeline_class(model)
     if kind in PEERS:
-        pipe, title, own_fps, frame_step, defaults = _open_peer(model, PEERS[kind], options, fps, device, dtype)
+        pipe, title, own_fps, frame_step, defaults = _open_peer(
+            model, PEERS[kind], options, fps, device, dtype
+        )
     else:
         pipe, frame_step = loading.load(model, device=device, dtype=dtype), 1
         title, own_fps, defaults = _title(pipe), pipe.call_defaults["fps"], pipe.call_defaults
@@ -117,9 +122,13 @@ def open_system(
         network.compile(dynamic=False)
 
     def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
-        clips = pipe(prompt=prompts, generator=[seed(number) for number in seeds], output_type="np", **options).frames
+        clips = pipe(
+            prompt=prompts, generator=[seed(number) for number in seeds], output_type="np", **options
+        ).frames
         if not all(np.isfinite(clip).all() for clip in clips):
-            raise ValueError(f"{name or model}: generates NaN or infinity in {networks[0].dtype}; use another dtype")
+            raise ValueError(
+                f"{name or model}: generates NaN or infinity in {networks[0].dtype}; use another dtype"
+            )
         return np.stack([to_uint8(clip[::frame_step][:num_frames]) for clip in clips])
 
     settings = {
@@ -132,12 +141,18 @@ def open_system(
 
 
 def _open_peer(
-    model: str, peer: Peer, options: dict[str, Any], fps: float | None, device: torch.device, dtype: torch.dtype | None
+    model: str,
+    peer: Peer,
+    options: dict[str, Any],
+    fps: float | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> tuple[Any, str, float, int, dict[str, Any]]:
     """Open a pipeline of diffusers and adapt the `options` of its calls, in place.
 
     Returns:
-        The pipeline, its title, its frame rate, the step between the frames that are used, and its default settings.
+        The pipeline, its title, its frame rate, the step between the frames that are used, and its default
+        settings.
     """
     dtype = dtype or (peer.dtype if device.type == "cuda" else torch.float32)
     pipe = getattr(diffusers, _pipeline_class(model)).from_pretrained(model, dtype=dtype).to(device)
@@ -148,12 +163,15 @@ def _open_peer(
     parameters = inspect.signature(type(pipe).__call__).parameters
     if "frame_rate" in parameters:  # LTX-Video's positions in time depend on the rate
         options["frame_rate"] = int(own_fps)
-    defaults = {key: parameters[key].default for key in ("num_frames", "num_inference_steps", "guidance_scale")}
+    defaults = {
+        key: parameters[key].default for key in ("num_frames", "num_inference_steps", "guidance_scale")
+    }
     return pipe, peer.title, own_fps, frame_step, {**defaults, "every": frame_step}
 
 
 def default_num_frames(model: str) -> int | None:
-    """Return the default number of frames of a model of this package, None where its folder does not say it."""
+    """Return the default number of frames of a model of this package, None where its folder does not say
+    it."""
     if Path(model).is_file() or loading.on_hub(model):
         return None
     index = loading.folder(model) / "model_index.json"
@@ -161,8 +179,8 @@ def default_num_frames(model: str) -> int | None:
 
 
 def _peer_fps(pipe: Any) -> float:
-    """Return the frame rate of a peer. CogVideoX 1.5 and Wan 2.2 of 5 B share the pipeline class of their families
-    but not the rate.
+    """Return the frame rate of a peer. CogVideoX 1.5 and Wan 2.2 of 5 B share the pipeline class of their
+    families but not the rate.
     """
     if getattr(pipe.config, "expand_timesteps", False):
         return 24
@@ -175,13 +193,15 @@ def _frame_step(title: str, own_fps: float, fps: float | None) -> int:
     """Return the step between the frames that are used, so that clips have the rate `fps`."""
     step = 1 if fps is None else round(own_fps / fps)
     if fps is not None and (step < 1 or own_fps / step != fps):
-        raise ValueError(f"{title} generates {own_fps:g} frames a second, {fps:g} is no whole fraction of that")
+        raise ValueError(
+            f"{title} generates {own_fps:g} frames a second, {fps:g} is no whole fraction of that"
+        )
     return step
 
 
 def _next_num_frames(pipe: Any, num_frames: int) -> int:
-    """Return the next number of frames that a pipeline can generate: autoencoders that compress time take one frame
-    plus a multiple.
+    """Return the next number of frames that a pipeline can generate: autoencoders that compress time take
+    one frame plus a multiple.
     """
     names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
     compression = next((int(getattr(pipe, name)) for name in names if hasattr(pipe, name)), 1)
@@ -189,7 +209,8 @@ def _next_num_frames(pipe: Any, num_frames: int) -> int:
 
 
 def _title(pipe: ClipPipeline) -> str:
-    """Return the title of the U-Net's class, or that of its shift with every setting that is not the paper's."""
+    """Return the title of the U-Net's class, or that of its shift with every setting that is not the
+    paper's."""
     if title := getattr(type(pipe.unet), "title", ""):
         return title
     shift = shift_of(pipe.unet) or Shift()
@@ -213,7 +234,9 @@ def _pipeline_class(model: str) -> str:
         kind = str(json.loads(index.read_text())["_class_name"]) if index.exists() else ""
     ours = ("LatentShift", "StableDiffusion")
     if kind and kind not in PEERS and not kind.startswith(ours):
-        raise ValueError(f"{model}: holds a {kind}; expected a Stable Diffusion folder or one of {', '.join(PEERS)}")
+        raise ValueError(
+            f"{model}: holds a {kind}; expected a Stable Diffusion folder or one of {', '.join(PEERS)}"
+        )
     return kind
 
 

@@ -1,5 +1,5 @@
-"""Tables of results: systems in columns, measures in rows, and systems that were trained with several seeds merged
-into one column.
+"""Tables of results: systems in columns, measures in rows, and systems that were trained with several seeds
+merged into one column.
 """
 
 from __future__ import annotations
@@ -98,18 +98,22 @@ def make_table(results: Sequence[dict[str, Any]], seeds: Mapping[str, Sequence[s
 
     Args:
         results: of results files, one a system.
-        seeds: system to the other systems of its group, which differ from it in the training seed alone; they share
-            its column.
+        seeds: system to the other systems of its group, which differ from it in the training seed alone;
+            they share its column.
 
     Raises:
-        ValueError: results that cannot be compared, because their protocols, clips, sizes, extractors or noise
-            differ; or a group with an unknown system.
+        ValueError: results that cannot be compared, because their protocols, clips, sizes, extractors or
+            noise differ; or a group with an unknown system.
     """
     _check_comparable(results)
     seeds = seeds or {}
     by_name = {result["system"]["system"]: result for result in results}
-    if unknown := sorted({name for system, others in seeds.items() for name in (system, *others)} - by_name.keys()):
-        raise ValueError(f"--seeds: no results of {', '.join(unknown)}; expected some of {', '.join(by_name)}")
+    if unknown := sorted(
+        {name for system, others in seeds.items() for name in (system, *others)} - by_name.keys()
+    ):
+        raise ValueError(
+            f"--seeds: no results of {', '.join(unknown)}; expected some of {', '.join(by_name)}"
+        )
     records = {name: read_records(result) for name, result in by_name.items()}
     merged = {name for others in seeds.values() for name in others}
     columns = [[name, *seeds.get(name, ())] for name in by_name if name not in merged]
@@ -117,8 +121,12 @@ def make_table(results: Sequence[dict[str, Any]], seeds: Mapping[str, Sequence[s
     shown = [measure for measure in measures if not measure.endswith("_real")]
     cells = []
     for measure in shown:
-        row = [_cell([records[name][measure] for name in names if measure in records[name]]) for names in columns]
-        of_real = next((system[f"{measure}_real"] for system in records.values() if f"{measure}_real" in system), None)
+        row = [
+            _cell([records[name][measure] for name in names if measure in records[name]]) for names in columns
+        ]
+        of_real = next(
+            (system[f"{measure}_real"] for system in records.values() if f"{measure}_real" in system), None
+        )
         cells.append([*row, _cell([of_real] if of_real else [])])
     return Table([by_name[names[0]] for names in columns], [len(names) for names in columns], shown, cells)
 
@@ -127,7 +135,9 @@ def _check_comparable(results: Sequence[dict[str, Any]]) -> None:
     for result in results[1:]:
         for key in ("protocol", "clips", "num_frames", "prompts_sha256", "reference", "size"):
             if result["protocol"][key] != results[0]["protocol"][key]:
-                raise ValueError(f"results of different {key} cannot be compared: {result['system']['system']}")
+                raise ValueError(
+                    f"results of different {key} cannot be compared: {result['system']['system']}"
+                )
     settings: dict[tuple[str, str], set[str]] = {}
     for result in results:
         for record in result["records"]:
@@ -135,7 +145,9 @@ def _check_comparable(results: Sequence[dict[str, Any]]) -> None:
                 settings.setdefault((record["measure"], key), set()).add(json.dumps(record.get(key)))
     for (measure, key), values in settings.items():
         if len(values) > 1:
-            raise ValueError(f"results of {measure} with different {key} cannot be compared: {', '.join(sorted(values))}")
+            raise ValueError(
+                f"results of {measure} with different {key} cannot be compared: {', '.join(sorted(values))}"
+            )
 
 
 def _cell(records: list[Record]) -> Cell | None:
@@ -145,7 +157,11 @@ def _cell(records: list[Record]) -> Cell | None:
     if len(records) == 1:
         return Cell(records[0])
     differences = [record.difference for record in records]
-    more = Spread.of([difference.value for difference in differences if difference]) if all(differences) else None
+    more = (
+        Spread.of([difference.value for difference in differences if difference])
+        if all(differences)
+        else None
+    )
     return Cell(records[0], Spread.of([record.value for record in records]), more)
 
 
@@ -154,9 +170,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     table, protocol = make_table(results), results[0]["protocol"]
     rows = ([measure, *map(_text, row)] for measure, row in zip(table.measures, table.cells, strict=True))
     part = "" if protocol["complete"] else ", a part of the protocol"
-    line = (
-        f"protocol {protocol['protocol']}: {protocol['clips']} clips of {protocol['num_frames']} frames{part}; 95 % intervals in brackets"
-    )
+    line = f"protocol {protocol['protocol']}: {protocol['clips']} clips of {protocol['num_frames']} frames{part}; 95 % intervals in brackets"
     if any(cell and cell.record.more for row in table.cells for cell in row):
         line += f"; signed values are paired differences from {table.names[0]} on the same clips"
     return line + "\n\n" + markdown_table(["measure", *table.names, "real clips"], rows)
@@ -173,8 +187,8 @@ def _text(cell: Cell | None) -> str:
 
 
 def skipped_measures(results: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the measures that were skipped, each with the reason, and with names of systems where others have the
-    measure.
+    """Return the measures that were skipped, each with the reason, and with names of systems where others
+    have the measure.
     """
     systems: dict[tuple[str, str], list[str]] = {}
     for result in results:

@@ -1,7 +1,7 @@
 """Autoencoders of images, applied to each video frame independently: load, encode, decode, scale.
 
-N frames, C channels, H W. Pixels are `(N, 3, H, W)` in [-1, 1], latents `(N, C, h, w)` as the U-Net sees them (scaled), unless a
-docstring says otherwise. Works for `AutoencoderKL` and `AutoencoderTiny`.
+N frames, C channels, H W. Pixels are `(N, 3, H, W)` in [-1, 1], latents `(N, C, h, w)` as the U-Net sees
+them (scaled), unless a docstring says otherwise. Works for `AutoencoderKL` and `AutoencoderTiny`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL:
 
 
 def downscale_factor(vae_config) -> int:
-    """Return the pixels to a side of a latent, from an autoencoder's configuration (a dict, or `vae.config`)."""
+    """Return the pixels to a side of a latent, from an autoencoder's configuration (a dict, or
+    `vae.config`)."""
     widths = vae_config.get("block_out_channels") or vae_config["encoder_block_out_channels"]
     return 2 ** (len(widths) - 1)
 
 
 def posterior(vae: ModelMixin, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the scaled latents of pixels. The deviation of an `AutoencoderTiny` is 0."""
+    """Return mean and standard deviation of the scaled latents of pixels. The deviation of an
+    `AutoencoderTiny` is 0."""
     encoded = vae.encode(pixels_N3HW)
     if not hasattr(encoded, "latent_dist"):
         return scale_latents(vae, encoded.latents), torch.zeros_like(encoded.latents)
@@ -41,9 +43,14 @@ def posterior(vae: ModelMixin, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
     return scale_latents(vae, distribution.mean), std * vae.config.scaling_factor
 
 
-def encode_frames(vae: ModelMixin, pixels_N3HW: Tensor, *, device: torch.device | None = None, batch_size: int = 16) -> Tensor:
-    """Encode pixels to the means of their latents, `batch_size` frames at once, on `device` (default: the autoencoder's)."""
-    encoded = [vae.encode(batch.to(device or vae.device, vae.dtype)) for batch in pixels_N3HW.split(batch_size)]
+def encode_frames(
+    vae: ModelMixin, pixels_N3HW: Tensor, *, device: torch.device | None = None, batch_size: int = 16
+) -> Tensor:
+    """Encode pixels to the means of their latents, `batch_size` frames at once, on `device` (default: the
+    autoencoder's)."""
+    encoded = [
+        vae.encode(batch.to(device or vae.device, vae.dtype)) for batch in pixels_N3HW.split(batch_size)
+    ]
     means = [batch.latent_dist.mean if hasattr(batch, "latent_dist") else batch.latents for batch in encoded]
     return scale_latents(vae, torch.cat(means))
 
@@ -51,7 +58,9 @@ def encode_frames(vae: ModelMixin, pixels_N3HW: Tensor, *, device: torch.device 
 def decode_latents(vae: ModelMixin, latents_NChw: Tensor, *, batch_size: int = 16) -> Tensor:
     """Decode latents to pixels, `batch_size` frames at once."""
     unscaled = unscale_latents(vae, latents_NChw)
-    return torch.cat([vae.decode(batch.to(vae.dtype), return_dict=False)[0] for batch in unscaled.split(batch_size)])
+    return torch.cat(
+        [vae.decode(batch.to(vae.dtype), return_dict=False)[0] for batch in unscaled.split(batch_size)]
+    )
 
 
 def scale_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
@@ -85,10 +94,11 @@ def upcast(vae: ModelMixin, *, when: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Give every latent channel mean 0 and variance 1 by folding the scale into the 1x1 convolutions around the latents.
+    """Give every latent channel mean 0 and variance 1 by folding the scale into the 1x1 convolutions around
+    the latents.
 
-    Reconstructions do not change, and any diffusers pipeline can read the saved folder: it needs only `scaling_factor`, which is
-    1 afterwards.
+    Reconstructions do not change, and any diffusers pipeline can read the saved folder: it needs only
+    `scaling_factor`, which is 1 afterwards.
 
     Args:
         vae: changed in place; needs `quant_conv` and `post_quant_conv`.
@@ -98,7 +108,8 @@ def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
     std = (latents.double() - mean[:, None, None]).square().mean(dim=(0, 2, 3)).sqrt()
     num_channels = len(mean)
     encode, decode = vae.quant_conv, vae.post_quant_conv
-    # Encoder: moments are (mean, log variance): z -> (z - mean) / std, log variance -> log variance - 2 log std.
+    # Encoder: moments are (mean, log variance): z -> (z - mean) / std, log variance -> log variance - 2 log
+    # std.
     encode.bias[:num_channels] = ((encode.bias[:num_channels] - mean) / std).float()
     encode.weight[:num_channels] /= std[:, None, None, None].float()
     encode.bias[num_channels:] -= 2 * std.log().float()
@@ -115,7 +126,9 @@ def to_pixels(frames: Tensor) -> Tensor:
 
 def to_frames(pixels: Tensor) -> Tensor:
     """Convert `(N, 3, H, W)` pixels to `(N, H, W, 3) uint8` frames, clipping to [-1, 1]."""
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return (
+        ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    )
 
 
 def _latents_mean_and_std(vae: ModelMixin, latents: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:

@@ -1,12 +1,14 @@
 """The paper's baselines: networks that relate frames by layers with parameters instead of by a shift.
 
-`LatentVDMUNet` (Latent-VDM): a pseudo-3D convolution over time after each ResNet block (Singer et al. 2022) and an attention over
-time with relative positions after each spatial transformer (Ho et al. 2022). Both end in zeros, so the network starts as the image
-network. An image is a clip of one frame: attention then sees only that frame, and so does the convolution.
+`LatentVDMUNet` (Latent-VDM): a pseudo-3D convolution over time after each ResNet block (Singer et al. 2022)
+and an attention over time with relative positions after each spatial transformer (Ho et al. 2022). Both end
+in zeros, so the network starts as the image network. An image is a clip of one frame: attention then sees
+only that frame, and so does the convolution.
 
-`VDMUNet` with `PixelSpace`: Video Diffusion Models (Ho et al. 2022) in pixels. The paper's 3D U-Net is factorised into convolutions
-and attention over space, then attention over time: an image U-Net with attention over time. Two things differ from the paper: text
-enters by cross-attention (they add a pooled embedding), and the U-Net is diffusers'.
+`VDMUNet` with `PixelSpace`: Video Diffusion Models (Ho et al. 2022) in pixels. The paper's 3D U-Net is
+factorised into convolutions and attention over space, then attention over time: an image U-Net with
+attention over time. Two things differ from the paper: text enters by cross-attention (they add a pooled
+embedding), and the U-Net is diffusers'.
 
 B clips, F frames, C channels, H W, N = B*F, P = B*H*W, heads h of d channels.
 """
@@ -50,8 +52,8 @@ class TemporalConv(nn.Conv1d):
 class TemporalAttention(nn.Module):
     """Add an attention of each pixel over the frames of its clip; zero at initialization.
 
-    Positions are relative: each head learns a bias for each distance up to `max_distance`, and one for all larger distances, so any
-    number of frames fits.
+    Positions are relative: each head learns a bias for each distance up to `max_distance`, and one for all
+    larger distances, so any number of frames fits.
     """
 
     def __init__(self, num_channels: int, num_heads: int, max_distance: int = 32):
@@ -68,10 +70,16 @@ class TemporalAttention(nn.Module):
     def forward(self, x_NCHW: Tensor, num_frames: int = 1) -> Tensor:
         x_BFCHW = x_NCHW.unflatten(0, (-1, num_frames))
         x_PFC = x_BFCHW.permute(0, 3, 4, 1, 2).flatten(0, 2)
-        q_PhFd, k_PhFd, v_PhFd = self.to_qkv(self.norm(x_PFC)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_PhFd, k_PhFd, v_PhFd = (
+            self.to_qkv(self.norm(x_PFC)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         frame = torch.arange(num_frames, device=x_NCHW.device)
-        distance_FF = (frame[:, None] - frame).clamp(-self.max_distance, self.max_distance) + self.max_distance
-        y_PhFd = F.scaled_dot_product_attention(q_PhFd, k_PhFd, v_PhFd, attn_mask=self.bias[:, distance_FF].to(q_PhFd.dtype))
+        distance_FF = (frame[:, None] - frame).clamp(
+            -self.max_distance, self.max_distance
+        ) + self.max_distance
+        y_PhFd = F.scaled_dot_product_attention(
+            q_PhFd, k_PhFd, v_PhFd, attn_mask=self.bias[:, distance_FF].to(q_PhFd.dtype)
+        )
         y_PFC = self.to_out(y_PhFd.transpose(1, 2).flatten(2))
         y_BHWFC = y_PFC.unflatten(0, (x_BFCHW.shape[0], *x_BFCHW.shape[-2:]))
         return x_NCHW + y_BHWFC.permute(0, 3, 4, 1, 2).flatten(0, 1)
@@ -90,8 +98,9 @@ class _TransformerWithTime(Transformer2DModel):
 
 
 class LatentVDMUNet(UNet2DConditionModel):
-    """A `UNet2DConditionModel` with convolution and attention over time. `frames(network, F)` sets how many frames make a clip, as for
-    a shifted network; loops, exact chunks and streams, which only a shift can do, are refused."""
+    """A `UNet2DConditionModel` with convolution and attention over time. `frames(network, F)` sets how many
+    frames make a clip, as for a shifted network; loops, exact chunks and streams, which only a shift can do,
+    are refused."""
 
     title: ClassVar[str] = "Latent-VDM, the paper's baseline"
     temporal_convolution: ClassVar[bool] = True
@@ -129,13 +138,21 @@ class VDMUNet(LatentVDMUNet):
 
 
 class PixelSpace(AutoencoderKL):
-    """An autoencoder that keeps pixels as they are, `(N, 3, H, W)` in [-1, 1]: it makes a latent model a pixel model."""
+    """An autoencoder that keeps pixels as they are, `(N, 3, H, W)` in [-1, 1]: it makes a latent model a
+    pixel model."""
 
     @register_to_config
-    def __init__(self, latent_channels: int = 3, block_out_channels: tuple[int, ...] = (1,), scaling_factor: float = 1.0):
+    def __init__(
+        self,
+        latent_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (1,),
+        scaling_factor: float = 1.0,
+    ):
         ModelMixin.__init__(self)
         self.use_slicing = self.use_tiling = False
-        self.nothing = nn.Parameter(torch.zeros(1), requires_grad=False)  # a module without parameters has no device and no dtype
+        self.nothing = nn.Parameter(
+            torch.zeros(1), requires_grad=False
+        )  # a module without parameters has no device and no dtype
 
     def encode(self, x: Tensor, return_dict: bool = True):
         distribution = DiagonalGaussianDistribution(torch.cat([x, torch.full_like(x, -30.0)], dim=1))
@@ -150,7 +167,8 @@ TEMPORAL_NETWORKS: dict[str, type[LatentVDMUNet]] = {"attention": LatentVDMUNet,
 
 
 def saved_class(folder: str | Path, default: type[ModelMixin]) -> type[ModelMixin]:
-    """Return the class of the network saved in `folder`: one of this file if its config.json names it, else `default`."""
+    """Return the class of the network saved in `folder`: one of this file if its config.json names it, else
+    `default`."""
     path = Path(folder) / "config.json"
     name = json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.exists() else None
     return next((cls for cls in (LatentVDMUNet, VDMUNet, PixelSpace) if cls.__name__ == name), default)

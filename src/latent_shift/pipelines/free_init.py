@@ -1,4 +1,5 @@
-"""FreeInit (Wu et al. 2024): sample again from the low frequencies of the last result and the high frequencies of fresh noise."""
+"""FreeInit (Wu et al. 2024): sample again from the low frequencies of the last result and the high
+frequencies of fresh noise."""
 
 from __future__ import annotations
 
@@ -49,9 +50,11 @@ class FreeInit:
             return num_inference_steps
         return max(1, num_inference_steps * (iteration + 1) // self.num_iters)
 
-    def renoise(self, latents: Tensor, initial_noise: Tensor, fresh_noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """Return initial latents for the next iteration: the last result, noised to the last training timestep with the initial
-        noise, below the stop frequency, and fresh noise above it.
+    def renoise(
+        self, latents: Tensor, initial_noise: Tensor, fresh_noise: Tensor, scheduler: SchedulerMixin
+    ) -> Tensor:
+        """Return initial latents for the next iteration: the last result, noised to the last training
+        timestep with the initial noise, below the stop frequency, and fresh noise above it.
 
         Args:
             latents: `(B, C, F, h, w)` result of the last iteration.
@@ -62,7 +65,9 @@ class FreeInit:
         noisy = alpha.sqrt() * latents.float() + (1 - alpha).sqrt() * initial_noise.float()
         dims = (-3, -2, -1)
         low_pass = self._low_pass(latents.shape[-3:]).to(latents.device)
-        spectrum, noise_spectrum = (torch.fft.fftshift(torch.fft.fftn(x, dim=dims), dim=dims) for x in (noisy, fresh_noise.float()))
+        spectrum, noise_spectrum = (
+            torch.fft.fftshift(torch.fft.fftn(x, dim=dims), dim=dims) for x in (noisy, fresh_noise.float())
+        )
         mixed = torch.fft.ifftshift(spectrum * low_pass + noise_spectrum * (1 - low_pass), dim=dims)
         return (torch.fft.ifftn(mixed, dim=dims).real * scheduler.init_noise_sigma).to(latents.dtype)
 

@@ -22,18 +22,22 @@ def load(
     model: str | Path = "emoji", *, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
     variant: str | None = None, prediction: str | None = None,
 ) -> LatentShiftPipeline | LatentShiftXLPipeline:  # fmt: skip
-    """Load a pipeline: a `LatentShiftPipeline`, or a `LatentShiftXLPipeline` for the Stable Diffusion XL family.
+    """Load a pipeline: a `LatentShiftPipeline`, or a `LatentShiftXLPipeline` for the Stable Diffusion XL
+    family.
 
     Args:
-        model: a name in `MODELS`, a diffusers folder, a `.safetensors` file in the original layout of SD 1.x, 2.x or XL, or, online,
-            a Hub id ("owner/name").
+        model: a name in `MODELS`, a diffusers folder, a `.safetensors` file in the original layout of SD
+            1.x, 2.x or XL, or, online, a Hub id ("owner/name").
         device: None takes CUDA where there is one, else the CPU.
         dtype: dtype of weights and computation; None takes float16 on CUDA, float32 on the CPU.
-        variant: variant of the weights in a folder, such as "fp16". None: the plain files, or the only variant there is.
-        prediction: "epsilon" or "v_prediction", where the model does not say it correctly (single files cannot always).
+        variant: variant of the weights in a folder, such as "fp16". None: the plain files, or the only
+            variant there is.
+        prediction: "epsilon" or "v_prediction", where the model does not say it correctly (single files
+            cannot always).
 
     Raises:
-        ValueError: nothing that can be loaded; the message says what it is and what was expected. Or CUDA that is not available.
+        ValueError: nothing that can be loaded; the message says what it is and what was expected. Or CUDA
+            that is not available.
     """
     device = resolve_device(device)
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -64,7 +68,11 @@ def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
     Raises:
         ValueError: an unknown name; the message names the nearest.
     """
-    classes = [attribute for attribute in dir(diffusers) if attribute.endswith("Scheduler") and not attribute.startswith("Flax")]
+    classes = [
+        attribute
+        for attribute in dir(diffusers)
+        if attribute.endswith("Scheduler") and not attribute.startswith("Flax")
+    ]
     known = {attribute.removesuffix("Scheduler"): attribute for attribute in classes}
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3)

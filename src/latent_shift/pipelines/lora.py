@@ -37,19 +37,29 @@ def load_lora(pipe: ClipPipeline, path: str | Path) -> None:
 
 
 def add_lora(unet: UNet2DConditionModel, lora: Lora, *, dtype: torch.dtype) -> None:
-    """Freeze a U-Net in `dtype` and add trainable float32 matrices of rank `lora.rank` to the layers of `lora.modules`.
+    """Freeze a U-Net in `dtype` and add trainable float32 matrices of rank `lora.rank` to the layers of
+    `lora.modules`.
 
     Raises:
-        ValueError: peft is not installed, no layer has such a name, or one is a shifted convolution (place "end").
+        ValueError: peft is not installed, no layer has such a name, or one is a shifted convolution (place
+            "end").
     """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'") from error
-    shifting = [name for name, part in unet.named_modules() if isinstance(part, ShiftConv2d) and name.split(".")[-1] in lora.modules]
+    shifting = [
+        name
+        for name, part in unet.named_modules()
+        if isinstance(part, ShiftConv2d) and name.split(".")[-1] in lora.modules
+    ]
     if shifting:
-        raise ValueError(f"with model.place=end {shifting[0]} shifts and takes no LoRA: leave it out of lora.modules")
-    nn.Module.to(unet.requires_grad_(False), dtype)  # diffusers' own warns of parts to keep in float32: there are none
+        raise ValueError(
+            f"with model.place=end {shifting[0]} shifts and takes no LoRA: leave it out of lora.modules"
+        )
+    nn.Module.to(
+        unet.requires_grad_(False), dtype
+    )  # diffusers' own warns of parts to keep in float32: there are none
     unet.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.modules)))
     cast_training_params(unet, dtype=torch.float32)
 
@@ -61,11 +71,15 @@ def save_lora(unet: UNet2DConditionModel, folder: Path, *, call_defaults: dict) 
     """
     from peft import get_peft_model_state_dict
 
-    settings = json.dumps({**asdict(shift_of(unet) or Shift(0, 0)), **call_defaults, "sample_size": unet.config.sample_size})
+    settings = json.dumps(
+        {**asdict(shift_of(unet) or Shift(0, 0)), **call_defaults, "sample_size": unet.config.sample_size}
+    )
 
     def write(tensors: dict[str, torch.Tensor], path: str) -> None:
         half = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
         save_file(half, path, metadata={"format": "pt", "latent_shift": settings})
 
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet), save_function=write)
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=get_peft_model_state_dict(unet), save_function=write
+    )
     return folder / "pytorch_lora_weights.safetensors"

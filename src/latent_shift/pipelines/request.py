@@ -1,7 +1,8 @@
 """A request for a clip, as a person makes it: words, files, numbers; and the one function that fulfils it.
 
-The command, a server and the contact sheet use the same `Request`, so that checks, reading of pictures and names are the same. Torch and
-diffusers are imported by `generate_clip`, so that a wrong request is refused at once.
+The command, a server and the contact sheet use the same `Request`, so that checks, reading of pictures and
+names are the same. Torch and diffusers are imported by `generate_clip`, so that a wrong request is refused
+at once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Request:
         num_frames: frames; 1 is an image.
         fps: frames per second of the result.
         width, height: pixels.
-        num_inference_steps, guidance_scale, shared_noise, noise_correlation, loop, strength, chunk, halo: as in a call of a pipeline.
+        num_inference_steps, guidance_scale, shared_noise, noise_correlation, loop, strength, chunk, halo: as
+            in a call of a pipeline.
         seed: the same seed gives the same clip.
         image, last_image: picture files: the first and the last frame.
         video: a video file to start from.
@@ -54,8 +56,8 @@ class Request:
         scheduler: name of a diffusers scheduler, such as "DDIM" or "EulerDiscrete".
 
     Raises:
-        ValueError: options that contradict each other or have no effect. This is checked before a model is loaded; what depends on
-            the model is checked by `generate_clip`.
+        ValueError: options that contradict each other or have no effect. This is checked before a model is
+            loaded; what depends on the model is checked by `generate_clip`.
     """
 
     prompt: str
@@ -89,7 +91,9 @@ class Request:
         if self.halo is not None and self.chunk is None:
             raise ValueError("halo has no effect without chunk")
         if self.free_init is not None and self.free_init < 2:
-            raise ValueError(f"free_init must be 2 or more, got {self.free_init}; leave it out to sample once")
+            raise ValueError(
+                f"free_init must be 2 or more, got {self.free_init}; leave it out to sample once"
+            )
 
     @property
     def name(self) -> str:
@@ -98,12 +102,15 @@ class Request:
         return letters[:60].strip("-") or "clip"
 
 
-def generate_clip(request: Request, pipe: ClipPipeline, *, on_step: Callable[[int, int], None] | None = None) -> Clip:
+def generate_clip(
+    request: Request, pipe: ClipPipeline, *, on_step: Callable[[int, int], None] | None = None
+) -> Clip:
     """Generate the clip of a request.
 
     Args:
         request: what to generate.
-        pipe: a loaded pipeline. Its scheduler and FreeInit settings are set for this request and then restored.
+        pipe: a loaded pipeline. Its scheduler and FreeInit settings are set for this request and then
+            restored.
         on_step: called after every sampling step with (steps done, steps in all).
 
     Raises:
@@ -111,7 +118,9 @@ def generate_clip(request: Request, pipe: ClipPipeline, *, on_step: Callable[[in
     """
     from latent_shift.pipelines.loading import make_scheduler
 
-    guidance_scale = pipe.call_defaults["guidance_scale"] if request.guidance_scale is None else request.guidance_scale
+    guidance_scale = (
+        pipe.call_defaults["guidance_scale"] if request.guidance_scale is None else request.guidance_scale
+    )
     if request.negative_prompt and guidance_scale <= 1:
         raise ValueError("negative_prompt has no effect without guidance; expected guidance_scale above 1")
     scheduler, free_init = pipe.scheduler, pipe.free_init
@@ -120,7 +129,9 @@ def generate_clip(request: Request, pipe: ClipPipeline, *, on_step: Callable[[in
     if request.free_init is not None:
         pipe.enable_free_init(request.free_init)
 
-    def report(pipe: ClipPipeline, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def report(
+        pipe: ClipPipeline, index: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         if on_step is not None:
             on_step(index + 1, pipe.num_timesteps)
         return tensors
@@ -128,7 +139,9 @@ def generate_clip(request: Request, pipe: ClipPipeline, *, on_step: Callable[[in
     try:
         arguments = {name: getattr(request, name) for name in _CALL_ARGUMENTS} | _read_pictures(pipe, request)
         prompt = {0: request.prompt, **request.then} if request.then else request.prompt
-        (clips,) = pipe(prompt, generator=seed(request.seed), callback_on_step_end=report, return_dict=False, **arguments)
+        (clips,) = pipe(
+            prompt, generator=seed(request.seed), callback_on_step_end=report, return_dict=False, **arguments
+        )
     finally:
         pipe.scheduler, pipe.free_init = scheduler, free_init
     return Clip(to_uint8(clips[0]), pipe.call_defaults["fps"] if request.fps is None else request.fps)

@@ -1,6 +1,7 @@
-"""The pipelines: `LatentShiftPipeline` is diffusers' StableDiffusionPipeline with an inflated U-Net, `LatentShiftXLPipeline` the same
-for StableDiffusionXLPipeline. Components, loaders and saved files are those of diffusers, and one frame gives the same numbers. A
-saved folder is an ordinary Stable Diffusion folder with one more entry in model_index.json.
+"""The pipelines: `LatentShiftPipeline` is diffusers' StableDiffusionPipeline with an inflated U-Net,
+`LatentShiftXLPipeline` the same for StableDiffusionXLPipeline. Components, loaders and saved files are those
+of diffusers, and one frame gives the same numbers. A saved folder is an ordinary Stable Diffusion folder
+with one more entry in model_index.json.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ __all__ = ["LatentShiftOutput", "LatentShiftPipeline", "LatentShiftXLPipeline"]
 
 
 class LatentShiftPipeline(ClipPipeline, StableDiffusionPipeline):
-    """Text to video and image by Latent-Shift (An et al. 2023), for the Stable Diffusion 1.x and 2.x families.
+    """Text to video and image by Latent-Shift (An et al. 2023), for the Stable Diffusion 1.x and 2.x
+    families.
 
     The components are those of diffusers' `StableDiffusionPipeline`; the U-Net is inflated in place.
 
     Args:
-        latent_shift: settings the U-Net was trained with: fields of `Shift`, and defaults of a call (`num_frames`, `fps`,
-            `num_inference_steps`, `guidance_scale`, `shared_noise`, `noise_correlation`). A U-Net that is already inflated keeps
-            its shift.
+        latent_shift: settings the U-Net was trained with: fields of `Shift`, and defaults of a call
+            (`num_frames`, `fps`, `num_inference_steps`, `guidance_scale`, `shared_noise`,
+            `noise_correlation`). A U-Net that is already inflated keeps its shift.
     """
 
     image_pipeline: ClassVar[type] = StableDiffusionPipeline
@@ -47,7 +49,15 @@ class LatentShiftPipeline(ClipPipeline, StableDiffusionPipeline):
         requires_safety_checker: bool = False, latent_shift: dict | None = None,
     ):  # fmt: skip
         super().__init__(
-            vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder, requires_safety_checker
+            vae,
+            text_encoder,
+            tokenizer,
+            unet,
+            scheduler,
+            safety_checker,
+            feature_extractor,
+            image_encoder,
+            requires_safety_checker,
         )
         self._prepare_unet(latent_shift)
 
@@ -55,7 +65,8 @@ class LatentShiftPipeline(ClipPipeline, StableDiffusionPipeline):
         self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, *, num_each: int, guided: bool, height: int, width: int,
         tensor_inputs: list[str], clip_skip: int | None, cross_attention_kwargs: dict | None, family: dict,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Encode plain prompts, `num_each` times each, to `prompt_embeds` and `negative_prompt_embeds` `(B, L, D)`."""
+        """Encode plain prompts, `num_each` times each, to `prompt_embeds` and `negative_prompt_embeds`
+        `(B, L, D)`."""
         self.check_inputs(
             prompt, height, width, None, negative_prompt, prompt_embeds, negative_prompt_embeds,
             callback_on_step_end_tensor_inputs=tensor_inputs,
@@ -70,7 +81,8 @@ class LatentShiftPipeline(ClipPipeline, StableDiffusionPipeline):
         return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
 
     def postprocess_pixels(self, pixels_N3HW: Tensor, dtype: torch.dtype) -> Tensor:
-        """Run the safety checker, and blacken the frames that it refuses, as diffusers' image pipeline does."""
+        """Run the safety checker, and blacken the frames that it refuses, as diffusers' image pipeline
+        does."""
         pixels_N3HW, flagged = self.run_safety_checker(pixels_N3HW, self._execution_device, dtype)
         if flagged is not None:
             pixels_N3HW[torch.tensor(flagged)] = -1
@@ -113,9 +125,13 @@ class LatentShiftXLPipeline(ClipPipeline, StableDiffusionXLPipeline):
         self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, *, num_each: int, guided: bool, height: int, width: int,
         tensor_inputs: list[str], clip_skip: int | None, cross_attention_kwargs: dict | None, family: dict,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Encode plain prompts, `num_each` times each, to text and pooled embeddings and the sizes that XL takes as conditions."""
+        """Encode plain prompts, `num_each` times each, to text and pooled embeddings and the sizes that XL
+        takes as conditions."""
         second, negative_second = family.get("prompt_2"), family.get("negative_prompt_2")
-        pooled, negative_pooled = family.get("pooled_prompt_embeds"), family.get("negative_pooled_prompt_embeds")
+        pooled, negative_pooled = (
+            family.get("pooled_prompt_embeds"),
+            family.get("negative_pooled_prompt_embeds"),
+        )
         self.check_inputs(
             prompt, second, height, width, None, negative_prompt, negative_second, prompt_embeds, negative_prompt_embeds, pooled,
             negative_pooled, callback_on_step_end_tensor_inputs=tensor_inputs,
@@ -126,19 +142,35 @@ class LatentShiftXLPipeline(ClipPipeline, StableDiffusionXLPipeline):
             negative_prompt_embeds, pooled, negative_pooled, (cross_attention_kwargs or {}).get("scale"), clip_skip,
         )  # fmt: skip
         embeds = dict(zip(names, values, strict=True))
-        original_size, target_size = family.get("original_size") or (height, width), family.get("target_size") or (height, width)
-        embeds["add_time_ids"] = self._time_ids(embeds, original_size, family.get("crops_coords_top_left", (0, 0)), target_size)
+        original_size, target_size = (
+            family.get("original_size") or (height, width),
+            family.get("target_size") or (height, width),
+        )
+        embeds["add_time_ids"] = self._time_ids(
+            embeds, original_size, family.get("crops_coords_top_left", (0, 0)), target_size
+        )
         embeds["negative_add_time_ids"] = embeds["add_time_ids"]
-        negative_original, negative_target = family.get("negative_original_size"), family.get("negative_target_size")
+        negative_original, negative_target = (
+            family.get("negative_original_size"),
+            family.get("negative_target_size"),
+        )
         if negative_original is not None and negative_target is not None:  # both, as in diffusers
             crops = family.get("negative_crops_coords_top_left", (0, 0))
-            embeds["negative_add_time_ids"] = self._time_ids(embeds, negative_original, crops, negative_target)
+            embeds["negative_add_time_ids"] = self._time_ids(
+                embeds, negative_original, crops, negative_target
+            )
         return embeds
 
-    def _time_ids(self, embeds: dict[str, Tensor], original_size, crops_coords_top_left, target_size) -> Tensor:
+    def _time_ids(
+        self, embeds: dict[str, Tensor], original_size, crops_coords_top_left, target_size
+    ) -> Tensor:
         encoder, text_embeds = self.text_encoder_2, embeds["prompt_embeds"]
-        projection_dim = embeds["add_text_embeds"].shape[-1] if encoder is None else encoder.config.projection_dim
-        ids = self._get_add_time_ids(original_size, crops_coords_top_left, target_size, text_embeds.dtype, projection_dim)
+        projection_dim = (
+            embeds["add_text_embeds"].shape[-1] if encoder is None else encoder.config.projection_dim
+        )
+        ids = self._get_add_time_ids(
+            original_size, crops_coords_top_left, target_size, text_embeds.dtype, projection_dim
+        )
         return ids.to(self._execution_device).repeat(len(text_embeds), 1)
 
     def postprocess_pixels(self, pixels_N3HW: Tensor, dtype: torch.dtype) -> Tensor:

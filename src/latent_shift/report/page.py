@@ -42,7 +42,9 @@ class Column:
 
 def read_evaluation(folder: Path) -> list[Column]:
     """Read the systems of an evaluation's folder, by name; raise ValueError where there is none."""
-    columns = [Column(json.loads(path.read_text()), path.parent) for path in sorted(folder.glob("*/results.json"))]
+    columns = [
+        Column(json.loads(path.read_text()), path.parent) for path in sorted(folder.glob("*/results.json"))
+    ]
     if not columns:
         raise ValueError(f"{folder}: no */results.json; expected the folder of `latent-shift eval --out`")
     return columns
@@ -70,11 +72,11 @@ def report(
         shown: names of the systems to show, from left to right. (): all.
         ablations: folders of evaluations, each a table of all its systems; `evaluation` may be among them.
         training: file of `latent-shift bench runs -o`, a table of losses and costs.
-        classes: folder of an evaluation with protocol classes; the clips of its first system are shown in rows of one
-            prompt.
+        classes: folder of an evaluation with protocol classes; the clips of its first system are shown in
+            rows of one prompt.
         sweeps: files that `latent-shift bench sweep -o` wrote, one a machine.
-        seeds: system to others that differ from it in the training seed alone and share its column in tables. None:
-            by `find_seeds`.
+        seeds: system to others that differ from it in the training seed alone and share its column in
+            tables. None: by `find_seeds`.
         rows: prompts shown.
         title, note: of the page, and a paragraph at its beginning.
 
@@ -88,8 +90,15 @@ def report(
     protocol, prompts = systems[0].result["protocol"], _read_prompts(evaluation, rows)
     (out / "clips").mkdir(parents=True, exist_ok=True)
     real = Column({"system": {"system": "real clips", "fps": protocol["fps"]}}, evaluation / "real")
-    columns = [*systems, *([real] if any((real.folder / "clips" / f"{k:06}.png").exists() for k in range(rows)) else [])]
-    grid = _rows(prompts, columns, lambda column, k: _add_clip(column, k, protocol["num_frames"], out, "compared", prompts[k]))
+    columns = [
+        *systems,
+        *([real] if any((real.folder / "clips" / f"{k:06}.png").exists() for k in range(rows)) else []),
+    ]
+    grid = _rows(
+        prompts,
+        columns,
+        lambda column, k: _add_clip(column, k, protocol["num_frames"], out, "compared", prompts[k]),
+    )
     stills = _rows(prompts, systems, lambda system, k: _add_still(system, k, out, prompts[k]))
     tables = _tables(systems, ablations, seeds)
     page = _template().render(
@@ -103,7 +112,9 @@ def report(
         stills=stills,
         results=tables[0],
         skipped=skipped_measures([system.result for system in systems]),
-        ablations=list(zip((folder.name.replace("-", " ").capitalize() for folder in ablations), tables[1:], strict=True)),
+        ablations=list(
+            zip((folder.name.replace("-", " ").capitalize() for folder in ablations), tables[1:], strict=True)
+        ),
         definitions=_definitions(tables),
         training=json.loads(training.read_text()) if training else [],
         classes=_class_rows(classes, out) if classes else None,
@@ -129,13 +140,21 @@ def _read_prompts(folder: Path, num: int | None = None) -> list[str]:
     return prompts[:num]
 
 
-def _rows(prompts: Sequence[str], columns: Sequence[Column], add: Callable[[Column, int], Any]) -> list[dict[str, Any]]:
-    """Return a row for each prompt, with a cell for each column as `add` returns it; no rows where all cells are None."""
-    rows = [{"prompt": prompt, "cells": [add(column, k) for column in columns]} for k, prompt in enumerate(prompts)]
+def _rows(
+    prompts: Sequence[str], columns: Sequence[Column], add: Callable[[Column, int], Any]
+) -> list[dict[str, Any]]:
+    """Return a row for each prompt, with a cell for each column as `add` returns it; no rows where all cells
+    are None."""
+    rows = [
+        {"prompt": prompt, "cells": [add(column, k) for column in columns]}
+        for k, prompt in enumerate(prompts)
+    ]
     return rows if any(cell for row in rows for cell in row["cells"]) else []
 
 
-def _add_clip(column: Column, k: int, num_frames: int, out: Path, section: str, prompt: str) -> dict[str, str] | None:
+def _add_clip(
+    column: Column, k: int, num_frames: int, out: Path, section: str, prompt: str
+) -> dict[str, str] | None:
     """Write clip k of a column into the page's folder, if there is one."""
     if not (column.folder / "clips" / f"{k:06}.png").exists():
         return None
@@ -186,16 +205,23 @@ def _describe(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _tables(systems: list[Column], ablations: Sequence[Path], seeds: Mapping[str, Sequence[str]] | None) -> list[dict[str, Any]]:
-    """Return the table of the page's systems and those of the ablations, which begin with the same system where they
-    have it.
+def _tables(
+    systems: list[Column], ablations: Sequence[Path], seeds: Mapping[str, Sequence[str]] | None
+) -> list[dict[str, Any]]:
+    """Return the table of the page's systems and those of the ablations, which begin with the same system
+    where they have it.
     """
     first = systems[0].name
-    sets = [systems, *(sorted(read_evaluation(folder), key=lambda system: system.name != first) for folder in ablations)]
+    sets = [
+        systems,
+        *(sorted(read_evaluation(folder), key=lambda system: system.name != first) for folder in ablations),
+    ]
     names = {system.name for columns in sets for system in columns}
     grouped = {name for system, others in (seeds or {}).items() for name in (system, *others)}
     if unknown := sorted(grouped - names):
-        raise ValueError(f"--seeds: no results of {', '.join(unknown)}; expected some of {', '.join(sorted(names))}")
+        raise ValueError(
+            f"--seeds: no results of {', '.join(unknown)}; expected some of {', '.join(sorted(names))}"
+        )
     return [_table(columns, seeds) for columns in sets]
 
 
@@ -205,25 +231,37 @@ def _table(systems: list[Column], seeds: Mapping[str, Sequence[str]] | None) -> 
     if seeds is None:
         groups = find_seeds(names)
     else:  # a table need not have all systems
-        groups = {system: [name for name in others if name in names] for system, others in seeds.items() if system in names}
+        groups = {
+            system: [name for name in others if name in names]
+            for system, others in seeds.items()
+            if system in names
+        }
     results = add_paired_differences([system.result for system in systems], systems[0].folder.parent)
     table = make_table(results, groups)
     heads = []
     for result, num_seeds in zip(table.systems, table.num_seeds, strict=True):
         system = result["system"]
-        parts = [system["title"], f"{system['parameters'] / 1e6:.1f} M", *([f"{num_seeds} training seeds"] if num_seeds > 1 else [])]
+        parts = [
+            system["title"],
+            f"{system['parameters'] / 1e6:.1f} M",
+            *([f"{num_seeds} training seeds"] if num_seeds > 1 else []),
+        ]
         heads.append((system["system"], ", ".join(parts)))
     labels = [label_of(measure) for measure in table.measures]
     return {
         "head": [*heads, ("real clips", "")],
         "description": _describe_table(table),
-        "rows": [(f"{label.text} {ARROWS[label.better]}".strip(), cells) for label, cells in zip(labels, table.cells, strict=True)],
+        "rows": [
+            (f"{label.text} {ARROWS[label.better]}".strip(), cells)
+            for label, cells in zip(labels, table.cells, strict=True)
+        ],
         "measures": table.measures,
     }
 
 
 def _describe_table(table: Table) -> str:
-    """Return the sentences above a table: its clips, the noise of denoising measures, and the training seeds."""
+    """Return the sentences above a table: its clips, the noise of denoising measures, and the training
+    seeds."""
     protocol = table.systems[0]["protocol"]
     part = "" if protocol["complete"] else f", a part of protocol {protocol['protocol']}"
     text = f"{protocol['clips']} clips of {protocol['num_frames']} frames a system{part}."
@@ -235,9 +273,7 @@ def _describe_table(table: Table) -> str:
             kind = f"of which frames share {shared:.0%}, with a correlation of {correlation:g} from frame to frame in the rest"
         text += f" Denoising error and motion R² are measured on real clips under noise {kind}."
     if max(table.num_seeds) > 1:
-        text += (
-            " Where a system was trained with several seeds, cells show the mean and, in brackets, the least and greatest over the seeds."
-        )
+        text += " Where a system was trained with several seeds, cells show the mean and, in brackets, the least and greatest over the seeds."
     if table.num_seeds[0] > 1:
         text += f" Differences are from the first seed of {table.names[0]}."
     return text

@@ -1,5 +1,5 @@
-"""Plots of a sweep (`latent-shift bench sweep`): step time, memory and fraction of the roofline against frames, size
-and clips.
+"""Plots of a sweep (`latent-shift bench sweep`): step time, memory and fraction of the roofline against
+frames, size and clips.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: its heading and unit, the points to show, the keys of x and y in a point, and the label of x."""
+    """One plot: its heading and unit, the points to show, the keys of x and y in a point, and the label of
+    x."""
 
     heading: str
     unit: str
@@ -25,8 +26,8 @@ class Plot:
 
     @property
     def series(self) -> dict[str, list[tuple[float, float]]]:
-        """Network to its (x, y), in the order of x; without networks that cannot take the size and machines without
-        the number.
+        """Network to its (x, y), in the order of x; without networks that cannot take the size and machines
+        without the number.
         """
         series: dict[str, list[tuple[float, float]]] = {}
         for point in sorted(self.points, key=lambda point: point[self.x]):
@@ -56,15 +57,22 @@ def plots(sweep: dict[str, Any], *, name: str = "sweep") -> list[dict[str, str]]
     results: list[dict[str, str]] = []
     for plot in _plots_of(sweep):
         if series := plot.series:
-            svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-{len(results)}-", _draw(plot, salt=name))  # several share one page
-            last = "; ".join(f"{network} {points[-1][1]:.3g} at {points[-1][0]}" for network, points in series.items())
+            svg = re.sub(
+                r'(id="|url\(#|href="#)', rf"\g<1>{name}-{len(results)}-", _draw(plot, salt=name)
+            )  # several share one page
+            last = "; ".join(
+                f"{network} {points[-1][1]:.3g} at {points[-1][0]}" for network, points in series.items()
+            )
             label = f"{plot.heading}, {plot.unit} against {plot.x_label}: {last}"
             results.append({"heading": plot.heading, "svg": svg[svg.index("<svg") :], "label": label})
     return results
 
 
 def _plots_of(sweep: dict[str, Any]) -> list[Plot]:
-    lines = {line: [point for point in sweep["points"] if point["line"] == line] for line in ("frames", "side", "clips")}
+    lines = {
+        line: [point for point in sweep["points"] if point["line"] == line]
+        for line in ("frames", "side", "clips")
+    }
     memory = sweep.get("memory") or lines["frames"]
     frames = f"frames of the clip, latents of {memory[0]['side']}" if memory else "frames of the clip"
     return [
@@ -72,8 +80,22 @@ def _plots_of(sweep: dict[str, Any]) -> list[Plot]:
         Plot("Relative to Latent-Shift", "ratio", lines["frames"], "frames", frames, "ratio"),
         Plot("Share of the roofline", "share", lines["frames"], "frames", frames, "share_of_the_roofline"),
         Plot("Memory at the peak of one step", "GiB", memory, "frames", frames, "gib_peak"),
-        Plot("Time of one step by size", "seconds", lines["side"], "side", "side of the latents, 16 frames", "seconds"),
-        Plot("Frames a second by clips", "frames a second", lines["clips"], "clips", "clips of 16 frames at once", "frames_per_s"),
+        Plot(
+            "Time of one step by size",
+            "seconds",
+            lines["side"],
+            "side",
+            "side of the latents, 16 frames",
+            "seconds",
+        ),
+        Plot(
+            "Frames a second by clips",
+            "frames a second",
+            lines["clips"],
+            "clips",
+            "clips of 16 frames at once",
+            "frames_per_s",
+        ),
     ]
 
 

@@ -2,13 +2,15 @@
 
 run/
   config.toml            every setting with its default; `latent-shift train run` resumes from it
-  stats.jsonl            a line every `train.log_every` steps; `seconds` is the run's time so far, sampling and saving included
-  samples/               pictures and clips sampled during training
-  checkpoints/step-*/    weights and averaged weights (safetensors), optimizer states (PyTorch's format); a sharded run has weights and
-                         optimizer in `sharded/`, one file a process; state.json lists every file with its size
-                         and is written last
-  model/                 the averaged weights as a diffusers folder when the run is finished; for a LoRA its file
-  .lock                  locked by the process that trains here; the system releases it however the process ends
+  stats.jsonl            a line every `train.log_every` steps; `seconds` is the run's time so far, sampling
+  and saving included samples/               pictures and clips sampled during training
+  checkpoints/step-*/    weights and averaged weights (safetensors), optimizer states (PyTorch's format); a
+  sharded run has weights and
+                         optimizer in `sharded/`, one file a process; state.json lists every file with its
+                         size and is written last
+  model/                 the averaged weights as a diffusers folder when the run is finished; for a LoRA its
+  file .lock                  locked by the process that trains here; the system releases it however the
+  process ends
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ from latent_shift.training.ema import EMA
 log = logging.getLogger("latent_shift")
 
 
-def save(accelerator: Accelerator, run: Path, step: int, *, keep: int, losses: dict[str, list[float]]) -> Path:
+def save(
+    accelerator: Accelerator, run: Path, step: int, *, keep: int, losses: dict[str, list[float]]
+) -> Path:
     """Write the checkpoint of `step` aside, rename it into place, and delete all but the newest `keep`.
 
     Checkpoints after `step` are deleted too: they are corrupt, and the run skipped them when it resumed.
@@ -45,13 +49,15 @@ def save(accelerator: Accelerator, run: Path, step: int, *, keep: int, losses: d
         losses: the losses that have no line in stats.jsonl yet, by name.
 
     Raises:
-        OSError: the checkpoint could not be written, for example because the disk is full; earlier checkpoints
-            are unchanged.
+        OSError: the checkpoint could not be written, for example because the disk is full; earlier
+            checkpoints are unchanged.
     """
     target = run / "checkpoints" / f"step-{step:08d}"
     partial = target.with_name(f".{target.name}.partial")
     if accelerator.is_main_process:
-        for leftover in target.parent.glob(".step-*.partial"):  # a run that was killed while saving leaves one
+        for leftover in target.parent.glob(
+            ".step-*.partial"
+        ):  # a run that was killed while saving leaves one
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     try:
@@ -64,13 +70,19 @@ def save(accelerator: Accelerator, run: Path, step: int, *, keep: int, losses: d
         if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
             raise  # out of memory
         complete = [folder.name for folder in steps(run) if _find_corruption(folder) is None]
-        remaining = f"{complete[-1]} is complete, and the same command resumes from it" if complete else "there is no earlier checkpoint"
+        remaining = (
+            f"{complete[-1]} is complete, and the same command resumes from it"
+            if complete
+            else "there is no earlier checkpoint"
+        )
         raise OSError(f"{run}: step {step} could not be saved ({error}); {remaining}") from error
     if accelerator.is_main_process:
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
-        newest = [folder for folder in steps(run) if folder <= target and _find_corruption(folder) is None][-keep:]
+        newest = [folder for folder in steps(run) if folder <= target and _find_corruption(folder) is None][
+            -keep:
+        ]
         for folder in steps(run):
             if folder not in newest:
                 shutil.rmtree(folder)
@@ -113,7 +125,8 @@ def lock(run: Path) -> Iterator[None]:
 
 
 def register_ema(accelerator: Accelerator, ema: EMA, names: list[str]) -> None:
-    """Save and load the averaged weights, by the names of their parameters, with the accelerator's checkpoints.
+    """Save and load the averaged weights, by the names of their parameters, with the accelerator's
+    checkpoints.
 
     Checkpoints with another kind of average load too: it then counts as the average of the steps so far.
     """
@@ -134,19 +147,24 @@ def register_ema(accelerator: Accelerator, ema: EMA, names: list[str]) -> None:
 
 
 def skip_frozen(accelerator: Accelerator, module: nn.Module) -> None:
-    """Save and load trained parameters alone: megabytes of a LoRA instead of the gigabytes of the model under it."""
+    """Save and load trained parameters alone: megabytes of a LoRA instead of the gigabytes of the model
+    under it."""
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     if len(trained) == len(list(module.parameters())):
         return
 
     def save_trained(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
-        states = [{name.removeprefix("module."): tensor for name, tensor in state.items()} for state in weights]  # DDP's prefix
+        states = [
+            {name.removeprefix("module."): tensor for name, tensor in state.items()} for state in weights
+        ]  # DDP's prefix
         weights[:] = [{name: state[name] for name in trained} for state in states]
 
     def load_trained(modules: list[nn.Module], folder: str) -> None:
         tensors = load_file(Path(folder) / "model.safetensors")
         if tensors.keys() != trained:
-            raise ValueError(f"{folder}: expected the {len(trained)} trained tensors of this run, got {len(tensors)} others")
+            raise ValueError(
+                f"{folder}: expected the {len(trained)} trained tensors of this run, got {len(tensors)} others"
+            )
         for wrapped in modules:
             accelerator.unwrap_model(wrapped).load_state_dict(tensors, strict=False)
         modules.clear()
@@ -172,7 +190,9 @@ def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[fl
     problems = []
     for folder in reversed(steps(run)):
         if (problem := _find_corruption(folder)) is None:
-            if accelerator.scaler is not None and not (folder / "scaler.pt").exists():  # the run had another precision before
+            if (
+                accelerator.scaler is not None and not (folder / "scaler.pt").exists()
+            ):  # the run had another precision before
                 torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
             accelerator.load_state(str(folder))
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -180,7 +200,9 @@ def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[fl
         log.warning("%s is skipped: %s", folder, problem)
         problems.append(f"{folder.name}: {problem}")
     if problems:
-        raise ValueError(f"{run}: no checkpoint is complete ({'; '.join(problems)}); delete the folder to start again")
+        raise ValueError(
+            f"{run}: no checkpoint is complete ({'; '.join(problems)}); delete the folder to start again"
+        )
     return 0, {}
 
 
@@ -192,7 +214,9 @@ def trim_stats(run: Path, step: int) -> float:
     """
     path = run / "stats.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = [row for row in (json.loads(line) for line in lines if line.endswith("}\n")) if row["step"] <= step]
+    rows = [
+        row for row in (json.loads(line) for line in lines if line.endswith("}\n")) if row["step"] <= step
+    ]
     if lines:
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows[-1].get("seconds", 0.0) if rows else 0.0

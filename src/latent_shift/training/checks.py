@@ -1,4 +1,5 @@
-"""Every check of a training run, at the earliest of three moments: before anything is read, with the data, with the starting weights."""
+"""Every check of a training run, at the earliest of three moments: before anything is read, with the data,
+with the starting weights."""
 
 from __future__ import annotations
 
@@ -35,9 +36,13 @@ def check_settings(config: Config, run: Path) -> None:
     """
     tracker, device = config.train.tracker, resolve_device()
     if tracker and not find_spec(tracker):
-        raise RuntimeError(f"train.tracker={tracker} needs its package: pip install 'latent-shift-video[{tracker}]'")
+        raise RuntimeError(
+            f"train.tracker={tracker} needs its package: pip install 'latent-shift-video[{tracker}]'"
+        )
     if config.optim.optimizer == "adamw8bit" and not find_spec("bitsandbytes"):
-        raise ValueError("optim.optimizer=adamw8bit needs the extra: pip install 'latent-shift-video[finetune]'")
+        raise ValueError(
+            "optim.optimizer=adamw8bit needs the extra: pip install 'latent-shift-video[finetune]'"
+        )
     if config.lora and not find_spec("peft"):
         raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'")
     if config.train.shard and world_size() == 1:
@@ -45,7 +50,9 @@ def check_settings(config: Config, run: Path) -> None:
     if config.train.precision == "fp16" and device.type == "cpu":  # there is no gradient scaler for CPUs
         raise ValueError("train.precision=fp16 needs a GPU; on a CPU take bf16")
     if config.train.precision == "bf16" and device.type == "cpu" and not has_bf16_units():
-        log.warning("this CPU has no units for bf16, in which it is many times slower than in float32: train.precision=auto or no")
+        log.warning(
+            "this CPU has no units for bf16, in which it is many times slower than in float32: train.precision=auto or no"
+        )
     ema, num_steps = config.optim.ema, config.optim.steps
     if 1 / (1 - ema) > num_steps / 2:
         log.warning(
@@ -63,7 +70,9 @@ def check_same_run(config: Config, run: Path) -> None:
         before, now = load(run / "config.toml").identity(), config.identity()
         changed = [name for name, value in before.items() if now[name] != value]
         if changed:
-            raise ValueError(f"{run} holds a run with another {', '.join(changed)}; choose another folder with --run")
+            raise ValueError(
+                f"{run} holds a run with another {', '.join(changed)}; choose another folder with --run"
+            )
 
 
 # Data: the source before it is packed or encoded, then the store.
@@ -82,12 +91,16 @@ def check_source(config: Config, factor: int | None) -> None:
     data, source = config.data, config.data.path
     packed = bool(find_stores(source))
     encoded = packed and "texts" in Store(source).info
-    without_effect = PACKING if encoded else tuple(name for name in PACKING if name != "mirror") if packed else ()
+    without_effect = (
+        PACKING if encoded else tuple(name for name in PACKING if name != "mirror") if packed else ()
+    )
     if any(getattr(data, name) != type(data).model_fields[name].default for name in without_effect):
         names = ", ".join(f"data.{name}" for name in without_effect)
         raise ValueError(f"{names} have no effect: {source} is {'encoded' if encoded else 'packed'} already")
     if config.stage != "autoencoder" and not encoded and config.model.init is None:
-        raise ValueError(f"{source} holds no latents, and there is no model.init to encode it with: `latent-shift encode` it")
+        raise ValueError(
+            f"{source} holds no latents, and there is no model.init to encode it with: `latent-shift encode` it"
+        )
     if packed:
         return
     splits = find_splits(source)
@@ -95,7 +108,9 @@ def check_source(config: Config, factor: int | None) -> None:
         _check_splits(config, splits, source)
     name, side = ("size", data.size) if data.aspects is None else ("aspects", data.aspects)
     if factor is not None and side is not None and side % factor:
-        raise ValueError(f"data.{name}={side}: the autoencoder of {config.model.init} needs a multiple of {factor}")
+        raise ValueError(
+            f"data.{name}={side}: the autoencoder of {config.model.init} needs a multiple of {factor}"
+        )
 
 
 def check_store(config: Config, store: Store) -> None:
@@ -106,11 +121,15 @@ def check_store(config: Config, store: Store) -> None:
     """
     data = config.data
     if config.stage != "autoencoder" and (missing := set(data.strides) - set(store.info["strides"])):
-        raise ValueError(f"{data.path} has no captions for data.strides {sorted(missing)}: encode it with --stride")
+        raise ValueError(
+            f"{data.path} has no captions for data.strides {sorted(missing)}: encode it with --stride"
+        )
     _check_splits(config, store.splits, store.folder)
     val_clips = store.select(splits=data.val_splits, num_frames=data.num_frames, stride=data.strides[0])
     if data.val_splits and not len(val_clips):
-        raise ValueError(f"{store.folder}: no clip of {data.num_frames} frames in data.val_splits {data.val_splits}")
+        raise ValueError(
+            f"{store.folder}: no clip of {data.num_frames} frames in data.val_splits {data.val_splits}"
+        )
     if data.num_frames == 1:
         return
     clips = store.select(splits=data.splits, num_frames=2)
@@ -118,7 +137,11 @@ def check_store(config: Config, store: Store) -> None:
         long_enough = store.select(splits=data.splits, num_frames=data.num_frames, stride=stride)
         if num_short := len(np.setdiff1d(clips, long_enough)):
             log.warning(
-                "%d of %d clips are too short for %d frames at stride %d and are skipped", num_short, len(clips), data.num_frames, stride
+                "%d of %d clips are too short for %d frames at stride %d and are skipped",
+                num_short,
+                len(clips),
+                data.num_frames,
+                stride,
             )
 
 
@@ -126,14 +149,18 @@ def check_crop(config: Config, store: Store, factor: int) -> None:
     """Raise ValueError if the autoencoder's crops do not fit the frames of the store or its own factor."""
     crop, smallest = config.data.crop, min(min(shape[1:3]) for shape in store.shapes.values())
     if crop > smallest:
-        raise ValueError(f"data.crop={crop} is larger than the frames of {config.data.path}, {smallest} a side")
+        raise ValueError(
+            f"data.crop={crop} is larger than the frames of {config.data.path}, {smallest} a side"
+        )
     if crop % factor:
         raise ValueError(f"data.crop must be a multiple of {factor}, the autoencoder's factor, got {crop}")
 
 
 def _check_splits(config: Config, splits: set[str], source: object) -> None:
     if unknown := {*config.data.splits, *config.data.val_splits} - splits:
-        raise ValueError(f"{source}: has no split {', '.join(sorted(unknown))}; expected {', '.join(sorted(splits))}")
+        raise ValueError(
+            f"{source}: has no split {', '.join(sorted(unknown))}; expected {', '.join(sorted(splits))}"
+        )
 
 
 # Start: the denoiser that the run starts from.

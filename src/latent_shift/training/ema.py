@@ -31,12 +31,16 @@ class EMA:
     def update(self) -> None:
         """Add the present weights to the averages."""
         self.num_steps += 1
-        # The accumulator a_n = decay a_(n-1) + (1 - decay) w_n, divided by 1 - decay^n, is this interpolation.
-        torch._foreach_lerp_(self.averages, self.parameters, (1 - self.decay) / (1 - self.decay**self.num_steps))
+        # The accumulator a_n = decay a_(n-1) + (1 - decay) w_n, divided by 1 - decay^n, is this
+        # interpolation.
+        torch._foreach_lerp_(
+            self.averages, self.parameters, (1 - self.decay) / (1 - self.decay**self.num_steps)
+        )
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the parameters their averages inside the `with` block; their own values wait in main memory."""
+        """Give the parameters their averages inside the `with` block; their own values wait in main
+        memory."""
         values = [parameter.detach().clone().cpu() for parameter in self.parameters]
         self._set(self.averages)
         try:

@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 
 
 def shard(objective: nn.Module, network: nn.Module, accelerator: Accelerator) -> None:
-    """Shard an objective and its network in place and move each shard to its device; parameters become DTensors."""
+    """Shard an objective and its network in place and move each shard to its device; parameters become
+    DTensors."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for module in network.modules():
         if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
@@ -33,7 +34,8 @@ def shard(objective: nn.Module, network: nn.Module, accelerator: Accelerator) ->
 
 
 def register_sharded_state(accelerator: Accelerator, objective: nn.Module, optimizer: Optimizer) -> None:
-    """Save and load sharded weights and optimizer states with the accelerator's checkpoints, one file a process."""
+    """Save and load sharded weights and optimizer states with the accelerator's checkpoints, one file a
+    process."""
 
     def save(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
         model, states = get_state_dict(objective, optimizer)
@@ -43,7 +45,9 @@ def register_sharded_state(accelerator: Accelerator, objective: nn.Module, optim
         model, states = get_state_dict(objective, optimizer)
         state: dict[str, Any] = {"model": model, "optimizer": states}
         dcp.load(state, checkpoint_id=Path(folder) / "sharded")
-        set_state_dict(objective, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            objective, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -55,7 +59,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_tensors(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
-    """Gather tensors one after the other and return them on the CPU where `keep` is set; every process must call this."""
+    """Gather tensors one after the other and return them on the CPU where `keep` is set; every process must
+    call this."""
     gathered = {}
     for name, tensor in tensors:
         tensor = full_tensor(tensor.detach())

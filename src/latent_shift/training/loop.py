@@ -59,8 +59,8 @@ def train(
         progress: opens a progress bar of a title, for packing and encoding.
 
     Returns:
-        `run/model`, the exported diffusers folder or the folder of a LoRA's file; `run` if SIGTERM stopped the
-        run before its last step.
+        `run/model`, the exported diffusers folder or the folder of a LoRA's file; `run` if SIGTERM stopped
+        the run before its last step.
 
     Raises:
         ValueError: settings or data that do not fit together, or a run folder that holds another run or that
@@ -75,7 +75,9 @@ def train(
         try:
             if rank() == 0:
                 run.mkdir(parents=True, exist_ok=True)
-                write_text(run / "config.toml", dump(config))  # from here on the folder alone is enough to resume
+                write_text(
+                    run / "config.toml", dump(config)
+                )  # from here on the folder alone is enough to resume
             prepared = prepare.prepare(config, run, device=resolve_device(), progress=progress)
             if on_prepared and rank() == 0:
                 on_prepared(prepared)
@@ -99,7 +101,9 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: EMA
     step: int = 0  # steps done
-    losses: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))  # since the last line of stats.jsonl
+    losses: defaultdict[str, list[Tensor]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # since the last line of stats.jsonl
     skipped_in_a_row: Tensor | float = 0.0
     stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
 
@@ -126,7 +130,9 @@ def run_steps(state: TrainState, report: Report | None = None) -> Path:
         batches = prefetch_batches(state, loader)
         while not state.is_done and not stopped:
             train_step(state, batches)
-            validates = bool(config.data.val_splits) and (state.step % settings.validate_every == 0 or state.is_done)
+            validates = bool(config.data.val_splits) and (
+                state.step % settings.validate_every == 0 or state.is_done
+            )
             if validates:
                 state.losses["val_loss"] = [validate(state)]
             if state.step % settings.log_every == 0 or validates or state.is_done:
@@ -135,7 +141,11 @@ def run_steps(state: TrainState, report: Report | None = None) -> Path:
                 write_samples(state)
             stopped = maybe_checkpoint(state)
     if stopped:
-        log.warning("stopped by SIGTERM at step %d of %d; the same command resumes from there", state.step, config.optim.steps)
+        log.warning(
+            "stopped by SIGTERM at step %d of %d; the same command resumes from there",
+            state.step,
+            config.optim.steps,
+        )
     else:
         export(state)
     state.accelerator.end_training()
@@ -143,13 +153,17 @@ def run_steps(state: TrainState, report: Report | None = None) -> Path:
 
 
 def train_step(state: TrainState, batches: Iterator[tuple[Tensor, ...]]) -> None:
-    """Take one optimizer step on the gradients of `optim.accumulate` batches, and update the averaged weights."""
+    """Take one optimizer step on the gradients of `optim.accumulate` batches, and update the averaged
+    weights."""
     config, accelerator, optimizer = state.config, state.accelerator, state.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
     for _ in range(config.optim.accumulate):
         batch = next(batches)
-        with accelerator.accumulate(state.objective), attention_kernel(accelerator.device.type, noise=batch[1]):
+        with (
+            accelerator.accumulate(state.objective),
+            attention_kernel(accelerator.device.type, noise=batch[1]),
+        ):
             loss, terms = forward(state, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -182,7 +196,9 @@ def prefetch_batches(state: TrainState, loader: ThreadPoolExecutor) -> Iterator[
     """Yield the batches of the remaining steps, drawn `data.loaders` ahead in the threads of `loader`."""
     accumulate = state.config.optim.accumulate
     numbers = iter(range(state.step * accumulate, state.config.optim.steps * accumulate))
-    prefetched = deque(loader.submit(draw_batch, state, number) for number in islice(numbers, state.config.data.loaders))
+    prefetched = deque(
+        loader.submit(draw_batch, state, number) for number in islice(numbers, state.config.data.loaders)
+    )
     while prefetched:
         start = time.monotonic()
         batch = prefetched.popleft().result()
@@ -204,11 +220,14 @@ def averaged_weights(state: TrainState) -> Iterator[None]:
 
 
 def validate(state: TrainState) -> Tensor:
-    """Return the loss of the averaged weights on the held-out splits, on the same clips, noise and timesteps every time."""
+    """Return the loss of the averaged weights on the held-out splits, on the same clips, noise and timesteps
+    every time."""
     process, num_processes = state.accelerator.process_index, state.accelerator.num_processes
     losses = []
     with averaged_weights(state):
-        for number in range(process, -(-state.config.train.val_batches // num_processes) * num_processes, num_processes):
+        for number in range(
+            process, -(-state.config.train.val_batches // num_processes) * num_processes, num_processes
+        ):
             # A seed of four numbers is never that of a training batch, which has three.
             batch = state.stage.draw_batch(np.random.default_rng([0, number, 0, 1]), held_out=True)
             loss, terms = forward(state, batch)
@@ -235,13 +254,22 @@ def log_row(state: TrainState, report: Report | None = None) -> None:
     config, accelerator = state.config, state.accelerator
     elapsed, num_steps = time.monotonic() - state.logged_at, state.step - state.logged_step
     means = torch.stack([_finite_mean(values) for values in state.losses.values()])
-    row = {"step": state.step, **dict(zip(state.losses, accelerator.reduce(means, "mean").tolist(), strict=True))}
+    row = {
+        "step": state.step,
+        **dict(zip(state.losses, accelerator.reduce(means, "mean").tolist(), strict=True)),
+    }
     if state.skipped_in_a_row >= optim.MAX_SKIPPED_STEPS:
         num_skipped = int(state.skipped_in_a_row)
-        raise RuntimeError(f"{state.run}: no gradient was finite in the last {num_skipped} steps, to step {state.step}; {optim.DIVERGED}")
+        raise RuntimeError(
+            f"{state.run}: no gradient was finite in the last {num_skipped} steps, to step {state.step}; {optim.DIVERGED}"
+        )
     row |= {
         "lr": state.optimizer.param_groups[-1]["lr"],
-        "clips_per_s": num_steps * config.optim.accumulate * config.data.batch_size * accelerator.num_processes / elapsed,
+        "clips_per_s": num_steps
+        * config.optim.accumulate
+        * config.data.batch_size
+        * accelerator.num_processes
+        / elapsed,
         "data_wait_s": state.data_wait_s,
         "gib_peak": peak_memory_gib(accelerator.device),
         "eta_s": (config.optim.steps - state.step) * elapsed / num_steps,
@@ -249,7 +277,10 @@ def log_row(state: TrainState, report: Report | None = None) -> None:
     if accelerator.is_main_process:
         row["seconds"] = state.previous_seconds + time.monotonic() - state.started_at
         with (state.run / "stats.jsonl").open("a") as stats:
-            stats.write(json.dumps({name: value if np.isfinite(value) else None for name, value in row.items()}) + "\n")
+            stats.write(
+                json.dumps({name: value if np.isfinite(value) else None for name, value in row.items()})
+                + "\n"
+            )
         accelerator.log(row, step=state.step)
         if report:
             report(row)
@@ -274,13 +305,19 @@ def maybe_checkpoint(state: TrainState) -> bool:
         now = time.monotonic()
         is_due = now - state.saved_at > 60 * config.train.checkpoint_minutes
         seconds_per_step = (now - state.started_at) / (state.step - state.first_step)
-        checkpoint_due, stop, seconds_per_step = all_reduce_sum(accelerator, is_due, state.stop.is_set(), seconds_per_step)
+        checkpoint_due, stop, seconds_per_step = all_reduce_sum(
+            accelerator, is_due, state.stop.is_set(), seconds_per_step
+        )
         world = accelerator.num_processes
-        state.next_sync_step = state.step + (1 if world == 1 else max(1, min(50, int(2 * world / seconds_per_step))))
+        state.next_sync_step = state.step + (
+            1 if world == 1 else max(1, min(50, int(2 * world / seconds_per_step)))
+        )
     if checkpoint_due or stop or state.is_done:
         losses = {name: torch.stack(values).float() for name, values in state.losses.items()}
         pending = {name: accelerator.reduce(values, "mean").tolist() for name, values in losses.items()}
-        checkpoint.save(accelerator, state.run, state.step, keep=config.train.keep_checkpoints, losses=pending)
+        checkpoint.save(
+            accelerator, state.run, state.step, keep=config.train.keep_checkpoints, losses=pending
+        )
         state.saved_at = time.monotonic()
     return bool(stop)
 
@@ -296,7 +333,9 @@ def export(state: TrainState) -> None:
     """Write the averaged weights as `run/model`."""
     accelerator = state.accelerator
     with averaged_weights(state):
-        weights = fsdp.gather_tensors(state.stage.model.state_dict().items(), keep=accelerator.is_main_process)
+        weights = fsdp.gather_tensors(
+            state.stage.model.state_dict().items(), keep=accelerator.is_main_process
+        )
         if accelerator.is_main_process:
             state.stage.export(state.run / "model", weights)
     accelerator.wait_for_everyone()
@@ -306,7 +345,11 @@ def create_state(config: Config, prepared: prepare.Prepared, run: Path) -> Train
     """Build the network, its optimizer and its average, and load the newest checkpoint of the run folder."""
     accelerator = _create_accelerator(config, prepared, run)
     torch.manual_seed(config.train.seed)
-    stage: Stage = AutoencoderStage(config, prepared) if config.stage == "autoencoder" else DenoiserStage(config, prepared)
+    stage: Stage = (
+        AutoencoderStage(config, prepared)
+        if config.stage == "autoencoder"
+        else DenoiserStage(config, prepared)
+    )
     if config.train.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
     stage.objective.train()
@@ -329,8 +372,14 @@ def create_state(config: Config, prepared: prepare.Prepared, run: Path) -> Train
     _restore_state(state)
     if config.train.tracker:
         # TensorBoard's project is a folder in the run folder, and it takes no nested settings.
-        project, settings = ("latent-shift", config.model_dump()) if config.train.tracker == "wandb" else ("tensorboard", None)
-        accelerator.init_trackers(project, settings, init_kwargs={"wandb": {"name": run.name, "dir": str(run)}})
+        project, settings = (
+            ("latent-shift", config.model_dump())
+            if config.train.tracker == "wandb"
+            else ("tensorboard", None)
+        )
+        accelerator.init_trackers(
+            project, settings, init_kwargs={"wandb": {"name": run.name, "dir": str(run)}}
+        )
     log.info(
         "%s: %d of %d parameters, step %d of %d, %d on %s", config.stage, sum(parameter.numel() for parameter in parameters),
         sizes.num_parameters(stage.model), state.step, config.optim.steps, accelerator.num_processes, accelerator.device,
@@ -354,7 +403,10 @@ def _restore_state(state: TrainState) -> None:
         state.previous_seconds = checkpoint.trim_stats(run, step)
     state.step = state.first_step = state.logged_step = step
     state.next_sync_step = step + 1
-    state.losses |= {name: [torch.tensor(value, device=accelerator.device) for value in values] for name, values in pending.items()}
+    state.losses |= {
+        name: [torch.tensor(value, device=accelerator.device) for value in values]
+        for name, values in pending.items()
+    }
     state.skipped_in_a_row = torch.zeros((), device=accelerator.device)
     state.started_at = state.logged_at = state.saved_at = time.monotonic()
 
@@ -366,7 +418,8 @@ def _create_accelerator(config: Config, prepared: prepare.Prepared, run: Path) -
         gradient_accumulation_steps=config.optim.accumulate,
         log_with=config.train.tracker,
         project_dir=run,
-        cpu=resolve_device().type == "cpu",  # one decision: accelerate alone would take Apple's GPU, and join no processes on CPUs
+        cpu=resolve_device().type
+        == "cpu",  # one decision: accelerate alone would take Apple's GPU, and join no processes on CPUs
     )
     if accelerator.num_processes != world_size():
         raise RuntimeError(
@@ -377,7 +430,8 @@ def _create_accelerator(config: Config, prepared: prepare.Prepared, run: Path) -
 
 @contextmanager
 def _set_on_sigterm(event: threading.Event) -> Iterator[None]:
-    """Set an event on SIGTERM inside the `with` block; outside of the main thread SIGTERM keeps its effect."""
+    """Set an event on SIGTERM inside the `with` block; outside of the main thread SIGTERM keeps its
+    effect."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -62,7 +62,10 @@ class Estimate:
         return self.weights + self.optimizer + self.averaged + self.step
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in ("weights", "optimizer", "averaged", "step"))
+        parts = ", ".join(
+            f"{name} {getattr(self, name) / 2**30:.2f}"
+            for name in ("weights", "optimizer", "averaged", "step")
+        )
         return f"memory of a training step: {self.total / 2**30:.2f} GiB ({parts})"
 
 
@@ -90,15 +93,24 @@ def estimate_run(config: Config, prepared: Prepared, device: str = "cuda") -> Es
     )
 
 
-def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[int], text_length: int, device: str = "cuda") -> Estimate:
+def estimate(
+    config: Config,
+    unet: UNet2DConditionModel,
+    *,
+    latents: Sequence[int],
+    text_length: int,
+    device: str = "cuda",
+) -> Estimate:
     """Estimate the memory of training a U-Net.
 
     Args:
-        config: batch size, frames, shift, LoRA, precision, accumulation, checkpointing and optimizer are read.
+        config: batch size, frames, shift, LoRA, precision, accumulation, checkpointing and optimizer are
+            read.
         unet: on the meta device.
         latents: `(C, h, w)` of a frame.
         text_length: tokens of a caption.
-        device: "cpu" or "cuda": the attention kernel that is fastest in the backward pass on a CPU keeps more.
+        device: "cpu" or "cuda": the attention kernel that is fastest in the backward pass on a CPU keeps
+            more.
     """
     precision = dtype_of(resolve_precision(config.train.precision, torch.device(device)))
     with torch.device("meta"):
@@ -117,7 +129,9 @@ def estimate(config: Config, unet: UNet2DConditionModel, *, latents: Sequence[in
         text = torch.empty(clips, text_length, unet.config.cross_attention_dim)
         num_batches = min(config.optim.accumulate, 2)
         with live, attention_kernel(device, noise=clean):
-            for _ in range(num_batches):  # from the second batch on, the gradients of the first take memory too
+            for _ in range(
+                num_batches
+            ):  # from the second batch on, the gradients of the first take memory too
                 with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
                     loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)
                 loss.backward()
@@ -136,7 +150,10 @@ def _fake(module: nn.Module) -> None:
     """Move the parameters of a module from the meta device to a fake device that autocast supports."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            part.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad))
+            part.register_parameter(
+                name,
+                nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad),
+            )
 
 
 class _Live(TorchDispatchMode):
@@ -148,14 +165,22 @@ class _Live(TorchDispatchMode):
         self.tracked: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {
+            id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
         output = func(*args, **(kwargs or {}))
         if (count_flops := FLOPS.get(func._overloadpacket)) is not None:
             self.flops += count_flops(*args, **(kwargs or {}), out_val=output)
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and id(storage := leaf.untyped_storage()) not in inputs and id(storage) not in self.tracked:
+            if (
+                isinstance(leaf, Tensor)
+                and id(storage := leaf.untyped_storage()) not in inputs
+                and id(storage) not in self.tracked
+            ):
                 self.now += storage.nbytes()
-                self.tracked[id(storage)] = weakref.finalize(storage, self._free, id(storage), storage.nbytes())
+                self.tracked[id(storage)] = weakref.finalize(
+                    storage, self._free, id(storage), storage.nbytes()
+                )
         self.peak = max(self.peak, self.now)
         return output
 
@@ -180,5 +205,7 @@ def suggest_smaller_settings(config: Config) -> str:
         changed = config.with_settings(settings) if can_help else None
         if changed:
             words = " ".join(f"{key}={'true' if value is True else value}" for key, value in settings.items())
-            suggestions.append(words + (" in another run folder" if changed.identity() != config.identity() else ""))
+            suggestions.append(
+                words + (" in another run folder" if changed.identity() != config.identity() else "")
+            )
     return "try, in this order, " + ", ".join(suggestions or ["a smaller model"])

@@ -26,14 +26,16 @@ class AutoencoderObjective(nn.Module):
         perceptual: weight of the perceptual distance; 0 loads no network for it.
 
     Raises:
-        ValueError: the autoencoder lacks the two 1x1 convolutions around the latents, into which `whiten` folds
-            their scale.
+        ValueError: the autoencoder lacks the two 1x1 convolutions around the latents, into which `whiten`
+            folds their scale.
     """
 
     def __init__(self, vae: AutoencoderKL, *, kl: float, perceptual: float):
         super().__init__()
         if vae.quant_conv is None or vae.post_quant_conv is None:
-            raise ValueError("expected an autoencoder with quant_conv and post_quant_conv: the scale of the latents is folded into them")
+            raise ValueError(
+                "expected an autoencoder with quant_conv and post_quant_conv: the scale of the latents is folded into them"
+            )
         self.vae = vae
         self.kl = kl
         self.perceptual = perceptual
@@ -90,10 +92,19 @@ class DenoisingObjective(nn.Module):
         ValueError: the schedule predicts something else.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, schedule: DDPMScheduler, *, min_snr: float | None = None, motion_weight: float = 1.0):
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        schedule: DDPMScheduler,
+        *,
+        min_snr: float | None = None,
+        motion_weight: float = 1.0,
+    ):
         super().__init__()
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"expected a schedule that predicts epsilon or v_prediction, got {schedule.config.prediction_type!r}")
+            raise ValueError(
+                f"expected a schedule that predicts epsilon or v_prediction, got {schedule.config.prediction_type!r}"
+            )
         self.unet = unet
         self.schedule = schedule
         self.min_snr = min_snr
@@ -102,7 +113,8 @@ class DenoisingObjective(nn.Module):
     def forward(
         self, latents_BFCHW: Tensor, noise_BFCHW: Tensor, timesteps_B: Tensor, text_BLD: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and its terms. F = 1 trains the image network: the shift leaves single frames unchanged."""
+        """Return the loss and its terms. F = 1 trains the image network: the shift leaves single frames
+        unchanged."""
         num_frames = latents_BFCHW.shape[1]
         timesteps_N = timesteps_B.repeat_interleave(num_frames)
         latents, noise = latents_BFCHW.flatten(0, 1), noise_BFCHW.flatten(0, 1)
@@ -119,7 +131,8 @@ class DenoisingObjective(nn.Module):
         return (loss_B * self._weight(timesteps_B)).mean(), {"mse": mse_B.mean().detach()}
 
     def _weight(self, timesteps_B: Tensor) -> Tensor | float:
-        """Return the min-SNR weights (Hang et al. 2023, equation 11): in terms of x0, a timestep weighs min(SNR, gamma)."""
+        """Return the min-SNR weights (Hang et al. 2023, equation 11): in terms of x0, a timestep weighs
+        min(SNR, gamma)."""
         if self.min_snr is None:
             return 1.0
         signal = self.schedule.alphas_cumprod.to(timesteps_B.device)[timesteps_B]

@@ -17,7 +17,9 @@ DIVERGED = "try a smaller optim.lr, or train.precision=no: the run then resumes 
 
 def create_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer of `optim.optimizer`."""
-    options: dict[str, Any] = dict(lr=config.optim.lr, betas=(0.9, config.optim.beta2), weight_decay=config.optim.weight_decay)
+    options: dict[str, Any] = dict(
+        lr=config.optim.lr, betas=(0.9, config.optim.beta2), weight_decay=config.optim.weight_decay
+    )
     if config.optim.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options, fused=True)
     from bitsandbytes.optim import AdamW8bit

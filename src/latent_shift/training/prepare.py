@@ -1,4 +1,5 @@
-"""Prepare the checkpoint and the captioned videos of a recipe for its stage. Everything is built once, in the run folder.
+"""Prepare the checkpoint and the captioned videos of a recipe for its stage. Everything is built once, in
+the run folder.
 
 run/
   base/        the checkpoint as a diffusers folder, if it is a single file, a Hub id or a variant
@@ -32,7 +33,8 @@ from latent_shift.training import checks
 log = logging.getLogger("latent_shift")
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int | None], None] | None]]
-"""Opens a progress bar with a title; the bar is called with the items done and their number, None while it is unknown."""
+"""Opens a progress bar with a title; the bar is called with the items done and their number, None while it
+is unknown."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Prepared:
     precision: str
 
 
-def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", progress: Progress | None = None) -> Prepared:
+def prepare(
+    config: Config, run: Path, *, device: str | torch.device = "cpu", progress: Progress | None = None
+) -> Prepared:
     """Convert the checkpoint, pack the videos and encode them, each only where needed and not built before.
 
     Args:
@@ -61,8 +65,8 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
         progress: opens a progress bar of the given title.
 
     Raises:
-        ValueError: no such data or model, a family that cannot be trained, settings that do not fit the data or
-            the starting weights (see checks.py), or a run folder whose data was built from another source.
+        ValueError: no such data or model, a family that cannot be trained, settings that do not fit the data
+            or the starting weights (see checks.py), or a run folder whose data was built from another source.
     """
     init, store = config.model.init, config.data.path
     open_bar = progress or (lambda title: nullcontext())
@@ -75,7 +79,11 @@ def prepare(config: Config, run: Path, *, device: str | torch.device = "cpu", pr
         checks.check_start(config, folder)
         factor = _scale_factor(folder) if not find_stores(store) else None
     checks.check_source(config, factor)
-    source = {"data": config.data.path, "model": init, **{name: getattr(config.data, name) for name in PACKING}}
+    source = {
+        "data": config.data.path,
+        "model": init,
+        **{name: getattr(config.data, name) for name in PACKING},
+    }
     if not find_stores(store):
         store = _pack_videos(config, folder, run / "pixels", source, open_bar)
     if encodes and "texts" not in Store(store).info:
@@ -98,8 +106,17 @@ def _pack_videos(config: Config, init: Path | None, out: Path, source: dict, ope
     return str(out)
 
 
-def _encode_pixels(config: Config, pixels: str, init: Path, out: Path, source: dict, device: str | torch.device, open_bar: Progress) -> str:
-    """Encode a store of pixels and its captions with the autoencoder and text encoder of `init` into the store `out`."""
+def _encode_pixels(
+    config: Config,
+    pixels: str,
+    init: Path,
+    out: Path,
+    source: dict,
+    device: str | torch.device,
+    open_bar: Progress,
+) -> str:
+    """Encode a store of pixels and its captions with the autoencoder and text encoder of `init` into the
+    store `out`."""
     strides = set(config.data.strides)
 
     def has_captions() -> bool:
@@ -108,7 +125,9 @@ def _encode_pixels(config: Config, pixels: str, init: Path, out: Path, source: d
         except (OSError, ValueError):  # another process is writing it
             return False
 
-    if _claim_build(out, "store.json", source, has_captions):  # for a new stride `encode` adds captions and keeps the latents
+    if _claim_build(
+        out, "store.json", source, has_captions
+    ):  # for a new stride `encode` adds captions and keeps the latents
         with open_bar("encoding") as update:
             encode(
                 pixels, out, autoencoder=init, texts=init, mirror=config.data.mirror, strides=sorted(strides), device=device,
@@ -117,7 +136,9 @@ def _encode_pixels(config: Config, pixels: str, init: Path, out: Path, source: d
     return str(out)
 
 
-def _claim_build(folder: Path, last_file: str, source: dict, is_enough: Callable[[], bool] = lambda: True) -> bool:
+def _claim_build(
+    folder: Path, last_file: str, source: dict, is_enough: Callable[[], bool] = lambda: True
+) -> bool:
     """Decide whether this process builds `folder`, and note its source beside it.
 
     The first process builds; the others wait here until it has (torchrun ends them if it fails).
@@ -137,7 +158,9 @@ def _claim_build(folder: Path, last_file: str, source: dict, is_enough: Callable
     if (folder / last_file).exists():
         before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
         if before != source:
-            raise ValueError(f"{folder} was made of {before}, not of {source}: delete it or choose another folder with --run")
+            raise ValueError(
+                f"{folder} was made of {before}, not of {source}: delete it or choose another folder with --run"
+            )
         return not is_enough()
     folder.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(source), encoding="utf-8")
@@ -145,8 +168,11 @@ def _claim_build(folder: Path, last_file: str, source: dict, is_enough: Callable
 
 
 def _diffusers_folder(init: str, base: Path) -> Path:
-    """Return `init` as a diffusers folder with plain weights, converted into `base` if it is anything else."""
-    plain = init in loading.MODELS or (Path(init).is_dir() and loading.only_variant(Path(init) / "unet") is None)
+    """Return `init` as a diffusers folder with plain weights, converted into `base` if it is anything
+    else."""
+    plain = init in loading.MODELS or (
+        Path(init).is_dir() and loading.only_variant(Path(init) / "unet") is None
+    )
     if not plain and _claim_build(base, "model_index.json", {"model": init}):
         pipe = loading.load(init, device="cpu", dtype=torch.float32)
         if not isinstance(pipe, LatentShiftXLPipeline):
@@ -167,7 +193,9 @@ def _default_size(init: Path | None) -> int:
         raise ValueError("a folder of videos needs data.size, the side in pixels to pack it at")
     side = _read_json(init / "unet" / "config.json")["sample_size"]
     if not isinstance(side, int):
-        raise ValueError(f"{init} generates {side} latents, and clips are packed as squares: give their side as data.size")
+        raise ValueError(
+            f"{init} generates {side} latents, and clips are packed as squares: give their side as data.size"
+        )
     return side * _scale_factor(init)
 
 

@@ -66,10 +66,14 @@ class AutoencoderStage:
         checks.check_store(config, self.store)
         self.sampler = BalancedSampler(self.store, self.store.select(splits=config.data.splits))
         self.held_out = _held_out_sampler(config, self.store)
-        self.model = load_autoencoder(prepared.init) if prepared.init else sizes.autoencoder(str(config.model.size))
+        self.model = (
+            load_autoencoder(prepared.init) if prepared.init else sizes.autoencoder(str(config.model.size))
+        )
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         checks.check_crop(config, self.store, self.factor)
-        self.objective = AutoencoderObjective(self.model, kl=config.loss.kl, perceptual=config.loss.perceptual)
+        self.objective = AutoencoderObjective(
+            self.model, kl=config.loss.kl, perceptual=config.loss.perceptual
+        )
 
     def draw_batch(self, rng: np.random.Generator, *, held_out: bool = False) -> tuple[Tensor, ...]:
         """Return pixels `(B, 3, H, W)` and the noise of their latents `(B, C, h, w)`."""
@@ -80,20 +84,27 @@ class AutoencoderStage:
             frame = self.store.draw_window(rng, index, 1)[0]
             top, left = rng.integers(frame.shape[0] - crop + 1), rng.integers(frame.shape[1] - crop + 1)
             crops[row] = frame[top : top + crop, left : left + crop]
-        noise = rng.standard_normal((len(crops), self.model.config.latent_channels, crop // self.factor, crop // self.factor), np.float32)
+        noise = rng.standard_normal(
+            (len(crops), self.model.config.latent_channels, crop // self.factor, crop // self.factor),
+            np.float32,
+        )
         return autoencoder.to_pixels(torch.from_numpy(crops)), torch.from_numpy(noise)
 
     def _fixed_frames(self, num: int) -> Tensor:
         """Return the same `num` frames every time, `(num, H, W, 3)` uint8."""
         rng = np.random.default_rng(0)
-        return torch.from_numpy(np.concatenate([self.store.draw_window(rng, i, 1) for i in self.sampler.draw(rng, num)]))
+        return torch.from_numpy(
+            np.concatenate([self.store.draw_window(rng, i, 1) for i in self.sampler.draw(rng, num)])
+        )
 
     @torch.no_grad()
     def sample(self, rank: int, world_size: int) -> dict[int, np.ndarray]:
         """Return a picture of eight frames above their reconstructions."""
         frames = self._fixed_frames(8)
         originals = autoencoder.to_pixels(frames).to(self.model.device)
-        reconstructions = autoencoder.to_frames(self.model.decode(self.model.encode(originals).latent_dist.mean).sample.cpu())
+        reconstructions = autoencoder.to_frames(
+            self.model.decode(self.model.encode(originals).latent_dist.mean).sample.cpu()
+        )
         return {0: video.montage(torch.cat([frames, reconstructions]).numpy(), columns=8)}
 
     def write_samples(self, samples: dict[int, np.ndarray], folder: Path, step: int) -> None:
@@ -126,7 +137,9 @@ class DenoiserStage:
         checks.check_store(config, self.store)
         num_frames, strides = config.data.num_frames, config.data.strides
         self.samplers = {
-            (length, stride): BalancedSampler(self.store, self.store.select(splits=config.data.splits, num_frames=length, stride=stride))
+            (length, stride): BalancedSampler(
+                self.store, self.store.select(splits=config.data.splits, num_frames=length, stride=stride)
+            )
             for length, stride in {(1, 1), *((num_frames, stride) for stride in strides)}
         }
         self.held_out = _held_out_sampler(config, self.store)
@@ -134,18 +147,25 @@ class DenoiserStage:
         sample_size = self.store.info["size"] // self.store.info["factor"]
         if prepared.init:
             network = saved_class(Path(prepared.init) / "unet", UNet2DConditionModel)
-            unet: UNet2DConditionModel = network.from_pretrained(prepared.init, subfolder="unet", dtype=torch.float32)
+            unet: UNet2DConditionModel = network.from_pretrained(
+                prepared.init, subfolder="unet", dtype=torch.float32
+            )
         else:
             unet = sizes.unet(str(config.model.size), sample_size=sample_size)
         self.model = sizes.inflate_unet(unet, config.model)
-        self.model.register_to_config(sample_size=sample_size)  # the exported model generates at the size of its training
+        self.model.register_to_config(
+            sample_size=sample_size
+        )  # the exported model generates at the size of its training
         if config.lora:
             add_lora(self.model, config.lora, dtype=dtype_of(prepared.precision))
         share_text(self.model)
         checks.check_denoiser(self.model, self.store)
         self.schedule = schedule_of(config.diffusion)
         self.objective = DenoisingObjective(
-            self.model, self.schedule, min_snr=config.diffusion.min_snr, motion_weight=config.diffusion.motion_weight
+            self.model,
+            self.schedule,
+            min_snr=config.diffusion.min_snr,
+            motion_weight=config.diffusion.motion_weight,
         )
 
     def draw_batch(self, rng: np.random.Generator, *, held_out: bool = False) -> tuple[Tensor, ...]:
@@ -169,7 +189,9 @@ class DenoiserStage:
         timesteps = draw_timesteps(rng, num_clips, options.num_timesteps, shift=options.timestep_shift)
         captions = [self.store.caption(rng, index, stride=stride) for index in indices]
         dropped = rng.random(num_clips) < options.caption_dropout
-        text = self.store.embed(["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)])
+        text = self.store.embed(
+            ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
+        )
         return tuple(torch.from_numpy(array) for array in (latents, noise, timesteps, text))
 
     def _draw_noise(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -177,13 +199,16 @@ class DenoiserStage:
         options = self.config.diffusion
         noise = rng.standard_normal(shape, np.float32)
         correlated = shape[1] > 1 and (options.shared_noise or options.noise_correlation)
-        if not correlated or (options.independent_noise_prob and rng.random() < options.independent_noise_prob):
+        if not correlated or (
+            options.independent_noise_prob and rng.random() < options.independent_noise_prob
+        ):
             return noise
         clip_noise = rng.standard_normal((shape[0], 1, *shape[2:]), np.float32)
         return correlated_noise(noise, clip_noise, options.shared_noise, options.noise_correlation)
 
     def build_pipeline(self) -> LatentShiftPipeline:
-        """Return the pipeline of the network as it is now, with the defaults of a call that the settings give."""
+        """Return the pipeline of the network as it is now, with the defaults of a call that the settings
+        give."""
         folder, options, sampling = self.store.folder, self.config.diffusion, self.config.train
         shared_noise, correlation = sampling.sample_shared_noise, sampling.sample_noise_correlation
         return LatentShiftPipeline(
@@ -211,21 +236,35 @@ class DenoiserStage:
         training = self.samplers[self.config.data.num_frames, self.config.data.strides[0]].draw(rng, 8)
         held_out = self.store.select(splits=self.store.splits - {"train"})
         held_out = rng.choice(held_out, size=min(4, len(held_out)), replace=False)
-        prompts = [caption_at_rate(records[index].texts[0], self.store.info["fps"], self.stride) for index in (*training, *held_out)]
+        prompts = [
+            caption_at_rate(records[index].texts[0], self.store.info["fps"], self.stride)
+            for index in (*training, *held_out)
+        ]
         pipe = self.build_pipeline().to(self.model.device)
         pipe.set_progress_bar_config(disable=True)
-        rows = [row % len(prompts) for row in range(rank, -(-len(prompts) // world_size) * world_size, world_size)]
+        rows = [
+            row % len(prompts) for row in range(rank, -(-len(prompts) // world_size) * world_size, world_size)
+        ]
         # One by one: a batch of clips with guidance would need more memory than the training.
-        return {row: to_uint8(pipe(prompts[row], generator=seed(0), decode_batch_size=1).frames[0]) for row in rows}
+        return {
+            row: to_uint8(pipe(prompts[row], generator=seed(0), decode_batch_size=1).frames[0])
+            for row in rows
+        }
 
     def write_samples(self, samples: dict[int, np.ndarray], folder: Path, step: int) -> None:
         """Write a PNG with a row of frames for each clip, and a WebP with the clips side by side."""
         clips = np.stack([samples[row] for row in sorted(samples)])
         tiles = clips[:, :: max(1, clips.shape[1] // 8)]
-        sheet = video.montage(tiles.reshape(-1, *tiles.shape[2:]), columns=tiles.shape[1] if tiles.shape[1] > 1 else 4)
+        sheet = video.montage(
+            tiles.reshape(-1, *tiles.shape[2:]), columns=tiles.shape[1] if tiles.shape[1] > 1 else 4
+        )
         video.write(sheet[None], folder / f"{step:08d}.png")
         if clips.shape[1] > 1:
-            video.write(video.side_by_side(clips, columns=4), folder / f"{step:08d}.webp", fps=self.store.info["fps"] / self.stride)
+            video.write(
+                video.side_by_side(clips, columns=4),
+                folder / f"{step:08d}.webp",
+                fps=self.store.info["fps"] / self.stride,
+            )
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write a pipeline folder in half precision, or for a LoRA only its file.
@@ -250,5 +289,8 @@ def _held_out_sampler(config: Config, store: Store) -> BalancedSampler | None:
     if not config.data.val_splits:
         return None
     return BalancedSampler(
-        store, store.select(splits=config.data.val_splits, num_frames=config.data.num_frames, stride=config.data.strides[0])
+        store,
+        store.select(
+            splits=config.data.val_splits, num_frames=config.data.num_frames, stride=config.data.strides[0]
+        ),
     )

@@ -1,0 +1,100 @@
+"""Conditions of a call, its guider, and the callback that may change both between two steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import diffusers
+from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
+from torch import Tensor
+
+from latent_shift.pipelines.denoise import Condition, check_guider
+
+
+def make_guider(
+    guider: BaseGuidance | None, scale: float | None, rescale: float, default: float
+) -> BaseGuidance:
+    """Return the guider of one call: a copy of the given one, or classifier-free guidance with a scale.
+
+    Args:
+        guider: a guider of diffusers, or None.
+        scale: guidance scale; None stands for `default`. 1 and below is no guidance.
+        rescale: rescale factor (Lin et al. 2024).
+        default: scale of the model.
+
+    Raises:
+        ValueError: both a guider and a scale, or a guider that needs more than two predictions.
+    """
+    if guider is not None:
+        if scale is not None or rescale:
+            raise ValueError("expected a guider, or guidance_scale and guidance_rescale, not both")
+        check_guider(guider)
+        return copy.deepcopy(guider)
+    scale = default if scale is None else scale
+    logger = diffusers.utils.logging.get_logger("diffusers.guiders.guider_utils")
+    logger.disabled = True  # it calls guiders experimental each time one is made
+    try:
+        return ClassifierFreeGuidance(scale, rescale, enabled=scale > 1)
+    finally:
+        logger.disabled = False
+
+
+def make_conditions(
+    embeds: dict[str, Tensor], image_embeds: list[Tensor] | None, use_guidance: bool
+) -> list[Condition]:
+    """Return the inputs of the U-Net beside the latents: with guidance the unconditional ones first."""
+    prefixes, conditions = ["negative_", ""] if use_guidance else [""], []
+    for position, prefix in enumerate(prefixes):
+        condition: Condition = {"prompt_embeds": embeds[f"{prefix}prompt_embeds"]}
+        for key in ("text_embeds", "time_ids"):
+            if f"{prefix}add_{key}" in embeds:
+                condition[key] = embeds[f"{prefix}add_{key}"]
+        if image_embeds is not None:
+            condition["image_embeds"] = [embed.chunk(len(prefixes))[position] for embed in image_embeds]
+        conditions.append(condition)
+    return conditions
+
+
+@dataclass
+class StepCallback:
+    """Call `callback_on_step_end` after every step, and apply what it changes to the following steps.
+
+    Args:
+        pipe: the pipeline, which the callback gets and whose `_guidance_scale` it may set.
+        function: the callback, or None.
+        tensor_names: names of the tensors that it gets: "latents" and keys of `embeds`. Absent ones are None.
+        embeds, image_embeds: text and image inputs of the U-Net.
+        conditions: made from these; they are updated in place.
+        guider: the guider of the call; its scale is updated.
+    """
+
+    pipe: object
+    function: Callable | None
+    tensor_names: list[str]
+    embeds: dict[str, Tensor]
+    image_embeds: list[Tensor] | None
+    conditions: list[Condition]
+    guider: BaseGuidance
+
+    def __call__(self, index: int, timestep: Tensor, latents: Tensor) -> Tensor:
+        if self.function is None:
+            return latents
+        tensors = {"latents": latents, **self.embeds}
+        arguments = {name: tensors.get(name) for name in self.tensor_names}
+        changed = self.function(self.pipe, index, timestep, arguments) or {}
+        self.embeds.update({name: changed[name] for name in self.embeds if name in changed})
+        for name, value in self.embeds.items():
+            if len(value) != len(latents):
+                raise ValueError(
+                    f"the callback left {len(value)} {name}, expected {len(latents)}: one a clip"
+                )
+        updated = make_conditions(self.embeds, self.image_embeds, use_guidance=len(self.conditions) > 1)
+        for condition, values in zip(self.conditions, updated, strict=True):
+            condition.update(values)
+        scale = self.pipe._guidance_scale  # type: ignore[attr-defined]
+        if scale != getattr(self.guider, "guidance_scale", scale):
+            self.guider.guidance_scale = scale
+            self.guider.enable() if scale > 1 else self.guider.disable()
+        return changed.get("latents", latents)

@@ -1,6 +1,7 @@
 """A small real world for the tests: three animated squares with captions, a CLIP text encoder and models of size "tiny"."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,12 @@ from latent_shift.training.prepare import Prepared
 from latent_shift.training.stages import AutoencoderStage, DenoiserStage, Stage
 
 keep_freed_memory()  # as the command does before it trains
+
+forkserver = multiprocessing.get_context("forkserver")
+"""Starts processes that have imported the training loop already; imports take seconds."""
+forkserver.set_forkserver_preload(
+    ["latent_shift.training.loop", "transformers.models.clip.modeling_clip", "pytest"]
+)
 
 ROUNDING = 1e-3 if torch.cuda.is_available() else 0.0
 """How far apart two runs of the same may be: a GPU's kernels add in another order every time."""

@@ -8,7 +8,6 @@ last checkpoint are compared, bit for bit, with those of an undisturbed run.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import make_media, make_texts, tiny_config
+from conftest import forkserver, make_media, make_texts, tiny_config
 
 from latent_shift.config import Config
 from latent_shift.data.encode import encode
@@ -33,10 +32,6 @@ from latent_shift.training import checkpoint
 from latent_shift.training.loop import train
 
 STEPS = 20
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    ["latent_shift.training.loop", "transformers.models.clip.modeling_clip", "pytest"]
-)  # a run then starts at once
 
 
 def prepare(folder: Path) -> Config:
@@ -52,7 +47,7 @@ def prepare(folder: Path) -> Config:
 
 
 def start_run(config: Config, run: Path, file_bytes: int | None = None) -> BaseProcess:
-    process = context.Process(target=_train, args=(config, run, file_bytes))
+    process = forkserver.Process(target=_train, args=(config, run, file_bytes))
     process.start()
     return process
 
@@ -258,7 +253,7 @@ def other_settings(config: Config, run: Path, kills: int) -> str:
 def encoding_killed(config: Config, out: Path, kills: int) -> str:
     done, shards = 0, out / "shards"
     while True:
-        process = context.Process(target=_encode, args=(Path(config.data.path).parent, out))
+        process = forkserver.Process(target=_encode, args=(Path(config.data.path).parent, out))
         process.start()
         before = len(list(shards.glob("*.npy")))
         while process.is_alive() and len(list(shards.glob("*.npy"))) <= before:

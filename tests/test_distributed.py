@@ -1,31 +1,59 @@
 """Training on several processes gives the losses of one process that accumulates, sharded or not."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import forkserver, tiny_config
 from safetensors.torch import load_file
 
 from latent_shift.config import dump
 from latent_shift.training import checkpoint
+from latent_shift.training.loop import train
 
 
-def launch(config, run, *, processes):
-    """Run `latent-shift train` in one process or under torchrun, and return the lines of stats.jsonl."""
-    run.parent.mkdir(parents=True, exist_ok=True)
+def launch(config, run, *, processes=2):
+    """Train in several processes, with the variables that torchrun sets; return the lines of stats.jsonl."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    workers = [
+        forkserver.Process(
+            target=train_as_rank, args=(config, run, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        )
+        for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(240)
+    assert [worker.exitcode for worker in workers] == [0] * processes
+    return read_stats(run)
+
+
+def train_as_rank(config, run, variables):
+    torch.set_num_threads(1)
+    os.environ |= variables
+    train(config, run)
+
+
+def launch_by_torchrun(config, run):
+    """Run `latent-shift train` on two processes of torchrun; return the lines of stats.jsonl."""
     recipe = run.with_suffix(".toml")
     recipe.write_text(dump(config))
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "--"]
-        if processes > 1
-        else []
-    )
-    command = [sys.executable, *(torchrun or ["-m"]), "latent_shift", "train", str(recipe), "--run", str(run)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    command = [sys.executable, *torchrun, "latent_shift", "train", str(recipe), "--run", str(run)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
+    return read_stats(run)
+
+
+def read_stats(run):
     return [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
 
 
@@ -33,7 +61,8 @@ def launch(config, run, *, processes):
 def alone(packed, image_model, tmp_path_factory):
     """The statistics and folder of a run of one process with two batches a step."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    return launch(settings(packed, image_model, accumulate=2), run, processes=1), run
+    train(settings(packed, image_model, accumulate=2), run)
+    return read_stats(run), run
 
 
 def settings(packed, image_model, *, accumulate, steps=4, **train):
@@ -50,10 +79,10 @@ def settings(packed, image_model, *, accumulate, steps=4, **train):
 @pytest.mark.parametrize("shard", [False, True])
 def test_train_on_two_processes_equals_one_that_accumulates(shard, alone, packed, image_model, tmp_path):
     expected, run_alone = alone
-    launch(settings(packed, image_model, accumulate=1, steps=2, shard=shard), tmp_path / "run", processes=2)
-    rows = launch(
-        settings(packed, image_model, accumulate=1, shard=shard), tmp_path / "run", processes=2
-    )  # resumes
+    launch(settings(packed, image_model, accumulate=1, steps=2, shard=shard), tmp_path / "run")
+    # The run resumes, once by the command under torchrun.
+    resume = launch if shard else launch_by_torchrun
+    rows = resume(settings(packed, image_model, accumulate=1, shard=shard), tmp_path / "run")
     for row, other in zip(rows, expected, strict=True):
         for name in ("loss", "mse", "grad_norm", *(["val_loss"] if "val_loss" in other else [])):
             assert row[name] == pytest.approx(other[name], rel=1e-4), name

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import forkserver
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
@@ -23,11 +24,6 @@ from latent_shift.data.store import Store
 from latent_shift.diffusion import correlated_noise
 from latent_shift.models.autoencoder import to_pixels
 from latent_shift.runtime import start_worker
-
-context = multiprocessing.get_context("forkserver")  # processes start with these modules imported
-context.set_forkserver_preload(
-    ["latent_shift.training.loop", "transformers.models.clip.modeling_clip", "pytest"]
-)
 
 
 def read_files(folder) -> dict[str, bytes]:
@@ -134,7 +130,7 @@ def test_encode_with_another_autoencoder_writes_other_shards(shards, reference, 
 def test_encode_with_two_workers_writes_the_same_files(
     shards, reference, autoencoder, texts, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(encoding.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(encoding.multiprocessing, "get_context", lambda _: forkserver)
     progress = []
     encode(
         shards, tmp_path, autoencoder=autoencoder, texts=texts, mirror=True, workers=2,
@@ -176,8 +172,10 @@ def test_encode_continues_after_it_was_killed(shards, reference, autoencoder, te
     options = {"autoencoder": autoencoder, "texts": texts, "mirror": True}
     complete: dict[str, int] = {}
     for num_shards in (2, 3, 6):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=encode_step_by_step, args=(theirs, shards, tmp_path), kwargs=options)
+        ours, theirs = forkserver.Pipe()
+        process = forkserver.Process(
+            target=encode_step_by_step, args=(theirs, shards, tmp_path), kwargs=options
+        )
         process.start()
         theirs.close()
         while ours.recv() < num_shards:
@@ -215,7 +213,7 @@ def wait_for_end(*processes: psutil.Process) -> None:
 
 def test_encode_workers_end_with_their_parent(shards, autoencoder, texts, tmp_path):
     options = {"autoencoder": autoencoder, "texts": texts, "workers": 2}
-    process = context.Process(target=encode, args=(shards, tmp_path), kwargs=options)
+    process = forkserver.Process(target=encode, args=(shards, tmp_path), kwargs=options)
     process.start()
     workers: list[psutil.Process] = []
     while len(workers) < 2:
@@ -243,8 +241,8 @@ def pack_step_by_step(connection, *args, **options) -> None:
 
 
 def test_pack_workers_end_with_their_parent(media, tmp_path):
-    ours, theirs = context.Pipe()
-    process = context.Process(
+    ours, theirs = forkserver.Pipe()
+    process = forkserver.Process(
         target=pack_step_by_step,
         args=(theirs, media, tmp_path / "store"),
         kwargs={"size": 32, "fps": 8, "workers": 2},
@@ -272,8 +270,8 @@ def test_start_worker_watches_its_parent_while_it_imports(tmp_path):
     (tmp_path / "endless.py").write_text(
         f"import time\nopen({str(started)!r}, 'w').close()\nwhile True:\n    time.sleep(1)\n"
     )
-    ours, theirs = context.Pipe()
-    parent = context.Process(target=start_importing_worker, args=(theirs, str(tmp_path)))
+    ours, theirs = forkserver.Pipe()
+    parent = forkserver.Process(target=start_importing_worker, args=(theirs, str(tmp_path)))
     parent.start()
     worker = psutil.Process(ours.recv())
     while not started.exists():

@@ -10,7 +10,7 @@ from latent_shift.shift import Shift, frames, inflate
 from latent_shift.training.loop import train
 
 
-@pytest.mark.parametrize("edge", ["zero", "wrap"])
+@pytest.mark.parametrize("edge", ["zero", pytest.param("wrap", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_onnx_export_accepts_any_number_of_frames(edge, tmp_path):
     """Exported at four frames with the whole batch as one clip; run at four and at seven."""

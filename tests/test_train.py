@@ -281,6 +281,7 @@ def test_train_in_bf16_or_with_checkpointing_gives_the_same_losses(latents, tmp_
     assert losses["recomputed"] == pytest.approx(losses["plain"], rel=1e-6 + ROUNDING)
 
 
+@pytest.mark.slow  # its fast twin is the setting train.compile in test_settings
 def test_train_compiled_gives_the_same_losses(latents, tmp_path, monkeypatch):
     graphs, losses = [], {}
     monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))

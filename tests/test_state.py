@@ -346,3 +346,18 @@ def test_streaming_restores_the_image_network(unet):
     with torch.no_grad(), streaming(causal, {}):
         causal(torch.randn(1, 4, 4, 4), 500, TEXT[:1])
     torch.testing.assert_close(call(causal, None), expected)
+
+
+@pytest.mark.parametrize("noise", [(0.0, 0.0), (0.5, 0.7)])
+@pytest.mark.parametrize("separate", [False, True])
+def test_prepare_video_latents_begins_a_longer_clip_as_a_shorter_one(texts, separate, noise):
+    pipe = sd(texts)
+
+    def latents(num_frames: int) -> torch.Tensor:
+        generator = [seed(0), seed(1)] if separate else seed(0)
+        device = torch.device("cpu")
+        return pipe.prepare_video_latents(
+            2, num_frames, 32, 32, torch.float32, device, generator, None, *noise
+        )
+
+    assert torch.equal(latents(3), latents(6)[:, :, :3])

@@ -174,7 +174,7 @@ def whole_clips(
 
 
 def table(points: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table of the seconds a step of each network, with the ratio to Latent-Shift in
+    """Return a Markdown table of seconds per step for each network; the ratio to Latent-Shift is in
     brackets."""
     loads: dict[str, dict[str, dict[str, Any]]] = {}
     for point in points:

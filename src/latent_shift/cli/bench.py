@@ -115,7 +115,8 @@ def sweep(
     plots: Annotated[Path | None, typer.Option(help="also write plots (.svg) to this folder")] = None,
     output: Output = None,
 ) -> None:
-    """Time a step of each system against frames, size and batch, next to the machine's matrix rate."""
+    """Time a step of each system for several numbers of frames, sizes and batches; also measure the rate of
+    the machine at matrix products."""
     _prepare_process()
     import torch
 
@@ -159,8 +160,7 @@ def memory(
     ] = "emoji",
     output: Output = None,
 ) -> None:
-    """Measure on the CPU the memory of long clips, and of a step and a training step of the size of SD
-    1.5."""
+    """Measure the CPU memory of long clips, and of one sampling and one training step at SD 1.5's size."""
     _prepare_process()
     from latent_shift.benchmark import memory
     from latent_shift.benchmark.hardware import machine

@@ -27,8 +27,10 @@ class Progress:
 
 
 class TrainingProgress:
-    """A bar with loss and speed on a terminal, a line per logged row elsewhere; calling it takes a row of
-    `stats.jsonl`."""
+    """Show training progress: a bar on a terminal, else one line for each logged row.
+
+    Call it with a row of `stats.jsonl`.
+    """
 
     def __init__(self, stage: str, num_steps: int):
         from rich import progress

@@ -167,9 +167,10 @@ class Store:
         return self.draw_window(rng, index, num_frames, stride=stride)
 
     def caption(self, rng: np.random.Generator, index: int, *, stride: int = 1) -> str:
-        """Return a random caption of record `index`, at the rate of `stride` (`caption_at_rate`).
+        """Return a random caption of record `index`, worded for frames taken every `stride`-th
+        (`caption_at_rate`).
 
-        The first caption has probability 1/2, the others share the rest.
+        The first caption has probability 1/2; the others share the rest.
         """
         texts = self.records[index].texts
         use_first = len(texts) == 1 or rng.random() < 0.5

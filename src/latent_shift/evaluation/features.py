@@ -86,7 +86,7 @@ class Extractor:
         return features.reshape(len(clips), -1, features.shape[-1])
 
     def record(self) -> dict[str, object]:
-        """Return what a result says of the network."""
+        """Return the record of this network in a result: its name, the hash of its weights, its preprocessing."""
         return {
             "name": self.name,
             "sha256": self.sha256,
@@ -217,7 +217,7 @@ class Clip:
         return torch.stack(values).cpu().numpy()
 
     def record(self) -> dict[str, object]:
-        """Return what a result says of the network, as `Extractor.record`."""
+        """Return the record of this network in a result, as `Extractor.record`."""
         return {
             "name": self.name,
             "sha256": self.sha256,

@@ -108,13 +108,13 @@ def open_protocol(
     Args:
         name: one of `PROTOCOLS`.
         data: a packed data set (own, emoji, classes), or a folder of UCF-101 or MSR-VTT as published.
-        num: the first `num` clips only (of "classes": concepts); results then say that they are incomplete.
-            None: all (of "own" at most 100).
+        num: number of clips to use, from the first ("classes": concepts); results then say that they are
+            incomplete. None: all ("own": at most 100).
         num_frames: frames a clip, for "own" and "classes". None: 16.
-        splits: where the captions of "own" come from. None: train.
+        splits: splits whose captions "own" uses. None: train.
 
     Raises:
-        ValueError: an unknown protocol, other data, more clips than there are, or an option that the
+        ValueError: an unknown protocol, other data, `num` larger than the data set, or an option that the
             protocol fixes.
     """
     if name not in PROTOCOLS:

@@ -39,7 +39,7 @@ def shuffle(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.n
 
 
 def freeze(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Repeat one frame over the last fraction `strength` of the clip."""
+    """Replace the last fraction `strength` of the frames by the frame before them."""
     order = np.minimum(np.arange(len(clip)), round((1 - strength) * (len(clip) - 1)))
     return clip[order]
 
@@ -65,7 +65,7 @@ def sensitivity(
         strengths: of the degradations, 0 to 1.
 
     Returns:
-        Degradation to measure to values, that of the original clips first.
+        `{degradation: {measure: values}}`; the first value is that of the original clips.
     """
     reference, originals = np.array_split(clips, 2)
     scores = {measure.name: measure.score for measure in MEASURES.values() if measure.score}

@@ -217,8 +217,8 @@ def inception_score(
     """Compute the inception score, exp of the mean divergence of each row's classes from the classes of all
     (Salimans et al. 2016), over all clips at once, without splits.
 
-    The interval is the value plus and minus 1.96 standard deviations of the resampled scores, which repeat
-    samples and are lower.
+    Resamples contain duplicates, which lowers their score. The interval is therefore the value of all clips,
+    plus and minus 1.96 standard deviations of the resampled scores.
 
     Args:
         probabilities_NGK: `(N, K)`, or `(N, G, K)` with G rows a clip.
@@ -268,7 +268,7 @@ def factor(ratios_N: np.ndarray, weights_N: np.ndarray) -> float:
 
 
 def median(values_N: np.ndarray, weights_N: np.ndarray) -> float:
-    """Return the median of values that count as often as their weights, which are whole numbers."""
+    """Return the weighted median; weights are whole-number counts."""
     return float(np.median(np.repeat(values_N, weights_N.astype(int))))
 
 

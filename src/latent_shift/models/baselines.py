@@ -35,7 +35,7 @@ from latent_shift.shift import Shift, inflate
 
 
 class TemporalConv(nn.Conv1d):
-    """Add a convolution over three successive frames of each pixel; zero at initialization."""
+    """Convolve three successive frames at each pixel, and add the result; it is zero at initialization."""
 
     def __init__(self, num_channels: int):
         super().__init__(num_channels, num_channels, kernel_size=3, padding=1)
@@ -50,7 +50,7 @@ class TemporalConv(nn.Conv1d):
 
 
 class TemporalAttention(nn.Module):
-    """Add an attention of each pixel over the frames of its clip; zero at initialization.
+    """Attend over the frames of the clip at each pixel, and add the result; it is zero at initialization.
 
     Positions are relative: each head learns a bias for each distance up to `max_distance`, and one for all
     larger distances, so any number of frames fits.

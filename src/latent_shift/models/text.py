@@ -95,8 +95,7 @@ def _token_weights(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
 
 
 def interpolate(values_K: Tensor, keys: list[int], num_frames: int) -> Tensor:
-    """Interpolate `(K, ...)` values at K frames linearly to `(F, ...)`; before the first and after the last
-    they are constant."""
+    """Interpolate values given at K key frames, `(K, ...)`, linearly to F frames; hold the ends constant."""
     position = torch.from_numpy(np.interp(np.arange(num_frames), keys, np.arange(len(keys))))
     left = position.long().clamp(max=len(keys) - 1)
     right = (left + 1).clamp(max=len(keys) - 1)

@@ -281,8 +281,8 @@ def describe(model: str | Path) -> dict[str, str]:
 
 
 def _file_parts(path: Path) -> tuple[dict[str, str], dict[str, list], dict, dict, dict, dict]:
-    """Return lines, shapes by part, and the settings of U-Net, autoencoder, scheduler and pipeline of a
-    single file."""
+    """Return, for a single file: the first lines of its description, the tensor shapes of each part, and the
+    settings of U-Net, autoencoder, scheduler and pipeline."""
     family, tensors = FAMILIES[identify_file(path)], tensor_shapes(path)
     prefixes = {"unet": "model.", "vae": "first_stage_model.", "text_encoder": "cond"}
     parts = {

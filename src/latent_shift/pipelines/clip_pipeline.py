@@ -88,8 +88,8 @@ class ClipPipeline(DiffusionPipeline):
     image_pipeline: ClassVar[type]
 
     def _prepare_unet(self, latent_shift: dict | None) -> None:
-        """Inflate the U-Net of a new pipeline and set the defaults of its calls from `latent_shift`: fields
-        of `Shift`, and those defaults that the model brings."""
+        """Inflate the U-Net of a new pipeline and set the defaults of its calls. `latent_shift` holds fields
+        of `Shift` and the model's own defaults (frames, steps, guidance, noise)."""
         settings = dict(latent_shift or {})
         unknown = set(settings) - {field.name for field in fields(Shift)} - set(CALL_DEFAULTS)
         if unknown:
@@ -224,8 +224,8 @@ class ClipPipeline(DiffusionPipeline):
             latents: `(B, C, F, h, w)` initial noise, standard normal.
             shared_noise: fraction of the variance of the initial noise that all frames share; more moves
                 less. None: the model's.
-            noise_correlation: correlation of the rest from frame to frame; more moves more slowly. None: the
-                model's.
+            noise_correlation: correlation of the rest from frame to frame; higher values give slower motion.
+                None: the model's.
             prompt_embeds, negative_prompt_embeds: `(B, L, D)` instead of texts, or `(B, F, L, D)`, one for
                 each frame.
             image, last_image: first and last frame of the clip.
@@ -245,7 +245,7 @@ class ClipPipeline(DiffusionPipeline):
             callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after every step; may
                 return changed tensors. Or a `PipelineCallback` of diffusers.
             callback_on_step_end_tensor_inputs: names of the tensors that it gets.
-            family: for Stable Diffusion XL: `prompt_2`, `negative_prompt_2`, `pooled_prompt_embeds`,
+            family: Stable Diffusion XL only: `prompt_2`, `negative_prompt_2`, `pooled_prompt_embeds`,
                 `negative_pooled_prompt_embeds`, `original_size`, `crops_coords_top_left`, `target_size` and
                 their `negative_` counterparts.
 
@@ -457,10 +457,9 @@ class ClipPipeline(DiffusionPipeline):
         """Return initial latents `(B, C, F, h, w)` scaled for the scheduler: noise, or the caller's after a
         check of its shape.
 
-        Noise is drawn first for what the frames share, then frame by frame: one frame gets the noise of
-        diffusers' image pipeline (in float32), and a longer clip begins as a shorter one (except a loop with
-        correlated noise, whose last frame leads into its first). It is drawn in float32, so that a seed
-        gives the same clip in any dtype.
+        Shared noise is drawn first, then the noise of each frame, in float32. So one frame has the noise of
+        diffusers' image pipeline, a longer clip begins as a shorter one (except a loop with correlated noise,
+        whose last frame leads into its first), and a seed gives the same clip in any dtype.
         """
         channels, factor = self.unet.config.in_channels, self.vae_scale_factor
         shape = (num_clips, channels, num_frames, height // factor, width // factor)
@@ -476,8 +475,12 @@ class ClipPipeline(DiffusionPipeline):
                 f"expected one generator or {num_clips}, one for each clip, got {len(generator)}"
             )
         num_shared = 1 if (shared_noise or noise_correlation) and num_frames > 1 else 0
-        noise_shape = (num_clips, num_shared + num_frames, channels, *shape[3:])
-        noise = randn_tensor(noise_shape, generator=generator, device=device, dtype=torch.float32)
+        draw = partial(randn_tensor, generator=generator, device=device, dtype=torch.float32)
+        num_draws, frame_shape = num_shared + num_frames, (channels, *shape[3:])
+        if isinstance(generator, list):
+            noise = draw((num_clips, num_draws, *frame_shape))
+        else:  # frame by frame of all clips
+            noise = draw((num_draws, num_clips, *frame_shape)).transpose(0, 1)
         if num_shared:
             noise = correlated_noise(noise[:, 1:], noise[:, :1], shared_noise, noise_correlation, loop=loop)
         return noise.transpose(1, 2).to(device, dtype) * self.scheduler.init_noise_sigma

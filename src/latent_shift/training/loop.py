@@ -236,7 +236,7 @@ def validate(state: TrainState) -> Tensor:
 
 
 def write_samples(state: TrainState) -> None:
-    """Sample with the averaged weights, every process its part, and write the result to `run/samples`."""
+    """Sample with the averaged weights, split over the processes, and write the samples to `run/samples`."""
     accelerator = state.accelerator
     with averaged_weights(state):
         parts = gather_object([state.stage.sample(accelerator.process_index, accelerator.num_processes)])
@@ -295,7 +295,7 @@ def _finite_mean(values: list[Tensor]) -> Tensor:
 
 
 def maybe_checkpoint(state: TrainState) -> bool:
-    """Save a checkpoint if one is due, at the end and on SIGTERM; return whether the run stops for a SIGTERM.
+    """Save a checkpoint when due, at the last step, or on SIGTERM; return True if SIGTERM stops the run.
 
     The processes save and stop together: they synchronize about every two seconds.
     """

@@ -28,7 +28,7 @@ def create_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.op
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor, config: Config) -> Tensor:
-    """Take a step unless a gradient is not finite: it would stay in the weights and their averages for good.
+    """Take a step unless a gradient is not finite: a NaN would stay in the weights and their averages for good.
 
     Args:
         optimizer: from `create_optimizer`, wrapped by accelerate or not.

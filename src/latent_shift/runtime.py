@@ -204,9 +204,8 @@ def peak_memory_gib(device: str | torch.device = "cpu") -> float:
 
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if (
-        status := Path("/proc/self/status")
-    ).exists():  # not ru_maxrss, which starts at the peak of the parent process
+    # Not ru_maxrss, which starts at the peak of the parent process.
+    if (status := Path("/proc/self/status")).exists():
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     import resource
 

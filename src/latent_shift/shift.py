@@ -210,9 +210,10 @@ class _ShiftState(threading.local):
         self.num_frames = 1
         self.memory: dict[nn.Module, Tensor] | None = None
 
+    # A thread's state cannot be copied; a copy of the network starts as the image network.
     def __reduce__(
         self,
-    ):  # a thread's state cannot be copied; a copy of the network starts as the image network
+    ):
         return _ShiftState, (self.inflated,)
 
     @contextmanager

@@ -250,9 +250,8 @@ def _decode_video(file: Path | io.BytesIO) -> Iterator[tuple[Image.Image, float]
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         default_duration = 1 / float(stream.average_rate or 25)
-        reformatter = (
-            VideoReformatter()
-        )  # shared: `frame.to_image()` starts threads for each frame, 1 to 5 ms
+        # Shared: `frame.to_image()` starts threads for each frame, 1 to 5 ms.
+        reformatter = VideoReformatter()
         decoded_seconds = 0.0
         previous = None
         for frame in container.decode(stream):
@@ -271,9 +270,8 @@ def _decode_video(file: Path | io.BytesIO) -> Iterator[tuple[Image.Image, float]
         header_seconds = (
             float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
         )
-        if (
-            not header_seconds and container.duration and len(container.streams) == 1
-        ):  # no sound of another length
+        # No sound of another length.
+        if not header_seconds and container.duration and len(container.streams) == 1:
             header_seconds = container.duration / av.time_base
         if decoded_seconds < 0.9 * header_seconds - 2 * default_duration:
             raise EOFError(f"truncated: {decoded_seconds:.1f} s of {header_seconds:.1f} s can be decoded")
@@ -303,9 +301,8 @@ def _decode_image(
 
 def _encode_video(frames: np.ndarray, path: Path, fps: float) -> None:
     _, height, width, _ = frames.shape
-    frames = np.pad(
-        frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge"
-    )  # yuv420p needs even sides
+    # Yuv420p needs even sides.
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     mp4 = path.suffix.lower() == ".mp4"
     with av.open(str(path), "w", options={"movflags": "+faststart"} if mp4 else {}) as container:
         rate = Fraction(fps).limit_denominator(1001)

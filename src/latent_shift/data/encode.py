@@ -100,7 +100,7 @@ class Encoder:
             frames: `(N, H, W, 3) uint8`.
 
         Returns:
-            `(N, 2, C, H/8, W/8) float16`.
+            `(N, 2, C, h, w) float16`.
         """
         pixels = to_pixels(torch.from_numpy(frames)).to(self.vae.device)
         return torch.stack(posterior(self.vae, pixels), dim=1).half().cpu().numpy()

@@ -1,17 +1,14 @@
 """Read latents and caption embeddings, the data set of the image and video stages. encode.py writes it.
 
     latents/
-      store.json, index.jsonl, shards/KEY.npy   a store (store.py) with frames of shape (2, C, h, w),
-      posterior
+      store.json, index.jsonl, shards/KEY.npy   a store (store.py) with frames of shape (2, C, h, w): posterior
                                                 mean and std
       texts.npy                                 (captions, L, D) float16 embeddings of every caption and of
-      the
-                                                null prompt
+                                                the null prompt
       texts.json                                the captions
-      captions.npy                              64-bit digests of the captions in ascending order, for the
-      lookup autoencoder/, text_encoder/, tokenizer/   the models that encoded the data, with which a trained
-      U-Net is
-                                                exported
+      captions.npy                              64-bit digests of the captions in ascending order, for lookup
+      autoencoder/, text_encoder/, tokenizer/   the models that encoded the data, with which a trained U-Net
+                                                is exported
 
 F frames, H W, C channels and h w of the latents, L tokens, D width.
 """

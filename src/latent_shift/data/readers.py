@@ -225,9 +225,8 @@ def _group_by_key(shard: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes
         if not member.isfile():
             continue
         path = PurePosixPath(member.name)
-        stem, _, suffix = path.name.partition(
-            "."
-        )  # WebDataset's rule: the key ends at the first dot of the name
+        # WebDataset's rule: the key ends at the first dot of the name.
+        stem, _, suffix = path.name.partition(".")
         key = str(path.parent / stem)
         if key != sample_key and files:
             yield sample_key, files

@@ -2,14 +2,12 @@
 
     store/
       shards/KEY.npy     frames of successive clips of one size, `(frames, *shape of a frame)`; KEY is a hash
-      of
-                         the content
+                         of the content
       index.jsonl        one line per clip: the fields of `Record`
       index.npy          INDEX_DTYPE per clip: what sampling needs, 37 bytes a clip, so that ten million fit
-      in
-                         memory
+                         in memory
       store.json         settings and the shape of every shard; written last, so an interrupted store is
-      refused
+                         refused
 
 A pattern such as `parts/*` opens several stores with equal settings as one. All randomness comes from a numpy
 Generator that the caller seeds, so that a training step can be repeated exactly.
@@ -106,9 +104,8 @@ class Store:
                 size = path.stat().st_size if path.exists() else 0
                 expected = f"expected {shape[0]} frames {shape[1:]}, got {size} bytes"
                 raise ValueError(f"{path}: {expected}; create the data set again")
-        self._open_shard = lru_cache(256)(
-            lambda name: np.load(self.paths[name], mmap_mode="r")
-        )  # one open file each
+        # One open file each.
+        self._open_shard = lru_cache(256)(lambda name: np.load(self.paths[name], mmap_mode="r"))
 
     @property
     def num_frames(self) -> int:
@@ -358,6 +355,5 @@ def finish_store(
 def is_complete(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
     """Return whether a shard exists with the size of an array of this shape and dtype."""
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return (
-        path.exists() and 128 <= path.stat().st_size - expected <= 1024
-    )  # numpy's header, at least 128 bytes
+    # Numpy's header, at least 128 bytes.
+    return path.exists() and 128 <= path.stat().st_size - expected <= 1024

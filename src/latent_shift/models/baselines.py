@@ -150,9 +150,8 @@ class PixelSpace(AutoencoderKL):
     ):
         ModelMixin.__init__(self)
         self.use_slicing = self.use_tiling = False
-        self.nothing = nn.Parameter(
-            torch.zeros(1), requires_grad=False
-        )  # a module without parameters has no device and no dtype
+        # A module without parameters has no device and no dtype.
+        self.nothing = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def encode(self, x: Tensor, return_dict: bool = True):
         distribution = DiagonalGaussianDistribution(torch.cat([x, torch.full_like(x, -30.0)], dim=1))

@@ -57,9 +57,8 @@ def add_lora(unet: UNet2DConditionModel, lora: Lora, *, dtype: torch.dtype) -> N
         raise ValueError(
             f"with model.place=end {shifting[0]} shifts and takes no LoRA: leave it out of lora.modules"
         )
-    nn.Module.to(
-        unet.requires_grad_(False), dtype
-    )  # diffusers' own warns of parts to keep in float32: there are none
+    # ModelMixin.to warns of parts to keep in float32: there are none.
+    nn.Module.to(unet.requires_grad_(False), dtype)
     unet.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.modules)))
     cast_training_params(unet, dtype=torch.float32)
 

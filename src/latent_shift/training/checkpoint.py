@@ -2,15 +2,14 @@
 
 run/
   config.toml            every setting with its default; `latent-shift train run` resumes from it
-  stats.jsonl            a line every `train.log_every` steps; `seconds` is the run's time so far, sampling
-  and saving included samples/               pictures and clips sampled during training
+  stats.jsonl            a line every `train.log_every` steps; `seconds` is the time of the run so far, with
+                         sampling and saving
+  samples/               pictures and clips sampled during training
   checkpoints/step-*/    weights and averaged weights (safetensors), optimizer states (PyTorch's format); a
-  sharded run has weights and
-                         optimizer in `sharded/`, one file a process; state.json lists every file with its
-                         size and is written last
-  model/                 the averaged weights as a diffusers folder when the run is finished; for a LoRA its
-  file .lock                  locked by the process that trains here; the system releases it however the
-  process ends
+                         sharded run has weights and optimizer in `sharded/`, one file a process; state.json
+                         lists every file with its size and is written last
+  model/                 the averaged weights as a diffusers folder when the run is finished; a LoRA's file
+  .lock                  locked by the process that trains here; released however the process ends
 """
 
 from __future__ import annotations
@@ -55,9 +54,8 @@ def save(
     target = run / "checkpoints" / f"step-{step:08d}"
     partial = target.with_name(f".{target.name}.partial")
     if accelerator.is_main_process:
-        for leftover in target.parent.glob(
-            ".step-*.partial"
-        ):  # a run that was killed while saving leaves one
+        # A run that was killed while saving leaves one.
+        for leftover in target.parent.glob(".step-*.partial"):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     try:
@@ -154,9 +152,10 @@ def skip_frozen(accelerator: Accelerator, module: nn.Module) -> None:
         return
 
     def save_trained(modules: list[nn.Module], weights: list[dict], folder: str) -> None:
+        # DDP's prefix.
         states = [
             {name.removeprefix("module."): tensor for name, tensor in state.items()} for state in weights
-        ]  # DDP's prefix
+        ]
         weights[:] = [{name: state[name] for name in trained} for state in states]
 
     def load_trained(modules: list[nn.Module], folder: str) -> None:
@@ -190,9 +189,8 @@ def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[fl
     problems = []
     for folder in reversed(steps(run)):
         if (problem := _find_corruption(folder)) is None:
-            if (
-                accelerator.scaler is not None and not (folder / "scaler.pt").exists()
-            ):  # the run had another precision before
+            # The run had another precision before.
+            if accelerator.scaler is not None and not (folder / "scaler.pt").exists():
                 torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
             accelerator.load_state(str(folder))
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))

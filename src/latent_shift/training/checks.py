@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from latent_shift.data.store import Store, find_stores
 from latent_shift.diffusion import schedule_of
 from latent_shift.models import sizes
 from latent_shift.models.baselines import TEMPORAL_NETWORKS, saved_class
-from latent_shift.runtime import has_bf16_units, resolve_device, world_size
+from latent_shift.runtime import has_bf16_units, resolve_device, resolve_precision, world_size
 from latent_shift.training import checkpoint
 
 log = logging.getLogger("latent_shift")
@@ -47,6 +48,10 @@ def check_settings(config: Config, run: Path) -> None:
         raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'")
     if config.train.shard and world_size() == 1:
         raise ValueError("train.shard needs several processes: start the run with torchrun")
+    if config.train.shard and resolve_precision(config.train.precision, device) == "fp16":
+        raise ValueError(
+            "train.shard cannot scale the gradients of fp16: expected train.precision bf16 or no"
+        )
     if config.train.precision == "fp16" and device.type == "cpu":  # there is no gradient scaler for CPUs
         raise ValueError("train.precision=fp16 needs a GPU; on a CPU take bf16")
     if config.train.precision == "bf16" and device.type == "cpu" and not has_bf16_units():
@@ -94,9 +99,14 @@ def check_source(config: Config, factor: int | None) -> None:
     without_effect = (
         PACKING if encoded else tuple(name for name in PACKING if name != "mirror") if packed else ()
     )
-    if any(getattr(data, name) != type(data).model_fields[name].default for name in without_effect):
-        names = ", ".join(f"data.{name}" for name in without_effect)
-        raise ValueError(f"{names} have no effect: {source} is {'encoded' if encoded else 'packed'} already")
+    given = [name for name in without_effect if getattr(data, name) != type(data).model_fields[name].default]
+    if given:
+        names, verb = ", ".join(f"data.{name}" for name in given), "has" if len(given) == 1 else "have"
+        raise ValueError(
+            f"{names} {verb} no effect: {source} is {'encoded' if encoded else 'packed'} already"
+        )
+    if not packed and not Path(source).exists() and not re.search(r"://|[*?{]", source):
+        raise ValueError(f"{source}: no such file or folder")
     if config.stage != "autoencoder" and not encoded and config.model.init is None:
         raise ValueError(
             f"{source} holds no latents, and there is no model.init to encode it with: `latent-shift encode` it"

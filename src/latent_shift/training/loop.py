@@ -75,9 +75,8 @@ def train(
         try:
             if rank() == 0:
                 run.mkdir(parents=True, exist_ok=True)
-                write_text(
-                    run / "config.toml", dump(config)
-                )  # from here on the folder alone is enough to resume
+                # From here on the folder alone is enough to resume.
+                write_text(run / "config.toml", dump(config))
             prepared = prepare.prepare(config, run, device=resolve_device(), progress=progress)
             if on_prepared and rank() == 0:
                 on_prepared(prepared)
@@ -101,9 +100,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: EMA
     step: int = 0  # steps done
-    losses: defaultdict[str, list[Tensor]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # since the last line of stats.jsonl
+    # Since the last line of stats.jsonl.
+    losses: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     skipped_in_a_row: Tensor | float = 0.0
     stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
 

@@ -129,9 +129,8 @@ def estimate(
         text = torch.empty(clips, text_length, unet.config.cross_attention_dim)
         num_batches = min(config.optim.accumulate, 2)
         with live, attention_kernel(device, noise=clean):
-            for _ in range(
-                num_batches
-            ):  # from the second batch on, the gradients of the first take memory too
+            # From the second batch on, the gradients of the first take memory too.
+            for _ in range(num_batches):
                 with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
                     loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)
                 loss.backward()

@@ -47,7 +47,7 @@ class AutoencoderObjective(nn.Module):
 
         Args:
             pixels: `(N, 3, H, W)`, -1..1.
-            noise: `(N, C, H/8, W/8)` standard normal, to sample the posterior with.
+            noise: `(N, C, h, w)` standard normal, to sample the posterior with.
         """
         posterior = self.vae.encode(pixels).latent_dist
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()

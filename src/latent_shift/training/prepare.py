@@ -1,5 +1,4 @@
-"""Prepare the checkpoint and the captioned videos of a recipe for its stage. Everything is built once, in
-the run folder.
+"""Prepare the checkpoint and the captioned videos of a recipe for its stage, once, in the run folder.
 
 run/
   base/        the checkpoint as a diffusers folder, if it is a single file, a Hub id or a variant
@@ -25,6 +24,7 @@ from latent_shift.config import PACKING, Config
 from latent_shift.data.encode import encode
 from latent_shift.data.pack import pack
 from latent_shift.data.store import Store, find_stores
+from latent_shift.models.autoencoder import downscale_factor
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
 from latent_shift.runtime import rank, resolve_precision
@@ -125,9 +125,8 @@ def _encode_pixels(
         except (OSError, ValueError):  # another process is writing it
             return False
 
-    if _claim_build(
-        out, "store.json", source, has_captions
-    ):  # for a new stride `encode` adds captions and keeps the latents
+    # For a new stride `encode` adds captions and keeps the latents.
+    if _claim_build(out, "store.json", source, has_captions):
         with open_bar("encoding") as update:
             encode(
                 pixels, out, autoencoder=init, texts=init, mirror=config.data.mirror, strides=sorted(strides), device=device,
@@ -201,7 +200,7 @@ def _default_size(init: Path | None) -> int:
 
 def _scale_factor(init: Path) -> int:
     """Return how many pixels the autoencoder in `init` encodes into one latent pixel, along a side."""
-    return 2 ** (len(_read_json(init / "vae" / "config.json")["block_out_channels"]) - 1)
+    return downscale_factor(_read_json(init / "vae" / "config.json"))
 
 
 def _read_json(path: Path) -> dict:

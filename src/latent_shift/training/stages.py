@@ -21,7 +21,7 @@ from latent_shift.data.sampler import BalancedSampler
 from latent_shift.data.store import Store, caption_at_rate, open_pixel_store
 from latent_shift.diffusion import correlated_noise, draw_timesteps, schedule_of
 from latent_shift.models import autoencoder, sizes
-from latent_shift.models.autoencoder import load_autoencoder
+from latent_shift.models.autoencoder import downscale_factor, load_autoencoder
 from latent_shift.models.baselines import saved_class
 from latent_shift.pipelines.lora import add_lora, save_lora
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
@@ -69,7 +69,7 @@ class AutoencoderStage:
         self.model = (
             load_autoencoder(prepared.init) if prepared.init else sizes.autoencoder(str(config.model.size))
         )
-        self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
+        self.factor = downscale_factor(self.model.config)
         checks.check_crop(config, self.store, self.factor)
         self.objective = AutoencoderObjective(
             self.model, kl=config.loss.kl, perceptual=config.loss.perceptual
@@ -153,9 +153,8 @@ class DenoiserStage:
         else:
             unet = sizes.unet(str(config.model.size), sample_size=sample_size)
         self.model = sizes.inflate_unet(unet, config.model)
-        self.model.register_to_config(
-            sample_size=sample_size
-        )  # the exported model generates at the size of its training
+        # The exported model generates at the size of its training.
+        self.model.register_to_config(sample_size=sample_size)
         if config.lora:
             add_lora(self.model, config.lora, dtype=dtype_of(prepared.precision))
         share_text(self.model)

@@ -1,5 +1,7 @@
 """A request, from words and files to a clip: what the command and a server share."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from diffusers import DDIMScheduler
@@ -79,3 +81,17 @@ def test_request_name_is_a_file_name():
     assert Request(prompt="A red/blue: heart?").name == "a-red-blue--heart"
     assert Request(prompt="../..").name == "clip"
     assert len(Request(prompt="word " * 50).name) <= 60
+
+
+def test_generate_clip_in_two_threads_gives_each_its_clip(texts):
+    pipe = sd(texts)
+    requests = [
+        Request(prompt="red", scheduler="UniPCMultistep", guidance_scale=7.0, num_inference_steps=6),
+        Request(prompt="red", scheduler="EulerDiscrete", guidance_scale=1.0, num_inference_steps=6),
+    ]
+    expected = [generate_clip(request, pipe).frames for request in requests]
+    with ThreadPoolExecutor(2) as pool:
+        clips = list(pool.map(lambda request: generate_clip(request, pipe).frames, requests * 3))
+    for clip, value in zip(clips, expected * 3, strict=True):
+        assert np.array_equal(clip, value)
+    assert type(pipe.scheduler) is DDIMScheduler

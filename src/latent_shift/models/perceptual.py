@@ -1,3 +1,5 @@
+"""Distance of images in the features of EfficientNet-lite0, for the perceptual loss and for evaluation."""
+
 from __future__ import annotations
 
 import torch

@@ -47,9 +47,9 @@ from latent_shift.pipelines.denoise import (
     timesteps_for_strength,
     unet_predictor,
 )
-from latent_shift.pipelines.free_init import FreeInit
+from latent_shift.pipelines.free_init import Filter, FreeInit
 from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
-from latent_shift.shift import Edge, Shift, inflate, reach, shift_of
+from latent_shift.shift import Edge, Shift, has_temporal_layers, inflate, reach, shift_of
 
 CALL_DEFAULTS: dict[str, float] = {
     "num_frames": 16,
@@ -91,26 +91,22 @@ class ClipPipeline(DiffusionPipeline):
         """Inflate the U-Net of a new pipeline and set the defaults of its calls. `latent_shift` holds fields
         of `Shift` and the model's own defaults (frames, steps, guidance, noise)."""
         settings = dict(latent_shift or {})
-        unknown = set(settings) - {field.name for field in fields(Shift)} - set(CALL_DEFAULTS)
-        if unknown:
-            raise ValueError(
-                f"unknown latent_shift settings {sorted(unknown)}; expected fields of Shift or {sorted(CALL_DEFAULTS)}"
-            )
+        shift = {field.name: settings.pop(field.name) for field in fields(Shift) if field.name in settings}
         if self.unet is not None and shift_of(self.unet) is None:
-            inflate(
-                self.unet,
-                Shift(
-                    **{field.name: settings[field.name] for field in fields(Shift) if field.name in settings}
-                ),
-            )
+            inflate(self.unet, Shift(**shift))
         self._model_defaults: dict[str, float] = {}
         self.call_defaults = dict(self.family_defaults)
-        self.set_model_defaults({name: settings[name] for name in CALL_DEFAULTS if name in settings})
+        self.set_model_defaults(settings)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def set_model_defaults(self, defaults: dict[str, float]) -> None:
         """Set defaults of a call that a model or a LoRA brings; they are saved with it even where they equal
-        the general ones."""
+        the general ones. Raise ValueError for an unknown name."""
+        unknown = set(defaults) - set(CALL_DEFAULTS)
+        if unknown:
+            raise ValueError(
+                f"unknown latent_shift settings {sorted(unknown)}; expected fields of Shift or {sorted(CALL_DEFAULTS)}"
+            )
         self._model_defaults |= defaults
         self.call_defaults |= defaults
         self._register_settings()
@@ -145,9 +141,19 @@ class ClipPipeline(DiffusionPipeline):
             + "\n"
         )
 
-    def enable_free_init(self, num_iters: int = 3, **settings) -> None:
-        """Sample every clip `num_iters` times (FreeInit); settings as in `FreeInit` and in diffusers."""
-        self.free_init = FreeInit(num_iters, **settings)
+    def enable_free_init(
+        self,
+        num_iters: int = 3,
+        use_fast_sampling: bool = False,
+        method: Filter = "butterworth",
+        order: int = 4,
+        spatial_stop_frequency: float = 0.25,
+        temporal_stop_frequency: float = 0.25,
+    ) -> None:
+        """Sample every clip `num_iters` times (FreeInit); arguments as in `FreeInit`."""
+        self.free_init = FreeInit(
+            num_iters, use_fast_sampling, method, order, spatial_stop_frequency, temporal_stop_frequency
+        )
 
     def disable_free_init(self) -> None:
         """Sample every clip once."""
@@ -266,6 +272,15 @@ class ClipPipeline(DiffusionPipeline):
         )  # fmt: skip
         if output_type not in ("np", "pil", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}; expected np, pil, pt or latent")
+        custom_guider = guider is not None
+        if custom_guider and self.unet.config.time_cond_proj_dim is not None:
+            raise ValueError("a distilled U-Net takes the guidance scale as an input; expected no guider")
+        if (
+            self.free_init
+            and self.free_init.use_fast_sampling
+            and (timesteps is not None or sigmas is not None)
+        ):
+            raise ValueError("use_fast_sampling of FreeInit has no effect with timesteps or sigmas")
         guider = make_guider(guider, guidance_scale, guidance_rescale, self.call_defaults["guidance_scale"])
         tensor_names = list(callback_on_step_end_tensor_inputs)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -274,7 +289,8 @@ class ClipPipeline(DiffusionPipeline):
         self._guidance_scale = getattr(guider, "guidance_scale", 1.0)
         self._guidance_rescale, self._clip_skip = guidance_rescale, clip_skip
         self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
-        device, use_guidance = self._execution_device, self.do_classifier_free_guidance
+        device = self._execution_device
+        use_guidance = custom_guider or self.do_classifier_free_guidance
 
         # 2. Encode prompts and image prompts.
         embeds = encode_prompts(
@@ -323,6 +339,8 @@ class ClipPipeline(DiffusionPipeline):
         step_options = self.prepare_extra_step_kwargs(generator, eta)
         noise = latents / self.scheduler.init_noise_sigma
         for iteration in range(self.free_init.num_iters if self.free_init else 1):
+            if self.interrupt:
+                break
             if self.free_init:
                 steps_T, _ = set_timesteps(self.free_init.num_steps(iteration, num_inference_steps))
             if self.free_init and iteration:
@@ -379,21 +397,27 @@ class ClipPipeline(DiffusionPipeline):
             num_frames: frames to yield; None never ends.
         """
         check_family_arguments(self, family)
+        if not isinstance(prompt, str):
+            raise ValueError(f"a stream takes one prompt, got {prompt!r}")
+        if output_type not in ("np", "pil", "pt"):
+            raise ValueError(f"unknown output_type {output_type!r} of a stream; expected np, pil or pt")
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self.resolve_size(height, width)
-        guider = make_guider(None, guidance_scale, guidance_rescale, self.call_defaults["guidance_scale"])
-        self._guidance_scale, self._interrupt = guider.guidance_scale, False
-        use_guidance, device, scheduler = (
-            self.do_classifier_free_guidance,
-            self._execution_device,
-            copy.deepcopy(self.scheduler),
+        _check_numbers(
+            num_frames=num_frames, num_inference_steps=num_inference_steps, height=height, width=width
         )
-        step_options = self.prepare_extra_step_kwargs(generator, eta)
+        guider = make_guider(None, guidance_scale, guidance_rescale, self.call_defaults["guidance_scale"])
+        self._guidance_scale = guider.guidance_scale
+        use_guidance, device = self.do_classifier_free_guidance, self._execution_device
+        scheduler, step_options = (
+            copy.deepcopy(self.scheduler),
+            self.prepare_extra_step_kwargs(generator, eta),
+        )
         embeds = encode_prompts(
-            self, prompt, negative_prompt=negative_prompt, prompt_embeds=None, negative_prompt_embeds=None, num_frames=1, num_videos=1,
-            guided=use_guidance, height=height, width=width, tensor_inputs=[], clip_skip=None, cross_attention_kwargs=None,
-            family=family,
+            self, prompt, negative_prompt=negative_prompt, prompt_embeds=None, negative_prompt_embeds=None, num_frames=1,
+            num_videos=1, guided=use_guidance, height=height, width=width, tensor_inputs=[], clip_skip=None,
+            cross_attention_kwargs=None, family=family,
         )  # fmt: skip
         conditions, dtype = make_conditions(embeds, None, use_guidance), embeds["prompt_embeds"].dtype
         steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device)
@@ -403,16 +427,14 @@ class ClipPipeline(DiffusionPipeline):
             len(steps_T),
             memories=[{} for _ in range(len(steps_T))],
         )
-
-        def draw_noise() -> Tensor:
-            return self.prepare_video_latents(1, 1, height, width, torch.float32, device, generator, None)
-
+        draw_noise = partial(self._draw_noise, 1, 1, height, width, device, generator)
         clip_noise = draw_noise() if shared_noise or noise_correlation else 0.0
         frame_noise, index = None, 0
         while num_frames is None or index < num_frames:
             frame_noise = ar1_step(draw_noise(), frame_noise, noise_correlation)
-            latents = (frame_noise * (1 - shared_noise) ** 0.5 + clip_noise * shared_noise**0.5).to(dtype)
+            noise = frame_noise * (1 - shared_noise) ** 0.5 + clip_noise * shared_noise**0.5
             steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device)
+            latents = noise.to(dtype) * scheduler.init_noise_sigma
             latents = denoise(predict, scheduler, latents, steps_T, step_options=step_options)
             yield decode_clips(self, latents, 1, output_type)[0][0]
             index += 1
@@ -427,7 +449,8 @@ class ClipPipeline(DiffusionPipeline):
         edge: Edge | None = "wrap" if loop else None
         halos = (0, 0)
         if chunk is not None:
-            halos = reach(self.unet) if halo is None else (halo, halo)
+            halos = reach(self.unet) if not has_temporal_layers(self.unet) or halo is None else (halo, halo)
+            halos = halos if halo is None else (min(halo, halos[0]), min(halo, halos[1]))
             chunk = chunk if num_frames > chunk + sum(halos) else None
         if chunk is not None and wraps:
             edge = "hold"  # within a window; the chunks join the ends of the clip
@@ -463,27 +486,39 @@ class ClipPipeline(DiffusionPipeline):
         """
         channels, factor = self.unet.config.in_channels, self.vae_scale_factor
         shape = (num_clips, channels, num_frames, height // factor, width // factor)
-        if latents is not None:
-            if tuple(latents.shape) != shape:
+        if latents is None:
+            if isinstance(generator, list) and len(generator) != num_clips:
                 raise ValueError(
-                    f"expected latents of shape {shape} (clips, channels, frames, height/{factor}, width/{factor}), "
-                    f"got {tuple(latents.shape)}"
+                    f"expected one generator or {num_clips}, one for each clip, got {len(generator)}"
                 )
-            return latents.to(device, dtype) * self.scheduler.init_noise_sigma
-        if isinstance(generator, list) and len(generator) != num_clips:
-            raise ValueError(
-                f"expected one generator or {num_clips}, one for each clip, got {len(generator)}"
+            latents = self._draw_noise(
+                num_clips, num_frames, height, width, device, generator, shared_noise, noise_correlation, loop
             )
-        num_shared = 1 if (shared_noise or noise_correlation) and num_frames > 1 else 0
+        elif tuple(latents.shape) != shape:
+            raise ValueError(
+                f"expected latents of shape {shape} (clips, channels, frames, height/{factor}, width/{factor}), "
+                f"got {tuple(latents.shape)}"
+            )
+        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+
+    def _draw_noise(
+        self, num_clips: int, num_frames: int, height: int, width: int, device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None, shared_noise: float = 0.0, noise_correlation: float = 0.0,
+        loop: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Draw standard normal noise `(B, C, F, h, w)` in float32."""
+        factor, num_shared = self.vae_scale_factor, 0
+        if (shared_noise or noise_correlation) and num_frames > 1:
+            num_shared = 1
         draw = partial(randn_tensor, generator=generator, device=device, dtype=torch.float32)
-        num_draws, frame_shape = num_shared + num_frames, (channels, *shape[3:])
+        frame_shape = (self.unet.config.in_channels, height // factor, width // factor)
         if isinstance(generator, list):
-            noise = draw((num_clips, num_draws, *frame_shape))
+            noise = draw((num_clips, num_shared + num_frames, *frame_shape))
         else:  # frame by frame of all clips
-            noise = draw((num_draws, num_clips, *frame_shape)).transpose(0, 1)
+            noise = draw((num_shared + num_frames, num_clips, *frame_shape)).transpose(0, 1)
         if num_shared:
             noise = correlated_noise(noise[:, 1:], noise[:, :1], shared_noise, noise_correlation, loop=loop)
-        return noise.transpose(1, 2).to(device, dtype) * self.scheduler.init_noise_sigma
+        return noise.transpose(1, 2)
 
     def _default(self, name: str, value):
         return self.call_defaults[name] if value is None else value

@@ -86,11 +86,16 @@ def encode_prompts(
             f"expected prompts for frames from 0 to {num_frames - 1}, got {[frame for frame, _ in schedule]}"
         )
     texts: Any = [words for _, words in schedule] if schedule else prompt
-    frame_embeds = prompt_embeds if prompt_embeds is not None and prompt_embeds.ndim == 4 else None
-    if frame_embeds is not None:
-        if frame_embeds.shape[1] != num_frames:
-            raise ValueError(f"expected prompt_embeds of {num_frames} frames, got {frame_embeds.shape[1]}")
-        prompt_embeds = frame_embeds[:, 0]
+    frame_embeds: dict[str, Tensor] = {}
+    for name, value in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        if value is not None and value.ndim == 4:
+            if value.shape[1] != num_frames:
+                raise ValueError(f"expected {name} of {num_frames} frames, got {value.shape[1]}")
+            frame_embeds[name] = value
+    if "prompt_embeds" in frame_embeds:
+        prompt_embeds = frame_embeds["prompt_embeds"][:, 0]
+    if "negative_prompt_embeds" in frame_embeds:
+        negative_prompt_embeds = frame_embeds["negative_prompt_embeds"][:, 0]
     num_each = 1 if schedule else num_videos
     plain, plain_negative = _without_weights(texts), _without_weights(negative_prompt)
     if isinstance(plain, list) and isinstance(plain_negative, str):
@@ -121,10 +126,9 @@ def encode_prompts(
             weights = text.prompt_weights(pipe, [weighted] if isinstance(weighted, str) else list(weighted))
             weights = weights.repeat_interleave(len(embeds[name]) // len(weights), dim=0).to(null)
             embeds[name] = torch.lerp(null, embeds[name], weights[:, :, None])
-    if frame_embeds is not None:
-        embeds["prompt_embeds"] = frame_embeds.repeat_interleave(num_videos, dim=0).to(
-            embeds["prompt_embeds"]
-        )
+    for name, value in frame_embeds.items():
+        if name in embeds:
+            embeds[name] = value.repeat_interleave(num_videos, dim=0).to(embeds[name])
     if schedule:
         keys = [frame for frame, _ in schedule]
         for name, value in embeds.items():

@@ -170,10 +170,11 @@ def guided(conditional: Predict, both: Predict, guider: BaseGuidance, num_steps:
 
 def check_guider(guider: BaseGuidance) -> None:
     """Raise ValueError for a guider that needs more than a conditional and an unconditional prediction."""
-    if guider._input_predictions != ["pred_cond", "pred_uncond"]:
+    two_predictions = guider._input_predictions == ["pred_cond", "pred_uncond"]
+    if not two_predictions or type(guider).prepare_models is not BaseGuidance.prepare_models:
         raise ValueError(
-            f"{type(guider).__name__} needs predictions {guider._input_predictions}; expected a guider of a conditional and an "
-            "unconditional one, such as ClassifierFreeGuidance or AdaptiveProjectedGuidance"
+            f"{type(guider).__name__} needs other predictions or changes the network; expected a guider of a conditional "
+            "and an unconditional prediction, such as ClassifierFreeGuidance or AdaptiveProjectedGuidance"
         )
 
 
@@ -210,8 +211,9 @@ def in_chunks(predict: Predict, chunk: int, halo: tuple[int, int], *, loop: bool
 
 
 def timesteps_for_strength(scheduler: SchedulerMixin, timesteps: Tensor, strength: float) -> Tensor:
-    """Return the last `strength` of the timesteps, for sampling that starts from a video: 1 is all, 0 none
-    (SDEdit, Meng et al. 2022; rounded as in diffusers). Tell the scheduler where they begin."""
+    """Return the last `strength` of the timesteps, for sampling that starts from a video: 1 is all
+    (SDEdit, Meng et al. 2022; rounded as in diffusers). Tell the scheduler where they begin. Raise ValueError
+    if none is left."""
     order = getattr(scheduler, "order", 1)
     num_steps = len(timesteps) // order
     start = max(num_steps - int(num_steps * strength), 0) * order

@@ -18,7 +18,7 @@ class FreeInit:
     """Settings of FreeInit, named as in diffusers.
 
     Args:
-        num_iters: how often a clip is sampled, at least 2.
+        num_iters: how often a clip is sampled, 1 or more.
         use_fast_sampling: take fewer steps in the first iterations.
         method: shape of the low-pass filter.
         order: order of the Butterworth filter.

@@ -34,11 +34,11 @@ def make_guider(
         return copy.deepcopy(guider)
     scale = default if scale is None else scale
     logger = diffusers.utils.logging.get_logger("diffusers.guiders.guider_utils")
-    logger.disabled = True  # it calls guiders experimental each time one is made
+    disabled, logger.disabled = logger.disabled, True  # it calls guiders experimental each time one is made
     try:
         return ClassifierFreeGuidance(scale, rescale, enabled=scale > 1)
     finally:
-        logger.disabled = False
+        logger.disabled = disabled
 
 
 def make_conditions(
@@ -83,7 +83,12 @@ class StepCallback:
             return latents
         tensors = {"latents": latents, **self.embeds}
         arguments = {name: tensors.get(name) for name in self.tensor_names}
+        scale = self.pipe._guidance_scale  # type: ignore[attr-defined]
         changed = self.function(self.pipe, index, timestep, arguments) or {}
+        new_scale = self.pipe._guidance_scale  # type: ignore[attr-defined]
+        if new_scale != scale:
+            self.guider.guidance_scale = new_scale
+            self.guider.enable() if new_scale > 1 else self.guider.disable()
         self.embeds.update({name: changed[name] for name in self.embeds if name in changed})
         for name, value in self.embeds.items():
             if len(value) != len(latents):
@@ -93,8 +98,4 @@ class StepCallback:
         updated = make_conditions(self.embeds, self.image_embeds, use_guidance=len(self.conditions) > 1)
         for condition, values in zip(self.conditions, updated, strict=True):
             condition.update(values)
-        scale = self.pipe._guidance_scale  # type: ignore[attr-defined]
-        if scale != getattr(self.guider, "guidance_scale", scale):
-            self.guider.guidance_scale = scale
-            self.guider.enable() if scale > 1 else self.guider.disable()
         return changed.get("latents", latents)

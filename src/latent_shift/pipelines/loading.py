@@ -54,7 +54,8 @@ def load(
         for name, default in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
             network = saved_class(path / name, default)
             if network is not default:  # a baseline's: diffusers knows the class it extends
-                parts[name] = network.from_pretrained(path / name, dtype=dtype, variant=variant)
+                own_variant = variant if any((path / name).glob(f"*.{variant}.safetensors")) else None
+                parts[name] = network.from_pretrained(path / name, dtype=dtype, variant=own_variant)
     pipeline = LatentShiftXLPipeline if "text_encoder_2" in index else LatentShiftPipeline
     pipe = pipeline.from_pretrained(path, dtype=dtype, variant=variant, **parts)
     if prediction:

@@ -7,6 +7,7 @@ at once.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,25 +110,28 @@ def generate_clip(
 
     Args:
         request: what to generate.
-        pipe: a loaded pipeline. Its scheduler and FreeInit settings are set for this request and then
-            restored.
-        on_step: called after every sampling step with (steps done, steps in all).
+        pipe: a loaded pipeline. It is not changed: the request has a scheduler and settings of its own.
+        on_step: called after every step with (steps done, steps in all) of the current pass (FreeInit makes
+            several).
 
     Raises:
         ValueError: a file that cannot be read, or a request that does not fit the model.
     """
     from latent_shift.pipelines.loading import make_scheduler
 
-    guidance_scale = (
-        pipe.call_defaults["guidance_scale"] if request.guidance_scale is None else request.guidance_scale
+    pipe = copy.copy(pipe)
+    pipe.scheduler = (
+        make_scheduler(request.scheduler, pipe.scheduler)
+        if request.scheduler
+        else copy.deepcopy(pipe.scheduler)
     )
-    if request.negative_prompt and guidance_scale <= 1:
-        raise ValueError("negative_prompt has no effect without guidance; expected guidance_scale above 1")
-    scheduler, free_init = pipe.scheduler, pipe.free_init
-    if request.scheduler is not None:
-        pipe.scheduler = make_scheduler(request.scheduler, scheduler)
     if request.free_init is not None:
         pipe.enable_free_init(request.free_init)
+    guidance_scale = request.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = pipe.call_defaults["guidance_scale"]
+    if request.negative_prompt and guidance_scale <= 1:
+        raise ValueError("negative_prompt has no effect without guidance; expected guidance_scale above 1")
 
     def report(
         pipe: ClipPipeline, index: int, timestep: Tensor, tensors: dict[str, Tensor]
@@ -136,14 +140,11 @@ def generate_clip(
             on_step(index + 1, pipe.num_timesteps)
         return tensors
 
-    try:
-        arguments = {name: getattr(request, name) for name in _CALL_ARGUMENTS} | _read_pictures(pipe, request)
-        prompt = {0: request.prompt, **request.then} if request.then else request.prompt
-        (clips,) = pipe(
-            prompt, generator=seed(request.seed), callback_on_step_end=report, return_dict=False, **arguments
-        )
-    finally:
-        pipe.scheduler, pipe.free_init = scheduler, free_init
+    arguments = {name: getattr(request, name) for name in _CALL_ARGUMENTS} | _read_pictures(pipe, request)
+    prompt = {0: request.prompt, **request.then} if request.then else request.prompt
+    (clips,) = pipe(
+        prompt, generator=seed(request.seed), callback_on_step_end=report, return_dict=False, **arguments
+    )
     return Clip(to_uint8(clips[0]), pipe.call_defaults["fps"] if request.fps is None else request.fps)
 
 

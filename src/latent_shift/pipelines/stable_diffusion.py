@@ -71,7 +71,7 @@ class LatentShiftPipeline(ClipPipeline, StableDiffusionPipeline):
             prompt, height, width, None, negative_prompt, prompt_embeds, negative_prompt_embeds,
             callback_on_step_end_tensor_inputs=tensor_inputs,
         )  # fmt: skip
-        if clip_skip is not None and not hasattr(self.text_encoder, "text_model"):
+        if clip_skip is not None and self.text_encoder and not hasattr(self.text_encoder, "text_model"):
             # diffusers finds the last layer norm under the name it had before transformers 5.
             self.text_encoder.__dict__["text_model"] = self.text_encoder
         positive, negative = self.encode_prompt(
@@ -150,15 +150,14 @@ class LatentShiftXLPipeline(ClipPipeline, StableDiffusionXLPipeline):
             embeds, original_size, family.get("crops_coords_top_left", (0, 0)), target_size
         )
         embeds["negative_add_time_ids"] = embeds["add_time_ids"]
-        negative_original, negative_target = (
-            family.get("negative_original_size"),
-            family.get("negative_target_size"),
-        )
-        if negative_original is not None and negative_target is not None:  # both, as in diffusers
-            crops = family.get("negative_crops_coords_top_left", (0, 0))
+        negative_sizes = [family.get(f"negative_{name}") for name in ("original_size", "target_size")]
+        crops = family.get("negative_crops_coords_top_left")
+        if all(negative_sizes):
             embeds["negative_add_time_ids"] = self._time_ids(
-                embeds, negative_original, crops, negative_target
+                embeds, negative_sizes[0], crops or (0, 0), negative_sizes[1]
             )
+        elif any(negative_sizes) or crops:
+            raise ValueError("expected negative_original_size and negative_target_size together, or neither")
         return embeds
 
     def _time_ids(

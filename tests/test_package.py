@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pkgutil
 import platform
@@ -208,3 +209,18 @@ def test_resolve_device_takes_apples_gpu_only_if_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runtime.resolve_device().type == "cpu"
     assert runtime.resolve_device("mps").type == "mps"
+
+
+def test_peak_memory_is_nan_where_the_system_does_not_report_it(monkeypatch):
+    assert 0.05 < runtime.peak_memory_gib() < 1000
+    monkeypatch.setattr(runtime.Path, "exists", lambda _: False)
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert math.isnan(runtime.peak_memory_gib())
+
+
+def test_continuous_integration_runs_test_files_that_exist():
+    root = Path(__file__).parents[1]
+    workflow = (root / ".github" / "workflows" / "ci.yml").read_text()
+    files = set(re.findall(r"tests/\w+\.py", workflow))
+    assert files
+    assert all((root / file).is_file() for file in files)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -199,15 +200,18 @@ def start_worker(module: str, function: str, *args: object) -> None:
 
 
 def peak_memory_gib(device: str | torch.device = "cpu") -> float:
-    """Return the peak memory in GiB: of this process's tensors on a GPU, of the whole process on a CPU."""
+    """Return the peak memory in GiB: of this process's tensors on a GPU, of the whole process on a CPU; NaN on a CPU
+    under Windows.
+    """
     import torch
 
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if (
-        status := Path("/proc/self/status")
-    ).exists():  # not ru_maxrss, which starts at the peak of the parent process
+    status = Path("/proc/self/status")
+    if status.exists():  # not ru_maxrss, which starts at the peak of the parent process
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)

@@ -1,7 +1,7 @@
 """Compare the parts of the shift, both baselines and no shift, with small models (6 M parameters) on the emoji data.
 
     python recipes/compare/compare.py            # train, measure, write the page
-    python recipes/compare/compare.py seeds      # train further seeds of shift, hold, attention and none, which the first command then measures, too
+    python recipes/compare/compare.py seeds      # train three seeds of shift, hold, attention and none; the first command measures them
     python recipes/compare/compare.py image      # train the common image model anew, and delete what was trained from the old one
     python recipes/compare/compare.py page       # only write docs/page from what was measured
 

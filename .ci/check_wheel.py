@@ -23,10 +23,12 @@ NEEDED = (
     "latent_shift/shift.py",
     "latent_shift/report/report.html",
     "latent_shift/assets/clip_merges.txt.gz",
+    "latent_shift/assets/ucf101.txt",
     "latent_shift/weights/emoji/model_index.json",
     "latent_shift/weights/emoji/unet/diffusion_pytorch_model.safetensors",
     "latent_shift/weights/emoji/vae/diffusion_pytorch_model.safetensors",
     "latent_shift/weights/emoji/text_encoder/model.safetensors",
+    "latent_shift/weights/pixels/config.json",
     "latent_shift/weights/pixels/diffusion_pytorch_model.safetensors",
 )
 ALONE = """

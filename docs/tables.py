@@ -1,6 +1,6 @@
 """Write the tables of results into the documentation from the JSON files of docs/results.
 
-    python docs/tables.py                               # or `make tables`; a test compares the pages with the files
+    python docs/tables.py                               # a test compares the pages with the files
     python docs/tables.py --seeds shift=seed-1,seed-2   # systems that differ in the training seed alone
 
 A page holds each table between two markers, `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a

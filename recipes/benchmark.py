@@ -3,13 +3,14 @@
     python recipes/benchmark.py            # all, hours on two cores
     python recipes/benchmark.py peers      # those whose name is given
 
-It needs data/emoji-128 (recipes/emoji/build.py) for `measures`. Run it from the root of a clone on an otherwise idle machine.
+`measures` fetches and packs the emoji data first. Run it from the root of a clone on an otherwise idle machine.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import argparse
+
+from commands import pack_emoji, run
 
 BENCHMARKS = {
     "bench": "bench --commands",
@@ -24,15 +25,12 @@ BENCHMARKS = {
 }
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or BENCHMARKS:
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "latent_shift",
-                *BENCHMARKS[name].split(),
-                "-o",
-                f"docs/results/{name}.json",
-            ],
-            check=True,
-        )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", choices=["all", *BENCHMARKS], default="all")
+    names = parser.parse_args().names
+    for name in BENCHMARKS if "all" in names else names:
+        if name == "measures":
+            pack_emoji()
+        run(f"latent-shift {BENCHMARKS[name]} -o docs/results/{name}.json")

@@ -20,11 +20,13 @@ from latent_shift.training.stages import AutoencoderStage, DenoiserStage, Stage
 
 keep_freed_memory()  # as the command does before it trains
 
-forkserver = multiprocessing.get_context("forkserver")
-"""Starts processes that have imported the training loop already; imports take seconds."""
-forkserver.set_forkserver_preload(
-    ["latent_shift.training.loop", "transformers.models.clip.modeling_clip", "pytest"]
-)
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
+forkserver = multiprocessing.get_context(START_METHOD)
+"""Starts processes that have imported the training loop already, where there is a forkserver; imports take seconds."""
+if START_METHOD == "forkserver":
+    forkserver.set_forkserver_preload(
+        ["latent_shift.training.loop", "transformers.models.clip.modeling_clip", "pytest"]
+    )
 
 ROUNDING = 1e-3 if torch.cuda.is_available() else 0.0
 """How far apart two runs of the same may be: a GPU's kernels add in another order every time."""

@@ -1,4 +1,4 @@
-"""Every fault of faults.py a few times: nothing is lost. `make faults` repeats them many times and prints the table."""
+"""Every fault of faults.py a few times: nothing is lost. `python tests/faults.py 50` repeats them many times and prints the table."""
 
 import faults
 import pytest

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import tomlkit
 import torch
@@ -208,3 +210,19 @@ def test_resolve_device_takes_apples_gpu_only_if_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runtime.resolve_device().type == "cpu"
     assert runtime.resolve_device("mps").type == "mps"
+
+
+def test_peak_memory_of_windows_is_that_of_the_working_set(monkeypatch):
+    assert 0.05 < runtime.peak_memory_gib() < 1000
+    monkeypatch.setattr(runtime.Path, "exists", lambda _: False)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(peak_wset=3 * 2**29))
+    assert runtime.peak_memory_gib() == 1.5
+
+
+def test_continuous_integration_runs_test_files_that_exist():
+    root = Path(__file__).parents[1]
+    workflow = (root / ".github" / "workflows" / "ci.yml").read_text()
+    files = set(re.findall(r"tests/\w+\.py", workflow))
+    assert files
+    assert all((root / file).is_file() for file in files)

@@ -1,10 +1,15 @@
-"""The emoji recipe: downloads resume and are checked; captions and splits are as documented."""
+"""The recipes: downloads resume and are checked; captions and splits are as documented; a task runs the commands it needs and no others."""
 
 import base64
 import hashlib
 import importlib.util
 import io
 import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +20,7 @@ import pytest
 from rich.progress import Progress
 
 from latent_shift import video
+from latent_shift.evaluation.tables import find_seeds
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 spec = importlib.util.spec_from_file_location("fetch", RECIPES / "emoji" / "fetch.py")
@@ -151,3 +157,110 @@ def test_motion_describes_what_the_frames_show(tmp_path):
     assert (
         fetch.describe((path, {"label": "cat", "tags": [], "concept": "1f408"}, "1f408"))[0] == "1f408.webp"
     )
+
+
+@pytest.fixture
+def run_script(tmp_path, monkeypatch):
+    """Return a function that runs a recipe script in an empty folder; it returns the commands, which do nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("copytree", "copy", "rmtree"):
+        monkeypatch.setattr(shutil, name, lambda *_, **__: None)
+
+    def run(script: str, *arguments: str) -> list[str]:
+        commands = []
+
+        def add(words, *, check, env=None):
+            assert env is None or env["HF_HUB_OFFLINE"] == "1"
+            commands.append(" ".join(words))
+
+        monkeypatch.setattr(subprocess, "run", add)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.syspath_prepend(str((RECIPES / script).parent))
+        runpy.run_path(str(RECIPES / script), run_name="__main__")
+        return commands
+
+    return run
+
+
+def test_ablation_trains_no_published_model(run_script):
+    commands = run_script("emoji/ablation.py")
+    text = "\n".join(commands)
+    assert "recipes/emoji/image.toml" in text
+    assert "build.py" not in text
+    assert "steps=7900" not in text
+    assert "results/archive" not in text
+    assert sum("emoji/video.toml" in command for command in commands) == 3
+
+
+def test_measuring_prepares_the_frames_alone(run_script):
+    for commands in (run_script("emoji/measure.py", "table"), run_script("benchmark.py", "measures")):
+        fetch_command, pack_command, measure_command = commands
+        assert fetch_command.endswith("fetch.py data/emoji")
+        assert "data pack data/emoji data/emoji-128 --size 128" in pack_command
+        assert "data/emoji-128" in measure_command
+    (command,) = run_script("benchmark.py", "peers")
+    assert command.endswith("bench peers -o docs/results/peers.json")
+
+
+def test_compare_image_and_seeds_encode_no_pixels(run_script):
+    for task in ("image", "seeds"):
+        commands = run_script("compare/compare.py", task)
+        assert not any("compare-pixels" in command for command in commands)
+        assert any("data/compare-latents --autoencoder emoji" in command for command in commands)
+
+
+def test_compare_seeds_trains_three_of_each_system(run_script):
+    compare = runpy.run_path(str(RECIPES / "compare" / "compare.py"))
+    seeds = {system: list(names) for system, names in compare["SEEDS"].items()}
+    assert find_seeds(list(compare["SETTINGS"])) == seeds  # docs/tables.py groups by name
+    trainings = [
+        command.partition("--run runs/compare/")[2].rstrip()
+        for command in run_script("compare/compare.py", "seeds")
+        if "compare/video.toml" in command
+    ]
+    assert trainings == [
+        "shift", "seed-1 train.seed=1", "seed-2 train.seed=2",
+        *(
+            f"{name} {setting}{seed and f' train.seed={seed}'}"
+            for system, setting in (("hold", "model.edge=hold"), ("attention", "model.temporal=attention"), ("none", "model.temporal=none"))
+            for name, seed in ((system, ""), (f"{system}-seed-1", 1), (f"{system}-seed-2", 2))
+        ),
+    ]  # fmt: skip
+
+
+def test_compare_measures_the_seeds_that_are_trained_and_groups_those_measured(run_script):
+    Path("runs/compare/none-seed-1/model").mkdir(parents=True)
+    Path("runs/compare/none-seed-1/model/model_index.json").touch()
+    for name in ("shift", "seed-1", "none", "none-seed-1"):
+        Path("evals/parts-of-the-shift", name).mkdir(parents=True)
+        Path("evals/parts-of-the-shift", name, "results.json").touch()
+    text = "\n".join(run_script("compare/compare.py"))
+    assert "-m none-seed-1=runs/compare/none-seed-1/model" in text
+    assert "runs/compare/none-seed-1 runs/compare/vdm -o docs/results/compare-training.json" in text
+    assert "seed-2" not in text
+    assert "--seeds shift=seed-1 --seeds none=none-seed-1" in text
+
+
+@pytest.mark.parametrize("program", [None, "chromium"])
+def test_compare_page_takes_a_picture_where_chromium_is(program, run_script, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda _: program)
+    commands = run_script("compare/compare.py", "page")
+    assert any("--screenshot" in command for command in commands) == bool(program)
+    assert ("there is no chromium" in capsys.readouterr().out) != bool(program)
+
+
+@pytest.mark.parametrize("script", ["compare/compare.py", "emoji/measure.py", "benchmark.py"])
+def test_unknown_tasks_are_errors(script, run_script, capsys):
+    with pytest.raises(SystemExit) as error:
+        run_script(script, "pgae")
+    assert error.value.code == 2
+    assert "invalid choice: 'pgae'" in capsys.readouterr().err
+
+
+def test_commands_use_the_programs_of_this_environment(monkeypatch):
+    commands = runpy.run_path(str(RECIPES / "commands.py"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    environment = commands["environment"]()
+    assert environment["HF_HUB_OFFLINE"] == "0"  # the user's choice
+    assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)

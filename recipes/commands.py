@@ -1,0 +1,33 @@
+"""Run the commands of the recipe scripts, each unless its result exists."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+
+def environment() -> dict[str, str]:
+    """Return the variables of a command: programs of this Python's environment come first, and no recipe reads from a hub."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {"HF_HUB_OFFLINE": "1", **os.environ, "PATH": path}
+
+
+def run(command: str, *, result: str | None = None) -> None:
+    """Run a command of Python or `latent-shift` in this environment, unless its result exists."""
+    if result is None or not Path(result).exists():
+        print(f"$ {command}", flush=True)
+        program, *arguments = shlex.split(command)
+        module = ["-m", "latent_shift"] if program == "latent-shift" else []
+        subprocess.run([sys.executable, *module, *arguments], check=True, env=environment())
+
+
+def pack_emoji(size: int = 128) -> None:
+    """Fetch the emoji data set and pack it as data/emoji-SIZE, at 8 fps."""
+    run("python recipes/emoji/fetch.py data/emoji", result="data/emoji/metadata.jsonl")
+    run(
+        f"latent-shift data pack data/emoji data/emoji-{size} --size {size} --fps 8",
+        result=f"data/emoji-{size}/store.json",
+    )

@@ -90,7 +90,7 @@ def _settings_table(fields: dict[str, FieldInfo]) -> str:
 
 
 def results_table() -> str:
-    """Return README's table: the shift, attention and neither, each number from a JSON in docs/results."""
+    """Return README's table: the shift, attention and no shift, each number from a JSON in docs/results."""
     systems = {
         result["system"]["system"]: {record["measure"]: record["value"] for record in result["records"]}
         for result in _result("compare")
@@ -107,8 +107,8 @@ def results_table() -> str:
     }  # of two measurements the first
     names = {"shift": "Latent-Shift", "attention": "Latent-VDM", "none": "frame by frame"}
     rows = [
-        ["parameters added", *(f"{sizes[name] / sizes['none'] - 1:.0%}" for name in names), ""],
-        ["sampling step at SD 1.5's size, ms", *(f"{times[title]:.0f}" for title in names.values()), ""],
+        ["parameters added, 6 M network", *(f"{sizes[name] / sizes['none'] - 1:.0%}" for name in names), ""],
+        ["sampling step of 16 frames at SD 1.5's size, ms", *(f"{times[title]:.0f}" for title in names.values()), ""],
     ]
     for measure, label, places in (
         ("denoising_error", "denoising error", 3),

@@ -139,7 +139,9 @@ def emoji(seeds: Seeds | None = None) -> str:
         [label(measure), value(cells[measure], form), results.real(measure, form) or ideal]
         for measure, (form, ideal) in formats.items()
     ]
-    return results.caption() + markdown_table(["measure, 100 clips of 16 frames", "emoji", "real clips"], rows)
+    return results.caption() + markdown_table(
+        ["measure, 100 clips of 16 frames", "emoji", "real clips"], rows
+    )
 
 
 def shift_and_attention(seeds: Seeds | None = None) -> str:
@@ -166,7 +168,14 @@ def shift_and_attention(seeds: Seeds | None = None) -> str:
                 results.real(measure, form, with_interval=False),
             ]
         )
-    head = ["measure, 60 clips of 8 frames", "shift", "shift, edges held", ATTENTION, "no shift", "real clips"]
+    head = [
+        "measure, 60 clips of 8 frames",
+        "shift",
+        "shift, edges held",
+        ATTENTION,
+        "no shift",
+        "real clips",
+    ]
     return results.caption(differences=True) + markdown_table(head, rows)
 
 
@@ -347,7 +356,9 @@ def sweep_on_cpu() -> str:
         cells = [time_and_ratio(points[(name, *line)]) for line in lines]
         peak = memory[name, 256].get("gib_peak")
         cells.insert(4, "" if peak is None else f"{peak:.2f}")
-        rows.append([NETWORKS.get(name, name), f"{points[(name, *lines[0])]['parameters'] / 1e6:.1f} M", *cells])
+        rows.append(
+            [NETWORKS.get(name, name), f"{points[(name, *lines[0])]['parameters'] / 1e6:.1f} M", *cells]
+        )
     heads = [f"{frames} frame{'s' if frames > 1 else ''}, {side}x{side}" for _, frames, side in lines]
     return markdown_table(
         ["sampling step", "parameters", *heads[:4], "its peak memory, GiB", *heads[4:]], rows
@@ -372,7 +383,13 @@ def sweep_on_gpu() -> str:
         cells = [time_and_ratio(points[(name, *size)], "ms") for size in sizes.values()]
         fraction = f"{large['share_of_the_matrix_rate'] * 100:.0f}%"
         rows.append(
-            [NETWORKS.get(name, name), f"{large['parameters'] / 1e6:.0f} M", *cells, f"{large['gib_peak']:.1f}", fraction]
+            [
+                NETWORKS.get(name, name),
+                f"{large['parameters'] / 1e6:.0f} M",
+                *cells,
+                f"{large['gib_peak']:.1f}",
+                fraction,
+            ]
         )
     return markdown_table(
         ["sampling step", "parameters", *sizes, "its peak memory, GiB", "of the matrix rate"], rows

@@ -26,11 +26,10 @@ def sheet() -> None:
 
 
 def modes(page: str = "docs/usage.md") -> None:
-    """Run the commands and the Python blocks of a page, in order."""
+    """Run the commands and the Python blocks of a page, in order, with output in docs/modes instead of out."""
+    text = Path(page).read_text(encoding="utf-8").replace("out/", "docs/modes/")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for language, block in re.findall(
-        r"^```(bash|python)\n(.*?)^```", Path(page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    ):
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         if language == "python":
             subprocess.run([sys.executable, "-"], input=block, text=True, check=True)
         else:

@@ -52,8 +52,6 @@ def bounds_of(field: FieldInfo) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
     value = field.default
     if value is None:
         return "unset"
@@ -77,20 +75,23 @@ def settings_page() -> str:
     for name, section in sections.items():
         documented = section.__doc__ and not section.__doc__.startswith("!!!")
         text.append(f"## `[{name}]`\n" + (f"\n{section.__doc__}\n" if documented else ""))
-        text.append(_settings_table(section.model_fields))
+        required = f"required in `[{name}]`" if Config.model_fields[name].default is None else "required"
+        text.append(_settings_table(section.model_fields, required))
     return "\n".join(text)
 
 
-def _settings_table(fields: dict[str, FieldInfo]) -> str:
+def _settings_table(fields: dict[str, FieldInfo], required: str = "required") -> str:
+    """Return the table of a section; `required` is the default of a field that has none."""
     rows = []
     for name, field in fields.items():
         values = "; ".join(filter(None, (values_of(field.annotation), bounds_of(field))))
-        rows.append([f"`{name}`", default_of(field), values, (field.description or "").replace("|", "\\|")])
+        default = required if field.is_required() else default_of(field)
+        rows.append([f"`{name}`", default, values, (field.description or "").replace("|", "\\|")])
     return markdown_table(["setting", "default", "values", "meaning"], rows) + "\n"
 
 
 def results_table() -> str:
-    """Return README's table: the shift, attention and neither, each number from a JSON in docs/results."""
+    """Return README's table: the shift, attention and no shift, each number from a JSON in docs/results."""
     systems = {
         result["system"]["system"]: {record["measure"]: record["value"] for record in result["records"]}
         for result in _result("compare")
@@ -107,8 +108,12 @@ def results_table() -> str:
     }  # of two measurements the first
     names = {"shift": "Latent-Shift", "attention": "Latent-VDM", "none": "frame by frame"}
     rows = [
-        ["parameters added", *(f"{sizes[name] / sizes['none'] - 1:.0%}" for name in names), ""],
-        ["sampling step at SD 1.5's size, ms", *(f"{times[title]:.0f}" for title in names.values()), ""],
+        ["parameters added, 6 M network", *(f"{sizes[name] / sizes['none'] - 1:.0%}" for name in names), ""],
+        [
+            "sampling step of 16 frames at SD 1.5's size, ms",
+            *(f"{times[title]:.0f}" for title in names.values()),
+            "",
+        ],
     ]
     for measure, label, places in (
         ("denoising_error", "denoising error", 3),

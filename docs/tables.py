@@ -74,7 +74,7 @@ class Results:
 
     def caption(self, *, differences: bool = False) -> str:
         """Return the line above a table that says what brackets and signs mean."""
-        text = "Brackets: 95 % bootstrap intervals over clips"
+        text = "Brackets: 95% bootstrap intervals over clips"
         if seeds := sorted({number for number in self.table.num_seeds if number > 1}):
             text += f"; of systems trained with {' or '.join(map(str, seeds))} seeds the mean, and the least and greatest over the seeds"
         if differences:
@@ -132,14 +132,16 @@ def emoji(seeds: Seeds | None = None) -> str:
     }  # fmt: skip
     for timestep in (125, 375, 625, 875):
         formats |= {
-            f"motion_seen_at_{timestep}{suffix}": (percent, "100%") for suffix in ("", "_frame_by_frame")
+            f"motion_seen_at_{timestep}{suffix}": (decimals(2), "1") for suffix in ("", "_frame_by_frame")
         }
     formats["reconstruction_psnr_db"] = (decimals(1), "")
     rows = [
         [label(measure), value(cells[measure], form), results.real(measure, form) or ideal]
         for measure, (form, ideal) in formats.items()
     ]
-    return results.caption() + markdown_table(["measure", "emoji", "real clips"], rows)
+    return results.caption() + markdown_table(
+        ["measure, 100 clips of 16 frames", "emoji", "real clips"], rows
+    )
 
 
 def shift_and_attention(seeds: Seeds | None = None) -> str:
@@ -166,23 +168,33 @@ def shift_and_attention(seeds: Seeds | None = None) -> str:
                 results.real(measure, form, with_interval=False),
             ]
         )
-    head = ["measure", "shift", "shift, edges held", "attention", "no shift", "real clips"]
+    head = [
+        "measure, 60 clips of 8 frames",
+        "shift",
+        "shift, edges held",
+        ATTENTION,
+        "no shift",
+        "real clips",
+    ]
     return results.caption(differences=True) + markdown_table(head, rows)
 
 
+ATTENTION = "attention (Latent-VDM)"
+NETWORKS = {"frame by frame": "no shift", "Latent-VDM": ATTENTION}
+"""Names on the pages of networks that `latent-shift bench` names otherwise."""
 PARTS = {
-    "shift": "the paper's shift: 1/3 + 1/3, conv1, zeros; one step in five on stills",
+    "shift": "the paper's shift: 1/3 + 1/3, conv1, zeros; one step in five on single frames",
     "seed-1": "the same with another training seed",
     "quarter": "1/4 + 1/4 of the channels",
     "eighth": "1/8 + 1/8 (TSM's)",
     "conv2": "before the second convolution",
     "end": "at the end of the branch",
-    "hold": "edges hold their own values",
+    "hold": "edges held",
     "wrap": "edges wrap around",
-    "no-stills": "no stills",
-    "half-stills": "half of the steps on stills",
+    "no-stills": "no single frames",
+    "half-stills": "half of the steps on single frames",
     "none": "no shift",
-    "attention": "Latent-VDM: temporal attention and convolution, 6.8 M",
+    "attention": "attention (Latent-VDM), 6.8 M",
 }
 PLACES = {
     "denoising_error": 3, "denoising_error_of_end_frames": 3, "motion_seen_at_375": 3, "motion_error": 3, "flicker": 2,
@@ -255,7 +267,7 @@ def systems(seeds: Seeds | None = None) -> str:
         ideal = "1" if measure in ("retrieval_top5", "motion_error") else ""
         numbers = [value(results.cells[name][measure], form) for name in names]
         rows.append([label(measure), *numbers, results.real(measure, form) or ideal])
-    head = ["measure", "shift", "Latent-VDM", "no shift", "VDM", "`emoji`", "real clips"]
+    head = ["measure, 60 clips of 8 frames", "shift", ATTENTION, "no shift", "VDM", "`emoji`", "real clips"]
     return results.caption() + markdown_table(head, rows)
 
 
@@ -295,7 +307,7 @@ def sensitivity() -> str:
 
 
 def overhead() -> str:
-    """Tabulate `latent-shift bench`: a step with the shift and frame by frame."""
+    """Tabulate `latent-shift bench`: a step with the shift and without."""
     ways = ("frame by frame", "with the shift", "with the shift, one text a clip as the pipeline has it")
     rows = []
     for name, network in (
@@ -310,12 +322,7 @@ def overhead() -> str:
                 *(f"{other['seconds']:.3g} s ({other['ratio']:.3f})" for other in others),
             ]
         )
-    head = [
-        "a denoising step of 16 frames",
-        "frame by frame",
-        "with the shift",
-        "with the shift, as the pipeline runs it",
-    ]
+    head = ["sampling step, 16 frames", "no shift", "shift", "shift, as the pipeline runs it"]
     return markdown_table(head, rows)
 
 
@@ -349,10 +356,12 @@ def sweep_on_cpu() -> str:
         cells = [time_and_ratio(points[(name, *line)]) for line in lines]
         peak = memory[name, 256].get("gib_peak")
         cells.insert(4, "" if peak is None else f"{peak:.2f}")
-        rows.append([name, f"{points[(name, *lines[0])]['parameters'] / 1e6:.1f} M", *cells])
+        rows.append(
+            [NETWORKS.get(name, name), f"{points[(name, *lines[0])]['parameters'] / 1e6:.1f} M", *cells]
+        )
     heads = [f"{frames} frame{'s' if frames > 1 else ''}, {side}x{side}" for _, frames, side in lines]
     return markdown_table(
-        ["a denoising step", "parameters", *heads[:4], "its peak memory, GiB", *heads[4:]], rows
+        ["sampling step", "parameters", *heads[:4], "its peak memory, GiB", *heads[4:]], rows
     )
 
 
@@ -372,12 +381,18 @@ def sweep_on_gpu() -> str:
     for name in dict.fromkeys(point["name"] for point in sweep["points"]):
         large = points[name, 16, 64, 1]
         cells = [time_and_ratio(points[(name, *size)], "ms") for size in sizes.values()]
-        fraction = f"{large['share_of_the_matrix_rate'] * 100:.0f} %"
+        fraction = f"{large['share_of_the_matrix_rate'] * 100:.0f}%"
         rows.append(
-            [name, f"{large['parameters'] / 1e6:.0f} M", *cells, f"{large['gib_peak']:.1f}", fraction]
+            [
+                NETWORKS.get(name, name),
+                f"{large['parameters'] / 1e6:.0f} M",
+                *cells,
+                f"{large['gib_peak']:.1f}",
+                fraction,
+            ]
         )
     return markdown_table(
-        ["a denoising step", "parameters", *sizes, "its peak memory, GiB", "of the matrix rate"], rows
+        ["sampling step", "parameters", *sizes, "its peak memory, GiB", "of the matrix rate"], rows
     )
 
 
@@ -394,8 +409,8 @@ def peers() -> str:
             f"{networks[network]['seconds']:.2f} s ({networks[network]['ratio']:.2f})"
             for networks in variants.values()
         ]
-        rows.append([network, f"{first['parameters'] / 1e6:.1f} M", *times])
-    return markdown_table(["a denoising step, 16 frames", "parameters", *variants], rows)
+        rows.append([NETWORKS.get(network, network), f"{first['parameters'] / 1e6:.1f} M", *times])
+    return markdown_table(["sampling step, 16 frames", "parameters", *variants], rows)
 
 
 def long_clips() -> str:

@@ -110,7 +110,7 @@ def test_commands_run(name, least, media, image_model, tiny_emoji, tmp_path, mon
     commands = [line for block in blocks for line in block.splitlines() if line.startswith("latent-shift")]
     assert len(commands) >= least
     for line in commands:
-        words = quick(shlex.split(line.replace("--size 128", "--size 32"), comments=True)[1:])
+        words = quick(shlex.split(re.sub(r"--size \d+", "--size 32", line), comments=True)[1:])
         result = CliRunner().invoke(main.app, words, catch_exceptions=False)
         assert result.exit_code == 0, (line, result.output)
         outputs = [word for flag, word in itertools.pairwise(words) if flag == "-o"]

@@ -27,8 +27,8 @@ def sheet() -> None:
 
 
 def modes() -> None:
-    """Run the commands and the Python blocks of docs/usage.md, in order."""
-    page = Path("docs/usage.md").read_text(encoding="utf-8")
+    """Run the commands and the Python blocks of docs/usage.md, in order, with output in docs/modes instead of out."""
+    page = Path("docs/usage.md").read_text(encoding="utf-8").replace("out/", "docs/modes/")
     for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
         if language == "python":
             subprocess.run([sys.executable, "-c", block], check=True, env=environment())

@@ -47,7 +47,7 @@ def add_lora(unet: UNet2DConditionModel, lora: Lora, *, dtype: torch.dtype) -> N
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'") from error
+        raise ValueError("lora needs the extra: pip install 'latent-shift-video[lora]'") from error
     shifting = [
         name
         for name, part in unet.named_modules()

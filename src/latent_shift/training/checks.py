@@ -45,7 +45,7 @@ def check_settings(config: Config, run: Path) -> None:
             "optim.optimizer=adamw8bit needs the extra: pip install 'latent-shift-video[finetune]'"
         )
     if config.lora and not find_spec("peft"):
-        raise ValueError("lora needs the extra: pip install 'latent-shift-video[finetune]'")
+        raise ValueError("lora needs the extra: pip install 'latent-shift-video[lora]'")
     if config.train.shard and world_size() == 1:
         raise ValueError("train.shard needs several processes: start the run with torchrun")
     if config.train.shard and resolve_precision(config.train.precision, device) == "fp16":

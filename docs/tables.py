@@ -50,7 +50,8 @@ class Results:
         if seeds is None:
             self.groups = find_seeds(names)
             for system, others in SEEDS.items():
-                if further := [name for name in others if name in names]:
+                further = [name for name in others if name in names]
+                if further and system in names:
                     self.groups[system] = [*further, *self.groups.get(system, ())]
         self.table = make_table(results, self.groups)
         columns = [*self.table.names, "real clips"]

@@ -217,7 +217,7 @@ def test_command_leads_from_media_to_evaluation(media, texts, tmp_path, monkeypa
     assert (first["protocol"]["clips"], first["system"]["num_inference_steps"]) == (2, 1)
     (energy,) = [record["value"] for record in first["records"] if record["measure"] == "motion_energy"]
     assert f"| motion_energy | {energy:.4g} (" in table
-    # Of both systems.
+    # Both systems share one line.
     assert (
         table.count("\nno clipsim: needs a folder of transformers' CLIPModel")
         == table.count("no clipsim")

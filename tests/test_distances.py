@@ -127,7 +127,7 @@ def test_kernel_estimate_is_unbiased_and_frechet_is_not():
     pairs = [rng.standard_normal((2, 12, 4)) for _ in range(300)]
     kernels = [statistics.kernel_estimate(a, b, resamples=2).value for a, b in pairs]
     assert abs(np.mean(kernels)) < 3 * np.std(kernels) / np.sqrt(300)
-    # Of two sets that are the same in distribution.
+    # The sets of each pair have the same distribution.
     assert min(statistics.frechet(a, b) for a, b in pairs) > 0.1
     frechet, kernel = (
         each(*pairs[0], resamples=10) for each in (statistics.frechet_estimate, statistics.kernel_estimate)
@@ -163,7 +163,7 @@ def test_kernel_estimate_never_pairs_clips_of_one_caption():
         other_cluster_ids=np.arange(12),
         max_clips=100,
     )
-    # A mean over units as they were drawn, not over all of each.
+    # The mean runs over the sampled clips, not over all of each cluster.
     whole = statistics.kernel_estimate(x, y, other_cluster_ids=np.arange(12))
     assert some.samples == 12 and some.low < whole.value < some.high
 

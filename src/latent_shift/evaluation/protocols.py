@@ -231,11 +231,11 @@ def _msrvtt(name: str, folder: Path, num: int | None) -> Protocol:
             for video, record in enumerate(records)
             if turn < len(record.texts)
         ]
-    used = captions[: _check_num(num, len(captions))]
+    subset = captions[: _check_num(num, len(captions))]
     return Protocol(
         name=name,
-        prompts=[text for _, text in used],
-        cluster_ids=[video for video, _ in used],
+        prompts=[text for _, text in subset],
+        cluster_ids=[video for video, _ in subset],
         # Papers count 59,794 captions of the test videos, files may hold others.
         full_num_clips=len(captions) if len(records) == 2_990 else 20 * 2_990,
         num_frames=16,

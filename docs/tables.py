@@ -1,14 +1,13 @@
 """Write the tables of results into the documentation from the JSON files of docs/results.
 
     python docs/tables.py                               # a test compares the pages with the files
-    python docs/tables.py --seeds shift=seed-1,seed-2   # systems that differ in the training seed alone
+    python docs/tables.py --seeds shift=seed-1,seed-2   # other systems that differ in the training seed alone
 
 A page holds each table between two markers, `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a
 function of this file. Labels come from the table of measures (latent_shift/evaluation/measures.py).
 """
 
 import argparse
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,17 +18,19 @@ from latent_shift.evaluation.records import Record
 from latent_shift.evaluation.sensitivity import trend
 from latent_shift.evaluation.statistics import Estimate
 from latent_shift.evaluation.tables import Cell, Spread, find_seeds, make_table, parse_seeds
-from latent_shift.files import markdown_table
+from latent_shift.files import markdown_table, read_json
 
 ROOT = Path(__file__).parent.parent
 Format = Callable[[float], str]
 Seeds = Mapping[str, Sequence[str]]
+SEEDS: Seeds = {"shift": ("seed-1", "seed-2")}
+"""Systems of recipes/compare that differ in the training seed alone and whose names do not say so."""
 
 
 def read_result(name: str) -> Any:
     """Read a file of docs/results or its archive."""
     (path,) = (ROOT / "docs" / "results").rglob(f"{name}.json")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 class Results:
@@ -37,18 +38,21 @@ class Results:
 
     Args:
         name: of the file.
-        seeds: systems that differ in the training seed alone. None: those that `find_seeds` recognises by name.
+        seeds: systems that differ in the training seed alone. None: `SEEDS`, and those that `find_seeds` recognises by
+            name.
     """
 
     def __init__(self, name: str, seeds: Seeds | None = None):
         results = read_result(name)
         names = [result["system"]["system"] for result in results]
         self.name = name
-        self.groups = (
-            find_seeds(names)
-            if seeds is None
-            else {system: seeds[system] for system in seeds if system in names}
-        )
+        self.groups = {system: seeds[system] for system in seeds or () if system in names}
+        if seeds is None:
+            self.groups = find_seeds(names)
+            for system, others in SEEDS.items():
+                further = [name for name in others if name in names]
+                if further and system in names:
+                    self.groups[system] = [*further, *self.groups.get(system, ())]
         self.table = make_table(results, self.groups)
         columns = [*self.table.names, "real clips"]
         self.cells: dict[str, dict[str, Cell]] = {column: {} for column in columns}
@@ -275,7 +279,7 @@ def measures() -> str:
     """Tabulate the measures: their names in results, which values are better, what they need, and their definitions."""
     better = {HIGHER: "higher", LOWER: "lower", REAL: "close to real clips", "": ""}
     rows = []
-    for measure in MEASURES.values():
+    for measure in (measure for measure in MEASURES.values() if measure.protocols):
         network = "" if measure.network in ("", "efficientnet") else f"`--weights {measure.network}=PATH`"
         needs = "extra `eval`" if measure.package or measure.network == "efficientnet" else network
         for name, (text, direction, definition) in measure.labels.items():
@@ -476,7 +480,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--seeds",
         nargs="*",
-        help="SYSTEM=OTHER,...: systems that differ in the training seed; default: by their names",
+        help="SYSTEM=OTHER,...: systems that differ in the training seed; default: seed-N of shift, and by their names",
     )
     arguments = parser.parse_args()
     for page in PAGES:

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import ctypes
 import json
+import platform
 
 import numpy as np
 import pytest
@@ -103,6 +105,37 @@ def test_run_alone_has_its_own_peak_memory():
     ballast = b"1" * 1_500_000_000
     assert run_alone(peak_memory_gib) < 1
     del ballast
+
+
+def test_run_alone_sets_the_allocator_of_training(monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    assert run_alone(_mapped_blocks) in (0, None)
+
+
+def _mapped_blocks() -> int | None:
+    """Return how many mappings of their own 64 MiB take; None without glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    names = [
+        "arena",
+        "ordblks",
+        "smblks",
+        "hblks",
+        "hblkhd",
+        "usmblks",
+        "fsmblks",
+        "uordblks",
+        "fordblks",
+        "keepcost",
+    ]
+    fields = [(name, ctypes.c_size_t) for name in names]
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = type("Info", (ctypes.Structure,), {"_fields_": fields})
+    before = libc.mallinfo2().hblks
+    block = torch.empty(2**26, dtype=torch.uint8)
+    mapped = libc.mallinfo2().hblks - before
+    del block
+    return mapped
 
 
 @pytest.mark.slow

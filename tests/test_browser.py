@@ -84,9 +84,8 @@ def in_step(page, length: float) -> int:
         clips = page.evaluate(SIGHT)
         seen = [k for k, clip in enumerate(clips) if clip["sight"]]
         apart = [abs(clips[k]["at"] - clips[seen[0]]["at"]) % length for k in seen]
-        together = (
-            max(min(each, length - each) for each in apart) <= 1 / 8
-        )  # a frame of eight a second, round the loop
+        # A frame of eight a second, round the loop.
+        together = max(min(each, length - each) for each in apart) <= 1 / 8
         since = (
             [*since, clips] if together and all(clip["paused"] is not clip["sight"] for clip in clips) else []
         )
@@ -109,9 +108,8 @@ def test_published_page_plays(published):
     assert published.problems == [] and all(url.startswith(("file:", "data:")) for url in published.asked)
     assert len(state(published)) > 50
     published.set_viewport_size({"width": 1400, "height": 1000})
-    published.evaluate(
-        "document.getElementById('clips').scrollIntoView()"
-    )  # what is above it has its height by the machine's fonts
+    # What is above it has its height by the machine's fonts.
+    published.evaluate("document.getElementById('clips').scrollIntoView()")
     columns = published.evaluate(
         "document.querySelector('table.clips tbody tr').querySelectorAll('video').length"
     )

@@ -217,11 +217,12 @@ def test_command_leads_from_media_to_evaluation(media, texts, tmp_path, monkeypa
     assert (first["protocol"]["clips"], first["system"]["num_inference_steps"]) == (2, 1)
     (energy,) = [record["value"] for record in first["records"] if record["measure"] == "motion_energy"]
     assert f"| motion_energy | {energy:.4g} (" in table
+    # Both systems share one line.
     assert (
         table.count("\nno clipsim: needs a folder of transformers' CLIPModel")
         == table.count("no clipsim")
         == 1
-    )  # of both systems
+    )
     for option, message in (
         ("i3d=gone.pt", "gone.pt: no such file"),
         ("i4d=x", "--weights i4d=x: expected i3d=PATH"),
@@ -231,8 +232,8 @@ def test_command_leads_from_media_to_evaluation(media, texts, tmp_path, monkeypa
             run("eval", "pixels", "-m", "a=runs/v/model", "--num", 2, "--steps", 1, "--weights", option)
     with pytest.raises(ValueError, match="--noise: protocol classes has no denoising measures"):
         run("eval", "pixels", "-m", "a=runs/v/model", "--protocol", "classes", "--num", 2, "--noise", 0, 0)
-    with pytest.raises(ValueError, match="--model: two systems have one folder"):
-        run("eval", "pixels", "-m", "a b=runs/v/model", "-m", "a-b=runs/v/model", "--num", 2)
+    with pytest.raises(ValueError, match="--model: two systems have one folder"):  # before data is read
+        run("eval", "absent", "-m", "a b=runs/v/model", "-m", "a-b=runs/v/model", "--num", 2)
     (tmp_path / "prompts.txt").write_text("# two prompts\na red square\nblue\n")
     run(
         "sheet",

@@ -57,9 +57,8 @@ def test_statistics_refuse_too_few_samples_and_wrong_input():
         statistics.kernel_estimate(rng.standard_normal((8, 8)), rng.standard_normal((8, 7)))
     with pytest.raises(ValueError, match="three samples"):
         statistics.kernel_estimate(rng.standard_normal((2, 8)), rng.standard_normal((8, 8)))
-    with pytest.raises(
-        statistics.MeasureUnavailable, match="12 clips of 20 features"
-    ):  # 96 frames are 12 samples
+    # 96 frames are 12 samples.
+    with pytest.raises(statistics.MeasureUnavailable, match="12 clips of 20 features"):
         statistics.frechet_estimate(rng.standard_normal((12, 8, 20)), rng.standard_normal((100, 8, 20)))
     with pytest.raises(statistics.MeasureUnavailable, match="5 clips of 5 classes"):
         statistics.inception_score(np.eye(5))
@@ -104,9 +103,8 @@ def test_kernel_estimate_never_pairs_frames_of_one_clip():
     assert found.value == pytest.approx(
         pairs(a, a, True) + pairs(b, b, True) - 2 * pairs(a, b, False), rel=1e-10
     )
-    alike = [
-        rng.standard_normal((2, 12, 1, 4)).repeat(8, axis=2) for _ in range(300)
-    ]  # clips whose frames stand still
+    # Clips whose frames stand still.
+    alike = [rng.standard_normal((2, 12, 1, 4)).repeat(8, axis=2) for _ in range(300)]
     alone, together = (
         [statistics.kernel_estimate(*pair.reshape(2, -1, rows, 4), resamples=2).value for pair in alike]
         for rows in (1, 8)
@@ -129,9 +127,8 @@ def test_kernel_estimate_is_unbiased_and_frechet_is_not():
     pairs = [rng.standard_normal((2, 12, 4)) for _ in range(300)]
     kernels = [statistics.kernel_estimate(a, b, resamples=2).value for a, b in pairs]
     assert abs(np.mean(kernels)) < 3 * np.std(kernels) / np.sqrt(300)
-    assert (
-        min(statistics.frechet(a, b) for a, b in pairs) > 0.1
-    )  # of two sets that are the same in distribution
+    # The sets of each pair have the same distribution.
+    assert min(statistics.frechet(a, b) for a, b in pairs) > 0.1
     frechet, kernel = (
         each(*pairs[0], resamples=10) for each in (statistics.frechet_estimate, statistics.kernel_estimate)
     )
@@ -166,9 +163,8 @@ def test_kernel_estimate_never_pairs_clips_of_one_caption():
         other_cluster_ids=np.arange(12),
         max_clips=100,
     )
-    whole = statistics.kernel_estimate(
-        x, y, other_cluster_ids=np.arange(12)
-    )  # a mean over units as they were drawn, not over all of each
+    # The mean runs over the sampled clips, not over all of each cluster.
+    whole = statistics.kernel_estimate(x, y, other_cluster_ids=np.arange(12))
     assert some.samples == 12 and some.low < whole.value < some.high
 
 

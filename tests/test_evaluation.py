@@ -66,9 +66,8 @@ def test_evaluate_measures_saved_clips(system, protocol, packed, tmp_path):
     clips = np.stack([saved(k) for k in range(3)])
     assert clips.shape == (3, 4, 32, 32, 3)
     again = np.concatenate([system.generate([prompt], [k]) for k, prompt in enumerate(protocol.prompts)])
-    assert (
-        np.abs(clips.astype(int) - again).max() <= 1
-    )  # each clip has its own seed in any batch; batches may round differently
+    # Each clip has its own seed in any batch; batches may round differently.
+    assert np.abs(clips.astype(int) - again).max() <= 1
     real = np.stack([protocol.real(k) for k in range(3)])
     assert all(
         any(np.array_equal(clip, Store(packed).window(index, 0, 4)) for index in range(3)) for clip in real
@@ -95,9 +94,8 @@ def test_evaluate_measures_saved_clips(system, protocol, packed, tmp_path):
     assert numbers["retrieval_top1"] == np.mean(ranks == 1) and numbers["retrieval_median_rank"] == np.median(
         ranks
     )
-    assert (
-        0 <= numbers["retrieval_top1"] <= 1 and "retrieval_top5" not in numbers
-    )  # three clips are all among the first five
+    # Three clips are all among the first five.
+    assert 0 <= numbers["retrieval_top1"] <= 1 and "retrieval_top5" not in numbers
     pairs = enumerate(zip(real, protocol.prompts, strict=True))
     denoised = [
         denoising.denoising(system.pipe, clip, prompt, noise=(0, 0), number=k) for k, (clip, prompt) in pairs
@@ -231,9 +229,8 @@ def test_cached_rows_reuse_finished_parts(system, protocol, clip_folder, tmp_pat
     for path in paths:
         path.unlink()
         path.with_suffix(".parts").mkdir()
-        np.save(
-            path.with_suffix(".parts") / "000000.npy", before[path] + 1
-        )  # a part on disk is not computed again
+        # A part on disk is not computed again.
+        np.save(path.with_suffix(".parts") / "000000.npy", before[path] + 1)
     evaluate(system, protocol, tmp_path, weights=weights)
     assert all(np.array_equal(np.load(path), before[path] + 1) for path in paths) and not list(
         tmp_path.rglob("*.parts")
@@ -256,6 +253,27 @@ def test_cached_rows_compute_parts_of_256_clips(system, protocol, tmp_path):
         comparison.cached_rows("squares", take, 600), [[k, k * k] for k in range(600)]
     )
     assert asked == [range(256), range(256, 512), range(256, 512), range(512, 600)]
+
+
+def test_clip_scores_of_another_set_have_a_cache_of_their_own(system, protocol, tmp_path, monkeypatch):
+    """Evaluations by version 0.1.0 have the six scores in temporal-6.npy."""
+    comparison = Comparison(system, protocol, protocol.real, tmp_path, tmp_path / "tiny", Weights())
+    before = measures.clip_scores(comparison, "flicker")
+    assert [path.name for path in tmp_path.rglob("*.npy")] == ["temporal-6.npy"]
+    scores = {name: measure for name, measure in MEASURES.items() if measure.score}
+    renamed = {{"coherence": "brightness"}.get(name, name): measure for name, measure in scores.items()}
+    renamed["brightness"] = replace(scores["coherence"], name="brightness", score=np.mean)
+    monkeypatch.setattr(measures, "MEASURES", renamed)
+    np.testing.assert_array_equal(measures.clip_scores(comparison, "flicker"), before)
+    means = [protocol.real(k).mean() for k in range(len(protocol.prompts))]
+    np.testing.assert_allclose(measures.clip_scores(comparison, "brightness"), means)
+    assert len([*tmp_path.rglob("temporal-6-????????.npy")]) == 1
+
+
+def test_measure_check_names_the_missing_package(monkeypatch):
+    monkeypatch.setattr(measures, "find_spec", lambda name: None)
+    with pytest.raises(statistics.MeasureUnavailable, match=r"needs OpenCV \(optical flow\): pip install"):
+        MEASURES["warping_error"].check(4)
 
 
 def test_evaluate_counts_clips_of_one_caption_as_one_sample(system, packed, tmp_path):
@@ -355,9 +373,8 @@ def test_add_paired_differences_compares_the_same_clips(system, protocol, video_
         more["flicker"]["low"] <= more["flicker"]["value"] <= more["flicker"]["high"]
         and more["flicker"]["than"] == "tiny"
     )
-    assert (
-        more["denoising_error"]["value"] == more["motion_seen_at_625"]["high"] == 0
-    )  # guidance does not affect it
+    # Guidance does not affect it.
+    assert more["denoising_error"]["value"] == more["motion_seen_at_625"]["high"] == 0
     assert (
         "retrieval_median_rank" in more
         and not {"flicker_real", "kd-efficientnet-lite0", "reconstruction_psnr_db"} & more.keys()
@@ -391,11 +408,11 @@ def test_evaluate_refuses_other_settings_protocols_and_clips(system, protocol, p
     result = evaluate(system, protocol, tmp_path)
     with pytest.raises(ValueError, match="holds an evaluation with another guidance_scale"):
         evaluate(replace(system, settings={**system.settings, "guidance_scale": 2.0}), protocol, tmp_path)
+    assert evaluate(replace(system, title="another"), protocol, tmp_path)["records"] == result["records"]
     shutil.copytree(tmp_path, older := tmp_path.with_name("older"))
     (older / "protocol.json").write_text(json.dumps({**protocol.metadata, "latent_shift": "0.0.1"}))
-    with pytest.raises(
-        ValueError, match="holds an evaluation with another latent_shift"
-    ):  # its measures may differ
+    # Its measures may differ.
+    with pytest.raises(ValueError, match="holds an evaluation with another latent_shift"):
         evaluate(system, protocol, older)
     fewer = protocols.open_protocol("own", packed, num=2, num_frames=4)
     with pytest.raises(ValueError, match="holds an evaluation with another clips, "):
@@ -416,9 +433,8 @@ def test_evaluate_refuses_other_settings_protocols_and_clips(system, protocol, p
         ValueError, match="results of denoising_error with different noise cannot be compared"
     ):
         markdown([result, evaluate(replace(system, name="b"), protocol, tmp_path, noise=(0.5, 0.5))])
-    with pytest.raises(
-        ValueError, match="a system cannot be called real"
-    ):  # the folder of the real clips' features
+    # The folder of the real clips' features.
+    with pytest.raises(ValueError, match="a system cannot be called real"):
         evaluate(replace(system, name="real"), protocol, tmp_path)
 
 
@@ -466,9 +482,8 @@ def test_open_protocol_msrvtt_follows_the_papers(tmp_path):
     assert len(every.prompts) > len(one.prompts) == one.num_real
     assert set(one.prompts) < set(every.prompts)
     videos = one.num_real
-    assert (
-        every.cluster_ids[: 2 * videos] == [*range(videos)] * 2
-    )  # in turns, so that the first clips cover all videos
+    # In turns, so that the first clips cover all videos.
+    assert every.cluster_ids[: 2 * videos] == [*range(videos)] * 2
     assert one.cluster_ids == [*range(videos)]
     assert one.metadata["complete"] is every.metadata["complete"] is False  # the protocol has 2,990 videos
     with pytest.raises(ValueError, match="expected UCF-101 with videos of split train"):
@@ -477,7 +492,8 @@ def test_open_protocol_msrvtt_follows_the_papers(tmp_path):
 
 def test_open_protocol_of_captions_takes_one_clip_of_each_concept(tmp_path, packed):
     task = protocols.open_protocol("own", packed, num=2, num_frames=4)
-    assert {"fvd", "kvd", "fid", "kid", "is-frames", "clipsim"} < set(task.measures) == set(MEASURES) - {"is"}
+    others = {"is", "fd-efficientnet-lite0-motion"}  # of UCF-101, and of `bench measures` alone
+    assert {"fvd", "kvd", "fid", "kid", "is-frames", "clipsim"} < set(task.measures) == set(MEASURES) - others
     assert task.measures == measures.names_for("emoji")
     for name in ("own", "classes"):
         assert protocols.open_protocol(name, packed, num=2, num_frames=4).metadata["complete"] is False
@@ -518,9 +534,8 @@ def test_evaluate_computes_published_measures_of_public_sets(system, scripts, cl
     assert record["low"] < record["value"] < record["high"] and record["samples"] == 102
     assert result["skipped"]["fvd"].startswith("3 samples of 400 features: the Frechet distance needs more")
     assert "kvd" in numbers and "VideoMAE" in result["skipped"]["fvd-videomae"]
-    assert (
-        result["skipped"]["flicker"] == "the real clips have 25 frames a second, these 8"
-    )  # motion cannot be compared
+    # Motion cannot be compared.
+    assert result["skipped"]["flicker"] == "the real clips have 25 frames a second, these 8"
     with pytest.raises(ValueError, match="clip: no measure here uses it; expected i3d, c3d, videomae"):
         measures.check_weights(weights, protocols.open_protocol("ucf101", tmp_path / "u").measures)
     prompts = protocols.open_protocol("msrvtt-lavie", make_msrvtt(tmp_path / "m", split="test")).prompts

@@ -142,9 +142,8 @@ def videomae_config() -> VideoMAEConfig:
     )  # fmt: skip
 
 
-IMAGENET = dict(
-    image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
-)  # as the cards of the published weights have it
+# As the cards of the published weights have it.
+IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 
 
 def videomae_folder(folder):

@@ -58,9 +58,8 @@ def test_retrieval_ranks_equal_those_of_a_sort():
 
 
 def test_loop_gap_is_one_for_closed_loops():
-    turning = np.stack(
-        [np.roll(moving_square(0)[0], 8 * k, axis=1) for k in range(4)]
-    )  # once round in four frames
+    # Once round in four frames.
+    turning = np.stack([np.roll(moving_square(0)[0], 8 * k, axis=1) for k in range(4)])
     assert clip_metrics.loop_gap(turning) == pytest.approx(1, abs=1e-3)
     assert clip_metrics.loop_gap(moving_square(1)) == pytest.approx(5, rel=1e-2)
     assert clip_metrics.loop_gap(np.zeros((6, 2, 2, 3), np.uint8)) == 1

@@ -64,7 +64,7 @@ def test_report_shows_every_result(evals, packed, video_model, tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps(SWEEP))
     (tmp_path / "training.json").write_text(json.dumps(runs([video_model.parent])))
     path = report(
-        tmp_path / "page", evals / "compare", shown=["b", "a <shift>"], ablations=[evals / "compare"], training=tmp_path / "training.json",
+        tmp_path / "page", evals / "compare", show=["b", "a <shift>"], ablations=[evals / "compare"], training=tmp_path / "training.json",
         classes=evals / "classes", sweeps=[tmp_path / "sweep.json"] * 2, rows=2,
     )  # fmt: skip
     text = path.read_text()
@@ -150,7 +150,7 @@ def test_report_merges_training_seeds(evals, tmp_path):
         for record in result["records"]:
             record["value"] = record["value"] + 100 if record["measure"] == "flicker" else record["value"]
         path.write_text(json.dumps(result))
-    options = {"shown": ["b", "a <shift>", "a-seed-1", "seed-2"], "rows": 1}
+    options = {"show": ["b", "a <shift>", "a-seed-1", "seed-2"], "rows": 1}
     text = report(
         tmp_path / "one", tmp_path / "compare", seeds={"b": ["seed-2"], "a <shift>": ["a-seed-1"]}, **options
     ).read_text()
@@ -160,10 +160,11 @@ def test_report_merges_training_seeds(evals, tmp_path):
     flicker = values_of(evals, "b")["flicker"]
     assert f"{flicker + 50:.4g} <small>({flicker:.4g} to {flicker + 100:.4g})</small>" in table
     by_name = report(tmp_path / "two", tmp_path / "compare", **options).read_text()
-    assert re.findall(r'<th scope="col">([^<]*)<small>', by_name[by_name.index('id="numbers"') :])[:3] == [
+    assert re.findall(r'<th scope="col">([^<]*)<small>', by_name[by_name.index('id="numbers"') :])[:4] == [
         "b",
         "a &lt;shift&gt;",
         "a-seed-1",
+        "seed-2",
     ]
     with pytest.raises(
         ValueError, match="--seeds: no results of c; expected some of a <shift>, a-seed-1, b, seed-2"
@@ -223,7 +224,7 @@ def test_report_separates_clips_of_two_evaluations(evals, tmp_path):
     path = report(
         tmp_path / "page",
         tmp_path / "one" / "same",
-        shown=["a <shift>"],
+        show=["a <shift>"],
         classes=tmp_path / "two" / "same",
         rows=2,
     )
@@ -268,6 +269,17 @@ def test_report_command_and_errors(evals, tmp_path):
         report(tmp_path / "page", tmp_path)
     assert "shift&gt;" not in run_and_read(tmp_path, evals, "--show", "b")
     with pytest.raises(ValueError, match="has no c; expected a <shift>, b"):
-        report(tmp_path / "page", evals / "compare", shown=["b", "c"])
+        report(tmp_path / "page", evals / "compare", show=["b", "c"])
     with pytest.raises(ValueError, match="has 2 clips a system, 3 rows asked for"):
         report(tmp_path / "page", evals / "compare", rows=3)
+
+
+def test_report_refuses_a_missing_clip_of_a_system(evals, tmp_path):
+    """Real clips may be missing: protocols of public sets save none."""
+    shutil.copytree(evals / "compare", tmp_path / "compare")
+    shutil.rmtree(tmp_path / "compare" / "real")
+    page = Page(report(tmp_path / "page", tmp_path / "compare", rows=2).read_text())
+    assert len(page.all("video")) == 2 * 2
+    (tmp_path / "compare" / "b" / "clips" / "000001.png").unlink()
+    with pytest.raises(ValueError, match=r"000001\.png: no such clip; expected all that b was measured on"):
+        report(tmp_path / "page", tmp_path / "compare", rows=2)

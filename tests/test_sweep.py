@@ -35,9 +35,10 @@ def test_sweep_times_every_network_for_every_load(small, monkeypatch):
         "at most 32 frames",
     )
     at = {(each["name"], each["line"], each["frames"]): each for each in points if "cannot" not in each}
+    # One load, timed once.
     assert all(
         at[name, "frames", 16] == at[name, "side", 16] | {"line": "frames"} for name in networks.NETWORKS
-    )  # one load, timed once
+    )
     ours, image = (at[name, "frames", 33] for name in ("Latent-Shift", "frame by frame"))
     assert ours["parameters"] == image["parameters"]
     # The shift adds no multiplications; one text a clip instead of one a frame saves some.
@@ -62,9 +63,8 @@ def test_work_counts_every_operation():
     assert work.seconds == pytest.approx((max(work.flops, moved) + 2 * 4 * 8 * 4) / 1e9)
     q = torch.ones(2, 3, 10, 8)
     with Work({"flops_per_s": 1e9, "bytes_per_s": 1e9}) as work, torch.no_grad():
-        torch.nn.functional.scaled_dot_product_attention(
-            q, q, q
-        )  # PyTorch's own counter sees none of it on a CPU
+        # PyTorch's own counter sees none of it on a CPU.
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert work.flops == 4 * 2 * 3 * 10 * 10 * 8
     with Work({"flops_per_s": 1e9, "bytes_per_s": 1e9}) as work:
         temporal_shift(x, 2)
@@ -147,9 +147,10 @@ def test_bench_sweep_writes_json_tables_and_plots(small, video_model, monkeypatc
         "sweep-share-of-the-roofline.svg", "sweep-time-of-one-step-by-size.svg", "sweep-time-of-one-step.svg",
     ]  # fmt: skip
     again = plots.save(result, tmp_path / "again")
+    # Ids are deterministic.
     assert [path.read_text() for path in again] == [
         (tmp_path / "plots" / path.name).read_text() for path in again
-    ]  # ids are deterministic
+    ]
     assert (
         "Relative to Latent-Shift</text>"
         in (tmp_path / "plots" / "sweep-relative-to-latent-shift.svg").read_text()

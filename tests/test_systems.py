@@ -180,9 +180,8 @@ def test_evaluate_measures_every_peer_at_the_protocols_rate(kind, texts, packed,
     )
     system = systems.open_system(str(tmp_path / "peer"), name="peer", device="cpu", **options)
     result = evaluate.evaluate(system, task, tmp_path / "evals")
-    asked = {"CogVideoXPipeline": 17, "WanPipeline": 33, "LTXPipeline": 49}.get(
-        kind, 16
-    )  # at 8, 16, 24 fps with 4, 4, 8 frames a latent
+    # At 8, 16, 24 fps with 4, 4, 8 frames a latent.
+    asked = {"CogVideoXPipeline": 17, "WanPipeline": 33, "LTXPipeline": 49}.get(kind, 16)
     assert (system.fps, system.settings["num_frames"]) == (8, asked)
     clip = evaluate.SavedClips(tmp_path / "evals" / "peer" / "clips", 16)(0)
     assert clip.shape == (16, 32, 64, 3)  # as generated; its centre is measured

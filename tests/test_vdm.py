@@ -1,5 +1,7 @@
 """The pixel-space baseline: pixels stay pixels, and the whole path from videos to clips goes through them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -58,8 +60,10 @@ def test_vdm_trains_and_generates_in_pixels(in_pixels, tmp_path):
     config = tiny_config("video", in_pixels / "stored", steps=2, model={"size": "pixels", "temporal": "vdm"})
     run = train(config, tmp_path / "run")
     system = systems.open_system(str(run), num_inference_steps=2, device="cpu")
-    assert system.title.startswith("Video Diffusion Models")
     pipe = system.pipe
+    assert system.title == "Video Diffusion Models (Ho et al. 2022), in pixels"
+    on_latents = SimpleNamespace(unet=pipe.unet, vae=None)
+    assert systems._title(on_latents) == "Latent-VDM, the paper's baseline without convolution in time"
     assert isinstance(pipe.vae, PixelSpace) and isinstance(pipe.unet, VDMUNet)
     assert system.generate(["red", "blue"], [0, 1]).shape == (2, 4, 32, 32, 3)
     pipe.save_pretrained(tmp_path / "again")

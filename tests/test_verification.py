@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from test_check import clouds
 from test_cli import run
 from test_extractors import videomae_folder
@@ -13,8 +14,8 @@ from latent_shift import video
 from latent_shift.cli import main
 from latent_shift.data.pack import pack
 from latent_shift.evaluation import sensitivity
-from latent_shift.evaluation.features import Weights
-from latent_shift.evaluation.measures import MEASURES, open_distances
+from latent_shift.evaluation.features import Extractor, Weights
+from latent_shift.evaluation.measures import DISTANCES, MEASURES, open_distances
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,19 @@ def test_sensitivity_rises_where_measures_respond(clips):
     assert says["freeze"]["motion_energy"] == "falls"
     assert found["freeze"]["motion_energy"][-1] == 0
     assert says["noise"]["warping_error"] == "rises"
+
+
+def test_sensitivity_covers_the_frechet_distance_of_motion(clips, monkeypatch):
+    """It needs more clips than features, and none of the singular values of an interval."""
+    rng = np.random.default_rng(0)
+    narrow = Extractor("narrow", "", "", "clip", lambda x: torch.from_numpy(rng.standard_normal((len(x), 2))))
+    (row,) = [MEASURES[name] for name in DISTANCES if name == "fd-efficientnet-lite0-motion"]
+    assert row.protocols == () and row.options == {"motion": True}
+    calls, svd = [], np.linalg.svd
+    monkeypatch.setattr(np.linalg, "svd", lambda *args, **options: calls.append(1) or svd(*args, **options))
+    result = sensitivity.sensitivity(clips, [(row, narrow)], strengths=(1.0,))
+    assert all(len(measures["fd-efficientnet-lite0-motion"]) == 2 for measures in result.values())
+    assert len(calls) == 1 + len(sensitivity.DEGRADATIONS)
 
 
 def test_trend_names_direction():

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,6 +71,11 @@ def write_json(value: object, path: str | Path) -> None:
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a UTF-8 JSON file, whatever the encoding of the locale."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def sha256(path: str | Path) -> str:

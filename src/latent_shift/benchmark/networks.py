@@ -97,9 +97,8 @@ def timed_networks(
         call = _caller(
             name, network, torch.compile(network) if compiled else network, size, text_length, device, dtype
         )
-        max_frames = (
-            32 if isinstance(network, UNetMotionModel) else None
-        )  # the length of its positional embedding
+        # The length of its positional embedding.
+        max_frames = 32 if isinstance(network, UNetMotionModel) else None
         networks[name] = TimedNetwork(network, call, max_frames)
     return networks
 

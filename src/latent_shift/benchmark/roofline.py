@@ -13,11 +13,8 @@ from torch.utils._pytree import tree_leaves
 from latent_shift.benchmark.hardware import matrix_rate
 from latent_shift.training import memory
 
-_OVERWRITES = {
-    torch.ops.aten.copy_,
-    torch.ops.aten.fill_,
-    torch.ops.aten.zero_,
-}  # these do not read their first argument
+# These do not read their first argument.
+_OVERWRITES = {torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_}
 
 
 class Work(TorchDispatchMode):
@@ -38,9 +35,8 @@ class Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if func.is_view or func.name().startswith(
-            ("aten::empty", "aten::_unsafe_view")
-        ):  # these move nothing
+        # Views and uninitialized tensors move nothing.
+        if func.is_view or func.name().startswith(("aten::empty", "aten::_unsafe_view")):
             return output
         count = memory.FLOPS.get(func._overloadpacket)
         flops = count(*args, **(kwargs or {}), out_val=output) if count else 0

@@ -51,7 +51,7 @@ def encoding(
             writer.add(Record(f"{number}.mp4", ("noise",), "noise"), frames)
         writer.close(dtype="uint8", fps=8, size=size, source="noise")
         for num in workers:
-            finished: list[float] = []
+            shard_times: list[float] = []
             start = time.perf_counter()
             encode(
                 folder / "pixels",
@@ -60,16 +60,16 @@ def encoding(
                 texts=loading.folder(model),
                 workers=num,
                 ray=ray,
-                progress=lambda *_: finished.append(time.perf_counter()),  # noqa: B023
+                progress=lambda *_: shard_times.append(time.perf_counter()),  # noqa: B023
             )
             half = shards // 2
-            rate = (shards - half) * frames_a_shard / (finished[-1] - finished[half - 1])
+            rate = (shards - half) * frames_a_shard / (shard_times[-1] - shard_times[half - 1])
             rows.append(
                 {
                     "workers": num,
                     "frames_per_s": rate,
-                    "seconds_before_the_first": finished[0] - start,
-                    "seconds": finished[-1] - start,
+                    "seconds_before_the_first": shard_times[0] - start,
+                    "seconds": shard_times[-1] - start,
                 }
             )
     for row in rows:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latent_shift.runtime import quiet_libraries
+from latent_shift.runtime import keep_freed_memory, quiet_libraries
 
 
 def time_in_rounds(
@@ -56,10 +56,15 @@ def time_in_rounds(
 
 def run_alone(call: Callable[..., Any], *args: Any) -> Any:
     """Return the result of `call` in a fresh process, whose peak memory is its own."""
-    with ProcessPoolExecutor(
-        1, mp_context=multiprocessing.get_context("spawn"), initializer=quiet_libraries
-    ) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_child) as pool:
         return pool.submit(call, *args).result()
+
+
+def _prepare_child() -> None:
+    """Set the allocator as in the process that started this one, and silence the libraries."""
+    keep_freed_memory()
+    quiet_libraries()
 
 
 def command_seconds(model: str = "emoji", *, rounds: int = 3, device: str = "cpu") -> dict[str, float]:

@@ -48,7 +48,7 @@ def runs(folders: list[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         if not (folder / "model").exists():
             raise ValueError(f"{folder}: holds no model; expected the folder of a completed run")
-        stats = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+        stats = [json.loads(line) for line in (folder / "stats.jsonl").read_text("utf-8").splitlines()]
         weights = sorted((folder / "model").rglob("unet/*.safetensors")) or sorted(
             (folder / "model").glob("*.safetensors")
         )
@@ -166,11 +166,12 @@ def _write_still_recipe(folder: Path, size: str, model: str, num_frames: int, ba
         folder / "pixels", folder / "latents", autoencoder=loading.folder(model), texts=loading.folder(model)
     )
     recipe = folder / "recipe.toml"
-    recipe.write_text(f"""stage = "video"
+    text = f"""stage = "video"
         data = {{path = "{folder / "latents"}", num_frames = {num_frames}, batch_size = {batch_size}}}
         model = {{size = "{size}"}}
         optim = {{steps = 3, lr = 1e-4, warmup_steps = 0}}
-        train = {{log_every = 1}}""")
+        train = {{log_every = 1}}"""
+    recipe.write_text(text, encoding="utf-8")
     return recipe
 
 

@@ -43,10 +43,10 @@ def shift(
 ) -> None:
     if command := context.invoked_subcommand:
         sources = {name: context.get_parameter_source(name) for name in context.params}
-        misplaced = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-        if misplaced:
+        options = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+        if options:
             raise ValueError(
-                f"bench {command}: its options come after it, not before it: --{', --'.join(misplaced)}"
+                f"bench {command}: its options come after it, not before it: --{', --'.join(options)}"
             )
         return
     _prepare_process()

@@ -3,6 +3,8 @@ sheet."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,94 +17,84 @@ from latent_shift.runtime import quiet_libraries, skip_packages
 if TYPE_CHECKING:
     import torch
 
-    from latent_shift.evaluation.measures import Weights
+    from latent_shift.evaluation.features import Weights
     from latent_shift.evaluation.protocols import Protocol
+    from latent_shift.evaluation.systems import System
+
+
+Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps")]
+Guidance = Annotated[float | None, typer.Option(help="guidance scale")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
+
+_DATA = "the real clips of the protocol: a packed data set, a folder of UCF-101 or MSR-VTT"
+_MODEL = "[NAME=]MODEL: a name, a folder or file of ours, of AnimateDiff, ModelScope, ...; may be repeated"
+_NUM = "number of clips, the protocol's first; default: all (own: at most 100)"
+_NUM_FRAMES = "own, classes: frames of a clip; default: the first model's"
+_SPLIT = "own: split of the captions; may be repeated; default: train"
+_SIZE = "height and width in pixels of generated clips; default: each system's"
+_DTYPE = "float32, float16 or bfloat16; default: on a GPU what each was published in"
+_WEIGHTS = "KIND=PATH of a network to measure with: i3d, c3d, inception, videomae or clip; may be repeated"
+_COMPILE = "compile the networks: minutes at first, then faster clips"
+_NOISE = (
+    "shared noise and noise correlation of the denoising measures; default: those of the first model of ours"
+)
+_OUT = "folder of clips and features; an interrupted evaluation continues; default: evals/ and the protocol"
+_OUTPUT = "also write the records to this .json"
+_SEEDS = (
+    "SYSTEM=OTHER,...: systems that differ from SYSTEM in the training seed alone share its column; may be repeated; "
+    "default: by their names SYSTEM-seed-N"
+)
 
 
 def evaluate(
-    data: Annotated[
-        Path,
-        typer.Argument(
-            help="the real clips of the protocol: a packed data set, a folder of UCF-101 or MSR-VTT"
-        ),
-    ],
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="[NAME=]MODEL: a name, a folder or file of ours, of AnimateDiff, ModelScope, ...; may be repeated",
-        ),
-    ] = None,
+    data: Annotated[Path, typer.Argument(help=_DATA)],
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help=_MODEL)] = None,
     protocol: Annotated[
         str, typer.Option(help="own, emoji, classes, ucf101, msrvtt-mav or msrvtt-lavie")
     ] = "own",
-    num: Annotated[
-        int | None,
-        typer.Option(min=1, help="number of clips, the protocol's first; default: all (own: at most 100)"),
-    ] = None,
-    num_frames: Annotated[
-        int | None, typer.Option(min=2, help="own, classes: frames of a clip; default: the first model's")
-    ] = None,
-    split: Annotated[
-        list[str] | None, typer.Option(help="own: split of the captions; may be repeated; default: train")
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(min=8, help="height and width in pixels of generated clips; default: each system's"),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16; default: on a GPU what each was published in"),
-    ] = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="KIND=PATH of a network to measure with: i3d, c3d, inception, videomae or clip; may be repeated"
-        ),
-    ] = None,
+    num: Annotated[int | None, typer.Option(min=1, help=_NUM)] = None,
+    num_frames: Annotated[int | None, typer.Option(min=2, help=_NUM_FRAMES)] = None,
+    split: Annotated[list[str] | None, typer.Option(help=_SPLIT)] = None,
+    size: Annotated[int | None, typer.Option(min=8, help=_SIZE)] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    dtype: Annotated[str | None, typer.Option(help=_DTYPE)] = None,
+    weights: Annotated[list[str] | None, typer.Option(help=_WEIGHTS)] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="clips in a batch")] = 5,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="compile the networks: minutes at first, then faster clips")
-    ] = False,
-    noise: Annotated[
-        tuple[float, float] | None,
-        typer.Option(
-            help="shared noise and noise correlation of the denoising measures; default: those of the first model of ours"
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="folder of clips and features; an interrupted evaluation continues; default: evals/ and the protocol"
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="also write the records to this .json")
-    ] = None,
+    device: Device = None,
+    compile: Annotated[bool, typer.Option("--compile", help=_COMPILE)] = False,
+    noise: Annotated[tuple[float, float] | None, typer.Option(help=_NOISE)] = None,
+    out: Annotated[Path | None, typer.Option(help=_OUT)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help=_OUTPUT)] = None,
 ) -> None:
     """Measure systems against real clips, each number with its protocol, its weights and its interval."""
-    models, torch_dtype = _parse_models(model or ["emoji"]), _parse_dtype(dtype)
+    torch_dtype = _parse_dtype(dtype)
     quiet_libraries()
     from latent_shift import runtime
     from latent_shift.evaluation import protocols, systems, tables
     from latent_shift.evaluation.features import Weights
 
+    models = _parse_models(model or ["emoji"])
     if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.default_num_frames(models[0][1])
-    task = protocols.open_protocol(
-        protocol, data, num=num, num_frames=num_frames, splits=tuple(split) if split else None
-    )
+    splits = tuple(split) if split else None
+    task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=splits)
     networks = Weights.parse(weights or [], device=str(runtime.resolve_device(device)))
-    settings = dict(
-        height=size, width=size, num_inference_steps=steps, guidance_scale=guidance, device=device, dtype=torch_dtype, compile=compile,
-    )  # fmt: skip
+    open_system = functools.partial(
+        systems.open_system,
+        num_frames=task.num_frames,
+        fps=task.required_fps,
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        device=device,
+        dtype=torch_dtype,
+        compile=compile,
+    )
     folder = out or Path("evals") / protocol
     results = _evaluate_systems(
-        models, task, folder, networks=networks, noise=noise, batch_size=batch_size, settings=settings
+        models, open_system, task, folder, networks=networks, noise=noise, batch_size=batch_size
     )
     if runtime.rank() > 0:
         return
@@ -123,31 +115,43 @@ def _parse_dtype(name: str | None) -> torch.dtype | None:
 
 
 def _parse_models(values: list[str]) -> list[tuple[str, str]]:
-    """Return names and models of `--model [NAME=]MODEL`; an existing path may contain the sign itself."""
+    """Return names and models of `--model [NAME=]MODEL`; an existing path may contain the sign itself.
+
+    Raises:
+        ValueError: two systems whose names give one folder.
+    """
+    from latent_shift.evaluation.evaluate import folder_name
+
     models = []
     for value in values:
         name, separator, path = value.partition("=")
         models.append((value, value) if Path(value).exists() or not separator else (name or path, path))
+    if len({folder_name(name) for name, _ in models}) < len(models):
+        names = ", ".join(name for name, _ in models)
+        raise ValueError(
+            f"--model: two systems have one folder: expected NAME=MODEL with different names, got {names}"
+        )
     return models
 
 
 def _evaluate_systems(
-    models: list[tuple[str, str]], task: Protocol, folder: Path, *, networks: Weights, noise: tuple[float, float] | None, batch_size: int,
-    settings: dict,
-) -> list[dict]:  # fmt: skip
+    models: list[tuple[str, str]],
+    open_system: Callable[..., System],
+    task: Protocol,
+    folder: Path,
+    *,
+    networks: Weights,
+    noise: tuple[float, float] | None,
+    batch_size: int,
+) -> list[dict]:
     """Measure one system after the other and compare them; all processes generate, the first one measures."""
     import gc
 
     import torch
 
     from latent_shift import runtime
-    from latent_shift.evaluation import evaluate, measures, systems
+    from latent_shift.evaluation import evaluate, measures
 
-    if len({evaluate.folder_name(name) for name, _ in models}) < len(models):
-        names = ", ".join(name for name, _ in models)
-        raise ValueError(
-            f"--model: two systems have one folder: expected NAME=MODEL with different names, got {names}"
-        )
     if noise is not None and "denoising" not in task.measures:
         raise ValueError(f"--noise: protocol {task.name} has no denoising measures; expected own or emoji")
     is_main = runtime.rank() == 0
@@ -155,23 +159,14 @@ def _evaluate_systems(
         measures.check_weights(networks, task.measures)
     results = []
     for name, path in models:
-        system = systems.open_system(
-            path, name=name, num_frames=task.num_frames, fps=task.required_fps, **settings
-        )
+        system = open_system(path, name=name)
         if noise is None and "shared_noise" in system.settings:
             noise = (system.settings["shared_noise"], system.settings["noise_correlation"])
         with Progress(f"{system.name}: clips") as progress:
-            results.append(
-                evaluate.evaluate(
-                    system,
-                    task,
-                    folder,
-                    weights=networks,
-                    noise=noise,
-                    batch_size=batch_size,
-                    progress=progress,
-                )
+            result = evaluate.evaluate(
+                system, task, folder, weights=networks, noise=noise, batch_size=batch_size, progress=progress
             )
+        results.append(result)
         del system  # a GPU may not hold two of them
         gc.collect()
         torch.cuda.empty_cache()
@@ -180,7 +175,7 @@ def _evaluate_systems(
 
 def report(
     out: Annotated[Path, typer.Argument(help="folder of the page")],
-    compared: Annotated[
+    evaluation: Annotated[
         Path, typer.Argument(help="folder of an evaluation (`eval --out`), its systems in columns")
     ],
     show: Annotated[
@@ -196,13 +191,7 @@ def report(
     sweep: Annotated[
         list[Path] | None, typer.Option(help="a .json of `bench sweep -o`, as plots; may be repeated")
     ] = None,
-    seeds: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="SYSTEM=OTHER,...: systems that differ from SYSTEM in the training seed alone share its column; may be repeated; "
-            "default: by their names SYSTEM-seed-N"
-        ),
-    ] = None,
+    seeds: Annotated[list[str] | None, typer.Option(help=_SEEDS)] = None,
     rows: Annotated[int, typer.Option(min=1, help="prompts shown")] = 8,
     title: Annotated[str, typer.Option(help="title of the page")] = "Latent-Shift beside others",
     note: Annotated[
@@ -214,9 +203,20 @@ def report(
     from latent_shift.evaluation.tables import parse_seeds
     from latent_shift.report import page
 
-    groups = parse_seeds(seeds) if seeds else None
-    options = dict(training=training, classes=classes, sweeps=sweep or [], rows=rows, title=title, note=note)
-    print(page.report(out, compared, shown=show or [], ablations=ablation or [], seeds=groups, **options))  # type: ignore[arg-type]
+    path = page.report(
+        out,
+        evaluation,
+        show=show or [],
+        ablations=ablation or [],
+        training=training,
+        classes=classes,
+        sweeps=sweep or [],
+        seeds=parse_seeds(seeds) if seeds else None,
+        rows=rows,
+        title=title,
+        note=note,
+    )
+    print(path)
 
 
 def sheet(
@@ -237,11 +237,11 @@ def sheet(
     columns: Annotated[
         int, typer.Option(min=1, help="frames of each clip in a .png, clips per row otherwise")
     ] = 8,
-    steps: Annotated[int | None, typer.Option(min=1, help="sampling steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    device: Device = None,
 ) -> None:
-    """Generate a contact sheet: a clip for each prompt of a list, with one seed, none selected."""
+    """Generate a contact sheet: a clip for each prompt of a list, with one seed, without selection."""
     from latent_shift import video
     from latent_shift.pipelines import catalog
 

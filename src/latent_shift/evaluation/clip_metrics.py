@@ -29,9 +29,8 @@ def coherence(clip: np.ndarray) -> float:
     flat = flat - flat.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(flat, axis=1)
     products = (flat[1:] * flat[:-1]).sum(axis=1)
-    both_constant = (norms[1:] < 1e-9) & (
-        norms[:-1] < 1e-9
-    )  # two frames of one colour each have no correlation and count as equal
+    # Two frames of one colour each have no correlation and count as equal.
+    both_constant = (norms[1:] < 1e-9) & (norms[:-1] < 1e-9)
     return float(np.mean(np.where(both_constant, 1.0, products / np.maximum(norms[1:] * norms[:-1], 1e-9))))
 
 
@@ -72,7 +71,7 @@ def warping_error(clip: np.ndarray) -> float:
         import cv2
     except ImportError as error:
         raise RuntimeError(
-            "warping_error needs optical flow: pip install 'latent-shift-video[eval]'"
+            "warping_error needs OpenCV (optical flow): pip install 'latent-shift-video[eval]'"
         ) from error
     search: Any = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # type: ignore[attr-defined]
     greys = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip]

@@ -52,7 +52,7 @@ class Comparison:
     values: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
-    def made_at(self) -> list[int]:
+    def native_size(self) -> list[int]:
         """(height, width) of the generated clips."""
         return list(self.clips(0).shape[1:3])
 
@@ -129,7 +129,7 @@ class Comparison:
             seeds=str(metadata["seeds"]),
             num_frames=self.protocol.num_frames,
             fps=self.system.fps,
-            made_at=self.made_at,
+            native_size=self.native_size,
             measured_at=list(self.protocol.size),
             extractor=extractor.record() if extractor else None,
             reference={**self.protocol.reference, "fps": self.protocol.fps} if real else None,
@@ -161,11 +161,16 @@ def _concatenate(files: dict[range, Path], path: Path, num: int) -> None:
         rows.flush()
 
 
-def _crop_and_resize(clip: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the central square of a clip at a size."""
+def central_square(clip: np.ndarray) -> np.ndarray:
+    """Crop a clip `(F, H, W, 3)` to its largest central square."""
     side = min(clip.shape[1:3])
     top, left = ((length - side) // 2 for length in clip.shape[1:3])
-    square = clip[:, top : top + side, left : left + side]
+    return clip[:, top : top + side, left : left + side]
+
+
+def _crop_and_resize(clip: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the central square of a clip at a size."""
+    square = central_square(clip)
     if square.shape[1:3] == size:
         return square
     return np.stack(

@@ -3,14 +3,15 @@ records.
 
     evals/NAME/
       protocol.json, prompts.json   the protocol and its prompts
-      real/clips/000007.png         the real clips of the first eight prompts, where each prompt has one of
-      its own real/NAME.npy                 features or values of each real clip; NAME.parts/ while they are
-      computed SYSTEM/system.json            the system's settings
+      real/clips/000007.png         the real clips of the first eight prompts, where each prompt has its own
+      real/NAME.npy                 features or values of each real clip; NAME.parts/ while they are computed
+      SYSTEM/system.json            the system's settings
       SYSTEM/clips/000042.png       clip 42, its frames side by side (lossless)
       SYSTEM/stills/000003.png      a single frame for the first eight prompts, by models of this package
       SYSTEM/NAME.npy               features or values of each generated clip
       SYSTEM/values.npz             values of each clip for measures that are averages; `units` says which
-      clips are one sample SYSTEM/results.json           the records
+                                    clips are one sample
+      SYSTEM/results.json           the records
 
 An interruption costs the current batch, or the rows of 256 clips; the same call resumes. Of several processes
 (torchrun) that see one folder, each generates its share of the clips and the first one measures.
@@ -88,9 +89,8 @@ def evaluate(
         noise,
     )
     if runtime.rank() == 0:
-        with torch.compiler.set_stance(
-            "force_eager"
-        ):  # a graph for one frame would be compiled for a few calls
+        # A graph for one frame would be compiled for a few calls.
+        with torch.compiler.set_stance("force_eager"):
             generate_stills(system, protocol, folder / "stills")
         prepare_reference(comparison)
     generate_clips(
@@ -109,7 +109,7 @@ def evaluate(
         records, skipped = measure_all(comparison)
     np.savez(folder / "values.npz", **comparison.values, units=comparison.cluster_ids)  # type: ignore[arg-type]
     result = {
-        "system": settings, "protocol": protocol.metadata, "made_at": comparison.made_at,
+        "system": settings, "protocol": protocol.metadata, "made_at": comparison.native_size,
         "records": [record.to_json() for record in records], "skipped": skipped,
     }  # fmt: skip
     write_text(folder / "results.json", json.dumps(result, indent=1, allow_nan=False))
@@ -259,11 +259,11 @@ def add_paired_differences(results: list[dict[str, Any]], out: Path) -> list[dic
         )
         return replace(record, more={"than": first_name, **asdict(more)})
 
-    compared = results[:1]
+    output = results[:1]
     for result, values in zip(results[1:], others, strict=True):
         records = [with_difference(record, values).to_json() for record in read_records(result).values()]
-        compared.append({**result, "records": records})
-    return compared
+        output.append({**result, "records": records})
+    return output
 
 
 def folder_name(name: str) -> str:

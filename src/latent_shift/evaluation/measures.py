@@ -8,6 +8,7 @@ the row.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,10 @@ HIGHER, LOWER, REAL = "higher", "lower", "real"
 CAPTIONS = ("own", "emoji")
 MSRVTT = ("msrvtt-mav", "msrvtt-lavie")
 PUBLIC = ("ucf101", *MSRVTT)
+PACKAGES = {"cv2": "OpenCV (optical flow)"}
+"""Modules of optional packages, by what messages call them."""
+CACHED_SCORES = ("motion_energy", "flicker", "persistence", "coherence", "warping_error", "loop_gap")
+"""The scores whose cache has no hash in its name, as in evaluations by version 0.1.0."""
 
 
 class Label(NamedTuple):
@@ -51,11 +56,12 @@ class Measure:
     Attributes:
         name: in protocols, and in results where the measure is skipped.
         compute: returns the records of the measure, from the clips and this row.
-        labels: record name to label; `{timestep}` in both stands for a number.
-        protocols: the protocols that take it.
+        labels: record name to label; `{timestep}` in a record's name and in its label's text stands for a
+            number. Definitions hold for all timesteps.
+        protocols: the protocols that take it. (): none, it is for `latent-shift bench measures` alone.
         network: kind of the network that it needs, one of `features.SOURCES`; "": none.
         options: of the network.
-        package: name of a Python package that it needs, of the extra `eval`; "": none.
+        package: module of the extra `eval` that it needs, one of `PACKAGES`; "": none.
         min_frames: the least frames a clip.
         score: of one clip, for measures of single clips.
         statistic: of the features of a set, or of two sets.
@@ -79,7 +85,9 @@ class Measure:
                 f"needs clips of {self.min_frames} frames or more, these have {num_frames}"
             )
         if self.package and not find_spec(self.package):
-            raise MeasureUnavailable(f"needs {self.package}: pip install 'latent-shift-video[eval]'")
+            raise MeasureUnavailable(
+                f"needs {PACKAGES[self.package]}: pip install 'latent-shift-video[eval]'"
+            )
 
 
 def measure_all(comparison: Comparison) -> tuple[list[Record], dict[str, str]]:
@@ -163,14 +171,15 @@ def per_clip(comparison: Comparison, measure: Measure) -> list[Record]:
         )
     generated, real = clip_scores(comparison, measure.name), clip_scores(comparison, measure.name, real=True)
     of_real = comparison.record(f"{measure.name}_real", statistics.estimate(real), real=True)
-    of_real = replace(of_real, clips=len(real), seeds=None, fps=protocol.fps, made_at=None)
+    of_real = replace(of_real, clips=len(real), seeds=None, fps=protocol.fps, native_size=None)
     return [comparison.mean_record(measure.name, generated), of_real]
 
 
 def clip_scores(comparison: Comparison, name: str, *, real: bool = False) -> np.ndarray:
     """Return the score `(N,)` of each generated clip, or of as many real ones.
 
-    All scores are computed together, so that each clip is read once.
+    All scores are computed together, so that each clip is read once. Their names are part of the cache's
+    name: the columns of another set have another meaning.
     """
     scores = {}
     for measure in MEASURES.values():
@@ -185,7 +194,10 @@ def clip_scores(comparison: Comparison, name: str, *, real: bool = False) -> np.
     def score(numbers: range) -> np.ndarray:
         return np.array([[function(clip) for function in scores.values()] for clip in map(load, numbers)])
 
-    rows = comparison.cached_rows(f"temporal-{len(scores)}", score, num, real=real)
+    cache = f"temporal-{len(scores)}"
+    if tuple(scores) != CACHED_SCORES:
+        cache += f"-{hashlib.sha256(','.join(scores).encode()).hexdigest()[:8]}"
+    rows = comparison.cached_rows(cache, score, num, real=real)
     return rows[:, list(scores).index(name)]
 
 
@@ -230,11 +242,11 @@ def retrieval(comparison: Comparison, measure: Measure) -> list[Record]:
         means = comparison.features(extractor, real=real).mean(axis=1)
         unit.append(means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12))
     ranks = clip_metrics.retrieval_ranks(*unit)
-    compared = {"extractor": extractor, "real": True}
-    records = [comparison.mean_record("retrieval_top1", ranks == 1, **compared)]
+    options = {"extractor": extractor, "real": True}
+    records = [comparison.mean_record("retrieval_top1", ranks == 1, **options)]
     if comparison.protocol.num_real > 5:  # of five or fewer, all are in the first five
-        records.append(comparison.mean_record("retrieval_top5", ranks <= 5, **compared))
-    return [*records, comparison.mean_record("retrieval_median_rank", ranks, statistics.median, **compared)]
+        records.append(comparison.mean_record("retrieval_top5", ranks <= 5, **options))
+    return [*records, comparison.mean_record("retrieval_median_rank", ranks, statistics.median, **options)]
 
 
 def clipsim(comparison: Comparison, measure: Measure) -> list[Record]:
@@ -451,6 +463,11 @@ MEASURES: dict[str, Measure] = {
         _distance(
             "fd-efficientnet-lite0", frechet_estimate, "efficientnet", "Frechet distance of frames",
             "Frechet distance of frames' EfficientNet-lite0 features",
+        ),
+        _distance(
+            "fd-efficientnet-lite0-motion", frechet_estimate, "efficientnet", "Frechet distance of motion",
+            "Frechet distance of clips' mean EfficientNet-lite0 features and their mean change between frames",
+            protocols=(), motion=True,
         ),
         _distance(
             "fvd-videomae", frechet_estimate, "videomae", "FVD, VideoMAE", "Frechet distance of VideoMAE features",

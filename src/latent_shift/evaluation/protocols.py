@@ -18,7 +18,9 @@ import numpy as np
 from latent_shift import __version__, video
 from latent_shift.data import readers
 from latent_shift.data.store import Store, open_pixel_store
+from latent_shift.evaluation.comparison import central_square
 from latent_shift.evaluation.measures import names_for
+from latent_shift.files import read_json
 
 PROTOCOLS = {
     "own": "a clip of the plainest caption of each concept of a packed data set, beside the real clip of that caption",
@@ -149,13 +151,13 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
         raise ValueError(
             f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {num_captions} are needed"
         )
-    chosen = np.random.default_rng(0).permutation(sorted(plainest.values())).tolist()
+    indices = np.random.default_rng(0).permutation(sorted(plainest.values())).tolist()
     if name == "emoji":
-        _check_emoji(store, [store.records[index].texts[0] for index in chosen[:full_num]])
+        _check_emoji(store, [store.records[index].texts[0] for index in indices[:full_num]])
     cluster_ids = list(range(num_captions)) * clips_a_caption
     return Protocol(
         name=name,
-        prompts=[store.records[chosen[n]].texts[0] for n in cluster_ids],
+        prompts=[store.records[indices[n]].texts[0] for n in cluster_ids],
         cluster_ids=cluster_ids,
         full_num_clips=full_num * clips_a_caption,
         num_frames=num_frames,
@@ -166,7 +168,7 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
             "sha256": _digest(sorted(store.shapes)),  # shards are named by the hash of their pixels
         },
         num_real=num_captions,
-        real=lambda n: store.window(chosen[n], 0, num_frames),
+        real=lambda n: store.window(indices[n], 0, num_frames),
         measures=names_for(name),
         matched=True,
         store=store,
@@ -189,9 +191,8 @@ def _check_emoji(store: Store, captions: list[str]) -> None:
 def _ucf101(name: str, folder: Path, num: int | None) -> Protocol:
     """Open UCF-101: one sentence a class, the train videos as real clips."""
     sentences = list(readers.ucf101_sentences().values())
-    prompts = (sentences * 100)[
-        : _check_num(num, 10_100)
-    ]  # in turns over the classes, so that the first clips cover all of them
+    # In turns over the classes, so that the first clips cover all of them.
+    prompts = (sentences * 100)[: _check_num(num, 10_100)]
     records, files = _read_videos(folder, "train", "UCF-101")
     if not list(folder.rglob("trainlist01.txt")):
         raise ValueError(
@@ -222,18 +223,19 @@ def _msrvtt(name: str, folder: Path, num: int | None) -> Protocol:
             (video, record.texts[int(rng.integers(len(record.texts)))])
             for video, record in enumerate(records)
         ]
-    else:  # in turns over the videos, so that the first clips cover all of them
+    else:
+        # In turns over the videos, so that the first clips cover all of them.
         captions = [
             (video, record.texts[turn])
             for turn in range(max(len(record.texts) for record in records))
             for video, record in enumerate(records)
             if turn < len(record.texts)
         ]
-    used = captions[: _check_num(num, len(captions))]
+    subset = captions[: _check_num(num, len(captions))]
     return Protocol(
         name=name,
-        prompts=[text for _, text in used],
-        cluster_ids=[video for video, _ in used],
+        prompts=[text for _, text in subset],
+        cluster_ids=[video for video, _ in subset],
         # Papers count 59,794 captions of the test videos, files may hold others.
         full_num_clips=len(captions) if len(records) == 2_990 else 20 * 2_990,
         num_frames=16,
@@ -289,16 +291,16 @@ def _first_frames(path: Path, *, fps: float | None = None, num_frames: int = 16)
     frames, _ = video.read(path, fps=fps, num_frames=num_frames)
     if len(frames) < num_frames:
         raise ValueError(f"{path}: has {len(frames)} frames, the protocol needs {num_frames}")
-    side = min(frames.shape[1:3])
-    top, left = ((length - side) // 2 for length in frames.shape[1:3])
-    return frames[:, top : top + side, left : left + side]
+    return central_square(frames)
 
 
 def check_unchanged(metadata: dict[str, object], path: Path) -> None:
-    """Raise ValueError where a file of an evaluation on disk holds other metadata."""
-    metadata = json.loads(json.dumps(metadata))
-    if path.exists() and (before := json.loads(path.read_text())) != metadata:
-        changed = [key for key in metadata if metadata[key] != before.get(key)]
+    """Raise ValueError where a file of an evaluation on disk holds other metadata; titles may differ."""
+    if not path.exists():
+        return
+    before, metadata = read_json(path), json.loads(json.dumps(metadata))
+    keys = dict.fromkeys([*metadata, *before])
+    if changes := [key for key in keys if key != "title" and metadata.get(key) != before.get(key)]:
         raise ValueError(
-            f"{path.parent} holds an evaluation with another {', '.join(changed)}; use the same or another folder (--out)"
+            f"{path.parent} holds an evaluation with another {', '.join(changes)}; use the same or another folder (--out)"
         )

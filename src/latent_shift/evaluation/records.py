@@ -8,6 +8,10 @@ from typing import Any
 from latent_shift.evaluation.statistics import Estimate
 
 OPTIONAL = ("average", "noise", "more")
+JSON_KEYS = {"native_size": "made_at"}
+"""Fields that results files call by another name."""
+JSON_AVERAGES = {"r_squared": "found"}
+"""Averages that results files call by another name, the only one that readers of version 0.1.0 know."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Record:
         complete: whether all clips of the protocol were measured.
         clips, seeds: how many clips, and the seeds that they were generated with (None: real clips).
         num_frames, fps: frames a clip and frames a second.
-        made_at, measured_at: (height, width) at which clips were generated (None: real clips) and measured.
+        native_size, measured_at: (height, width) at which clips were generated (None: real clips) and measured.
         extractor: the network whose features were measured, with its preprocessing and the hash of its
             weights.
         reference: the real clips that were compared with, with their hash.
@@ -45,7 +49,7 @@ class Record:
     seeds: str | None = None
     num_frames: int = 0
     fps: float = 0.0
-    made_at: list[int] | None = None
+    native_size: list[int] | None = None
     measured_at: list[int] | None = None
     extractor: dict[str, Any] | None = None
     reference: dict[str, Any] | None = None
@@ -56,12 +60,22 @@ class Record:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Record:
         """Read a record of a results file; keys of other versions are ignored."""
-        names = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in record.items() if key in names})
+        keys = {JSON_KEYS.get(field.name, field.name): field.name for field in fields(cls)}
+        values = {keys[key]: value for key, value in record.items() if key in keys}
+        for average, name in JSON_AVERAGES.items():
+            if values.get("average") == name:
+                values["average"] = average
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a results file holds it: without the optional fields that are None."""
-        return {key: value for key, value in asdict(self).items() if key not in OPTIONAL or value is not None}
+        values = asdict(self)
+        values["average"] = JSON_AVERAGES.get(self.average or "", self.average)
+        return {
+            JSON_KEYS.get(name, name): value
+            for name, value in values.items()
+            if name not in OPTIONAL or value is not None
+        }
 
     @property
     def difference(self) -> Estimate | None:

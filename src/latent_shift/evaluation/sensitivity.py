@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from latent_shift.evaluation.features import Extractor
 from latent_shift.evaluation.measures import MEASURES, Measure
-from latent_shift.evaluation.statistics import MeasureUnavailable
+from latent_shift.evaluation.statistics import MeasureUnavailable, frechet, frechet_estimate
 from latent_shift.files import markdown_table
 
 
@@ -33,8 +33,8 @@ def blur(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndar
 def shuffle(clip: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Permute a fraction `strength` of the frames."""
     order = np.arange(len(clip))
-    chosen = rng.permutation(len(clip))[: round(strength * len(clip))]
-    order[np.sort(chosen)] = chosen
+    positions = rng.permutation(len(clip))[: round(strength * len(clip))]
+    order[np.sort(positions)] = positions
     return clip[order]
 
 
@@ -77,10 +77,7 @@ def sensitivity(
         features = {name: extractor(clips) for name, extractor in extractors.items()}
         for measure, extractor in distances:
             with contextlib.suppress(MeasureUnavailable):
-                assert measure.statistic is not None
-                values[measure.name] = measure.statistic(
-                    features[extractor.name], real[extractor.name], resamples=2
-                ).value
+                values[measure.name] = _distance(measure, features[extractor.name], real[extractor.name])
         return values
 
     values_of_originals = measure_all(originals)
@@ -92,6 +89,14 @@ def sensitivity(
             steps.append(measure_all(np.stack([degrade(clip, strength, rng) for clip in originals])))
         results[degradation] = {name: [step[name] for step in steps] for name in values_of_originals}
     return results
+
+
+def _distance(measure: Measure, features: np.ndarray, real: np.ndarray) -> float:
+    """Return the value of a distance, at the least cost of an interval, which is not used."""
+    if measure.statistic is frechet_estimate:
+        return frechet(features, real)
+    assert measure.statistic is not None
+    return measure.statistic(features, real, resamples=2).value
 
 
 def table(results: dict[str, dict[str, list[float]]], strengths: Sequence[float] = STRENGTHS) -> str:

@@ -150,14 +150,14 @@ def kernel_estimate(
     """
     a, b = _as_rows(a_NGD, b_MGD)
     rng = np.random.default_rng(0)
-    chosen_a, chosen_b = (np.sort(rng.permutation(len(features))[:max_clips]) for features in (a, b))
-    ids_a = (np.arange(len(a)) if cluster_ids is None else np.asarray(cluster_ids))[chosen_a]
+    subset_a, subset_b = (np.sort(rng.permutation(len(features))[:max_clips]) for features in (a, b))
+    ids_a = (np.arange(len(a)) if cluster_ids is None else np.asarray(cluster_ids))[subset_a]
     ids_b = (
-        chosen_b + ids_a.max(initial=-1) + 1
+        subset_b + ids_a.max(initial=-1) + 1
         if other_cluster_ids is None
-        else np.asarray(other_cluster_ids)[chosen_b]
+        else np.asarray(other_cluster_ids)[subset_b]
     )
-    a, b = a[chosen_a], b[chosen_b]
+    a, b = a[subset_a], b[subset_b]
     ids = _consecutive_ids(len(a) + len(b), np.concatenate([ids_a, ids_b]))
     ids_a, ids_b = ids[: len(a)], ids[len(a) :]
     if (fewer := min(len(np.unique(ids_a)), len(np.unique(ids_b)))) < 3:
@@ -229,10 +229,8 @@ def inception_score(
         ValueError: rows that are no probabilities, or no more samples than classes.
     """
     p = probabilities_NGK if probabilities_NGK.ndim == 3 else probabilities_NGK[:, None]
-    class_means, negative_entropies = (
-        [],
-        [],
-    )  # all that the score needs of a clip: its mean probabilities and its mean sum of p log p
+    # All that the score needs of a clip: its mean probabilities and its mean sum of p log p.
+    class_means, negative_entropies = [], []
     for start in range(0, len(p), 256):
         part = p[start : start + 256].astype(np.float64)
         if (part < 0).any() or not np.allclose(part.sum(axis=2), 1, atol=1e-3):
@@ -279,9 +277,9 @@ def r_squared(residual_and_total_N2: np.ndarray, weights_N: np.ndarray) -> float
 
 
 AVERAGES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "mean": mean, "factor": factor, "median": median, "r_squared": r_squared, "found": r_squared,
+    "mean": mean, "factor": factor, "median": median, "r_squared": r_squared,
 }  # fmt: skip
-"""Averages by the names that records give them; results of version 0.1 call `r_squared` "found"."""
+"""Averages by the names that records give them."""
 
 
 def estimate(

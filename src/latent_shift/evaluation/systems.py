@@ -8,7 +8,6 @@ by the same group.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from latent_shift.evaluation.features import digest
+from latent_shift.files import read_json
 from latent_shift.models import sizes
+from latent_shift.models.baselines import LatentVDMUNet, PixelSpace, VDMUNet
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.runtime import resolve_device, seed
@@ -175,7 +176,7 @@ def default_num_frames(model: str) -> int | None:
     if Path(model).is_file() or loading.on_hub(model):
         return None
     index = loading.folder(model) / "model_index.json"
-    return json.loads(index.read_text()).get("latent_shift", {}).get("num_frames") if index.exists() else None
+    return read_json(index).get("latent_shift", {}).get("num_frames") if index.exists() else None
 
 
 def _peer_fps(pipe: Any) -> float:
@@ -209,10 +210,13 @@ def _next_num_frames(pipe: Any, num_frames: int) -> int:
 
 
 def _title(pipe: ClipPipeline) -> str:
-    """Return the title of the U-Net's class, or that of its shift with every setting that is not the
-    paper's."""
-    if title := getattr(type(pipe.unet), "title", ""):
-        return title
+    """Return the title of a baseline, or that of the shift with every setting that is not the paper's."""
+    if isinstance(pipe.unet, VDMUNet) and isinstance(pipe.vae, PixelSpace):
+        return "Video Diffusion Models (Ho et al. 2022), in pixels"
+    if isinstance(pipe.unet, VDMUNet):
+        return "Latent-VDM, the paper's baseline without convolution in time"
+    if isinstance(pipe.unet, LatentVDMUNet):
+        return "Latent-VDM, the paper's baseline"
     shift = shift_of(pipe.unet) or Shift()
     if not shift.forward and not shift.backward:
         return "the image model, frame by frame"
@@ -231,7 +235,7 @@ def _pipeline_class(model: str) -> str:
         kind = str(DiffusionPipeline.load_config(model)["_class_name"])
     else:
         index = loading.folder(model) / "model_index.json"
-        kind = str(json.loads(index.read_text())["_class_name"]) if index.exists() else ""
+        kind = str(read_json(index)["_class_name"]) if index.exists() else ""
     ours = ("LatentShift", "StableDiffusion")
     if kind and kind not in PEERS and not kind.startswith(ours):
         raise ValueError(

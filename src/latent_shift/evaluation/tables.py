@@ -82,14 +82,12 @@ def parse_seeds(options: Sequence[str]) -> dict[str, list[str]]:
 
 
 def find_seeds(names: Sequence[str]) -> dict[str, list[str]]:
-    """Group systems by name: `SYSTEM-seed-N` belongs to SYSTEM, and `seed-N` to the first system."""
+    """Group systems by name: `SYSTEM-seed-N` belongs to SYSTEM, where that is among the names."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        match = re.fullmatch(r"(?:(.+)-)?seed-\d+", name)
-        if match:
-            system = match[1] or names[0]
-            if system in names and system != name:
-                groups.setdefault(system, []).append(name)
+        match = re.fullmatch(r"(.+)-seed-\d+", name)
+        if match and match[1] in names:
+            groups.setdefault(match[1], []).append(name)
     return groups
 
 
@@ -115,12 +113,12 @@ def make_table(results: Sequence[dict[str, Any]], seeds: Mapping[str, Sequence[s
             f"--seeds: no results of {', '.join(unknown)}; expected some of {', '.join(by_name)}"
         )
     records = {name: read_records(result) for name, result in by_name.items()}
-    merged = {name for others in seeds.values() for name in others}
-    columns = [[name, *seeds.get(name, ())] for name in by_name if name not in merged]
-    measures = list(dict.fromkeys(measure for system in records.values() for measure in system))
-    shown = [measure for measure in measures if not measure.endswith("_real")]
+    further_seeds = {name for others in seeds.values() for name in others}
+    columns = [[name, *seeds.get(name, ())] for name in by_name if name not in further_seeds]
+    names_of_records = dict.fromkeys(measure for system in records.values() for measure in system)
+    measures = [measure for measure in names_of_records if not measure.endswith("_real")]
     cells = []
-    for measure in shown:
+    for measure in measures:
         row = [
             _cell([records[name][measure] for name in names if measure in records[name]]) for names in columns
         ]
@@ -128,7 +126,7 @@ def make_table(results: Sequence[dict[str, Any]], seeds: Mapping[str, Sequence[s
             (system[f"{measure}_real"] for system in records.values() if f"{measure}_real" in system), None
         )
         cells.append([*row, _cell([of_real] if of_real else [])])
-    return Table([by_name[names[0]] for names in columns], [len(names) for names in columns], shown, cells)
+    return Table([by_name[names[0]] for names in columns], [len(names) for names in columns], measures, cells)
 
 
 def _check_comparable(results: Sequence[dict[str, Any]]) -> None:

@@ -102,7 +102,6 @@ class LatentVDMUNet(UNet2DConditionModel):
     frames make a clip, as for a shifted network; loops, exact chunks and streams, which only a shift can do,
     are refused."""
 
-    title: ClassVar[str] = "Latent-VDM, the paper's baseline"
     temporal_convolution: ClassVar[bool] = True
 
     @functools.wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]
@@ -133,7 +132,6 @@ class LatentVDMUNet(UNet2DConditionModel):
 class VDMUNet(LatentVDMUNet):
     """A `UNet2DConditionModel` with attention over time and no temporal convolution."""
 
-    title: ClassVar[str] = "Video Diffusion Models (Ho et al. 2022)"
     temporal_convolution: ClassVar[bool] = False
 
 

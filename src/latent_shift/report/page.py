@@ -9,7 +9,6 @@ The page is a folder of files that refer to nothing outside of it, so it opens f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,6 +22,7 @@ from latent_shift import video
 from latent_shift.evaluation.evaluate import SavedClips, add_paired_differences
 from latent_shift.evaluation.measures import HIGHER, LOWER, REAL, label_of
 from latent_shift.evaluation.tables import Table, find_seeds, make_table, skipped_measures
+from latent_shift.files import read_json
 from latent_shift.report.plots import plots
 
 ARROWS = {HIGHER: "\u2191", LOWER: "\u2193", REAL: "=", "": ""}
@@ -42,9 +42,7 @@ class Column:
 
 def read_evaluation(folder: Path) -> list[Column]:
     """Read the systems of an evaluation's folder, by name; raise ValueError where there is none."""
-    columns = [
-        Column(json.loads(path.read_text()), path.parent) for path in sorted(folder.glob("*/results.json"))
-    ]
+    columns = [Column(read_json(path), path.parent) for path in sorted(folder.glob("*/results.json"))]
     if not columns:
         raise ValueError(f"{folder}: no */results.json; expected the folder of `latent-shift eval --out`")
     return columns
@@ -54,7 +52,7 @@ def report(
     out: Path,
     evaluation: Path,
     *,
-    shown: Sequence[str] = (),
+    show: Sequence[str] = (),
     ablations: Sequence[Path] = (),
     training: Path | None = None,
     classes: Path | None = None,
@@ -69,7 +67,7 @@ def report(
     Args:
         out: folder of the page.
         evaluation: folder of an evaluation, whose systems are the columns.
-        shown: names of the systems to show, from left to right. (): all.
+        show: names of the systems on the page, from left to right. (): all.
         ablations: folders of evaluations, each a table of all its systems; `evaluation` may be among them.
         training: file of `latent-shift bench runs -o`, a table of losses and costs.
         classes: folder of an evaluation with protocol classes; the clips of its first system are shown in
@@ -84,9 +82,10 @@ def report(
         The page's file.
 
     Raises:
-        ValueError: a folder without results, an unknown system, or an evaluation with fewer clips than rows.
+        ValueError: a folder without results, an unknown system, an evaluation with fewer clips than rows, or a
+            clip of a system that is missing.
     """
-    systems = _choose(evaluation, shown)
+    systems = _read_systems(evaluation, show)
     protocol, prompts = systems[0].result["protocol"], _read_prompts(evaluation, rows)
     (out / "clips").mkdir(parents=True, exist_ok=True)
     real = Column({"system": {"system": "real clips", "fps": protocol["fps"]}}, evaluation / "real")
@@ -116,7 +115,7 @@ def report(
             zip((folder.name.replace("-", " ").capitalize() for folder in ablations), tables[1:], strict=True)
         ),
         definitions=_definitions(tables),
-        training=json.loads(training.read_text()) if training else [],
+        training=read_json(training) if training else [],
         classes=_class_rows(classes, out) if classes else None,
         sweeps=[_sweep(path, f"sweep{k}") for k, path in enumerate(sweeps)],
     )
@@ -124,17 +123,17 @@ def report(
     return out / "index.html"
 
 
-def _choose(evaluation: Path, shown: Sequence[str]) -> list[Column]:
-    """Return the systems to show, in order."""
+def _read_systems(evaluation: Path, names: Sequence[str]) -> list[Column]:
+    """Read the systems of an evaluation with these names, in this order; all of them for no names."""
     systems = {system.name: system for system in read_evaluation(evaluation)}
-    if unknown := [name for name in shown if name not in systems]:
+    if unknown := [name for name in names if name not in systems]:
         raise ValueError(f"{evaluation}: has no {', '.join(unknown)}; expected {', '.join(systems)}")
-    return [systems[name] for name in shown or systems]
+    return [systems[name] for name in names or systems]
 
 
 def _read_prompts(folder: Path, num: int | None = None) -> list[str]:
     """Return the first `num` prompts of an evaluation; raise ValueError where it has fewer. None: all."""
-    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    prompts = read_json(folder / "prompts.json")
     if num is not None and num > len(prompts):
         raise ValueError(f"{folder} has {len(prompts)} clips a system, {num} rows asked for")
     return prompts[:num]
@@ -155,9 +154,18 @@ def _rows(
 def _add_clip(
     column: Column, k: int, num_frames: int, out: Path, section: str, prompt: str
 ) -> dict[str, str] | None:
-    """Write clip k of a column into the page's folder, if there is one."""
-    if not (column.folder / "clips" / f"{k:06}.png").exists():
-        return None
+    """Write clip k of a column into the page's folder; None where there is no such real clip.
+
+    Raises:
+        ValueError: a system has no such clip.
+    """
+    path = column.folder / "clips" / f"{k:06}.png"
+    if not path.exists():
+        if column.folder.name == "real":
+            return None
+        raise ValueError(
+            f"{path}: no such clip; expected all that {column.name} was measured on, evaluate it again"
+        )
     clip = _enlarge(SavedClips(column.folder / "clips", num_frames)(k))
     name = f"clips/{section}-{column.folder.name}-{k:03}"
     video.write(clip, out / f"{name}.mp4", fps=column.result["system"]["fps"])
@@ -217,8 +225,8 @@ def _tables(
         *(sorted(read_evaluation(folder), key=lambda system: system.name != first) for folder in ablations),
     ]
     names = {system.name for columns in sets for system in columns}
-    grouped = {name for system, others in (seeds or {}).items() for name in (system, *others)}
-    if unknown := sorted(grouped - names):
+    members = {name for system, others in (seeds or {}).items() for name in (system, *others)}
+    if unknown := sorted(members - names):
         raise ValueError(
             f"--seeds: no results of {', '.join(unknown)}; expected some of {', '.join(sorted(names))}"
         )
@@ -291,7 +299,7 @@ def _definitions(tables: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _sweep(path: Path, name: str) -> dict[str, Any]:
-    sweep = json.loads(path.read_text())
+    sweep = read_json(path)
     return {"machine": sweep, "plots": plots(sweep, name=name)}
 
 

@@ -57,9 +57,8 @@ def plots(sweep: dict[str, Any], *, name: str = "sweep") -> list[dict[str, str]]
     results: list[dict[str, str]] = []
     for plot in _plots_of(sweep):
         if series := plot.series:
-            svg = re.sub(
-                r'(id="|url\(#|href="#)', rf"\g<1>{name}-{len(results)}-", _draw(plot, salt=name)
-            )  # several share one page
+            # Ids get a prefix, because several plots share one page.
+            svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-{len(results)}-", _draw(plot, salt=name))
             last = "; ".join(
                 f"{network} {points[-1][1]:.3g} at {points[-1][0]}" for network, points in series.items()
             )

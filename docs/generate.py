@@ -127,7 +127,7 @@ def results_table() -> str:
 
 
 def _result(name: str) -> Any:
-    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def with_results_table(readme: str) -> str:
@@ -142,6 +142,6 @@ def with_results_table(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "settings.md").write_text(settings_page())
+    (ROOT / "docs" / "settings.md").write_text(settings_page(), encoding="utf-8")
     readme = ROOT / "README.md"
-    readme.write_text(with_results_table(readme.read_text()))
+    readme.write_text(with_results_table(readme.read_text(encoding="utf-8")), encoding="utf-8")

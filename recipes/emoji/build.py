@@ -1,6 +1,6 @@
 """Build the embedded model `emoji` from nothing: 750 MB of data, then the paper's three stages.
 
-    python recipes/emoji/build.py          # hours on two cores; the model card has the times
+    python recipes/emoji/build.py          # hours on two cores; docs/results.md has the times
     python recipes/emoji/build.py --gpu    # goes on from there on a GPU (minutes), as the published weights did
 
 A step is skipped if its result exists. Run it from the root of a clone, in an environment made by `make setup`.

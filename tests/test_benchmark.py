@@ -184,8 +184,8 @@ def test_bench_peers_prints_what_it_writes(monkeypatch, tmp_path):
 
 
 def test_bench_runs_compares_training_runs(image_model, video_model, tmp_path):
-    told = run("bench", "runs", image_model.parent, video_model.parent, "-o", tmp_path / "runs.json")
-    assert len(told.strip().splitlines()) == 4
+    printed = run("bench", "runs", image_model.parent, video_model.parent, "-o", tmp_path / "runs.json")
+    assert len(printed.strip().splitlines()) == 4
     image, clips = json.loads((tmp_path / "runs.json").read_text())
     rows = [json.loads(line) for line in (video_model.parent / "stats.jsonl").read_text().splitlines()]
     assert image["parameters"] == clips["parameters"] == sizes.num_parameters(sizes.unet("tiny"))

@@ -72,12 +72,12 @@ def state(page) -> list[list]:
 SIGHT = """[...document.querySelectorAll('video')].map(v => {
     const box = v.getBoundingClientRect(), table = v.closest('.wide').getBoundingClientRect();
     return {sight: box.bottom > 0 && box.top < innerHeight && box.right > table.left && box.left < table.right, at: v.currentTime, paused: v.paused,
-            drawn: v.getVideoPlaybackQuality().totalVideoFrames};
+            heights: v.getVideoPlaybackQuality().totalVideoFrames};
 })"""
 
 
 def in_step(page, length: float) -> int:
-    """Waits until all clips in sight play, are drawn, and stay within a frame of each other for a second; how many there are."""
+    """Waits until all clips in sight play, are heights, and stay within a frame of each other for a second; how many there are."""
     since: list[list[dict]] = []
     for _ in range(100):  # a busy machine takes its time to begin; then they stay together
         page.wait_for_timeout(250)
@@ -89,7 +89,7 @@ def in_step(page, length: float) -> int:
         since = (
             [*since, clips] if together and all(clip["paused"] is not clip["sight"] for clip in clips) else []
         )
-        if len(since) >= 5 and all(clips[k]["drawn"] > since[0][k]["drawn"] for k in seen):
+        if len(since) >= 5 and all(clips[k]["heights"] > since[0][k]["heights"] for k in seen):
             return len(seen)
     raise AssertionError(clips)
 
@@ -120,10 +120,10 @@ def test_published_page_plays(published):
 def test_page_is_complete_and_requests_nothing_outside(page):
     assert page.problems == []
     assert len(page.asked) > 8 and all(url.startswith(("file:", "data:")) for url in page.asked)
-    drawn = page.evaluate(
+    heights = page.evaluate(
         "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().height)"
     )
-    assert len(drawn) == 2 * 4 and min(drawn) > 100
+    assert len(heights) == 2 * 4 and min(heights) > 100
     outside = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert outside <= 0  # wide tables scroll in themselves
     images = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth])")
@@ -150,7 +150,7 @@ def test_page_stops_and_steps_by_keyboard(page):
 
 
 def test_page_has_labels_for_screen_readers(page):
-    told = page.locator("body").aria_snapshot()
+    text = page.locator("body").aria_snapshot()
     parts = (
         'heading "Clips"',
         'group "Playing"',
@@ -161,4 +161,4 @@ def test_page_has_labels_for_screen_readers(page):
         'img "Time of one step',
     )
     for words in parts:
-        assert words in told, told
+        assert words in text, text

@@ -257,10 +257,10 @@ def run_and_read(out, evals, *options) -> str:
 
 
 def test_report_command_and_errors(evals, tmp_path):
-    told = run(
+    printed = run(
         "report", tmp_path / "page", evals / "compare", "--rows", 1, "--title", "mine", "--note", "of <mine>"
     )
-    assert told.strip() == str(tmp_path / "page" / "index.html")
+    assert printed.strip() == str(tmp_path / "page" / "index.html")
     assert (
         "<title>mine</title>" in (text := (tmp_path / "page" / "index.html").read_text())
         and "of &lt;mine&gt;</p>" in text

@@ -102,17 +102,17 @@ def test_open_file_equals_the_model_it_was_made_from(name, small, tmp_path):
     expected = pipe("a cat", generator=seed(0), **arguments).frames
     torch.testing.assert_close(loaded("a cat", generator=seed(0), **arguments).frames, expected)
     assert loaded.scheduler.config.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
-    told = describe(tmp_path / "model.safetensors")
-    assert told["family"] == single_file.FAMILIES[name].title
-    assert told["unet"] == f"{sum(p.numel() for p in pipe.unet.parameters()) / 1e6:,.1f} M parameters"
+    described = describe(tmp_path / "model.safetensors")
+    assert described["family"] == single_file.FAMILIES[name].title
+    assert described["unet"] == f"{sum(p.numel() for p in pipe.unet.parameters()) / 1e6:,.1f} M parameters"
     # What is saved, diffusers opens and makes the same image with.
     loaded.save_pretrained(tmp_path / "folder")
     theirs = (StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline).from_pretrained(
         tmp_path / "folder"
     )
     theirs.set_progress_bar_config(disable=True)
-    assert {**describe(tmp_path / "folder"), "format": told["format"]}.items() >= {
-        key: told[key] for key in told if key != "text_encoder"
+    assert {**describe(tmp_path / "folder"), "format": described["format"]}.items() >= {
+        key: described[key] for key in described if key != "text_encoder"
     }.items()
     ours = load(tmp_path / "folder", device="cpu")
     ours.set_progress_bar_config(disable=True)

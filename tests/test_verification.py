@@ -93,7 +93,7 @@ def test_bench_measures_prints_table(tmp_path):
     (tmp_path / "clips" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pack(tmp_path / "clips", tmp_path / "packed", size=32, fps=8)
     weights = ("--weights", f"videomae={videomae}")
-    told = run(
+    printed = run(
         "bench",
         "measures",
         tmp_path / "packed",
@@ -119,4 +119,4 @@ def test_bench_measures_prints_table(tmp_path):
     )
     assert "c3d: no measure here uses it; expected i3d, inception, videomae" in str(refused.exception)
     energy = found["measures"]["freeze"]["motion_energy"]
-    assert f"| motion_energy | freeze | {energy[0]:.4g} |" in told
+    assert f"| motion_energy | freeze | {energy[0]:.4g} |" in printed

@@ -1,5 +1,5 @@
 """The roofline of a machine (Williams et al. 2009): the least time that a step's operations can take, given
-what the machine computes and moves a second. Here it is drawn operation by operation.
+what the machine computes and moves a second. Here it is computed operation by operation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Work(TorchDispatchMode):
     """Count the work of a call while it is active.
 
     Each operation takes at least as long as its multiplications at the machine's rate or its bytes at the
-    machine's bandwidth, whichever is longer. Caches and fused kernels may be faster than that.
+    machine's bandwidth, the longer of the two. Caches and fused kernels may be faster than that.
 
     Attributes:
         flops: multiplications and additions.

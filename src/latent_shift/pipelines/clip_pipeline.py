@@ -410,10 +410,8 @@ class ClipPipeline(DiffusionPipeline):
         guider = make_guider(None, guidance_scale, guidance_rescale, self.call_defaults["guidance_scale"])
         self._guidance_scale = guider.guidance_scale
         use_guidance, device = self.do_classifier_free_guidance, self._execution_device
-        scheduler, step_options = (
-            copy.deepcopy(self.scheduler),
-            self.prepare_extra_step_kwargs(generator, eta),
-        )
+        scheduler = copy.deepcopy(self.scheduler)
+        step_options = self.prepare_extra_step_kwargs(generator, eta)
         embeds = encode_prompts(
             self, prompt, negative_prompt=negative_prompt, prompt_embeds=None, negative_prompt_embeds=None, num_frames=1,
             num_videos=1, guided=use_guidance, height=height, width=width, tensor_inputs=[], clip_skip=None,
@@ -507,9 +505,8 @@ class ClipPipeline(DiffusionPipeline):
         loop: bool = False,
     ) -> Tensor:  # fmt: skip
         """Draw standard normal noise `(B, C, F, h, w)` in float32."""
-        factor, num_shared = self.vae_scale_factor, 0
-        if (shared_noise or noise_correlation) and num_frames > 1:
-            num_shared = 1
+        factor = self.vae_scale_factor
+        num_shared = int(bool(shared_noise or noise_correlation) and num_frames > 1)
         draw = partial(randn_tensor, generator=generator, device=device, dtype=torch.float32)
         frame_shape = (self.unet.config.in_channels, height // factor, width // factor)
         if isinstance(generator, list):
@@ -533,10 +530,8 @@ class ClipPipeline(DiffusionPipeline):
     def _noise_settings(
         self, shared_noise: float | None, noise_correlation: float | None
     ) -> tuple[float, float]:
-        shared, correlation = (
-            self._default("shared_noise", shared_noise),
-            self._default("noise_correlation", noise_correlation),
-        )
+        shared = self._default("shared_noise", shared_noise)
+        correlation = self._default("noise_correlation", noise_correlation)
         if not 0 <= shared <= 1:
             raise ValueError(f"shared_noise must be from 0 to 1, got {shared}")
         if not 0 <= correlation < 1:

@@ -47,7 +47,9 @@ def test_record_reads_published_results(name):
 
 def test_record_is_readable_by_version_0_1_0():
     """That version knows the average of R² by one name alone."""
-    written = Record("flicker", 1.0, 0.0, 2.0, 3, 9, average="r_squared", native_size=[8, 8]).to_json()
+    written = Record(
+        1.0, 0.0, 2.0, 3, 9, measure="flicker", average="r_squared", native_size=[8, 8]
+    ).to_json()
     assert written["average"] == "found" and written["made_at"] == [8, 8]
     assert Record.from_json({**written, "average": "r_squared"}).average == "r_squared"
 
@@ -80,8 +82,10 @@ def tiny_results(values_of: dict[str, float], first: str) -> list[dict]:
             "samples": 3,
             "resamples": 9,
         }
-        record = Record("flicker", value, value - 1, value + 1, 3, 9, more=None if name == first else more)
-        real = Record("flicker_real", 9.0, 8.0, 10.0, 3, 9)
+        record = Record(
+            value, value - 1, value + 1, 3, 9, measure="flicker", more=None if name == first else more
+        )
+        real = Record(9.0, 8.0, 10.0, 3, 9, measure="flicker_real")
         records = [record.to_json(), real.to_json()]
         results.append(
             {

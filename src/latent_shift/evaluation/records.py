@@ -14,13 +14,12 @@ JSON_AVERAGES = {"r_squared": "found"}
 """Averages that results files call by another name, the only one that readers of version 0.1.0 know."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """One number of an evaluation.
+@dataclass(frozen=True, kw_only=True)
+class Record(Estimate):
+    """One number of an evaluation: an `Estimate` and what it was measured with.
 
     Attributes:
         measure: its name; "_real" at the end marks the same measure of the real clips.
-        value, low, high, samples, resamples, biased: as in `Estimate`.
         system, protocol: their names.
         complete: whether all clips of the protocol were measured.
         clips, seeds: how many clips, and the seeds that they were generated with (None: real clips).
@@ -36,12 +35,6 @@ class Record:
     """
 
     measure: str
-    value: float
-    low: float
-    high: float
-    samples: int
-    resamples: int
-    biased: bool = False
     system: str = ""
     protocol: str = ""
     complete: bool = True
@@ -69,7 +62,7 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a results file holds it: without the optional fields that are None."""
-        values = asdict(self)
+        values = {"measure": self.measure, **asdict(self)}
         values["average"] = JSON_AVERAGES.get(self.average or "", self.average)
         return {
             JSON_KEYS.get(name, name): value

@@ -51,7 +51,7 @@ test-slow: $(VENV)/.dev
 
 # The documentation as a site in site/; a broken link or reference is an error.
 docs: $(VENV)/.dev
-	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/settings.py
 	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev

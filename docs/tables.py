@@ -1,15 +1,13 @@
 """Write the tables of results into the documentation from the JSON files of docs/results.
 
-    python docs/tables.py                               # a test compares the pages with the files
-    python docs/tables.py --seeds shift=seed-1,seed-2   # other systems that differ in the training seed alone
+    python docs/tables.py   # a test compares the pages with the files
 
 A page holds each table between two markers, `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a
 function of this file. Labels come from the table of measures (latent_shift/evaluation/measures.py).
 """
 
-import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,11 @@ from latent_shift.evaluation.measures import HIGHER, LOWER, MEASURES, REAL, labe
 from latent_shift.evaluation.records import Record
 from latent_shift.evaluation.sensitivity import trend
 from latent_shift.evaluation.statistics import Estimate
-from latent_shift.evaluation.tables import Cell, Spread, find_seeds, make_table, parse_seeds
+from latent_shift.evaluation.tables import Cell, Spread, find_seeds, make_table
 from latent_shift.files import markdown_table, read_json
 
 ROOT = Path(__file__).parent.parent
 Format = Callable[[float], str]
-Seeds = Mapping[str, Sequence[str]]
-SEEDS: Seeds = {"shift": ("seed-1", "seed-2")}
-"""Systems of recipes/compare that differ in the training seed alone and whose names do not say so."""
 
 
 def read_result(name: str) -> Any:
@@ -38,21 +33,14 @@ class Results:
 
     Args:
         name: of the file.
-        seeds: systems that differ in the training seed alone. None: `SEEDS`, and those that `find_seeds` recognises by
-            name.
+        merge_seeds: show SYSTEM-seed-N as further trainings of SYSTEM, not as systems of their own.
     """
 
-    def __init__(self, name: str, seeds: Seeds | None = None):
+    def __init__(self, name: str, *, merge_seeds: bool = True):
         results = read_result(name)
         names = [result["system"]["system"] for result in results]
         self.name = name
-        self.groups = {system: seeds[system] for system in seeds or () if system in names}
-        if seeds is None:
-            self.groups = find_seeds(names)
-            for system, others in SEEDS.items():
-                further = [name for name in others if name in names]
-                if further and system in names:
-                    self.groups[system] = [*further, *self.groups.get(system, ())]
+        self.groups = find_seeds(names) if merge_seeds else {}
         self.table = make_table(results, self.groups)
         columns = [*self.table.names, "real clips"]
         self.cells: dict[str, dict[str, Cell]] = {column: {} for column in columns}
@@ -123,9 +111,29 @@ def label(measure: str) -> str:
     return label_of(measure).text
 
 
-def emoji(seeds: Seeds | None = None) -> str:
+def summary() -> str:
+    """Tabulate what README shows: the cost and the gain of the shift and of attention."""
+    results = Results("compare")
+    sizes = results.parameters
+    times: dict[str, float] = {}
+    for timing in read_result("sweep-h200")["points"]:  # of two measurements the first
+        if (timing["frames"], timing["side"], timing["clips"]) == (16, 64, 1):
+            times.setdefault(timing["name"], timing["seconds"] * 1e3)
+    names = {"shift": "Latent-Shift", "attention": "Latent-VDM", "none": "frame by frame"}
+    rows = [
+        ["parameters added, 6 M network", *(f"{sizes[name] / sizes['none'] - 1:.0%}" for name in names), ""],
+        ["sampling step of 16 frames at SD 1.5's size, ms", *(f"{times[network]:.0f}" for network in names.values()), ""],
+    ]  # fmt: skip
+    for measure, places in {"denoising_error": 3, "motion_seen_at_375": 2, "flicker": 1}.items():
+        form = decimals(places)
+        means = [point(results.cells[name][measure], form) for name in names]
+        rows.append([label(measure), *means, results.real(measure, form, with_interval=False)])
+    return markdown_table(["", "shift", ATTENTION, "no shift", "real clips"], rows)
+
+
+def emoji() -> str:
     """Tabulate `recipes/emoji`, evaluated with protocol emoji."""
-    results = Results("emoji", seeds)
+    results = Results("emoji")
     cells = results.cells["emoji"]
     formats: dict[str, tuple[Format, str]] = {
         "kd-efficientnet-lite0": (decimals(3), ""), "kd-efficientnet-lite0-motion": (decimals(3), ""),
@@ -148,9 +156,9 @@ def emoji(seeds: Seeds | None = None) -> str:
     )
 
 
-def shift_and_attention(seeds: Seeds | None = None) -> str:
+def shift_and_attention() -> str:
     """Tabulate `recipes/compare`: the shift, attention and neither."""
-    results = Results("compare", seeds)
+    results = Results("compare")
     names = ("shift", "hold", "attention", "none")
     rows = [
         ["loss on held-out clips", *results.losses(names), ""],
@@ -188,7 +196,6 @@ NETWORKS = {"frame by frame": "no shift", "Latent-VDM": ATTENTION}
 """Names on the pages of networks that `latent-shift bench` names otherwise."""
 PARTS = {
     "shift": "the paper's shift: 1/3 + 1/3, conv1, zeros; one step in five on single frames",
-    "seed-1": "the same with another training seed",
     "quarter": "1/4 + 1/4 of the channels",
     "eighth": "1/8 + 1/8 (TSM's)",
     "conv2": "before the second convolution",
@@ -207,9 +214,9 @@ PLACES = {
 """Measures of the two tables of the shift's parts, and their decimals."""
 
 
-def parts(seeds: Seeds | None = None) -> str:
+def parts() -> str:
     """Tabulate `recipes/compare`: every part of the shift, as differences from the paper's shift."""
-    results = Results("compare", seeds)
+    results = Results("compare")
     names = [name for name in PARTS if name in results.table.names]
     rows = []
     for name, loss in zip(names, results.losses(names), strict=True):
@@ -233,11 +240,12 @@ def parts(seeds: Seeds | None = None) -> str:
 
 
 def two_runs() -> str:
-    """Tabulate the variants of `parts` in two runs on different machines, each training seed by itself."""
+    """Tabulate the variants of `parts` in two earlier runs on different machines, each training seed by itself."""
+    variants = {"shift": PARTS["shift"], "shift-seed-1": "the same with another training seed"} | PARTS
     runs = []
-    for file in ("compare", "compare-earlier"):
-        results, columns = Results(file, {}), []
-        for name, loss in zip(PARTS, results.losses(PARTS), strict=True):
+    for file in ("compare-xeon", "compare-earlier"):
+        results, columns = Results(file, merge_seeds=False), []
+        for name, loss in zip(variants, results.losses(variants), strict=True):
             cells = [results.cells[name][measure] for measure in PLACES]
             numbers = [
                 decimals(places)(cell.record.value)
@@ -248,18 +256,16 @@ def two_runs() -> str:
             columns.append([loss, *numbers])
         runs.append(columns)
     rows = [
-        [text, *map("; ".join, zip(this, earlier, strict=True))]
-        for text, this, earlier in zip(PARTS.values(), *runs, strict=True)
+        [text, *map("; ".join, zip(xeon, epyc, strict=True))]
+        for text, xeon, epyc in zip(variants.values(), *runs, strict=True)
     ]
     caption = "*Signed values: paired differences from shift on the same clips.*\n\n"
-    return caption + markdown_table(
-        ["variant, this run; earlier run", "loss on held-out clips", *map(label, PLACES)], rows
-    )
+    return caption + markdown_table(["variant, Xeon; EPYC", "loss on held-out clips", *map(label, PLACES)], rows)
 
 
-def systems(seeds: Seeds | None = None) -> str:
+def systems() -> str:
     """Tabulate `recipes/compare`: the shift beside the paper's baselines and the embedded model."""
-    results = Results("systems", seeds)
+    results = Results("systems")
     names = ("shift", "attention", "none", "vdm", "emoji")
     rows = [["parameters", *(f"{results.parameters[name] / 1e6:.1f} M" for name in names), ""]]
     places = {
@@ -328,6 +334,16 @@ def overhead() -> str:
         )
     head = ["sampling step, 16 frames", "no shift", "shift", "shift, as the pipeline runs it"]
     return markdown_table(head, rows)
+
+
+def whole_commands() -> str:
+    """Tabulate `latent-shift bench commands`."""
+    seconds = read_result("commands")["seconds"]
+    rows = (
+        [f"`{command}`", f"{number:.2g}" if number < 10 else f"{number:.3g}"]
+        for command, number in seconds.items()
+    )
+    return markdown_table(["whole command", "seconds"], rows)
 
 
 def time_and_ratio(timing: dict[str, Any], unit: str = "s") -> str:
@@ -435,16 +451,19 @@ def training_memory() -> str:
     return markdown_table(["memory of a training step, GiB", *next(iter(configurations.values()))], rows)
 
 
-TABLES_OF_SYSTEMS: dict[str, Callable[[Seeds | None], str]] = {
-    function.__name__: function for function in (emoji, shift_and_attention, parts, systems)
-}
-OTHER_TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
+        summary,
+        emoji,
+        shift_and_attention,
+        parts,
+        systems,
         measures,
         two_runs,
         sensitivity,
         overhead,
+        whole_commands,
         sweep_on_cpu,
         sweep_on_gpu,
         peers,
@@ -460,29 +479,18 @@ PAGES = [
 ]
 
 
-def with_tables(page: str, seeds: Seeds | None = None) -> str:
+def with_tables(page: str) -> str:
     """Return the text of a page with its marked tables replaced; raise ValueError for a marker without a function."""
 
     def replacement(match: re.Match[str]) -> str:
         start, name, end = match.groups()
-        if name not in {*TABLES_OF_SYSTEMS, *OTHER_TABLES}:
-            raise ValueError(
-                f"{page}: no table {name}; expected one of {', '.join([*TABLES_OF_SYSTEMS, *OTHER_TABLES])}"
-            )
-        table = TABLES_OF_SYSTEMS[name](seeds) if name in TABLES_OF_SYSTEMS else OTHER_TABLES[name]()
-        return f"{start}\n{table}\n\n{end}"
+        if name not in TABLES:
+            raise ValueError(f"{page}: no table {name}; expected one of {', '.join(TABLES)}")
+        return f"{start}\n{TABLES[name]()}\n\n{end}"
 
     return MARKED.sub(replacement, (ROOT / page).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the tables of results into the documentation.")
-    parser.add_argument(
-        "--seeds",
-        nargs="*",
-        help="SYSTEM=OTHER,...: systems that differ in the training seed; default: seed-N of shift, and by their names",
-    )
-    arguments = parser.parse_args()
     for page in PAGES:
-        text = with_tables(page, None if arguments.seeds is None else parse_seeds(arguments.seeds))
-        (ROOT / page).write_text(text, encoding="utf-8")
+        (ROOT / page).write_text(with_tables(page), encoding="utf-8")

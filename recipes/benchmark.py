@@ -13,7 +13,8 @@ import argparse
 from commands import pack_emoji, run
 
 BENCHMARKS = {
-    "bench": "bench --commands",
+    "bench": "bench",
+    "commands": "bench commands",
     "bench-emoji": "bench -m emoji --rounds 20",
     "peers": "bench peers",
     "memory": "bench memory",

@@ -15,6 +15,7 @@ from conftest import tiny_config
 from typer.testing import CliRunner
 
 from latent_shift import config, video
+from latent_shift.benchmark import timing
 from latent_shift.cli import main
 from latent_shift.config import dump
 from latent_shift.data.store import Store
@@ -313,7 +314,7 @@ def test_generate_modes_differ(video_model, media, tmp_path, monkeypatch):
     assert not np.array_equal(seen["chunk"], seen["long"])
 
 
-def test_bench_prints_and_writes_its_result(video_model, tmp_path, monkeypatch):
+def test_bench_prints_and_writes_its_result(video_model, tmp_path):
     result = json.loads(
         run("bench", "--frames", 4, "--size", 8, "--rounds", 2, "-o", tmp_path / "bench.json")
     )
@@ -322,25 +323,27 @@ def test_bench_prints_and_writes_its_result(video_model, tmp_path, monkeypatch):
     assert result["with the shift"]["seconds"] > 0
     assert result["parameters"] > 30e6
     assert "emoji" in run("models")
-    times: list[list[str]] = []
-    started = subprocess.run
-
-    def recorded(words, **options):
-        times.append(words)
-        return started(words, **options)
-
-    monkeypatch.setattr(subprocess, "run", recorded)
-    own = json.loads(run("bench", "-m", video_model, "--rounds", 1, "--frames", 2, "--commands"))
-    assert [words[words.index("-m", 3) + 1] for words in times if "generate" in words] == [
-        str(video_model)
-    ]  # its command, not emoji's
+    own = json.loads(run("bench", "-m", video_model, "--rounds", 1, "--frames", 2))
     assert (own["latents"], own["text_length"], own["model"]) == (4, 20, str(video_model))
     assert own["parameters"] < 1e6
-    assert (
-        0
-        < own["commands, seconds"]["latent-shift --help"]
-        < own["commands, seconds"]["latent-shift generate"]
-    )
+
+
+def test_bench_commands_times_commands_of_the_model(video_model, monkeypatch):
+    started = []
+
+    def in_this_process(words, **_):
+        assert words[1:3] == ["-m", "latent_shift"]
+        started.append(words[3:])
+        run(*words[3:])
+
+    monkeypatch.setattr(timing.subprocess, "run", in_this_process)
+    seconds = json.loads(run("bench", "commands", "-m", video_model, "--rounds", 1))["seconds"]
+    assert list(seconds) == [
+        "latent-shift --help", "latent-shift models", f"latent-shift models show {video_model}", "latent-shift generate --steps 1",
+        "latent-shift generate",
+    ]  # fmt: skip
+    assert ["-m", str(video_model), "--device", "cpu", "--steps", "1"] == started[3][2:8]
+    assert all(value > 0 for value in seconds.values())
 
 
 @pytest.mark.parametrize(

@@ -203,45 +203,30 @@ def test_measuring_prepares_the_frames_alone(run_script):
     assert command.endswith("bench peers -o docs/results/peers.json")
 
 
-def test_compare_image_and_seeds_encode_no_pixels(run_script):
-    for task in ("image", "seeds"):
-        commands = run_script("compare/compare.py", task)
-        assert not any("compare-pixels" in command for command in commands)
-        assert any("data/compare-latents --autoencoder emoji" in command for command in commands)
+def test_compare_image_encodes_no_pixels(run_script):
+    commands = run_script("compare/compare.py", "image")
+    assert not any("compare-pixels" in command for command in commands)
+    assert any("data/compare-latents --autoencoder emoji" in command for command in commands)
 
 
-def test_compare_seeds_trains_three_of_each_system(run_script):
-    compare = runpy.run_path(str(RECIPES / "compare" / "compare.py"))
-    seeds = {system: list(names) for system, names in compare["SEEDS"].items()}
-    tables = runpy.run_path(str(RECIPES.parent / "docs" / "tables.py"))
-    # docs/tables.py groups by name, and those whose names do not say so
-    assert find_seeds(list(compare["SETTINGS"])) | {k: list(v) for k, v in tables["SEEDS"].items()} == seeds
-    trainings = [
-        command.partition("--run runs/compare/")[2].rstrip()
-        for command in run_script("compare/compare.py", "seeds")
-        if "compare/video.toml" in command
-    ]
-    assert trainings == [
-        "shift", "seed-1 train.seed=1", "seed-2 train.seed=2",
-        *(
-            f"{name} {setting}{seed and f' train.seed={seed}'}"
-            for system, setting in (("hold", "model.edge=hold"), ("attention", "model.temporal=attention"), ("none", "model.temporal=none"))
-            for name, seed in ((system, ""), (f"{system}-seed-1", 1), (f"{system}-seed-2", 2))
-        ),
-    ]  # fmt: skip
-
-
-def test_compare_measures_the_seeds_that_are_trained_and_groups_those_measured(run_script):
-    Path("runs/compare/none-seed-1/model").mkdir(parents=True)
-    Path("runs/compare/none-seed-1/model/model_index.json").touch()
-    for name in ("shift", "seed-1", "none", "none-seed-1"):
-        Path("evals/parts-of-the-shift", name).mkdir(parents=True)
-        Path("evals/parts-of-the-shift", name, "results.json").touch()
-    text = "\n".join(run_script("compare/compare.py"))
-    assert "-m none-seed-1=runs/compare/none-seed-1/model" in text
-    assert "runs/compare/none-seed-1 runs/compare/vdm -o docs/results/compare-training.json" in text
-    assert "seed-2" not in text
-    assert "--seeds shift=seed-1 --seeds none=none-seed-1" in text
+def test_compare_trains_and_measures_three_seeds_of_the_systems(run_script):
+    commands = run_script("compare/compare.py")
+    trained = {
+        name: settings
+        for command in commands
+        if "train recipes/compare/video.toml" in command
+        for name, _, settings in [command.partition("--run runs/compare/")[2].partition(" ")]
+    }
+    assert trained["hold"] == "model.edge=hold" and trained["hold-seed-2"] == "model.edge=hold train.seed=2"
+    assert trained["shift-seed-1"] == "train.seed=1"
+    seeds = {name: [f"{name}-seed-1", f"{name}-seed-2"] for name in ("shift", "hold", "attention", "none")}
+    assert find_seeds(list(trained)) == seeds  # the tables and the page group them by name
+    (tabulate,) = (command for command in commands if "bench runs" in command)
+    (evaluate,) = (command for command in commands if "docs/results/compare.json" in command)
+    assert all(
+        f"-m {name}=runs/compare/{name}/model" in evaluate and f"runs/compare/{name} " in tabulate
+        for name in trained
+    )
 
 
 @pytest.mark.parametrize("program", [None, "chromium"])

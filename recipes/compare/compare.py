@@ -1,7 +1,6 @@
 """Compare the parts of the shift, both baselines and no shift, with small models (6 M parameters) on the emoji data.
 
     python recipes/compare/compare.py            # train, measure, write the page
-    python recipes/compare/compare.py seeds      # train three seeds of shift, hold, attention and none; the first command measures them
     python recipes/compare/compare.py image      # train the common image model anew, and delete what was trained from the old one
     python recipes/compare/compare.py page       # only write docs/page from what was measured
 
@@ -16,7 +15,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,7 +23,6 @@ from commands import pack_emoji, run
 # Settings that differ from recipes/compare/video.toml.
 VARIANTS = {
     "shift": "",
-    "seed-1": "train.seed=1",
     "quarter": "model.forward=0.25 model.backward=0.25",
     "eighth": "model.forward=0.125 model.backward=0.125",
     "conv2": "model.place=conv2",
@@ -37,15 +34,13 @@ VARIANTS = {
     "none": "model.temporal=none",
     "attention": "model.temporal=attention",
 }
-# Trainings that differ from a variant in the random numbers alone: `latent-shift report` and docs/tables.py show them as one system.
-SEEDS = {"shift": ("seed-1", "seed-2")} | {
-    name: (f"{name}-seed-1", f"{name}-seed-2") for name in ("hold", "attention", "none")
+# Further trainings that differ in the random numbers alone: `latent-shift report` and docs/tables.py show them as one system by their names.
+SEEDS = {
+    f"{name}-seed-{seed}": f"{VARIANTS[name]} train.seed={seed}".lstrip()
+    for name in ("shift", "hold", "attention", "none")
+    for seed in (1, 2)
 }
-SETTINGS = VARIANTS | {
-    name: f"{VARIANTS[system]} train.seed={seed}".lstrip()
-    for system, names in SEEDS.items()
-    for seed, name in enumerate(names, 1)
-}
+TRAINED = VARIANTS | SEEDS
 MEASURED_ALIKE = "--num 60 --num-frames 8 --noise 0 0 --compile"
 NOTE = (
     "shift, attention (the baseline Latent-VDM) and none are small models, trained for 600 steps from one image model; vdm (Video "
@@ -81,17 +76,17 @@ def train_image_model() -> None:
             f"runs/compare/image/model/{part}", f"recipes/compare/image-model/{part}", dirs_exist_ok=True
         )
     shutil.copy("runs/compare/image/model/model_index.json", "recipes/compare/image-model")
-    for name in ("image", *SETTINGS):
+    for name in ("image", *TRAINED):
         shutil.rmtree(f"runs/compare/{name}", ignore_errors=True)
     for name in ("parts-of-the-shift", "systems"):
         shutil.rmtree(f"evals/{name}", ignore_errors=True)
 
 
-def train(names: Iterable[str]) -> None:
-    """Train the named variants and seeds."""
-    for name in names:
+def train_variants() -> None:
+    """Train the variants, and further seeds of some."""
+    for name, settings in TRAINED.items():
         run(
-            f"latent-shift train recipes/compare/video.toml --run runs/compare/{name} {SETTINGS[name]}",
+            f"latent-shift train recipes/compare/video.toml --run runs/compare/{name} {settings}",
             result=f"runs/compare/{name}/model/model_index.json",
         )
 
@@ -104,15 +99,10 @@ def train_vdm() -> None:
 
 
 def measure() -> None:
-    """Measure all variants, and further seeds that are trained."""
-    names = [
-        name
-        for name in SETTINGS
-        if name in VARIANTS or Path(f"runs/compare/{name}/model/model_index.json").exists()
-    ]
-    folders = " ".join(f"runs/compare/{name}" for name in (*names, "vdm"))
+    """Measure all that was trained; the baselines beside `emoji`; and `emoji` as a classifier."""
+    folders = " ".join(f"runs/compare/{name}" for name in (*TRAINED, "vdm"))
     run(f"latent-shift bench runs {folders} -o docs/results/compare-training.json")
-    models = " ".join(f"-m {name}=runs/compare/{name}/model" for name in names)
+    models = " ".join(f"-m {name}=runs/compare/{name}/model" for name in TRAINED)
     run(
         f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out evals/parts-of-the-shift {models} -o docs/results/compare.json"
     )
@@ -129,19 +119,14 @@ def measure() -> None:
 
 def write_page() -> None:
     """Write docs/page, and a picture of it by Chromium where that is installed."""
-    measured = {path.parent.name for path in Path("evals/parts-of-the-shift").glob("*/results.json")}
     run(
         "latent-shift bench sweep -o docs/results/sweep.json --plots docs/results",
         result="docs/results/sweep.json",
     )
     columns = "--show shift --show attention --show none --show vdm --show emoji"
     tables = "--ablation evals/parts-of-the-shift --training docs/results/compare-training.json --classes evals/classes"
-    groups = {system: [name for name in names if name in measured] for system, names in SEEDS.items()}
-    seeds = " ".join(f"--seeds {system}={','.join(names)}" for system, names in groups.items() if names)
     plots = "--sweep docs/results/sweep.json --sweep docs/results/sweep-h200.json"
-    run(
-        f"latent-shift report docs/page evals/systems {columns} {tables} {seeds} {plots} --note {shlex.quote(NOTE)}"
-    )
+    run(f"latent-shift report docs/page evals/systems {columns} {tables} {plots} --note {shlex.quote(NOTE)}")
     if shutil.which("chromium") is None:
         print("docs/page.png: not written, because there is no chromium")
         return
@@ -159,18 +144,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("task", nargs="?", choices=["all", "seeds", "image", "page"], default="all")
+    parser.add_argument("task", nargs="?", choices=["all", "image", "page"], default="all")
     task = parser.parse_args().task
     if task != "page":
         encode_latents()
     if task == "image":
         train_image_model()
-    if task == "seeds":
-        for system, names in SEEDS.items():
-            train([system, *names])
     if task == "all":
         encode_pixels()
-        train(VARIANTS)
+        train_variants()
         train_vdm()
         measure()
     if task in ("all", "page"):

@@ -68,13 +68,26 @@ def _prepare_child() -> None:
 
 
 def command_seconds(model: str = "emoji", *, rounds: int = 3, device: str = "cpu") -> dict[str, float]:
-    """Return the median seconds of two whole commands: the help page, and a prompt to an mp4."""
+    """Return the median seconds of whole commands, each in a process of its own: start-up, loading, sampling, encoding.
+
+    A clip after one step and one after all steps show how much of the time is start-up.
+
+    Args:
+        model: `--model` of the commands that take one.
+        rounds: runs of each command.
+        device: `--device` of `generate`.
+    """
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        for arguments in (
-            ["--help"],
-            ["generate", "a red heart", "-m", model, "--device", device, "-o", f"{folder}/clip.mp4"],
-        ):
+        generate = ["generate", "a red heart", "-m", model, "--device", device]
+        commands = {
+            "--help": ["--help"],
+            "models": ["models"],
+            f"models show {model}": ["models", "show", model],
+            "generate --steps 1": [*generate, "--steps", "1", "-o", f"{folder}/one.mp4"],
+            "generate": [*generate, "-o", f"{folder}/clip.mp4"],
+        }
+        for name, arguments in commands.items():
             times = []
             for _ in range(rounds):
                 start = time.perf_counter()
@@ -82,5 +95,5 @@ def command_seconds(model: str = "emoji", *, rounds: int = 3, device: str = "cpu
                     [sys.executable, "-m", "latent_shift", *arguments], check=True, capture_output=True
                 )
                 times.append(time.perf_counter() - start)
-            seconds[f"latent-shift {arguments[0]}"] = float(np.median(times))
+            seconds[f"latent-shift {name}"] = float(np.median(times))
     return seconds

@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 Frames = Annotated[int, typer.Option(min=1, help="frames of a clip")]
-Rounds = Annotated[int, typer.Option(min=1, help="rounds after the warm-up; at most 3 for whole commands")]
+Rounds = Annotated[int, typer.Option(min=1, help="rounds after the warm-up")]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="take this model's U-Net instead of the 34 M one")
 ]
@@ -36,9 +36,6 @@ def shift(
     rounds: Rounds = 10,
     model: Model = None,
     device: Device = "cpu",
-    commands: Annotated[
-        bool, typer.Option("--commands", help="also time whole commands, loading included")
-    ] = False,
     output: Output = None,
 ) -> None:
     if command := context.invoked_subcommand:
@@ -52,7 +49,6 @@ def shift(
     _prepare_process()
     from latent_shift.benchmark.hardware import machine
     from latent_shift.benchmark.step import shift_overhead
-    from latent_shift.benchmark.timing import command_seconds
     from latent_shift.pipelines import loading
     from latent_shift.runtime import resolve_device
 
@@ -63,9 +59,23 @@ def shift(
     device = str(resolve_device(device))
     result = machine(device) | {"model": model}
     result |= shift_overhead(num_frames=frames, size=size, rounds=rounds, device=device, **network)
-    if commands:
-        result["commands, seconds"] = command_seconds(model or "emoji", rounds=min(rounds, 3), device=device)
     _show(result, output)
+
+
+@app.command()
+def commands(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="model of the commands that take one")
+    ] = "emoji",
+    rounds: Annotated[int, typer.Option(min=1, help="runs of each command")] = 3,
+    device: Device = "cpu",
+    output: Output = None,
+) -> None:
+    """Time whole commands from start to exit: the help page, the list of models, a prompt to an mp4."""
+    from latent_shift.benchmark.hardware import machine
+    from latent_shift.benchmark.timing import command_seconds
+
+    _show(machine(device) | {"seconds": command_seconds(model, rounds=rounds, device=device)}, output)
 
 
 @app.command()

@@ -1,14 +1,9 @@
-"""Write the generated parts of the documentation: `python docs/generate.py` (a test fails if one is stale).
-
-docs/settings.md comes from the recipe's classes in config.py, README's table of results from docs/results.
-"""
+"""Write docs/settings.md from the recipe's classes in config.py: `python docs/settings.py` (a test fails if it is stale)."""
 
 import json
-import re
 import types
 import typing
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -24,7 +19,7 @@ A recipe is a TOML file with these tables. Any setting can also be given on the 
 short for `data.path` and `model.init`. `latent-shift train RECIPE --dry-run` prints every value a run would use. An unknown key, a wrong type,
 or settings that contradict each other or have no effect are errors before any data is read.
 
-This page is written by `python docs/generate.py` from `latent_shift/config.py`.
+This page is written by `python docs/settings.py` from `latent_shift/config.py`.
 """
 
 
@@ -90,58 +85,5 @@ def _settings_table(fields: dict[str, FieldInfo], required: str = "required") ->
     return markdown_table(["setting", "default", "values", "meaning"], rows) + "\n"
 
 
-def results_table() -> str:
-    """Return README's table: the shift, attention and no shift, each number from a JSON in docs/results."""
-    systems = {
-        result["system"]["system"]: {record["measure"]: record["value"] for record in result["records"]}
-        for result in _result("compare")
-    }
-    seeds = {"shift": ("shift", "seed-1"), "attention": ("attention",), "none": ("none",)}
-    sizes = {result["system"]["system"]: result["system"]["parameters"] for result in _result("compare")}
-    points = [
-        point
-        for point in _result("sweep-h200")["points"]
-        if (point["frames"], point["side"], point["clips"]) == (16, 64, 1)
-    ]
-    times = {
-        point["name"]: point["seconds"] * 1e3 for point in reversed(points)
-    }  # of two measurements the first
-    names = {"shift": "Latent-Shift", "attention": "Latent-VDM", "none": "frame by frame"}
-    rows = [
-        ["parameters added, 6 M network", *(f"{sizes[name] / sizes['none'] - 1:.0%}" for name in names), ""],
-        [
-            "sampling step of 16 frames at SD 1.5's size, ms",
-            *(f"{times[title]:.0f}" for title in names.values()),
-            "",
-        ],
-    ]
-    for measure, label, places in (
-        ("denoising_error", "denoising error", 3),
-        ("motion_seen_at_375", "motion R² at t = 375", 2),
-        ("flicker", "flicker, grey levels", 1),
-    ):
-        real = systems["shift"].get(f"{measure}_real")
-        means = (fmean(systems[seed][measure] for seed in seeds[name]) for name in names)
-        rows.append([label, *(f"{mean:.{places}f}" for mean in means), f"{real:.{places}f}" if real else ""])
-    return markdown_table(["", "shift", "attention (Latent-VDM)", "no shift", "real clips"], rows)
-
-
-def _result(name: str) -> Any:
-    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def with_results_table(readme: str) -> str:
-    table = results_table()
-    head = table.split("\n", 1)[0]
-    text, count = re.subn(
-        rf"^{re.escape(head)}\n(?:\|.*\|$\n?)+", lambda _: f"{table}\n", readme, flags=re.MULTILINE
-    )
-    if count != 1:
-        raise ValueError(f"README.md has {count} tables that begin with {head}")
-    return text
-
-
 if __name__ == "__main__":
     (ROOT / "docs" / "settings.md").write_text(settings_page(), encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(with_results_table(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,7 +1,7 @@
 """Diffusion as pure functions: noise schedules, timesteps, parameterization (noise, velocity, x0), noise
 that frames share.
 
-B clips, F frames.
+Shapes: B clips, F frames.
 """
 
 from __future__ import annotations

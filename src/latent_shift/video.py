@@ -3,7 +3,7 @@
 Frames are `(F, H, W, 3) uint8` RGB arrays throughout this file. PyAV reads and writes the video containers,
 Pillow the animations and stills; both packages include their codecs.
 
-F frames, H W.
+Shapes: F frames of H x W pixels.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def _decode_video(file: Path | io.BytesIO) -> Iterator[tuple[Image.Image, float]
         header_seconds = (
             float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
         )
-        # No sound of another length.
+        # of a container with sound this is the longer of both
         if not header_seconds and container.duration and len(container.streams) == 1:
             header_seconds = container.duration / av.time_base
         if decoded_seconds < 0.9 * header_seconds - 2 * default_duration:
@@ -301,7 +301,7 @@ def _decode_image(
 
 def _encode_video(frames: np.ndarray, path: Path, fps: float) -> None:
     _, height, width, _ = frames.shape
-    # Yuv420p needs even sides.
+    # yuv420p needs even sides
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     mp4 = path.suffix.lower() == ".mp4"
     with av.open(str(path), "w", options={"movflags": "+faststart"} if mp4 else {}) as container:

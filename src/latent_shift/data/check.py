@@ -2,7 +2,7 @@
 
 They are unreadable, without caption, too short, static, with scene cuts, duplicated, or with a watermark.
 
-F frames, H W, N clips.
+Shapes: N clips of F frames, H x W pixels.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ autoencoder's weights and the settings, and it is renamed into place when it is 
 processes on any number of machines can encode the shards in any order, and after an interruption only the
 missing shards are encoded.
 
-N frames, H W.
+Shapes: N frames of H x W pixels.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@
       autoencoder/, text_encoder/, tokenizer/   the models that encoded the data, with which a trained U-Net
                                                 is exported
 
-F frames, H W, C channels and h w of the latents, L tokens, D width.
+Shapes: F frames of H x W pixels; C channels and h x w of the latents; L tokens, D width of the embeddings.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decode captioned clips once into a store of pixels.
 
-F frames, H W.
+Shapes: F frames of H x W pixels.
 """
 
 from __future__ import annotations

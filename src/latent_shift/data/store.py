@@ -12,7 +12,7 @@
 A pattern such as `parts/*` opens several stores with equal settings as one. All randomness comes from a numpy
 Generator that the caller seeds, so that a training step can be repeated exactly.
 
-F frames, H W.
+Shapes: F frames of H x W pixels.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ weights.
 EfficientNet-lite0 comes with a package; the weights of the others are given by path, and `SOURCES` says
 where they are published.
 
-B clips, F frames, N = B*F, D features, G rows of features a clip: F or one. Clips are
+Shapes: B clips of F frames, N = B*F, D features, G rows of features a clip (F or 1). Clips are
 `(B, F, H, W, 3) uint8`.
 """
 

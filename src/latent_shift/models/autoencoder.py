@@ -1,6 +1,6 @@
 """Autoencoders of images, applied to each video frame independently: load, encode, decode, scale.
 
-N frames, C channels, H W. Pixels are `(N, 3, H, W)` in [-1, 1], latents `(N, C, h, w)` as the U-Net sees
+Shapes: N frames, C channels. Pixels are `(N, 3, H, W)` in [-1, 1], latents `(N, C, h, w)` as the U-Net sees
 them (scaled), unless a docstring says otherwise. Works for `AutoencoderKL` and `AutoencoderTiny`.
 """
 

@@ -10,7 +10,7 @@ factorised into convolutions and attention over space, then attention over time:
 attention over time. Two things differ from the paper: text enters by cross-attention (they add a pooled
 embedding), and the U-Net is diffusers'.
 
-B clips, F frames, C channels, H W, N = B*F, P = B*H*W, heads h of d channels.
+Shapes: B clips of F frames, N = B*F; C channels, H x W of a frame, P = B*H*W; h heads of d channels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prompts as embeddings, exactly as diffusers' pipelines make them; weights in prompts; interpolation
 between prompts.
 
-L tokens, D text width.
+Shapes: L tokens, D width of the text embeddings.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Inputs of a call, prompts and pictures, as the tensors that sampling works on; and latents back as frames.
 
-B clips, F frames, C channels, N = B*F, L tokens, D text width.
+Shapes: B clips of F frames, N = B*F; C channels; L tokens, D width of the text embeddings.
 """
 
 from __future__ import annotations

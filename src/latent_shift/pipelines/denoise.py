@@ -5,7 +5,7 @@ A `Predict` takes noisy latents `(B, C, F, h, w)`, a timestep and the indices of
 another; it captures its numbers when it is made and reads no state later, so two streams or two calls never
 see each other's settings.
 
-B clips, F frames, C channels, h w latent height and width, N = B*F, K conditions (conditional,
+Shapes: B clips of F frames, N = B*F; C channels and h x w of the latents; K conditions (conditional,
 unconditional).
 """
 

@@ -1,6 +1,6 @@
 """The training objectives of the stages, as modules that accelerate can wrap.
 
-B clips, F frames, C channels, H W, L tokens, D text width, N = B*F.
+Shapes: B clips of F frames, N = B*F; C channels, H x W of a frame; L tokens, D width of the text embeddings.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The three stages: the batches, network, samples and export of each. The loop knows steps, not data.
 
-B clips, F frames, C channels, h w, L tokens, D text width.
+Shapes: B clips of F frames; C channels and h x w of the latents; L tokens, D width of the text embeddings.
 """
 
 from __future__ import annotations

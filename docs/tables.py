@@ -113,7 +113,7 @@ def label(measure: str) -> str:
 
 def summary() -> str:
     """Tabulate what README shows: the cost and the gain of the shift and of attention."""
-    results = Results("compare")
+    results = Results("seeds")
     sizes = results.parameters
     times: dict[str, float] = {}
     for timing in read_result("sweep-h200")["points"]:  # of two measurements the first
@@ -158,7 +158,7 @@ def emoji() -> str:
 
 def shift_and_attention() -> str:
     """Tabulate `recipes/compare`: the shift, attention and neither."""
-    results = Results("compare")
+    results = Results("seeds")
     names = ("shift", "hold", "attention", "none")
     rows = [
         ["loss on held-out clips", *results.losses(names), ""],
@@ -240,10 +240,10 @@ def parts() -> str:
 
 
 def two_runs() -> str:
-    """Tabulate the variants of `parts` in two earlier runs on different machines, each training seed by itself."""
+    """Tabulate the variants of `parts` in two runs on different machines, each training seed by itself."""
     variants = {"shift": PARTS["shift"], "shift-seed-1": "the same with another training seed"} | PARTS
     runs = []
-    for file in ("compare-xeon", "compare-earlier"):
+    for file in ("compare", "compare-earlier"):
         results, columns = Results(file, merge_seeds=False), []
         for name, loss in zip(variants, results.losses(variants), strict=True):
             cells = [results.cells[name][measure] for measure in PLACES]
@@ -256,11 +256,13 @@ def two_runs() -> str:
             columns.append([loss, *numbers])
         runs.append(columns)
     rows = [
-        [text, *map("; ".join, zip(xeon, epyc, strict=True))]
-        for text, xeon, epyc in zip(variants.values(), *runs, strict=True)
+        [text, *map("; ".join, zip(this, earlier, strict=True))]
+        for text, this, earlier in zip(variants.values(), *runs, strict=True)
     ]
     caption = "*Signed values: paired differences from shift on the same clips.*\n\n"
-    return caption + markdown_table(["variant, Xeon; EPYC", "loss on held-out clips", *map(label, PLACES)], rows)
+    return caption + markdown_table(
+        ["variant, this run; earlier run", "loss on held-out clips", *map(label, PLACES)], rows
+    )
 
 
 def systems() -> str:

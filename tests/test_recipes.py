@@ -203,30 +203,30 @@ def test_measuring_prepares_the_frames_alone(run_script):
     assert command.endswith("bench peers -o docs/results/peers.json")
 
 
-def test_compare_image_encodes_no_pixels(run_script):
-    commands = run_script("compare/compare.py", "image")
-    assert not any("compare-pixels" in command for command in commands)
-    assert any("data/compare-latents --autoencoder emoji" in command for command in commands)
+def test_compare_image_and_seeds_encode_no_pixels(run_script):
+    for task in ("image", "seeds"):
+        commands = run_script("compare/compare.py", task)
+        assert not any("compare-pixels" in command for command in commands)
+        assert any("data/compare-latents --autoencoder emoji" in command for command in commands)
 
 
-def test_compare_trains_and_measures_three_seeds_of_the_systems(run_script):
-    commands = run_script("compare/compare.py")
-    trained = {
-        name: settings
-        for command in commands
-        if "train recipes/compare/video.toml" in command
-        for name, _, settings in [command.partition("--run runs/compare/")[2].partition(" ")]
-    }
-    assert trained["hold"] == "model.edge=hold" and trained["hold-seed-2"] == "model.edge=hold train.seed=2"
-    assert trained["shift-seed-1"] == "train.seed=1"
+def test_compare_seeds_trains_and_measures_three_of_each_system(run_script):
+    *trainings, tabulate, evaluate = (
+        command for command in run_script("compare/compare.py", "seeds") if "runs/compare/" in command
+    )
+    trained = dict(command.partition("--run runs/compare/")[2].split(" ", 1) for command in trainings)
+    assert (
+        trained["hold"] == "model.edge=hold train.seed=0"
+        and trained["hold-seed-2"] == "model.edge=hold train.seed=2"
+    )
+    assert trained["shift"] == "train.seed=0" and trained["shift-seed-1"] == "train.seed=1"
     seeds = {name: [f"{name}-seed-1", f"{name}-seed-2"] for name in ("shift", "hold", "attention", "none")}
     assert find_seeds(list(trained)) == seeds  # the tables and the page group them by name
-    (tabulate,) = (command for command in commands if "bench runs" in command)
-    (evaluate,) = (command for command in commands if "docs/results/compare.json" in command)
     assert all(
         f"-m {name}=runs/compare/{name}/model" in evaluate and f"runs/compare/{name} " in tabulate
         for name in trained
     )
+    assert "docs/results/seeds-training.json" in tabulate and "docs/results/seeds.json" in evaluate
 
 
 @pytest.mark.parametrize("program", [None, "chromium"])

@@ -33,7 +33,7 @@ def test_labels_are_short_and_defined():
     assert len({label.text for label in labels}) == len(labels)
 
 
-@pytest.mark.parametrize("name", ["compare", "compare-xeon", "compare-earlier", "systems", "emoji"])
+@pytest.mark.parametrize("name", ["seeds", "compare", "compare-earlier", "systems", "emoji"])
 def test_record_reads_published_results(name):
     (path,) = (ROOT / "docs" / "results").rglob(f"{name}.json")
     results = read_json(path)

@@ -1,6 +1,7 @@
 """Compare the parts of the shift, both baselines and no shift, with small models (6 M parameters) on the emoji data.
 
     python recipes/compare/compare.py            # train, measure, write the page
+    python recipes/compare/compare.py seeds      # train and measure three seeds each of the shift, the shift with held edges, attention and none
     python recipes/compare/compare.py image      # train the common image model anew, and delete what was trained from the old one
     python recipes/compare/compare.py page       # only write docs/page from what was measured
 
@@ -15,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,6 +25,7 @@ from commands import pack_emoji, run
 # Settings that differ from recipes/compare/video.toml.
 VARIANTS = {
     "shift": "",
+    "shift-seed-1": "train.seed=1",
     "quarter": "model.forward=0.25 model.backward=0.25",
     "eighth": "model.forward=0.125 model.backward=0.125",
     "conv2": "model.place=conv2",
@@ -34,13 +37,12 @@ VARIANTS = {
     "none": "model.temporal=none",
     "attention": "model.temporal=attention",
 }
-# Further trainings that differ in the random numbers alone: `latent-shift report` and docs/tables.py show them as one system by their names.
+# Trainings that differ in the random numbers alone: `latent-shift report` and docs/tables.py show them as one system by their names.
 SEEDS = {
-    f"{name}-seed-{seed}": f"{VARIANTS[name]} train.seed={seed}".lstrip()
+    name if seed == 0 else f"{name}-seed-{seed}": f"{VARIANTS[name]} train.seed={seed}".lstrip()
     for name in ("shift", "hold", "attention", "none")
-    for seed in (1, 2)
+    for seed in range(3)
 }
-TRAINED = VARIANTS | SEEDS
 MEASURED_ALIKE = "--num 60 --num-frames 8 --noise 0 0 --compile"
 NOTE = (
     "shift, attention (the baseline Latent-VDM) and none are small models, trained for 600 steps from one image model; vdm (Video "
@@ -76,15 +78,15 @@ def train_image_model() -> None:
             f"runs/compare/image/model/{part}", f"recipes/compare/image-model/{part}", dirs_exist_ok=True
         )
     shutil.copy("runs/compare/image/model/model_index.json", "recipes/compare/image-model")
-    for name in ("image", *TRAINED):
+    for name in ("image", *VARIANTS, *SEEDS):
         shutil.rmtree(f"runs/compare/{name}", ignore_errors=True)
-    for name in ("parts-of-the-shift", "systems"):
+    for name in ("parts-of-the-shift", "systems", "seeds"):
         shutil.rmtree(f"evals/{name}", ignore_errors=True)
 
 
-def train_variants() -> None:
-    """Train the variants, and further seeds of some."""
-    for name, settings in TRAINED.items():
+def train(variants: Mapping[str, str]) -> None:
+    """Train the models of these names and settings."""
+    for name, settings in variants.items():
         run(
             f"latent-shift train recipes/compare/video.toml --run runs/compare/{name} {settings}",
             result=f"runs/compare/{name}/model/model_index.json",
@@ -98,14 +100,19 @@ def train_vdm() -> None:
     run("latent-shift train recipes/compare/vdm.toml --run runs/compare/vdm", result=result)
 
 
-def measure() -> None:
-    """Measure all that was trained; the baselines beside `emoji`; and `emoji` as a classifier."""
-    folders = " ".join(f"runs/compare/{name}" for name in (*TRAINED, "vdm"))
-    run(f"latent-shift bench runs {folders} -o docs/results/compare-training.json")
-    models = " ".join(f"-m {name}=runs/compare/{name}/model" for name in TRAINED)
+def measure(names: Iterable[str], out: str, result: str, further_runs: Iterable[str] = ()) -> None:
+    """Evaluate the named models, and tabulate their training runs and further ones."""
+    folders = " ".join(f"runs/compare/{name}" for name in (*names, *further_runs))
+    run(f"latent-shift bench runs {folders} -o docs/results/{result}-training.json")
+    models = " ".join(f"-m {name}=runs/compare/{name}/model" for name in names)
     run(
-        f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out evals/parts-of-the-shift {models} -o docs/results/compare.json"
+        f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out {out} {models} -o docs/results/{result}.json"
     )
+
+
+def measure_all() -> None:
+    """Measure the variants; the baselines beside `emoji`; and `emoji` as a classifier."""
+    measure(VARIANTS, "evals/parts-of-the-shift", "compare", ["vdm"])
     for name in ("shift", "attention", "none", "real"):  # the same clips; they are not generated twice
         shutil.copytree(f"evals/parts-of-the-shift/{name}", f"evals/systems/{name}", dirs_exist_ok=True)
     models = " ".join(
@@ -144,16 +151,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("task", nargs="?", choices=["all", "image", "page"], default="all")
+    parser.add_argument("task", nargs="?", choices=["all", "seeds", "image", "page"], default="all")
     task = parser.parse_args().task
     if task != "page":
         encode_latents()
     if task == "image":
         train_image_model()
+    if task == "seeds":
+        train(SEEDS)
+        measure(SEEDS, "evals/seeds", "seeds")
     if task == "all":
         encode_pixels()
-        train_variants()
+        train(VARIANTS)
         train_vdm()
-        measure()
+        measure_all()
     if task in ("all", "page"):
         write_page()

@@ -1,0 +1,95 @@
+"""Output folders: a command writes only into a folder that is its own, and alone.
+
+A folder is a command's own if it is new or empty, or holds the marker that the same kind of command left there.
+Everything else is somebody's: it is refused, unless the person says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from latent_shift.files import write_json
+
+MARKER = ".latent-shift.json"
+LOCK = ".lock"
+_DEBRIS = {
+    LOCK,
+    ".DS_Store",
+    "Thumbs.db",
+    "desktop.ini",
+}  # what a lock and file browsers leave in an empty folder
+
+
+@contextmanager
+def output_folder(
+    folder: str | Path,
+    kind: str,
+    *,
+    force: bool = False,
+    is_own: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
+    """Create a folder for the output of one command, mark it as such, and lock it inside the `with` block.
+
+    The lock is the operating system's, so it is released however the process ends.
+
+    Args:
+        folder: where the output goes; missing parents are created.
+        kind: what the folder holds, in words that fit into "holds ...", such as "a data set of pixels".
+        force: also take a folder that is not the command's own. Its files are kept, but those with names that
+            the command writes are replaced.
+        is_own: recognises a folder from before folders were marked.
+
+    Raises:
+        ValueError: a file instead of a folder, a folder that is not the command's own, or one in which another
+            process is at work.
+    """
+    folder = Path(folder)
+    try:
+        check_own(folder, kind, force=force, is_own=is_own)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK).acquire(timeout=0)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{folder}: expected a folder, but a file is in its way") from error
+    except Timeout:
+        raise ValueError(f"{folder}: another process is writing there; choose another folder") from None
+    with lock:
+        # Another process may have filled the folder since it was checked.
+        check_own(folder, kind, force=force, is_own=is_own)
+        if read_kind(folder) != kind:
+            write_json({"kind": kind}, folder / MARKER)
+        yield folder
+
+
+def check_own(
+    folder: Path, kind: str, *, force: bool = False, is_own: Callable[[Path], bool] | None = None
+) -> None:
+    """Raise ValueError if a folder holds anything but what a command of this kind wrote; see `output_folder`."""
+    if force or not folder.exists():
+        return
+    found = read_kind(folder)
+    if found == kind or (found is None and is_own is not None and is_own(folder)):
+        return
+    if found is not None:
+        raise ValueError(
+            f"{folder}: holds {found}, expected {kind} or an empty folder; choose another, or use --force"
+        )
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in _DEBRIS)
+    if foreign:
+        raise ValueError(
+            f"{folder}: holds {foreign[0]}, which latent-shift did not write there; choose an empty folder, or use --force"
+        )
+
+
+def read_kind(folder: Path) -> str | None:
+    """Return what a folder is marked to hold, or None if it is not marked."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    kind = marker.get("kind") if isinstance(marker, dict) else None
+    return kind if isinstance(kind, str) else None

@@ -135,6 +135,33 @@ def test_image_and_last_image_fix_the_end_frames(texts):
     assert not torch.allclose(between[0, :, 1:-1], begun[0, :, 1:-1])
 
 
+def test_each_prompt_can_have_its_own_end_frames(texts):
+    """Also where as many pictures as half of the frames are given, which once filled the clips with one after another."""
+    pipe, pictures = sd(texts), [CLIP[k] for k in range(4)]
+    known = encode_pictures(pipe, np.stack(pictures), 32, 32, 4)[0].transpose(0, 1)
+    ends = {"image": pictures[:2], "last_image": pictures[2:], "num_frames": 4}
+    clips = pipe(
+        ["red", "blue"], num_videos_per_prompt=2, generator=seed(0), output_type="latent", **ends
+    ).frames
+    torch.testing.assert_close(clips[:, :, 0], known[[0, 0, 1, 1]])
+    torch.testing.assert_close(clips[:, :, -1], known[[2, 2, 3, 3]])
+    with pytest.raises(
+        ValueError, match="expected one picture, or one for each prompt of the 1 clips, got 2"
+    ):
+        pipe("red", generator=seed(0), **ends)
+
+
+def test_latents_stand_for_pictures_and_videos(texts):
+    pipe = sd(texts)
+    latents = encode_pictures(pipe, CLIP, 32, 32, 4)[0].transpose(0, 1)
+    for name, pixels, encoded in (("image", CLIP[0], latents[:1]), ("video", CLIP, latents)):
+        clips = [
+            pipe("red", strength=0.6, generator=seed(0), output_type="latent", **{name: given}).frames
+            for given in (pixels, encoded)
+        ]
+        torch.testing.assert_close(clips[0], clips[1])
+
+
 def test_strength_sets_the_distance_from_the_video(texts):
     pipe = sd(texts, num_inference_steps=10)
     clean = encode_pictures(pipe, CLIP, 32, 32, 4)

@@ -234,7 +234,7 @@ class ClipPipeline(DiffusionPipeline):
                 None: the model's.
             prompt_embeds, negative_prompt_embeds: `(B, L, D)` instead of texts, or `(B, F, L, D)`, one for
                 each frame.
-            image, last_image: first and last frame of the clip.
+            image, last_image: first and last frame of the clip: one picture, or one for each prompt.
             video: a clip of F frames to start from.
             mask: white where the video is generated anew, black where it stays: one image, or F.
             strength: fraction of the steps to take from the video, or from the still image, in (0, 1]. 1

@@ -20,7 +20,7 @@ from latent_shift.pipelines.denoise import KnownFrames
 
 Pictures = Any
 """Anything diffusers' image processors take: images, arrays `(F, H, W, 3)`, tensors `(F, 3, H, W)`; floats
-in [0, 1]."""
+in [0, 1]; or latents `(F, C, h, w)`, scaled as the U-Net sees them."""
 
 
 def check_family_arguments(pipe, family: dict[str, Any]) -> None:
@@ -158,7 +158,9 @@ def known_frames(
         mask = None if mask is None else latent_mask(mask, num_frames, noise.shape[-2:]).to(noise)
     else:
         ends = [
-            encode_pictures(pipe, picture, height, width, 1).to(noise)
+            _still_of_each_clip(
+                encode_pictures(pipe, picture, height, width, batch_size).to(noise), len(noise)
+            )
             for picture in (image, last_image)
             if picture is not None
         ]
@@ -170,11 +172,28 @@ def known_frames(
     return KnownFrames(clean, noise / pipe.scheduler.init_noise_sigma, mask)
 
 
+def _still_of_each_clip(pictures_1CNhw: Tensor, num_clips: int) -> Tensor:
+    """Return one picture, or one for each prompt, as `(1 or B, C, 1, h, w)`; clips of a prompt share its picture."""
+    num_pictures = pictures_1CNhw.shape[2]
+    if num_clips % num_pictures:
+        raise ValueError(
+            f"expected one picture, or one for each prompt of the {num_clips} clips, got {num_pictures}"
+        )
+    stills_NC1hw = pictures_1CNhw[0].transpose(0, 1)[:, :, None]
+    return (
+        stills_NC1hw
+        if num_pictures == 1
+        else stills_NC1hw.repeat_interleave(num_clips // num_pictures, dim=0)
+    )
+
+
 def encode_pictures(pipe, pictures: Pictures, height: int, width: int, batch_size: int) -> Tensor:
-    """Encode pictures to the means of their latents `(1, C, F, h, w)`, each frame independently."""
+    """Encode pictures to the means of their latents `(1, C, F, h, w)`, each independently; latents stay as they are."""
     if isinstance(pictures, np.ndarray) and pictures.dtype == np.uint8:
         pictures = pictures / np.float32(255)
     pixels_N3HW = pipe.image_processor.preprocess(pictures, height, width)
+    if pixels_N3HW.shape[1] == pipe.unet.config.in_channels != 3:  # latents, which the processor passes on
+        return pixels_N3HW.to(pipe._execution_device).transpose(0, 1)[None]
     with upcast(pipe.vae, when=needs_upcast(pipe)):
         latents_NChw = encode_frames(
             pipe.vae, pixels_N3HW, device=pipe._execution_device, batch_size=batch_size

@@ -229,7 +229,7 @@ class KnownFrames:
     """Frames or regions of a clip that are given (blended latent diffusion, Avrahami et al. 2023).
 
     Args:
-        latents: `(1, C, F, h, w)`, clean.
+        latents: `(1 or B, C, F, h, w)`, clean.
         noise: `(B, C, F, h, w)`, standard normal.
         mask: `(1, 1, F, h or 1, w or 1)`: 1 where something new is generated, 0 where `latents` stay. None:
             everything is new, and `latents` are only the start.

@@ -99,6 +99,7 @@ class LatentShiftXLPipeline(ClipPipeline, StableDiffusionXLPipeline):
     """
 
     image_pipeline: ClassVar[type] = StableDiffusionXLPipeline
+    _denoising_end: ClassVar[None] = None  # of the property `denoising_end`: a call samples to the end
     _callback_tensor_inputs: ClassVar = [
         "latents", "prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "negative_add_text_embeds", "add_time_ids",
         "negative_add_time_ids",

@@ -7,6 +7,8 @@ transformers takes seconds.
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -97,12 +99,20 @@ def options(
 def main() -> None:
     """Run the command; an expected error is printed as one line."""
     set_passive_waiting()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except OSError as error:
         _exit(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except (ValueError, RuntimeError, MemoryError) as error:
         _exit(str(error) or "out of memory")
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """End the command on a first Ctrl-C; on a second one at once, without waiting for workers."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    raise KeyboardInterrupt
 
 
 def _exit(message: str, status: int = 1) -> NoReturn:

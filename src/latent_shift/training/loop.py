@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from latent_shift.config import Config, dump
 from latent_shift.files import move_files, write_text
-from latent_shift.folders import output_folder
+from latent_shift.folders import check_own, output_folder
 from latent_shift.models import sizes
 from latent_shift.runtime import peak_memory_gib, rank, resolve_device, world_size
 from latent_shift.training import checkpoint, checks, fsdp, prepare
@@ -74,9 +75,11 @@ def train(
         OSError: a checkpoint could not be written; earlier ones are complete.
     """
     run = Path(run)
+    ownership: dict[str, Any] = dict(kind=checkpoint.KIND, force=force, is_own=checkpoint.is_run)
+    if rank() == 0:
+        check_own(run, **ownership)
     checks.check_settings(config, run)
-    lock = output_folder(run, checkpoint.KIND, force=force, is_own=checkpoint.is_run)
-    with lock if rank() == 0 else nullcontext():
+    with output_folder(run, **ownership) if rank() == 0 else nullcontext():
         try:
             if rank() == 0:
                 # From here on the folder alone is enough to resume.
@@ -467,7 +470,10 @@ def _set_on_signal(event: threading.Event) -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             log.warning("interrupted: the run is saved after this step; once more ends it at once")
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:  # as for a job in the background
+            signal.signal(number, stop)
     try:
         yield
     finally:

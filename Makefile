@@ -18,7 +18,7 @@ or install the CUDA build all the same:                                  make CU
 endef
 export NO_CPU_TORCH
 
-.PHONY: setup demo check test test-slow docs format clean
+.PHONY: setup demo check test test-slow faults docs format clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,11 @@ test: check
 # The tests whose fast twins `make test` runs.
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
+
+# What is lost by kills, full disks, Ctrl-C and second processes, as tables.
+faults: $(VENV)/.dev
+	$(BIN)/python tests/faults.py 50
+	$(BIN)/python tests/command_faults.py
 
 # The documentation as a site in site/; a broken link or reference is an error.
 docs: $(VENV)/.dev

@@ -34,4 +34,4 @@ if __name__ == "__main__":
     for name in BENCHMARKS if "all" in names else names:
         if name == "measures":
             pack_emoji()
-        run(f"latent-shift {BENCHMARKS[name]} -o docs/results/{name}.json")
+        run(f"latent-shift {BENCHMARKS[name]} -o docs/results/{name}.json --force")

@@ -177,6 +177,17 @@ def asked_to_stop(config: Config, run: Path, kills: int) -> str:
     return "SIGTERM: it saves and exits with 0"
 
 
+def interrupted(config: Config, run: Path, kills: int) -> str:
+    process = start_run(config, run)
+    wait_for_step(run, 5, process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 0 and not (run / "model").exists()
+    assert "the same command resumes from there" in run.with_suffix(".log").read_text()
+    run_to_end(config, run)
+    return "Ctrl-C: it saves and exits with 0"
+
+
 def full_disk(config: Config, run: Path, kills: int) -> str:
     process = start_run(config, run)
     wait_for_step(run, 5, process)
@@ -230,7 +241,7 @@ def two_in_one_folder(config: Config, run: Path, kills: int) -> str:
     second = start_run(config, run)
     second.join()
     os.kill(first.pid, signal.SIGCONT)
-    assert second.exitcode == 2 and "another process trains there" in run.with_suffix(".log").read_text()
+    assert second.exitcode == 2 and "another process is writing there" in run.with_suffix(".log").read_text()
     first.join()
     return "second process in the same folder: refused"
 
@@ -271,7 +282,7 @@ def _encode(folder: Path, out: Path) -> None:
 
 
 FAULTS: list[Callable[[Config, Path, int], str]] = [
-    killed_in_the_middle, killed_at_random_moments, killed_while_it_saves, asked_to_stop, full_disk, cut_checkpoint, cut_statistics,
+    killed_in_the_middle, killed_at_random_moments, killed_while_it_saves, asked_to_stop, interrupted, full_disk, cut_checkpoint, cut_statistics,
     two_in_one_folder, other_settings, encoding_killed,
 ]  # fmt: skip
 

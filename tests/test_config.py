@@ -152,3 +152,25 @@ def test_learning_rate_rises_stays_and_falls(recipe):
     assert rates[9:80] == [1e-3] * 71
     assert rates[90] == pytest.approx(5e-4)
     assert rates[99] == pytest.approx(5e-5)
+
+
+RECIPES = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "recipes").rglob("*.toml"))
+    if "autoencoder" not in path.name
+]  # which have no clips
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_load_makes_each_baseline_one_override_away(path):
+    """A recipe's shift goes with the baseline; what an override says of the shift still contradicts it."""
+    for temporal in ("attention", "none", "shift"):
+        model = load(path, [f"model.temporal={temporal}"]).model
+        assert model.temporal == temporal
+        if temporal != "shift":
+            defaults = Model(init="x", temporal=temporal)
+            assert (model.place, model.forward, model.backward, model.edge) == (
+                defaults.place, defaults.forward, defaults.backward, defaults.edge,
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="edge has no effect on temporal=none: leave it out"):
+        load(path, ["model.edge=wrap", "model.temporal=none"])

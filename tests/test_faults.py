@@ -1,5 +1,6 @@
 """Every fault of faults.py a few times: nothing is lost. `python tests/faults.py 50` repeats them many times and prints the table."""
 
+import command_faults
 import faults
 import pytest
 
@@ -34,3 +35,38 @@ def test_find_differences_reports_another_run(prepared, tmp_path):
         "optimizer",
         "losses",
     ]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    return command_faults.prepare(tmp_path_factory.mktemp("commands"))
+
+
+FAST = {("generate", "full_disk"), ("sheet", "interrupted")}
+"""Cases of the fast tier, where test_folders.py has two processes; the slow tier has all."""
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        pytest.param(name, fault, id=f"{name}-{fault.__name__}", marks=[pytest.mark.slow] * ((name, fault.__name__) not in FAST))
+        for name, fault in command_faults.CASES
+    ],
+)  # fmt: skip
+def test_fault_of_a_command_loses_nothing(name, fault, commands, tmp_path):
+    _, lost = command_faults.inflict(fault, commands[name], tmp_path)
+    assert lost == []
+
+
+def test_find_differences_reports_other_files(tmp_path):
+    for name, text in (
+        ("a/same", "1"),
+        ("a/other", "1"),
+        ("a/more", ""),
+        ("b/same", "1"),
+        ("b/other", "2"),
+        ("b/.lock", ""),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert command_faults.find_differences(tmp_path / "a", tmp_path / "b") == ["more", "other"]

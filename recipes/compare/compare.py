@@ -103,10 +103,10 @@ def train_vdm() -> None:
 def measure(names: Iterable[str], out: str, result: str, further_runs: Iterable[str] = ()) -> None:
     """Evaluate the named models, and tabulate their training runs and further ones."""
     folders = " ".join(f"runs/compare/{name}" for name in (*names, *further_runs))
-    run(f"latent-shift bench runs {folders} -o docs/results/{result}-training.json")
+    run(f"latent-shift bench runs {folders} -o docs/results/{result}-training.json --force")
     models = " ".join(f"-m {name}=runs/compare/{name}/model" for name in names)
     run(
-        f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out {out} {models} -o docs/results/{result}.json"
+        f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out {out} {models} -o docs/results/{result}.json --force"
     )
 
 
@@ -119,7 +119,7 @@ def measure_all() -> None:
         f"-m {name}=runs/compare/{name}/model" for name in ("shift", "attention", "none", "vdm")
     )
     run(
-        f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out evals/systems {models} -m emoji -o docs/results/systems.json"
+        f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out evals/systems {models} -m emoji -o docs/results/systems.json --force"
     )
     run("latent-shift eval data/emoji-128 --protocol classes -m emoji --out evals/classes")
 
@@ -127,7 +127,7 @@ def measure_all() -> None:
 def write_page() -> None:
     """Write docs/page, and a picture of it by Chromium where that is installed."""
     run(
-        "latent-shift bench sweep -o docs/results/sweep.json --plots docs/results",
+        "latent-shift bench sweep -o docs/results/sweep.json --plots docs/results --force",
         result="docs/results/sweep.json",
     )
     columns = "--show shift --show attention --show none --show vdm --show emoji"

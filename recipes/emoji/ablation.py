@@ -40,7 +40,7 @@ if __name__ == "__main__":
         )
     folders = " ".join(f"runs/{temporal}" for temporal in TEMPORAL)
     models = " ".join(f"-m {temporal}=runs/{temporal}/model" for temporal in TEMPORAL)
-    run(f"latent-shift bench runs {folders} -o docs/results/ablation-training.json")
+    run(f"latent-shift bench runs {folders} -o docs/results/ablation-training.json --force")
     run(
-        f"latent-shift eval data/emoji-128 {models} --num 100 --out evals/ablation -o docs/results/ablation.json"
+        f"latent-shift eval data/emoji-128 {models} --num 100 --out evals/ablation -o docs/results/ablation.json --force"
     )

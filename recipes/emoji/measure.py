@@ -19,11 +19,11 @@ from commands import environment, pack_emoji, run
 
 def table() -> None:
     pack_emoji()
-    run("latent-shift eval data/emoji-128 --protocol emoji --compile -o docs/results/emoji.json")
+    run("latent-shift eval data/emoji-128 --protocol emoji --compile -o docs/results/emoji.json --force")
 
 
 def sheet() -> None:
-    run("latent-shift sheet recipes/emoji/prompts.txt docs/emoji-sheet.png docs/emoji.gif")
+    run("latent-shift sheet recipes/emoji/prompts.txt docs/emoji-sheet.png docs/emoji.gif --force")
 
 
 def modes() -> None:
@@ -33,7 +33,8 @@ def modes() -> None:
         if language == "python":
             subprocess.run([sys.executable, "-c", block], check=True, env=environment())
         else:
-            commands = "\n".join(line for line in block.splitlines() if line.startswith("latent-shift"))
+            lines = [line for line in block.splitlines() if line.startswith("latent-shift generate")]
+            commands = "\n".join(f"{line} --force" for line in lines)
             subprocess.run(["sh", "-ec", commands], check=True, env=environment())
 
 

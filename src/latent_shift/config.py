@@ -413,7 +413,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Args:
         path: a TOML file.
         overrides: `table.key=value`, the value in TOML (a bare word is a string); `data=` and `model=` set
-            `data.path` and `model.init`.
+            `data.path` and `model.init`. A baseline in `model.temporal` also drops the recipe's settings of the
+            shift.
 
     Raises:
         ValueError: the file cannot be read, a key is unknown (the message names the nearest one), a value has
@@ -425,8 +426,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except (OSError, tomlkit.exceptions.ParseError) as error:
         raise ValueError(f"{path}: {error}") from error
     _rename_keys(settings, path)
-    for override in overrides or []:
-        _apply_override(settings, override)
+    changed = {_apply_override(settings, override) for override in overrides or []}
+    _drop_shift(settings, changed)
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
@@ -448,8 +449,19 @@ def _rename_keys(settings: dict[str, Any], path: Path) -> None:
 _RENAMED = "%s is now called %s; the old name works in this release only"
 
 
-def _apply_override(settings: dict[str, Any], override: str) -> None:
-    """Set the key of a `table.key=value`, in place."""
+def _drop_shift(settings: dict[str, Any], changed: set[str]) -> None:
+    """Drop a recipe's settings of the shift, in place, where an override chooses a baseline: it then needs no
+    other override."""
+    model = settings.get("model")
+    if "model.temporal" not in changed or not isinstance(model, dict) or model["temporal"] == "shift":
+        return
+    for name in ("place", "forward", "backward", "edge"):
+        if f"model.{name}" not in changed:
+            model.pop(name, None)
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> str:
+    """Set the key of a `table.key=value`, in place; return the key."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"expected table.key=value, got {override!r}")
@@ -467,6 +479,7 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise ValueError(f"{key}: {table} is a value, not a table")
     target[name] = value
+    return key
 
 
 def dump(config: Config) -> str:

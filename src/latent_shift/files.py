@@ -48,6 +48,20 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
+def move_files(source: Path, target: Path, *, last: str = "") -> None:
+    """Move every file of a folder into another one, over files of the same names; others there stay.
+
+    Args:
+        source, target: the folders, on one disk.
+        last: path in the folder of the file that marks a complete folder, which is moved after all others.
+    """
+    paths = [path for path in source.rglob("*") if path.is_file()]
+    for path in sorted(paths, key=lambda path: (path == source / last, path)):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file atomically."""
     with atomic_write(path) as file:

@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import threading
 from collections.abc import Iterable
@@ -191,7 +192,8 @@ def quiet_libraries() -> None:
 
 def start_worker(module: str, function: str, *args: object) -> None:
     """Initialize a worker process: watch its parent, set its allocator, silence the libraries, then call a
-    function given by name, whose imports are silent, too."""
+    function given by name, whose imports are silent, too. Ctrl-C is the parent's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent()
     keep_freed_memory()
     quiet_libraries()

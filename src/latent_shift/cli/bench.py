@@ -4,11 +4,13 @@ encoding."""
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from latent_shift.cli import outputs
 from latent_shift.files import markdown_table, write_json
 from latent_shift.runtime import keep_freed_memory, quiet_libraries
 
@@ -37,6 +39,7 @@ def shift(
     model: Model = None,
     device: Device = "cpu",
     output: Output = None,
+    force: outputs.Force = False,
 ) -> None:
     if command := context.invoked_subcommand:
         sources = {name: context.get_parameter_source(name) for name in context.params}
@@ -46,7 +49,7 @@ def shift(
                 f"bench {command}: its options come after it, not before it: --{', --'.join(options)}"
             )
         return
-    _prepare_process()
+    _prepare_process(output, force=force)
     from latent_shift.benchmark.hardware import machine
     from latent_shift.benchmark.step import shift_overhead
     from latent_shift.pipelines import loading
@@ -70,8 +73,10 @@ def commands(
     rounds: Annotated[int, typer.Option(min=1, help="runs of each command")] = 3,
     device: Device = "cpu",
     output: Output = None,
+    force: outputs.Force = False,
 ) -> None:
     """Time whole commands from start to exit: the help page, the list of models, a prompt to an mp4."""
+    outputs.check_json(output, force=force)
     from latent_shift.benchmark.hardware import machine
     from latent_shift.benchmark.timing import command_seconds
 
@@ -79,10 +84,16 @@ def commands(
 
 
 @app.command()
-def peers(frames: Frames = 16, rounds: Rounds = 5, device: Device = "cpu", output: Output = None) -> None:
+def peers(
+    frames: Frames = 16,
+    rounds: Rounds = 5,
+    device: Device = "cpu",
+    output: Output = None,
+    force: outputs.Force = False,
+) -> None:
     """Time the step against U-Nets of AnimateDiff and ModelScope with the same widths, in float32, bfloat16,
     channels last and compiled."""
-    _prepare_process()
+    _prepare_process(output, force=force)
     import torch
 
     from latent_shift.benchmark import step
@@ -124,10 +135,13 @@ def sweep(
     model: Annotated[str, typer.Option("--model", "-m", help="model of the whole clips")] = "emoji",
     plots: Annotated[Path | None, typer.Option(help="also write plots (.svg) to this folder")] = None,
     output: Output = None,
+    force: outputs.Force = False,
 ) -> None:
     """Time a step of each system for several numbers of frames, sizes and batches; also measure the rate of
     the machine at matrix products."""
-    _prepare_process()
+    _prepare_process(output, force=force)
+    if plots:
+        _check_plots(plots, force=force)
     import torch
 
     from latent_shift.benchmark import sweep
@@ -169,9 +183,10 @@ def memory(
         ),
     ] = "emoji",
     output: Output = None,
+    force: outputs.Force = False,
 ) -> None:
     """Measure the CPU memory of long clips, and of one sampling and one training step at SD 1.5's size."""
-    _prepare_process()
+    _prepare_process(output, force=force)
     from latent_shift.benchmark import memory
     from latent_shift.benchmark.hardware import machine
 
@@ -187,10 +202,20 @@ def memory(
     )
 
 
-def _prepare_process() -> None:
-    """Set the allocator as in training and silence the libraries."""
+def _prepare_process(output: Path | None, *, force: bool) -> None:
+    """Check the output, set the allocator as in training and silence the libraries."""
+    outputs.check_json(output, force=force)
     keep_freed_memory()
     quiet_libraries()
+
+
+def _check_plots(folder: Path, *, force: bool) -> None:
+    """Check before the measurements that plots can be drawn and written."""
+    if not find_spec("matplotlib"):
+        raise ValueError("--plots needs the extra: pip install 'latent-shift-video[report]'")
+    outputs.check_writable(folder / "sweep-plot.svg")
+    if (existing := sorted(folder.glob("sweep-*.svg"))) and not force:
+        raise ValueError(f"{existing[0]}: exists; choose another folder for --plots, or use --force")
 
 
 def _show(result: dict, output: Path | None) -> None:
@@ -206,9 +231,10 @@ def training(
     rounds: Rounds = 10,
     device: Device = "cpu",
     output: Output = None,
+    force: outputs.Force = False,
 ) -> None:
     """Time a training step on clips against one on as many images, and resuming a run."""
-    _prepare_process()
+    _prepare_process(output, force=force)
     from latent_shift.benchmark.hardware import machine
     from latent_shift.benchmark.training import resuming, training_step
 
@@ -229,9 +255,10 @@ def encoding(
         typer.Option(help="address of a Ray cluster whose workers are timed: local, auto, host:port"),
     ] = None,
     output: Output = None,
+    force: outputs.Force = False,
 ) -> None:
     """Time encoding frames with one process and with several."""
-    _prepare_process()
+    _prepare_process(output, force=force)
     from latent_shift.benchmark.hardware import machine
     from latent_shift.benchmark.throughput import encoding
 
@@ -241,10 +268,12 @@ def encoding(
 
 @app.command()
 def index(
-    clips: Annotated[int, typer.Option(min=1, help="records")] = 100_000, output: Output = None
+    clips: Annotated[int, typer.Option(min=1, help="records")] = 100_000,
+    output: Output = None,
+    force: outputs.Force = False,
 ) -> None:
     """Time opening an index of many clips and sampling from it."""
-    _prepare_process()
+    _prepare_process(output, force=force)
     from latent_shift.benchmark.hardware import machine
     from latent_shift.benchmark.throughput import index
 
@@ -252,9 +281,13 @@ def index(
 
 
 @app.command()
-def runs(folders: Annotated[list[Path], typer.Argument(help="run folders")], output: Output = None) -> None:
+def runs(
+    folders: Annotated[list[Path], typer.Argument(help="run folders")],
+    output: Output = None,
+    force: outputs.Force = False,
+) -> None:
     """Print losses, clips per second, memory and parameters of training runs, side by side."""
-    _prepare_process()
+    _prepare_process(output, force=force)
     from latent_shift.benchmark.training import runs
 
     rows = runs(folders)
@@ -283,9 +316,10 @@ def measures(
         ),
     ] = None,
     output: Output = None,
+    force: outputs.Force = False,
 ) -> None:
     """Degrade real clips step by step and show which measures respond."""
-    _prepare_process()
+    _prepare_process(output, force=force)
     import numpy as np
 
     from latent_shift.benchmark.hardware import machine

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latent_shift.cli import outputs
 from latent_shift.cli.terminal import Progress
 from latent_shift.files import write_json
 from latent_shift.runtime import quiet_libraries, skip_packages
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from latent_shift.evaluation.features import Weights
     from latent_shift.evaluation.protocols import Protocol
     from latent_shift.evaluation.systems import System
+    from latent_shift.pipelines.request import Clip
 
 
 Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps")]
@@ -66,8 +68,10 @@ def evaluate(
     noise: Annotated[tuple[float, float] | None, typer.Option(help=_NOISE)] = None,
     out: Annotated[Path | None, typer.Option(help=_OUT)] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help=_OUTPUT)] = None,
+    force: outputs.Force = False,
 ) -> None:
     """Measure systems against real clips, each number with its protocol, its weights and its interval."""
+    outputs.check_json(output, force=force)
     torch_dtype = _parse_dtype(dtype)
     quiet_libraries()
     from latent_shift import runtime
@@ -94,7 +98,7 @@ def evaluate(
     )
     folder = out or Path("evals") / protocol
     results = _evaluate_systems(
-        models, open_system, task, folder, networks=networks, noise=noise, batch_size=batch_size
+        models, open_system, task, folder, networks=networks, noise=noise, batch_size=batch_size, force=force
     )
     if runtime.rank() > 0:
         return
@@ -143,6 +147,7 @@ def _evaluate_systems(
     networks: Weights,
     noise: tuple[float, float] | None,
     batch_size: int,
+    force: bool,
 ) -> list[dict]:
     """Measure one system after the other and compare them; all processes generate, the first one measures."""
     import gc
@@ -157,6 +162,7 @@ def _evaluate_systems(
     is_main = runtime.rank() == 0
     if is_main:
         measures.check_weights(networks, task.measures)
+        evaluate.check_folder(folder, force=force)
     results = []
     for name, path in models:
         system = open_system(path, name=name)
@@ -164,8 +170,8 @@ def _evaluate_systems(
             noise = (system.settings["shared_noise"], system.settings["noise_correlation"])
         with Progress(f"{system.name}: clips") as progress:
             result = evaluate.evaluate(
-                system, task, folder, weights=networks, noise=noise, batch_size=batch_size, progress=progress
-            )
+                system, task, folder, weights=networks, noise=noise, batch_size=batch_size, progress=progress, force=force
+            )  # fmt: skip
         results.append(result)
         del system  # a GPU may not hold two of them
         gc.collect()
@@ -197,6 +203,7 @@ def report(
     note: Annotated[
         str, typer.Option(help="introduction of the page: what readers must know about these systems")
     ] = "",
+    force: outputs.Force = False,
 ) -> None:
     """Write evaluations as a web page: clips side by side, numbers, plots. It opens from disk."""
     quiet_libraries()
@@ -215,21 +222,24 @@ def report(
         rows=rows,
         title=title,
         note=note,
+        force=force,
     )
     print(path)
 
 
 def sheet(
+    context: typer.Context,
     prompts: Annotated[
         Path,
         typer.Argument(
             exists=True, dir_okay=False, help="a text file with a prompt per line; # starts a comment"
         ),
     ],
-    outputs: Annotated[
+    files: Annotated[
         list[Path],
         typer.Argument(
-            help="a .png: a row of frames per prompt; a .gif, .webp, .mp4 or .webm: all clips side by side"
+            metavar="OUTPUTS...",
+            help="a .png: a row of frames per prompt; a .gif, .webp, .mp4 or .webm: all clips side by side",
         ),
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="a name or a diffusers folder")] = "emoji",
@@ -240,37 +250,35 @@ def sheet(
     steps: Steps = None,
     guidance: Guidance = None,
     device: Device = None,
+    force: outputs.Force = False,
 ) -> None:
     """Generate a contact sheet: a clip for each prompt of a list, with one seed, without selection."""
     from latent_shift import video
     from latent_shift.pipelines import catalog
 
-    for path in outputs:
-        video.check_output(path)
+    outputs.check_outputs(files, suffixes=video.OUTPUT_SUFFIXES, inputs=[prompts, Path(model)], force=force)
+    lines = outputs.read_prompts(prompts)
     catalog.check_model(model)
     skip_packages(catalog.unused_packages(model))
     quiet_libraries()
     from latent_shift.pipelines.loading import load
     from latent_shift.pipelines.request import Request, generate_clip
 
-    lines = [
-        line.strip()
-        for line in prompts.read_text(encoding="utf-8").splitlines()
-        if line.strip() and not line.startswith("#")
-    ]
     pipe = load(model, device=device)
     pipe.set_progress_bar_config(disable=True)
-    clips = []
+    clips: list[Clip] = []
     with Progress("clips") as progress:
         for line in lines:
             request = Request(prompt=line, seed=seed, num_inference_steps=steps, guidance_scale=guidance)
-            clips.append(generate_clip(request, pipe).frames)
+            clips.append(generate_clip(request, pipe))
             progress(len(clips), len(lines))
-    for path in outputs:
-        still = path.suffix.lower() == ".png"
-        picture = (
-            video.labelled_rows(clips, lines, columns=columns)[None]
-            if still
-            else video.side_by_side(clips, columns=columns)
-        )
-        print(video.write(picture, path, fps=pipe.call_defaults["fps"]))
+    command = outputs.repeat_command(context, files=None, force=None)
+    settings = {**clips[0].settings, "prompt": lines}
+    metadata = outputs.describe(command, settings, model=model, files=[prompts])
+    frames = [clip.frames for clip in clips]
+    for path in files:
+        if path.suffix.lower() == ".png":
+            picture = video.labelled_rows(frames, lines, columns=columns)[None]
+        else:
+            picture = video.side_by_side(frames, columns=columns)
+        outputs.write_all(picture, [path], fps=clips[0].fps, metadata=metadata)

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latent_shift.cli import outputs
+from latent_shift.cli.terminal import Progress, duration
 from latent_shift.runtime import quiet_libraries, skip_packages
+
+if TYPE_CHECKING:
+    from latent_shift.pipelines.clip_pipeline import ClipPipeline
+    from latent_shift.pipelines.request import Request
 
 
 def generate(
-    prompt: Annotated[list[str], typer.Argument(help="what to show, in quotes; (words:1.4) weighs words")],
+    context: typer.Context,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="what to show, in quotes; (words:1.4) weighs words")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="a text file with a prompt per line; # starts a comment"
+        ),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -25,7 +44,7 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="a .mp4, .webm, .gif, .webp or .png; may be repeated; default: named by the prompt",
+            help="a .mp4, .webm, .gif, .webp or .png; may be repeated; default: named by prompt and seed",
         ),
     ] = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="frames; 1 generates an image")] = None,
@@ -36,6 +55,9 @@ def generate(
     height: Annotated[int | None, typer.Option(min=8, help="height in pixels")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="width in pixels")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same clip")] = 0,
+    num: Annotated[
+        int, typer.Option("--num", "-n", min=1, help="clips of each prompt, with this seed and the next ones")
+    ] = 1,
     shared_noise: Annotated[
         float | None,
         typer.Option(
@@ -93,28 +115,24 @@ def generate(
         Path | None, typer.Option(exists=True, dir_okay=False, help="a LoRA file (.safetensors)")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    force: outputs.Force = False,
 ) -> None:
-    """Generate a clip from a prompt, images or another clip."""
+    """Generate clips from prompts, images or another clip."""
     from latent_shift.pipelines import catalog
-    from latent_shift.pipelines.request import Request, generate_clip
-    from latent_shift.video import check_output, write
+    from latent_shift.pipelines.request import Request
 
-    if len(prompt) > 1:
-        raise ValueError(f'put the prompt in quotes: latent-shift generate "{" ".join(prompt)}"')
-    for path in output or []:
-        check_output(path, fps=8 if fps is None else fps)
-    if fps is not None and output and all(path.suffix.lower() == ".png" for path in output):
-        raise ValueError(
-            "--fps has no effect on a .png, which is a strip of frames; expected another output, or no --fps"
-        )
     if size is not None and (height is not None or width is not None):
         raise ValueError("expected --size, or --height and --width, not both")
+    lines = _read_prompts(prompt or [], prompts)
     request = Request(
-        prompt=prompt[0], then=_later_prompts(then or []), negative_prompt=negative, num_frames=num_frames, fps=fps,
+        prompt=lines[0], then=_later_prompts(then or []), negative_prompt=negative, num_frames=num_frames, fps=fps,
         height=height or size, width=width or size, num_inference_steps=steps, guidance_scale=guidance, seed=seed,
         shared_noise=shared_noise, noise_correlation=noise_correlation, loop=loop, image=image, last_image=last_image, video=video,
         mask=mask, strength=strength, chunk=chunk, halo=halo, free_init=free_init, scheduler=scheduler,
     )  # fmt: skip
+    jobs = _plan(request, lines, num, output or [], numbered=prompts is not None)
+    inputs = [*request.files.values(), prompts, lora, Path(model)]
+    _check_outputs(jobs, fps, inputs=inputs, force=force)
     catalog.check_model(model)
 
     skip_packages(catalog.unused_packages(model, lora=lora is not None, scheduler=scheduler))
@@ -125,10 +143,100 @@ def generate(
     pipe = load(model, device=device)
     if lora:
         load_lora(pipe, lora)
-    clip = generate_clip(request, pipe)
+    pipe.set_progress_bar_config(disable=True)
+    failed = 0
+    for job in jobs:
+        try:
+            _generate_one(job, pipe, context)
+        except (ValueError, RuntimeError) as error:  # of this prompt, perhaps
+            if len(jobs) == 1:
+                raise
+            failed += 1
+            print(f"latent-shift: {job.request.prompt!r}, seed {job.request.seed}: {error}", file=sys.stderr)
+    if failed:
+        raise ValueError(f"{failed} of {len(jobs)} clips were not generated")
+
+
+@dataclass
+class _Job:
+    """A clip to generate, and the files that were asked for."""
+
+    request: Request
+    files: list[Path]
+
+    def default_file(self, suffix: str) -> Path:
+        """Return the file for a clip that none was asked for, named by prompt and seed."""
+        return Path(f"{self.request.name}-seed{self.request.seed}{suffix}")
+
+
+def _read_prompts(words: list[str], file: Path | None) -> list[str]:
+    """Return the prompts of the arguments or of the file of `--prompts`."""
+    if file is not None and words:
+        raise ValueError("expected a prompt or --prompts, not both")
+    if file is not None:
+        return outputs.read_prompts(file)
+    if not words:
+        raise ValueError('expected a prompt, such as latent-shift generate "a red heart", or --prompts')
+    if len(words) > 1:
+        raise ValueError(f'put the prompt in quotes: latent-shift generate "{" ".join(words)}"')
+    return words
+
+
+def _plan(request: Request, prompts: list[str], num: int, files: list[Path], *, numbered: bool) -> list[_Job]:
+    """Return the clips of a command. Where there are several, the names of files that were given get the
+    number of the prompt and the seed."""
+    jobs = []
+    for number, prompt in enumerate(prompts, start=1):
+        for seed in range(request.seed, request.seed + num):
+            tags = [f"{number:03}"] * numbered + [f"seed{seed}"] * (num > 1)
+            named = [path.with_stem("-".join([path.stem, *tags])) for path in files]
+            jobs.append(_Job(replace(request, prompt=prompt, seed=seed), named))
+    return jobs
+
+
+def _check_outputs(
+    jobs: list[_Job], fps: float | None, *, inputs: Iterable[Path | None], force: bool
+) -> None:
+    """Check all files before the first clip is generated."""
+    from latent_shift.video import OUTPUT_SUFFIXES, check_output
+
+    files = [path for job in jobs for path in job.files]
+    if fps is not None and files and all(path.suffix.lower() == ".png" for path in files):
+        raise ValueError(
+            "--fps has no effect on a .png, which is a strip of frames; expected another output, or no --fps"
+        )
+    outputs.check_outputs(files, suffixes=OUTPUT_SUFFIXES, inputs=inputs, force=force)
+    for path in files:
+        check_output(path, fps=8 if fps is None else fps)
+    for job in jobs:
+        if not job.files:
+            outputs.check_writable(job.default_file(".mp4"))
+
+
+def _generate_one(job: _Job, pipe: ClipPipeline, context: typer.Context) -> None:
+    """Generate a clip and write its files, all that can be written."""
+    from latent_shift.pipelines.request import generate_clip
+
+    request, start = job.request, time.monotonic()
+    with Progress(request.prompt[:40]) as progress:
+        clip = generate_clip(request, pipe, on_step=progress)
+    seconds = duration(time.monotonic() - start)
+    print(f"{len(clip.frames)} frames in {seconds} on {outputs.device_name(pipe.device)}", file=sys.stderr)
+    dropped = dict.fromkeys(("prompts", "num", "output", "force"))
+    command = outputs.repeat_command(context, **dropped, prompt=request.prompt, seed=request.seed)
+    metadata = outputs.describe(
+        command,
+        {**clip.settings, "dtype": str(pipe.dtype).removeprefix("torch.")},
+        model=context.params["model"],
+        files=[*request.files.values(), context.params["lora"]],
+    )
     suffix = ".png" if len(clip.frames) == 1 else ".mp4"
-    for path in output or [Path(request.name + suffix)]:
-        print(write(clip.frames, path, fps=clip.fps))
+    outputs.write_all(
+        clip.frames,
+        job.files or [outputs.reserve(job.default_file(suffix))],
+        fps=clip.fps,
+        metadata=metadata,
+    )
 
 
 def _later_prompts(items: list[str]) -> dict[int, str]:

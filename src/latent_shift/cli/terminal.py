@@ -1,60 +1,100 @@
-"""Progress bars of the command, on standard error. Rich is imported when a bar is made."""
+"""Progress of the command, on standard error: bars on a terminal, a line now and then elsewhere. Rich is
+imported when a bar is made."""
 
 from __future__ import annotations
 
 import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
+LINE_SECONDS = 15.0
+"""Least time between two lines of progress where standard error is not a terminal."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that people would use, such as "42 s" or "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.3g} min"
+    hours = seconds / 3600
+    return f"{hours:.3g} h" if hours < 48 else f"{hours / 24:.3g} days"
 
 
 class Progress:
-    """A bar on a terminal, nothing elsewhere; calling it sets (done, total)."""
+    """The progress of one piece of work: a bar on a terminal, elsewhere a line every `LINE_SECONDS`; calling
+    it sets (done, total)."""
 
     def __init__(self, label: str):
-        from rich import progress
-        from rich.console import Console
-
-        self.bar = progress.Progress(disable=not sys.stderr.isatty(), console=Console(stderr=True))
-        self.task = self.bar.add_task(label, total=None)
+        self.label = label
+        self.bar = _Bar(label)
+        self.started_at = self.printed_at = time.monotonic()
 
     def __enter__(self) -> Progress:
-        self.bar.start()
+        self.bar.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.bar.progress.stop()
 
     def __call__(self, done: int, total: int | None) -> None:
-        self.bar.update(self.task, completed=done, total=total)
+        self.bar.update(done, total=total)
+        now = time.monotonic()
+        if self.bar.is_shown or now - self.printed_at < LINE_SECONDS:
+            return
+        self.printed_at = now
+        line = f"{self.label}: {done}" + (f" of {total}" if total else "")
+        if total and 0 < done < total:
+            line += f", {duration((now - self.started_at) * (total - done) / done)} left"
+        print(line, file=sys.stderr, flush=True)
 
 
 class TrainingProgress:
-    """Show training progress: a bar on a terminal, else one line for each logged row.
+    """The progress of a training: a bar on a terminal, elsewhere one line for each logged row.
 
     Call it with a row of `stats.jsonl`.
     """
 
     def __init__(self, stage: str, num_steps: int):
         from rich import progress
-        from rich.console import Console
 
-        columns = (
+        self.bar = _Bar(
+            stage,
             progress.TextColumn(stage),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[status]}"),
+            total=num_steps,
         )
-        self.bar = progress.Progress(*columns, disable=not sys.stderr.isatty(), console=Console(stderr=True))
-        self.task = self.bar.add_task(stage, total=num_steps, status="")
 
     def __enter__(self) -> TrainingProgress:
-        self.bar.start()
+        self.bar.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.bar.progress.stop()
 
     def __call__(self, row: dict) -> None:
-        speed = f"{row['clips_per_s']:.1f} clips/s  waited {row['data_wait_s']:.1f} s"
-        status = f"loss {row['loss']:.4f}  {speed}  {row['eta_s'] / 60:.0f} min left"
-        self.bar.update(self.task, completed=row["step"], status=status)
-        if self.bar.disable:
+        speed = f"{row['clips_per_s']:.1f} clips/s  waited {duration(row['data_wait_s'])}"
+        status = f"loss {row['loss']:.4f}  {speed}  {duration(row['eta_s'])} left"
+        self.bar.update(row["step"], status=status)
+        if not self.bar.is_shown:
             print(f"step {row['step']}  {status}", flush=True)
+
+
+class _Bar:
+    """A bar of one task on standard error, if that is a terminal."""
+
+    def __init__(self, label: str, *columns: ProgressColumn, total: int | None = None):
+        from rich import progress
+        from rich.console import Console
+
+        self.is_shown = sys.stderr.isatty()
+        self.progress = progress.Progress(*columns, disable=not self.is_shown, console=Console(stderr=True))
+        self.task = self.progress.add_task(label, total=total, status="")
+
+    def update(self, done: int, **fields: object) -> None:
+        self.progress.update(self.task, completed=done, **fields)  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latent_shift.cli.terminal import Progress, TrainingProgress
+from latent_shift.cli import outputs
+from latent_shift.cli.terminal import Progress, TrainingProgress, duration
 from latent_shift.runtime import keep_freed_memory, quiet_libraries
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def train(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and stop")] = False,
+    force: outputs.Force = False,
 ) -> None:
     """Train an autoencoder, an image model or a video model."""
     from latent_shift import config
@@ -53,6 +55,7 @@ def train(
                 report=report,
                 on_prepared=partial(_print_estimate, resolved),
                 progress=Progress,
+                force=force,
             )
         )
 
@@ -68,9 +71,11 @@ def _print_estimate(config: Config, prepared: Prepared) -> None:
     device = resolve_device()
     needs = memory.estimate_run(config, prepared, device.type)
     seconds = needs.flops / matrix_rate(device, dtype_of(prepared.precision))
-    hours = config.optim.steps * seconds / 3600
-    total = f"{hours:.2g} h" if hours >= 1 else f"{60 * hours:.2g} min"
-    print(f"{needs}\ntime: at least {seconds:.2g} s a step, {total} in all ({needs.flops / 1e12:.2g} TFLOP)")
+    total = duration(config.optim.steps * seconds)
+    print(
+        f"{needs}\ntime on {outputs.device_name(device)}: at least {seconds:.2g} s a step, {total} in all "
+        f"({needs.flops / 1e12:.2g} TFLOP)"
+    )
 
 
 def encode(

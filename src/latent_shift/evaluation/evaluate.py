@@ -22,7 +22,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latent_shift import runtime, video
+from latent_shift import folders, runtime, video
 from latent_shift.evaluation import statistics
 from latent_shift.evaluation.comparison import Comparison
 from latent_shift.evaluation.features import Weights
@@ -39,12 +40,15 @@ from latent_shift.evaluation.measures import measure_all, prepare_real_features
 from latent_shift.evaluation.protocols import Protocol, check_unchanged
 from latent_shift.evaluation.records import Record, read_records
 from latent_shift.evaluation.systems import System
-from latent_shift.files import atomic_path, write_text
+from latent_shift.files import atomic_path, read_json, write_text
 from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.runtime import seed
 from latent_shift.video import to_uint8
 
 Progress = Callable[[int, int], None]
+
+KIND = "an evaluation"
+"""What the marker of an evaluation's folder says."""
 
 
 def evaluate(
@@ -56,6 +60,7 @@ def evaluate(
     noise: tuple[float, float] | None = None,
     batch_size: int = 5,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Generate the clips of a protocol that are missing and measure all of them.
 
@@ -68,26 +73,56 @@ def evaluate(
             None: that of their sampling.
         batch_size: clips generated at once.
         progress: called with (clips generated, clips that were missing) of this process.
+        force: write into a folder that holds something else.
 
     Returns:
         What results.json holds: the system, the protocol, `records`, and `skipped`, measure to reason. Empty
         where another process measures.
 
     Raises:
-        ValueError: the folder holds another protocol or other settings, the clips have another length or
+        ValueError: the folder holds something else, another protocol or other settings, or another process
+            writes there; the clips have another length or
             rate than the protocol's, the system's name is "real", or a real clip cannot be read.
     """
+    with _lock_folder(out, force=force):
+        return _evaluate(
+            system, protocol, out, weights=weights or Weights(), noise=noise, batch_size=batch_size, progress=progress
+        )  # fmt: skip
+
+
+def check_folder(out: Path, *, force: bool = False) -> None:
+    """Raise ValueError if the folder `out` holds anything but an evaluation."""
+    folders.check_own(out, KIND, force=force, is_own=_is_evaluation)
+
+
+def _is_evaluation(folder: Path) -> bool:
+    """Recognise an evaluation from before folders were marked."""
+    try:
+        return "protocol" in read_json(folder / "protocol.json")
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+@contextmanager
+def _lock_folder(out: Path, *, force: bool) -> Iterator[None]:
+    """Take the folder for the first process; the others wait until it has (torchrun ends them if it fails)."""
+    if runtime.rank() == 0:
+        with folders.output_folder(out, KIND, force=force, is_own=_is_evaluation):
+            yield
+        return
+    while folders.read_kind(out) != KIND:
+        time.sleep(0.2)
+    yield
+
+
+def _evaluate(
+    system: System, protocol: Protocol, out: Path, *, weights: Weights, noise: tuple[float, float] | None, batch_size: int,
+    progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
     folder = out / folder_name(system.name)
     settings = open_folder(system, protocol, out)
-    comparison = Comparison(
-        system,
-        protocol,
-        SavedClips(folder / "clips", protocol.num_frames),
-        out,
-        folder,
-        weights or Weights(),
-        noise,
-    )
+    clips = SavedClips(folder / "clips", protocol.num_frames)
+    comparison = Comparison(system, protocol, clips, out, folder, weights, noise)
     if runtime.rank() == 0:
         # A graph for one frame would be compiled for a few calls.
         with torch.compiler.set_stance("force_eager"):
@@ -107,7 +142,8 @@ def evaluate(
     _wait_for_clips(folder / "clips", len(protocol.prompts))
     with torch.compiler.set_stance("force_eager"):
         records, skipped = measure_all(comparison)
-    np.savez(folder / "values.npz", **comparison.values, units=comparison.cluster_ids)  # type: ignore[arg-type]
+    with atomic_path(folder / "values.npz", suffix=".npz") as partial:
+        np.savez(partial, **comparison.values, units=comparison.cluster_ids)  # type: ignore[arg-type]
     result = {
         "system": settings, "protocol": protocol.metadata, "made_at": comparison.native_size,
         "records": [record.to_json() for record in records], "skipped": skipped,

@@ -213,7 +213,7 @@ def read_index(path: Path) -> dict:
     if not (path / "model_index.json").exists():
         part = path / "config.json"
         class_name = json.loads(part.read_text()).get("_class_name", "model") if part.exists() else None
-        hint = f"; it holds a {class_name} alone" if class_name else ""
+        hint = f"; it holds a {class_name} alone" if class_name else _run_hint(path)
         raise ValueError(f"{path}: expected a diffusers folder with a model_index.json{hint}")
     index = json.loads((path / "model_index.json").read_text())
     for name in (
@@ -235,6 +235,17 @@ def read_index(path: Path) -> dict:
             f"{path}: unet has no .safetensors weights (pickle files can run any program when they are opened)"
         )
     return index
+
+
+def _run_hint(path: Path) -> str:
+    """Return where the model of a run folder is; "" for another folder."""
+    if not (path / "checkpoints").is_dir() or not (path / "config.toml").exists():
+        return ""
+    if lora := sorted((path / "model").glob("*lora*.safetensors")):
+        return f"; this is a run folder: load the model it started from with --lora {lora[0]}"
+    if (path / "model").is_dir():
+        return f"; this is a run folder: its model is {path / 'model'}"
+    return f"; this is the folder of a run that is not finished: latent-shift train {path} continues it"
 
 
 def only_variant(path: Path) -> str | None:

@@ -8,8 +8,10 @@ at once.
 from __future__ import annotations
 
 import copy
+import logging
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
     from latent_shift.pipelines.clip_pipeline import ClipPipeline
 
+log = logging.getLogger("latent_shift")
+
 _CALL_ARGUMENTS = (
     "num_frames", "height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "shared_noise", "noise_correlation",
     "loop", "strength", "chunk", "halo",
@@ -30,10 +34,12 @@ _CALL_ARGUMENTS = (
 
 
 class Clip(NamedTuple):
-    """A generated clip: `(F, H, W, 3) uint8` frames, and frames per second."""
+    """A generated clip: `(F, H, W, 3) uint8` frames, frames per second, and the settings it was generated
+    with: those of the request, with the numbers that were left to the model."""
 
     frames: np.ndarray
     fps: float
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,7 @@ class Request:
         negative_prompt: text to guide away from.
         num_frames: frames; 1 is an image.
         fps: frames per second of the result.
-        width, height: pixels.
+        width, height: pixels. None: in the shape of the video, else the model's.
         num_inference_steps, guidance_scale, shared_noise, noise_correlation, loop, strength, chunk, halo: as
             in a call of a pipeline.
         seed: the same seed gives the same clip.
@@ -57,8 +63,8 @@ class Request:
         scheduler: name of a diffusers scheduler, such as "DDIM" or "EulerDiscrete".
 
     Raises:
-        ValueError: options that contradict each other or have no effect. This is checked before a model is
-            loaded; what depends on the model is checked by `generate_clip`.
+        ValueError: numbers that are not finite, options that contradict each other or have no effect. This is
+            checked before a model is loaded; what depends on the model is checked by `generate_clip`.
     """
 
     prompt: str
@@ -85,6 +91,9 @@ class Request:
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
         if self.num_frames == 1:
             for name in ("loop", "shared_noise", "noise_correlation", "chunk", "then"):
                 if getattr(self, name) not in (None, False, {}):
@@ -100,7 +109,14 @@ class Request:
     def name(self) -> str:
         """The prompt as a file name without suffix."""
         letters = "".join(letter if letter.isalnum() else "-" for letter in self.prompt.lower())
-        return letters[:60].strip("-") or "clip"
+        # Names may have 255 bytes, and a letter may have 4.
+        return letters[:60].encode()[:150].decode(errors="ignore").strip("-") or "clip"
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files that the request reads, by the names of their fields."""
+        names = ("video", "image", "last_image", "mask")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def generate_clip(
@@ -133,6 +149,9 @@ def generate_clip(
     if request.negative_prompt and guidance_scale <= 1:
         raise ValueError("negative_prompt has no effect without guidance; expected guidance_scale above 1")
 
+    height, width = _resolve_size(pipe, request)
+    request = replace(request, height=height, width=width)
+
     def report(
         pipe: ClipPipeline, index: int, timestep: Tensor, tensors: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -145,7 +164,57 @@ def generate_clip(
     (clips,) = pipe(
         prompt, generator=seed(request.seed), callback_on_step_end=report, return_dict=False, **arguments
     )
-    return Clip(to_uint8(clips[0]), pipe.call_defaults["fps"] if request.fps is None else request.fps)
+    settings = _settings(request, pipe, num_frames=len(clips[0]))
+    return Clip(to_uint8(clips[0]), settings["fps"], settings)
+
+
+def _settings(request: Request, pipe: ClipPipeline, *, num_frames: int) -> dict[str, Any]:
+    """Return what a request sets, with the model's numbers where it leaves them out."""
+    fields = {
+        name: value
+        for name, value in vars(request).items()
+        if value is not None and value is not False and value != {}
+    }
+    noise = ("shared_noise", "noise_correlation") if num_frames == 1 else ()  # without effect
+    defaults = {name: value for name, value in pipe.call_defaults.items() if name not in noise}
+    paths = {name: str(path) for name, path in request.files.items()}
+    scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
+    return {
+        **defaults,
+        **fields,
+        **paths,
+        "num_frames": num_frames,
+        "seed": request.seed,
+        "scheduler": scheduler,
+    }
+
+
+def _resolve_size(pipe: ClipPipeline, request: Request) -> tuple[int, int]:
+    """Return height and width of the clip: a request's own; else the shape of its video, with as many pixels
+    as the model was trained on; else the model's. Log which files are cut to that shape."""
+    shapes = {path: read(path, num_frames=1)[0].shape[1:3] for path in request.files.values()}
+    height, width = request.height, request.width
+    if request.video is not None:
+        aspect, factor = shapes[request.video][0] / shapes[request.video][1], pipe.vae_scale_factor
+        if height is None and width is None:
+            height = _nearest_multiple(math.sqrt(math.prod(pipe.resolve_size(None, None)) * aspect), factor)
+        if width is None:
+            assert height is not None
+            width = _nearest_multiple(height / aspect, factor)
+        if height is None:
+            height = _nearest_multiple(width * aspect, factor)
+    height, width = pipe.resolve_size(height, width)
+    for path, (rows, columns) in shapes.items():
+        ratio = rows * width / (columns * height)
+        if (cut := 1 - min(ratio, 1 / ratio)) > 0.1:
+            log.warning(
+                "%s: %.0f%% of its %dx%d pixels are cut away, because the clip has %dx%d", path, 100 * cut, columns, rows, width, height
+            )  # fmt: skip
+    return height, width
+
+
+def _nearest_multiple(number: float, factor: int) -> int:
+    return max(1, round(number / factor)) * factor
 
 
 def _read_pictures(pipe: ClipPipeline, request: Request) -> dict[str, Any]:

@@ -22,9 +22,12 @@ from latent_shift import video
 from latent_shift.evaluation.evaluate import SavedClips, add_paired_differences
 from latent_shift.evaluation.measures import HIGHER, LOWER, REAL, label_of
 from latent_shift.evaluation.tables import Table, find_seeds, make_table, skipped_measures
-from latent_shift.files import read_json
+from latent_shift.files import read_json, write_text
+from latent_shift.folders import output_folder
 from latent_shift.report.plots import plots
 
+KIND = "a report"
+"""What the marker of a page's folder says."""
 ARROWS = {HIGHER: "\u2191", LOWER: "\u2193", REAL: "=", "": ""}
 
 
@@ -61,6 +64,7 @@ def report(
     rows: int = 8,
     title: str = "Latent-Shift beside others",
     note: str = "",
+    force: bool = False,
 ) -> Path:
     """Write the page.
 
@@ -77,50 +81,67 @@ def report(
             tables. None: by `find_seeds`.
         rows: prompts shown.
         title, note: of the page, and a paragraph at its beginning.
+        force: write into a folder that holds something else.
 
     Returns:
         The page's file.
 
     Raises:
-        ValueError: a folder without results, an unknown system, an evaluation with fewer clips than rows, or a
-            clip of a system that is missing.
+        ValueError: a folder `out` that holds something else, an evaluation without results or with fewer clips
+            than rows, an unknown system, or a clip of a system that is missing.
     """
     systems = _read_systems(evaluation, show)
     protocol, prompts = systems[0].result["protocol"], _read_prompts(evaluation, rows)
-    (out / "clips").mkdir(parents=True, exist_ok=True)
-    real = Column({"system": {"system": "real clips", "fps": protocol["fps"]}}, evaluation / "real")
-    columns = [
-        *systems,
-        *([real] if any((real.folder / "clips" / f"{k:06}.png").exists() for k in range(rows)) else []),
-    ]
-    grid = _rows(
-        prompts,
-        columns,
-        lambda column, k: _add_clip(column, k, protocol["num_frames"], out, "compared", prompts[k]),
-    )
-    stills = _rows(prompts, systems, lambda system, k: _add_still(system, k, out, prompts[k]))
-    tables = _tables(systems, ablations, seeds)
-    page = _template().render(
-        title=title,
-        note=note,
-        protocol=protocol,
-        rates=sorted({system.result["system"]["fps"] for system in systems}),
-        columns=[(system.name, _describe(system.result)) for system in systems],
-        real=real in columns,
-        grid=grid,
-        stills=stills,
-        results=tables[0],
-        skipped=skipped_measures([system.result for system in systems]),
-        ablations=list(
-            zip((folder.name.replace("-", " ").capitalize() for folder in ablations), tables[1:], strict=True)
-        ),
-        definitions=_definitions(tables),
-        training=read_json(training) if training else [],
-        classes=_class_rows(classes, out) if classes else None,
-        sweeps=[_sweep(path, f"sweep{k}") for k, path in enumerate(sweeps)],
-    )
-    (out / "index.html").write_text(page, encoding="utf-8")
+    template = _template()
+    with output_folder(out, KIND, force=force, is_own=_is_page):
+        (out / "clips").mkdir(parents=True, exist_ok=True)
+        real = Column({"system": {"system": "real clips", "fps": protocol["fps"]}}, evaluation / "real")
+        columns = [
+            *systems,
+            *([real] if any((real.folder / "clips" / f"{k:06}.png").exists() for k in range(rows)) else []),
+        ]
+        grid = _rows(
+            prompts,
+            columns,
+            lambda column, k: _add_clip(column, k, protocol["num_frames"], out, "compared", prompts[k]),
+        )
+        stills = _rows(prompts, systems, lambda system, k: _add_still(system, k, out, prompts[k]))
+        tables = _tables(systems, ablations, seeds)
+        page = template.render(
+            title=title,
+            note=note,
+            protocol=protocol,
+            rates=sorted({system.result["system"]["fps"] for system in systems}),
+            columns=[(system.name, _describe(system.result)) for system in systems],
+            real=real in columns,
+            grid=grid,
+            stills=stills,
+            results=tables[0],
+            skipped=skipped_measures([system.result for system in systems]),
+            ablations=list(
+                zip(
+                    (folder.name.replace("-", " ").capitalize() for folder in ablations),
+                    tables[1:],
+                    strict=True,
+                )
+            ),
+            definitions=_definitions(tables),
+            training=read_json(training) if training else [],
+            classes=_class_rows(classes, out) if classes else None,
+            sweeps=[_sweep(path, f"sweep{k}") for k, path in enumerate(sweeps)],
+        )
+        write_text(out / "index.html", page)
     return out / "index.html"
+
+
+def _is_page(folder: Path) -> bool:
+    """Recognise a page from before folders were marked."""
+    try:
+        return '<button id="play">Play all clips</button>' in (folder / "index.html").read_text(
+            encoding="utf-8"
+        )
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _read_systems(evaluation: Path, names: Sequence[str]) -> list[Column]:
@@ -304,7 +325,10 @@ def _sweep(path: Path, name: str) -> dict[str, Any]:
 
 
 def _template():
-    import jinja2
+    try:
+        import jinja2
+    except ImportError as error:
+        raise RuntimeError("the page needs jinja2: pip install 'latent-shift-video[report]'") from error
 
     source = resources.files("latent_shift").joinpath("report/report.html").read_text(encoding="utf-8")
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)

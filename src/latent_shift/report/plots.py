@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latent_shift.files import write_text
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -130,5 +132,5 @@ def save(sweep: dict[str, Any], folder: Path) -> list[Path]:
     paths = []
     for plot in plots(sweep):
         paths.append(folder / f"sweep-{plot['heading'].lower().replace(' ', '-')}.svg")
-        paths[-1].write_text(plot["svg"], encoding="utf-8")
+        write_text(paths[-1], plot["svg"])
     return paths

@@ -9,7 +9,7 @@ run/
                          sharded run has weights and optimizer in `sharded/`, one file a process; state.json
                          lists every file with its size and is written last
   model/                 the averaged weights as a diffusers folder when the run is finished; a LoRA's file
-  .lock                  locked by the process that trains here; released however the process ends
+  .latent-shift.json, .lock  the folder is a run's, and which process trains in it (see folders.py)
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from latent_shift.config import load
 from latent_shift.files import write_text
 from latent_shift.training import fsdp
 from latent_shift.training.ema import EMA
 
 log = logging.getLogger("latent_shift")
+
+KIND = "a training run"
+"""What the marker of a run folder says."""
 
 
 def save(
@@ -55,7 +57,7 @@ def save(
     partial = target.with_name(f".{target.name}.partial")
     if accelerator.is_main_process:
         # A run that was killed while saving leaves one.
-        for leftover in target.parent.glob(".step-*.partial"):
+        for leftover in _own_folders(run, r"\.step-(\d{8,})\.partial"):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     try:
@@ -110,18 +112,6 @@ def _find_corruption(folder: Path) -> str | None:
     return None
 
 
-@contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Lock the run folder inside the `with` block; raise ValueError if another process has locked it."""
-    run.mkdir(parents=True, exist_ok=True)
-    try:
-        file_lock = FileLock(run / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"{run}: another process trains there; choose another folder with --run") from None
-    with file_lock:
-        yield
-
-
 def register_ema(accelerator: Accelerator, ema: EMA, names: list[str]) -> None:
     """Save and load the averaged weights, by the names of their parameters, with the accelerator's
     checkpoints.
@@ -174,7 +164,28 @@ def skip_frozen(accelerator: Accelerator, module: nn.Module) -> None:
 
 def steps(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return _own_folders(run, r"step-(\d{8,})")
+
+
+def _own_folders(run: Path, pattern: str) -> list[Path]:
+    """Return the folders among the checkpoints with names that a run gives, by step; no other is ever
+    deleted."""
+    matches = [(re.fullmatch(pattern, path.name), path) for path in (run / "checkpoints").glob("*")]
+    return [
+        path
+        for _, path in sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
+    ]
+
+
+def is_run(folder: Path) -> bool:
+    """Recognise a run folder from before folders were marked: a valid config.toml beside checkpoints."""
+    if not steps(folder):
+        return False
+    try:
+        load(folder / "config.toml")
+    except ValueError:
+        return False
+    return True
 
 
 def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[float]]]:
@@ -204,6 +215,18 @@ def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[fl
     return 0, {}
 
 
+def has_only_skipped_steps(run: Path) -> bool:
+    """Return whether every step in stats.jsonl had no finite gradient; True of an empty one."""
+    return all(row.get("skipped") == 1 for row in _read_stats(run))
+
+
+def _read_stats(run: Path) -> list[dict]:
+    """Return the complete lines of stats.jsonl."""
+    path = run / "stats.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
 def trim_stats(run: Path, step: int) -> float:
     """Delete the lines of stats.jsonl after `step`, which will be written again, and a truncated last line.
 
@@ -211,10 +234,7 @@ def trim_stats(run: Path, step: int) -> float:
         The run's time in seconds up to `step`.
     """
     path = run / "stats.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = [
-        row for row in (json.loads(line) for line in lines if line.endswith("}\n")) if row["step"] <= step
-    ]
-    if lines:
+    rows = [row for row in _read_stats(run) if row["step"] <= step]
+    if path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows[-1].get("seconds", 0.0) if rows else 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +28,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from latent_shift.config import Config, dump
-from latent_shift.files import write_text
+from latent_shift.files import move_files, write_text
+from latent_shift.folders import check_own, output_folder
 from latent_shift.models import sizes
 from latent_shift.runtime import peak_memory_gib, rank, resolve_device, world_size
 from latent_shift.training import checkpoint, checks, fsdp, prepare
@@ -47,7 +51,7 @@ Report = Callable[[dict], None]
 
 def train(
     config: Config, run: str | Path, *, report: Report | None = None, on_prepared: Callable[[prepare.Prepared], None] | None = None,
-    progress: prepare.Progress | None = None,
+    progress: prepare.Progress | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
     """Train one stage in the folder `run`, or resume it from its newest checkpoint.
 
@@ -57,24 +61,27 @@ def train(
         report: called with every line of stats.jsonl.
         on_prepared: called with the prepared sources before the first step.
         progress: opens a progress bar of a title, for packing and encoding.
+        force: write into a folder that holds something else.
 
     Returns:
-        `run/model`, the exported diffusers folder or the folder of a LoRA's file; `run` if SIGTERM stopped
-        the run before its last step.
+        `run/model`, the exported diffusers folder or the folder of a LoRA's file; `run` if SIGTERM or Ctrl-C
+        stopped the run before its last step.
 
     Raises:
-        ValueError: settings or data that do not fit together, or a run folder that holds another run or that
-            another process uses.
-        RuntimeError: the package of `train.tracker` is missing; out of memory, or no finite gradient for many
-            steps, with what to lower.
+        ValueError: settings or data that do not fit together, or a run folder that holds another run or
+            something else, or that another process uses.
+        RuntimeError: the package of `train.tracker` is missing; out of memory, no finite gradient for many
+            steps, or none in the whole run, with what to lower.
         OSError: a checkpoint could not be written; earlier ones are complete.
     """
     run = Path(run)
+    ownership: dict[str, Any] = dict(kind=checkpoint.KIND, force=force, is_own=checkpoint.is_run)
+    if rank() == 0:
+        check_own(run, **ownership)
     checks.check_settings(config, run)
-    with checkpoint.lock(run) if rank() == 0 else nullcontext():
+    with output_folder(run, **ownership) if rank() == 0 else nullcontext():
         try:
             if rank() == 0:
-                run.mkdir(parents=True, exist_ok=True)
                 # From here on the folder alone is enough to resume.
                 write_text(run / "config.toml", dump(config))
             prepared = prepare.prepare(config, run, device=resolve_device(), progress=progress)
@@ -103,7 +110,7 @@ class TrainState:
     # Since the last line of stats.jsonl.
     losses: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     skipped_in_a_row: Tensor | float = 0.0
-    stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
+    stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM or Ctrl-C
 
     # For statistics, and to know when a checkpoint is due.
     first_step: int = 0  # of this process
@@ -121,10 +128,10 @@ class TrainState:
 
 
 def run_steps(state: TrainState, report: Report | None = None) -> Path:
-    """Train to the last step, or until SIGTERM; export the averaged weights at the end."""
+    """Train to the last step, or until SIGTERM or Ctrl-C; export the averaged weights at the end."""
     config, settings = state.config, state.config.train
     stopped = False
-    with _set_on_sigterm(state.stop), ThreadPoolExecutor(config.data.loaders) as loader:
+    with _set_on_signal(state.stop), ThreadPoolExecutor(config.data.loaders) as loader:
         batches = prefetch_batches(state, loader)
         while not state.is_done and not stopped:
             train_step(state, batches)
@@ -140,7 +147,7 @@ def run_steps(state: TrainState, report: Report | None = None) -> Path:
             stopped = maybe_checkpoint(state)
     if stopped:
         log.warning(
-            "stopped by SIGTERM at step %d of %d; the same command resumes from there",
+            "stopped by a signal at step %d of %d; the same command resumes from there",
             state.step,
             config.optim.steps,
         )
@@ -247,7 +254,8 @@ def log_row(state: TrainState, report: Report | None = None) -> None:
     """Write a line of stats.jsonl: the mean losses since the last line, over all processes, and speed.
 
     Raises:
-        RuntimeError: the last `optim.MAX_SKIPPED_STEPS` steps and more had no finite gradient.
+        RuntimeError: the last `optim.MAX_SKIPPED_STEPS` steps and more had no finite gradient, or none of a run
+            that is done.
     """
     config, accelerator = state.config, state.accelerator
     elapsed, num_steps = time.monotonic() - state.logged_at, state.step - state.logged_step
@@ -260,6 +268,11 @@ def log_row(state: TrainState, report: Report | None = None) -> None:
         num_skipped = int(state.skipped_in_a_row)
         raise RuntimeError(
             f"{state.run}: no gradient was finite in the last {num_skipped} steps, to step {state.step}; {optim.DIVERGED}"
+        )
+    nothing_learned = state.is_done and row["skipped"] == 1
+    if accelerator.is_main_process and nothing_learned and checkpoint.has_only_skipped_steps(state.run):
+        raise RuntimeError(
+            f"{state.run}: no gradient was finite in any of the {state.step} steps, so nothing was learned; {optim.DIVERGED}"
         )
     row |= {
         "lr": state.optimizer.param_groups[-1]["lr"],
@@ -293,7 +306,7 @@ def _finite_mean(values: list[Tensor]) -> Tensor:
 
 
 def maybe_checkpoint(state: TrainState) -> bool:
-    """Save a checkpoint when due, at the last step, or on SIGTERM; return True if SIGTERM stops the run.
+    """Save a checkpoint when due, at the last step, or on a signal; return True if a signal stops the run.
 
     The processes save and stop together: they synchronize about every two seconds.
     """
@@ -328,14 +341,29 @@ def all_reduce_sum(accelerator: Accelerator, *values: float) -> list[float]:
 
 
 def export(state: TrainState) -> None:
-    """Write the averaged weights as `run/model`."""
+    """Write the averaged weights as `run/model`: aside first, then file by file into place, so that a model is
+    whole and other files in the folder stay.
+
+    Raises:
+        OSError: the model could not be written.
+    """
     accelerator = state.accelerator
     with averaged_weights(state):
         weights = fsdp.gather_tensors(
             state.stage.model.state_dict().items(), keep=accelerator.is_main_process
         )
         if accelerator.is_main_process:
-            state.stage.export(state.run / "model", weights)
+            partial = state.run / ".model.partial"
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            try:
+                state.stage.export(partial, weights)
+                move_files(partial, state.run / "model", last="model_index.json")
+            except (OSError, SafetensorError) as error:
+                raise OSError(
+                    f"{state.run}: the model could not be written ({error}); the last checkpoint is complete, and the same command writes it"
+                ) from error
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
@@ -427,14 +455,27 @@ def _create_accelerator(config: Config, prepared: prepare.Prepared, run: Path) -
 
 
 @contextmanager
-def _set_on_sigterm(event: threading.Event) -> Iterator[None]:
-    """Set an event on SIGTERM inside the `with` block; outside of the main thread SIGTERM keeps its
-    effect."""
+def _set_on_signal(event: threading.Event) -> Iterator[None]:
+    """Set an event on SIGTERM and on Ctrl-C inside the `with` block; a second Ctrl-C ends the process at once.
+
+    Outside of the main thread signals keep their effect.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+
+    def stop(number: int, _: object) -> None:
+        event.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            log.warning("interrupted: the run is saved after this step; once more ends it at once")
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:  # as for a job in the background
+            signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,229 @@
+"""Output files of the command: what may be written where, under which names, and what is noted in them.
+
+A command replaces only files that it knows to be latent-shift's own: pictures and films whose metadata say so.
+Every other file is somebody's, and is replaced with --force alone. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import shlex
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import latent_shift
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Force = Annotated[
+    bool, typer.Option("--force", help="also replace files that latent-shift does not know as its own")
+]
+
+
+def check_outputs(
+    paths: Sequence[Path], *, suffixes: Sequence[str], inputs: Iterable[Path | None] = (), force: bool = False
+) -> None:
+    """Check that files can be written without a loss, so that errors come before the work.
+
+    Args:
+        paths: the files.
+        suffixes: those that can be written.
+        inputs: files that the command reads.
+        force: replace files that latent-shift did not write; inputs are never replaced.
+
+    Raises:
+        ValueError: another suffix, a name given twice, a folder of that name, a file where a folder must be,
+            no permission, an input, or somebody's file.
+    """
+    sources = [path for path in inputs if path is not None and path.exists()]
+    for number, path in enumerate(paths):
+        if path.suffix.lower() not in suffixes:
+            raise ValueError(
+                f"{path}: expected one of {' '.join(suffixes)}, got {path.suffix or 'no suffix'!r}"
+            )
+        if path in paths[:number]:
+            raise ValueError(f"{path}: given twice; expected different outputs")
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder; expected the name of a file")
+        if path.exists() and any(path.samefile(source) for source in sources):
+            raise ValueError(f"{path}: is an input of the command; choose another name for the output")
+        if os.path.lexists(path) and not force and not _is_own(path):
+            raise ValueError(
+                f"{path}: exists, and is not known as latent-shift's; choose another name, or use --force"
+            )
+        check_writable(path)
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a file's metadata say that latent-shift wrote it."""
+    from latent_shift.cli._metadata_shim import read_metadata
+
+    try:
+        return "latent_shift" in read_metadata(path)
+    except (OSError, ValueError):  # neither a picture nor a film
+        return False
+
+
+def check_json(path: Path | None, *, force: bool = False) -> None:
+    """Check a .json output, as `check_outputs` does; it says nothing of its origin, so `force` alone replaces
+    it."""
+    if path is not None:
+        check_outputs([path], suffixes=(".json",), force=force)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError where a file of this name cannot be made."""
+    folder = path.parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{path}: {folder} is a file; expected a folder")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"{path}: is write-protected; choose another name")
+    # Permissions, read-only disks and too long names show when a file is made.
+    probe = folder / f".{path.name}.{os.getpid()}.partial{path.suffix}"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Return the prompts of a text file, one a line; # starts a comment.
+
+    Raises:
+        ValueError: no prompt, or text that is not UTF-8.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8, got other bytes at {error.start}") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{file}: holds no prompt; expected one a line")
+    return prompts
+
+
+def reserve(path: Path) -> Path:
+    """Create an empty file of this name, or with a number after it where the name is taken, and return its
+    path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        try:
+            candidate.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError
+
+
+def write_all(frames: np.ndarray, paths: Sequence[Path], *, fps: float, metadata: dict[str, str]) -> None:
+    """Write frames to several files and print their names. One that fails does not keep the others from being
+    written; the error comes after them."""
+    from latent_shift.cli._metadata_shim import write
+
+    errors = []
+    for path in paths:
+        try:
+            print(write(frames, path, fps=fps, metadata=metadata), flush=True)
+        except (OSError, ValueError) as error:
+            if path.exists() and path.stat().st_size == 0:  # reserved
+                path.unlink()
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def repeat_command(context: typer.Context, **changes: Any) -> list[str]:
+    """Return the words of the command that repeats this one.
+
+    Args:
+        context: of the command; options that were left out stay out, unless they have a default.
+        changes: parameter to another value; None leaves it out.
+    """
+    options: list[str] = []
+    arguments: list[str] = []
+    for parameter in context.command.params:
+        value = {**context.params, **changes}.get(str(parameter.name))
+        if value is None or value is False:
+            continue
+        values = [str(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+        if parameter.param_type_name == "argument":
+            arguments += values
+        elif value is True:
+            options.append(max(parameter.opts, key=len))
+        else:
+            options += itertools.chain(*([max(parameter.opts, key=len), item] for item in values))
+    is_safe = not any(word.startswith("-") for word in arguments)
+    words = [*arguments, *options] if is_safe else [*options, "--", *arguments]
+    return ["latent-shift", str(context.info_name), *words]
+
+
+def describe(
+    command: Sequence[str], settings: dict[str, Any], *, model: str, files: Iterable[Path | None] = ()
+) -> dict[str, str]:
+    """Return the metadata of a result: the version, the command that makes it again, and its settings.
+
+    They name no date and no machine, so the same command gives the same bytes.
+
+    Args:
+        command: as `repeat_command` returns it.
+        settings: name to value.
+        model: a name, folder, file or Hub id. A folder is known by the weights of its U-Net; of a Hub id
+            nothing is known here.
+        files: other inputs.
+    """
+    import diffusers
+    import torch
+
+    from latent_shift.files import sha256
+
+    inputs = [*_weights(model), *(path for path in files if path is not None)]
+    values = {
+        "latent_shift": latent_shift.__version__,
+        "command": shlex.join(command),
+        "model": model,
+        **settings,
+        "sha256": {path.name: sha256(path) for path in inputs},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": version("transformers"),
+        },
+    }
+    return {name: _to_text(value) for name, value in values.items()}
+
+
+def _to_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {entry}" for name, entry in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _weights(model: str) -> list[Path]:
+    """Return the files with the weights of a model's U-Net."""
+    from latent_shift.pipelines import catalog
+
+    if Path(model).is_file():
+        return [Path(model)]
+    return [] if catalog.on_hub(model) else sorted((catalog.folder(model) / "unet").glob("*.safetensors"))
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device as people name it."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

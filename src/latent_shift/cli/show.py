@@ -1,0 +1,28 @@
+"""`latent-shift show`: what a picture or film says of how it was made."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def show(
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="a .mp4, .webm, .gif, .webp or .png of ours")
+    ],
+) -> None:
+    """Print the settings of a generated clip or sheet, and the command that makes it again."""
+    from latent_shift.cli._metadata_shim import read_metadata
+
+    metadata = dict(read_metadata(file))
+    if "latent_shift" not in metadata:
+        raise ValueError(
+            f"{file}: says nothing of how it was made; expected a file that latent-shift wrote, unchanged"
+        )
+    command = metadata.pop("command")
+    for name, value in metadata.items():
+        print(f"{name:24} {value}")
+    print(f"{command} -o {shlex.quote(f'{file.stem}-again{file.suffix}')}")

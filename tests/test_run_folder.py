@@ -1,0 +1,200 @@
+"""The folder of a run: whose files are in it, and how a run ends well or badly."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors import SafetensorError
+
+from latent_shift.config import dump
+from latent_shift.folders import MARKER, read_kind
+from latent_shift.training import checkpoint, stages
+from latent_shift.training.loop import train
+
+EVERY_STEP = {"checkpoint_minutes": 1e-9, "keep_checkpoints": 1}
+
+
+def config(latents, steps=2, **train_settings):
+    return tiny_config("video", latents, steps=steps, train={**EVERY_STEP, **train_settings})
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+
+
+def test_train_refuses_a_folder_of_somebody(latents, tmp_path):
+    """A project with names that a run has, too."""
+    project = tmp_path / "project"
+    files = {
+        "config.toml": "# mine",
+        "model/model_index.json": "{}",
+        "stats.jsonl": '{"step": 9}',
+        "checkpoints/step-00000009/x": "",
+    }
+    for name, text in files.items():
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(text)
+    with pytest.raises(
+        ValueError, match=r"project: holds checkpoints, which latent-shift did not write there"
+    ):
+        train(config(latents), project)
+    assert {
+        str(path.relative_to(project)): path.read_text() for path in project.rglob("*") if path.is_file()
+    } == files
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "config.toml").write_text(dump(config(latents)))  # a recipe that only looks like a run
+    with pytest.raises(
+        ValueError, match=r"recipes: holds config.toml, which latent-shift did not write there"
+    ):
+        train(config(latents), recipes)
+
+
+def test_train_goes_on_in_a_folder_from_before_the_marker(latents, tmp_path):
+    train(config(latents), tmp_path / "run")
+    (tmp_path / "run" / MARKER).unlink()
+    train(config(latents, steps=3), tmp_path / "run")
+    assert read_kind(tmp_path / "run") == checkpoint.KIND
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_train_deletes_only_checkpoints_that_it_named(latents, tmp_path):
+    """A copy, a note and a file beside the checkpoints stay, and the run does not resume from them."""
+    run = tmp_path / "run"
+    train(config(latents), run)
+    theirs = ["step-before-change", "step-2", ".step-old.partial", "step-00000001-copy"]
+    for name in theirs:
+        shutil.copytree(run / "checkpoints" / "step-00000002", run / "checkpoints" / name)
+    (run / "checkpoints" / "step-00000009").write_text("a file")
+    (run / "model" / "README.md").write_text("mine")
+    train(config(latents, steps=4), run)
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {*theirs, "step-00000009", "step-00000004"}
+    assert (run / "model" / "README.md").read_text() == "mine"
+    assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4]
+
+
+def test_steps_are_ordered_by_number(tmp_path):
+    for name in ("step-100000000", "step-99999999", "step-00000003"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == [
+        "step-00000003",
+        "step-99999999",
+        "step-100000000",
+    ]
+
+
+def test_train_stops_on_ctrl_c_as_on_sigterm(latents, tmp_path, caplog):
+    interrupt = lambda row: os.kill(os.getpid(), signal.SIGINT) if row["step"] == 2 else None  # noqa: E731
+    before = signal.getsignal(signal.SIGINT)
+    run = tmp_path / "run"
+    assert train(config(latents, steps=4, checkpoint_minutes=5.0), run, report=interrupt) == run
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [folder.name for folder in checkpoint.steps(run)] == ["step-00000002"] and not (
+        run / "model"
+    ).exists()
+    assert "interrupted: the run is saved after this step; once more ends it at once" in caplog.text
+    assert train(config(latents, steps=4), run) == run / "model"
+    assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4]
+
+
+def test_train_ends_at_once_on_a_second_ctrl_c(latents, tmp_path):
+    def interrupt(row):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(0.01)
+
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(config(latents, steps=4, checkpoint_minutes=5.0), run, report=interrupt)
+    assert not checkpoint.steps(run)
+    assert train(config(latents, steps=2), run) == run / "model"
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Make the batches of these steps NaN."""
+    draw = stages.DenoiserStage.draw_batch
+
+    def spoil(numbers):
+        count = iter(range(1000))
+
+        def spoilt(*args, **options):
+            first, *rest = draw(*args, **options)
+            return (first * torch.nan if next(count) in numbers else first, *rest)
+
+        monkeypatch.setattr(stages.DenoiserStage, "draw_batch", spoilt)
+
+    return spoil
+
+
+def test_train_that_learned_nothing_ends_with_an_error(latents, tmp_path, spoil):
+    """Also when it is tried again, and when every process took some of the steps."""
+    spoil(range(1000))
+    message = (
+        r"run: no gradient was finite in any of the 4 steps, so nothing was learned; try a smaller optim\.lr"
+    )
+    stop = lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 2 else None  # noqa: E731
+    assert train(config(latents, steps=4, log_every=2), tmp_path / "run", report=stop) == tmp_path / "run"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            train(config(latents, steps=4, log_every=2), tmp_path / "run")
+        assert not (tmp_path / "run" / "model").exists()
+
+
+def test_train_exports_a_run_whose_last_steps_were_skipped(latents, tmp_path, spoil):
+    spoil({2, 3})
+    assert train(config(latents, steps=4), tmp_path / "run") == tmp_path / "run" / "model"
+    assert [row["skipped"] for row in rows_of(tmp_path / "run")] == [0, 0, 1, 1]
+
+
+def test_export_that_fails_leaves_the_model_whole(latents, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(config(latents), run)
+    before = {path: path.read_bytes() for path in (run / "model").rglob("*") if path.is_file()}
+    export = stages.DenoiserStage.export
+
+    def fill_the_disk(self, folder, weights):
+        export(self, folder, weights)
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(stages.DenoiserStage, "export", fill_the_disk)
+    with pytest.raises(
+        OSError,
+        match=r"the model could not be written \(No space left on device\); the last checkpoint is complete",
+    ):
+        train(config(latents, steps=3), run)
+    assert {path: path.read_bytes() for path in (run / "model").rglob("*") if path.is_file()} == before
+    assert not (run / ".model.partial").exists()
+    monkeypatch.setattr(stages.DenoiserStage, "export", export)
+    train(config(latents, steps=3), run)
+    assert any(path.read_bytes() != content for path, content in before.items())
+
+
+def test_command_ends_with_130_and_one_line_on_ctrl_c(tmp_path):
+    """A first Ctrl-C while the libraries are imported or a model is loaded."""
+    words = [
+        sys.executable,
+        "-m",
+        "latent_shift",
+        "generate",
+        "red",
+        "-n",
+        "99",
+        "-o",
+        str(tmp_path / "a.mp4"),
+    ]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert (process.returncode, errors.splitlines()[-1]) == (130, "latent-shift: interrupted")
+    assert "Traceback" not in errors

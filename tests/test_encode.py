@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
 from latent_shift.cli.main import app
+from latent_shift.data import captions as captions_module
 from latent_shift.data import encode as encoding
 from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore
@@ -28,7 +29,8 @@ from latent_shift.runtime import start_worker
 
 def read_files(folder) -> dict[str, bytes]:
     """Return the content of every file of a store of latents that training reads."""
-    names = ["store.json", "index.jsonl", "index.npy", "texts.json", "texts.npy", "captions.npy"]
+    index = json.loads((folder / "store.json").read_text())["index"]
+    names = ["store.json", f"{index}.jsonl", f"{index}.npy", "texts.json", "texts.npy", "captions.npy"]
     return {
         path.name: path.read_bytes()
         for path in [*(folder / "shards").iterdir(), *(folder / name for name in names)]
@@ -350,16 +352,19 @@ def test_encode_refuses_invalid_strides_and_sides(media, shards, autoencoder, te
 
 def test_encode_invalidates_a_store_before_it_changes(shards, autoencoder, texts, tmp_path, monkeypatch):
     encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)
-    (tmp_path / "texts.json").unlink()
-    monkeypatch.setattr(encoding.text, "embed", interrupt)
+    embed = captions_module.text.embed
+
+    def interrupt(tokenizer, text_encoder, captions):
+        if captions != [""]:  # those for the shape of an embedding
+            raise KeyboardInterrupt
+        return embed(tokenizer, text_encoder, captions)
+
+    monkeypatch.setattr(captions_module.text, "embed", interrupt)
+    encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)  # nothing is left to do
     with pytest.raises(KeyboardInterrupt):
-        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)
+        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, strides=[1, 2])
     with pytest.raises(ValueError, match="not a packed data set"):
         LatentStore(tmp_path)
-
-
-def interrupt(*_) -> None:
-    raise KeyboardInterrupt
 
 
 def test_worker_device_takes_the_gpus_in_turn():
@@ -377,7 +382,7 @@ def test_encode_continues_with_the_captions_after_an_interruption(
     shards, reference, autoencoder, texts, tmp_path, monkeypatch
 ):
     embedded = []
-    embed = encoding.text.embed
+    embed = captions_module.text.embed
 
     def embed_and_record(tokenizer, text_encoder, captions):
         embedded.extend(captions)
@@ -385,8 +390,8 @@ def test_encode_continues_with_the_captions_after_an_interruption(
             raise KeyboardInterrupt
         return embed(tokenizer, text_encoder, captions)
 
-    monkeypatch.setattr(encoding, "CAPTION_SAVE_INTERVAL", 1)
-    monkeypatch.setattr(encoding.text, "embed", embed_and_record)
+    monkeypatch.setattr(captions_module, "CAPTION_SAVE_INTERVAL", 1)
+    monkeypatch.setattr(captions_module.text, "embed", embed_and_record)
     max_captions = 5
     with pytest.raises(KeyboardInterrupt):
         encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, batch_size=1)

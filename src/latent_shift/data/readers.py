@@ -187,7 +187,7 @@ def _explain_unused(file: Path, folder: Path, stems: set[Path], reason: str) -> 
         return Problem(name, "an archive beside loose files; unpack it, or read shards on their own")
     if suffix == ".txt":
         if file.with_suffix("") in stems:
-            return Problem(name, "the caption of a file that is not read", "ignored")
+            return Problem(name, "a text that is not read", "ignored")
         return Problem(name, "a text without a video or picture of its name")
     kind = (mimetypes.guess_type(f"x{suffix}")[0] or "").partition("/")[0]
     has_caption = any(file.with_suffix(text).exists() for text in (".txt", ".TXT"))

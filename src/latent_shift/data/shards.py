@@ -100,7 +100,10 @@ def read_shards(urls: Iterable[str]) -> Iterator[tuple[Record, Media]]:
         except SHARD_ERRORS as error:
             if isinstance(error, ValueError) and str(error).startswith("Protocol not known"):
                 raise
-            reason = without_secrets(str(error).replace(url, name)) or type(error).__name__
+            reason = str(error).replace(url, name)
+            if query := url.partition("?")[2]:
+                reason = reason.replace(f"?{query}", "")
+            reason = without_secrets(reason) or type(error).__name__
             rest = f"; {num_samples} samples before were read" if num_samples else ""
             yield unusable(name, f"cannot read the shard: {reason}{rest}")
 
@@ -144,12 +147,16 @@ class _BoundedStream:
         self._num_read = 0
         self._num_allowed = 0
         self._tail = b""  # what was read last
+        self._at_end = False
 
     def allow(self, num_bytes: int) -> None:
         self._num_allowed = self._num_read + num_bytes + 2 * _BLOCK
 
     def read(self, size: int) -> bytes:
         content = self._content.read(size)
+        if not content and self._at_end:  # else tarfile skips an announced petabyte block by block
+            raise tarfile.ReadError("it is shorter than it announces")
+        self._at_end = not content
         self._num_read += len(content)
         if self._num_read > self._num_allowed:
             raise tarfile.ReadError(f"a header of more than {MAX_HEADER_BYTES} bytes")
@@ -164,7 +171,8 @@ class _BoundedStream:
         """Raise ReadError if the archive does not end properly at a position: `tarfile` does not tell the end
         from a header that is damaged or cut."""
         self.allow(_BLOCK)
-        while self.read(_BLOCK) and self._num_read < offset + 2 * _BLOCK:
+        while not self._at_end and self._num_read < offset + 2 * _BLOCK:
+            self.read(_BLOCK)
             self.allow(_BLOCK)
         end = self._tail[len(self._tail) - (self._num_read - offset) :] if self._num_read > offset else b""
         if len(end) < 512:

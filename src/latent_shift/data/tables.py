@@ -86,7 +86,7 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, Any]]:
         except StopIteration:
             return
         except csv.Error as error:
-            lines = str(first) if reader.line_num <= first else f"{first} to {reader.line_num}"
+            lines = f"{first} to the end" if "unexpected end" in str(error) else str(first)
             yield first, ValueError(f"lines {lines}: {error}; a quote in a caption is written twice")
         else:
             yield reader.line_num, row

@@ -1,5 +1,6 @@
 """Encoding: the latents and embeddings are correct, and the same for any number of processes and after interruptions."""
 
+import errno
 import json
 import multiprocessing
 import shutil
@@ -195,6 +196,61 @@ def test_encode_continues_after_it_was_killed(shards, reference, autoencoder, te
         <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}.items()
     )
     assert read_files(tmp_path) == read_files(reference)
+
+
+def test_encode_shares_its_shards_with_processes_of_the_same_task(
+    shards, reference, autoencoder, texts, tmp_path
+):
+    """The first waits after a shard until the second, started later, has encoded the others and waits for it."""
+    options = {"autoencoder": autoencoder, "texts": texts, "mirror": True}
+    ours, theirs = forkserver.Pipe()
+    leader = forkserver.Process(target=encode_step_by_step, args=(theirs, shards, tmp_path), kwargs=options)
+    leader.start()
+    theirs.close()
+    assert ours.recv() == 1
+    with pytest.raises(ValueError, match="another process is writing there"):
+        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)  # without mirror images
+    helper = forkserver.Process(target=encode, args=(shards, tmp_path), kwargs=options)
+    helper.start()
+    while len(list((tmp_path / "shards").glob("*.npy"))) < 8:
+        assert helper.is_alive()
+        time.sleep(0.05)
+    for _ in range(7):
+        ours.send(None)
+        ours.recv()
+    ours.send(None)
+    for process in (leader, helper):
+        process.join()
+        assert process.exitcode == 0
+    assert read_files(tmp_path) == read_files(reference)
+
+
+def test_encode_says_that_the_disk_is_full_before_the_work(shards, autoencoder, texts, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(ValueError, match=r"needs \d+ MiB, but the disk has 0 MiB left"):
+        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)
+    monkeypatch.undo()
+
+    def allocate(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(captions_module.os, "posix_fallocate", allocate)
+    with pytest.raises(OSError, match=r"No space left on device: .*texts\.partial\.npy"):
+        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)
+    monkeypatch.undo()
+    assert encode(shards, tmp_path, autoencoder=autoencoder, texts=texts).num_frames == 61
+
+
+def test_encode_says_how_many_captions_are_cut(media, autoencoder, texts, tmp_path, caplog):
+    (tmp_path / "a.webp").write_bytes((media / "red.webp").read_bytes())
+    (tmp_path / "a.txt").write_text("short\n" + "long " * 30)
+    pack(tmp_path, tmp_path / "pixels", size=32, fps=8)
+    encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts)
+    assert (
+        "1 of 3 captions are longer than the 20 tokens of the text encoder and are cut; the first: long"
+        in caplog.text
+    )
 
 
 def test_encode_replaces_incomplete_shards(shards, reference, autoencoder, texts, tmp_path):

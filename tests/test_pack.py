@@ -7,8 +7,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from test_video import counting_clip
+from typer.testing import CliRunner
 
 from latent_shift import video
+from latent_shift.cli.main import app
 from latent_shift.data.decode import aspect_sizes
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.pack import pack
@@ -142,3 +144,23 @@ def test_preview_shows_every_clip_and_every_letter(tmp_path):
     assert np.array_equal(draw_text("中", width), draw_text("\\u4e2d", width))
     assert not np.array_equal(draw_text("ü", width), draw_text("\\xfc", width))
     assert sheet.shape[0] == 14 * sum(lines) + 8 + 64 + 16 + 8
+
+
+def test_data_preview_says_how_many_clips_it_shows(packed, tmp_path):
+    command = [
+        "data",
+        "preview",
+        str(packed),
+        str(tmp_path / "sheet.png"),
+        "--split",
+        "train",
+        "--split",
+        "val_concept",
+    ]
+    for options, expected in (
+        ([], "4 of 4 clips"),
+        (["--rows", "2"], "2 of 4 clips"),
+        (["--rows", "2", "--all"], "4 of 4 clips"),
+    ):
+        result = CliRunner().invoke(app, [*command, *options])
+        assert expected in result.output.splitlines(), result.output

@@ -134,7 +134,8 @@ def likeness(latents: Annotated[Path, typer.Argument(help="an encoded data set")
 def preview(
     store: Annotated[Path, typer.Argument(help="a packed or encoded data set")],
     out: Annotated[Path, typer.Argument(help="output file, .png")],
-    rows: Annotated[int, typer.Option(min=0, help="number of clips; 0 shows all")] = 8,
+    rows: Annotated[int, typer.Option(min=1, help="number of clips")] = 8,
+    show_all: Annotated[bool, typer.Option("--all", help="show every clip, whatever --rows")] = False,
     columns: Annotated[int, typer.Option(min=1, help="frames shown per clip")] = 8,
     num_frames: Annotated[
         int | None,
@@ -159,7 +160,7 @@ def preview(
     opened, splits = latents.open_store(store), tuple(split or ["train"])
     sheet, captions = previews.preview(
         opened,
-        rows=rows or None,
+        rows=None if show_all else rows,
         columns=columns,
         num_frames=num_frames,
         stride=stride,

@@ -31,7 +31,7 @@ def problems(folder, clips: dict[str, np.ndarray], *, suffix: str = ".mp4", **op
         video.write(frames, folder / f"{name}{suffix}", fps=8)
         rows.append({"file_name": f"{name}{suffix}", "text": name})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return dict(check(folder, **options)[1])
+    return {problem.file_name: problem.reason for problem in check(folder, **options)[1]}
 
 
 def test_check_reports_short_static_broken_and_missing_clips(media, tmp_path):
@@ -44,9 +44,11 @@ def test_check_reports_short_static_broken_and_missing_clips(media, tmp_path):
     (tmp_path / "metadata.jsonl").write_text(
         "\n".join(json.dumps({"file_name": name, "text": name}) for name in names)
     )
-    counts, pairs = check(tmp_path, workers=2)
-    reasons = dict(pairs)
-    assert counts == {"clips": 3, "stills": 1, "concepts": 6}
+    counts, found = check(tmp_path, workers=2)
+    reasons = {problem.file_name: problem.reason for problem in found}
+    outcomes = {problem.file_name: problem.outcome for problem in found}
+    assert counts == {"clips": 3, "stills": 1, "skipped": 2, "concepts": 4}
+    assert outcomes["short.mp4"] == "kept" and outcomes["broken.mp4"] == "skipped"
     assert reasons["short.mp4"] == "8 frames at 8 fps, expected at least 16"
     assert "static" in reasons["frozen.mp4"]
     assert reasons["broken.mp4"].startswith("cannot be decoded")

@@ -174,14 +174,16 @@ def test_generate_writes_an_image_for_one_frame_and_warns_of_truncation(video_mo
 
 def test_command_leads_from_media_to_evaluation(media, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "3 clips, 1 stills, 3 concepts, 0 with problems" in run("data", "check", media)
+    assert "3 clips, 1 stills, 0 skipped, 3 concepts, 0 with problems" in run("data", "check", media)
     assert "4 records, 61 frames, 0 skipped" in run(
         "data", "pack", media, "pixels", "--size", 32, "--workers", 1
     )
     shown = run("data", "preview", "pixels", "preview.png", "--rows", 2, "--columns", 4).splitlines()
-    assert len(shown) == 3 and {*shown[:2]} <= {
-        text for record in Store("pixels").records for text in record.texts
-    }
+    assert (
+        shown[2] == "2 of 4 clips"
+        and len(shown) == 4
+        and {*shown[:2]} <= {text for record in Store("pixels").records for text in record.texts}
+    )
     recipe = tmp_path / "set" / "autoencoder.toml"
     recipe.parent.mkdir()
     recipe.write_text(dump(tiny_config("autoencoder", "pixels", steps=2)))

@@ -1,5 +1,6 @@
 """Encoding: the latents and embeddings are correct, and the same for any number of processes and after interruptions."""
 
+import errno
 import json
 import multiprocessing
 import shutil
@@ -16,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
 from latent_shift.cli.main import app
+from latent_shift.data import captions as captions_module
 from latent_shift.data import encode as encoding
 from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore
@@ -28,7 +30,8 @@ from latent_shift.runtime import start_worker
 
 def read_files(folder) -> dict[str, bytes]:
     """Return the content of every file of a store of latents that training reads."""
-    names = ["store.json", "index.jsonl", "index.npy", "texts.json", "texts.npy", "captions.npy"]
+    index = json.loads((folder / "store.json").read_text())["index"]
+    names = ["store.json", f"{index}.jsonl", f"{index}.npy", "texts.json", "texts.npy", "captions.npy"]
     return {
         path.name: path.read_bytes()
         for path in [*(folder / "shards").iterdir(), *(folder / name for name in names)]
@@ -195,6 +198,61 @@ def test_encode_continues_after_it_was_killed(shards, reference, autoencoder, te
     assert read_files(tmp_path) == read_files(reference)
 
 
+def test_encode_shares_its_shards_with_processes_of_the_same_task(
+    shards, reference, autoencoder, texts, tmp_path
+):
+    """The first waits after a shard until the second, started later, has encoded the others and waits for it."""
+    options = {"autoencoder": autoencoder, "texts": texts, "mirror": True}
+    ours, theirs = forkserver.Pipe()
+    leader = forkserver.Process(target=encode_step_by_step, args=(theirs, shards, tmp_path), kwargs=options)
+    leader.start()
+    theirs.close()
+    assert ours.recv() == 1
+    with pytest.raises(ValueError, match="another process is writing there"):
+        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)  # without mirror images
+    helper = forkserver.Process(target=encode, args=(shards, tmp_path), kwargs=options)
+    helper.start()
+    while len(list((tmp_path / "shards").glob("*.npy"))) < 8:
+        assert helper.is_alive()
+        time.sleep(0.05)
+    for _ in range(7):
+        ours.send(None)
+        ours.recv()
+    ours.send(None)
+    for process in (leader, helper):
+        process.join()
+        assert process.exitcode == 0
+    assert read_files(tmp_path) == read_files(reference)
+
+
+def test_encode_says_that_the_disk_is_full_before_the_work(shards, autoencoder, texts, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(ValueError, match=r"needs \d+ MiB, but the disk has 0 MiB left"):
+        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)
+    monkeypatch.undo()
+
+    def allocate(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(captions_module.os, "posix_fallocate", allocate)
+    with pytest.raises(OSError, match=r"No space left on device: .*texts\.partial\.npy"):
+        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)
+    monkeypatch.undo()
+    assert encode(shards, tmp_path, autoencoder=autoencoder, texts=texts).num_frames == 61
+
+
+def test_encode_says_how_many_captions_are_cut(media, autoencoder, texts, tmp_path, caplog):
+    (tmp_path / "a.webp").write_bytes((media / "red.webp").read_bytes())
+    (tmp_path / "a.txt").write_text("short\n" + "long " * 30)
+    pack(tmp_path, tmp_path / "pixels", size=32, fps=8)
+    encode(tmp_path / "pixels", tmp_path / "latents", autoencoder=autoencoder, texts=texts)
+    assert (
+        "1 of 3 captions are longer than the 20 tokens of the text encoder and are cut; the first: long"
+        in caplog.text
+    )
+
+
 def test_encode_replaces_incomplete_shards(shards, reference, autoencoder, texts, tmp_path):
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
     shard = next((tmp_path / "shards").iterdir())
@@ -350,16 +408,19 @@ def test_encode_refuses_invalid_strides_and_sides(media, shards, autoencoder, te
 
 def test_encode_invalidates_a_store_before_it_changes(shards, autoencoder, texts, tmp_path, monkeypatch):
     encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)
-    (tmp_path / "texts.json").unlink()
-    monkeypatch.setattr(encoding.text, "embed", interrupt)
+    embed = captions_module.text.embed
+
+    def interrupt(tokenizer, text_encoder, captions):
+        if captions != [""]:  # those for the shape of an embedding
+            raise KeyboardInterrupt
+        return embed(tokenizer, text_encoder, captions)
+
+    monkeypatch.setattr(captions_module.text, "embed", interrupt)
+    encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)  # nothing is left to do
     with pytest.raises(KeyboardInterrupt):
-        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts)
+        encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, strides=[1, 2])
     with pytest.raises(ValueError, match="not a packed data set"):
         LatentStore(tmp_path)
-
-
-def interrupt(*_) -> None:
-    raise KeyboardInterrupt
 
 
 def test_worker_device_takes_the_gpus_in_turn():
@@ -377,7 +438,7 @@ def test_encode_continues_with_the_captions_after_an_interruption(
     shards, reference, autoencoder, texts, tmp_path, monkeypatch
 ):
     embedded = []
-    embed = encoding.text.embed
+    embed = captions_module.text.embed
 
     def embed_and_record(tokenizer, text_encoder, captions):
         embedded.extend(captions)
@@ -385,8 +446,8 @@ def test_encode_continues_with_the_captions_after_an_interruption(
             raise KeyboardInterrupt
         return embed(tokenizer, text_encoder, captions)
 
-    monkeypatch.setattr(encoding, "CAPTION_SAVE_INTERVAL", 1)
-    monkeypatch.setattr(encoding.text, "embed", embed_and_record)
+    monkeypatch.setattr(captions_module, "CAPTION_SAVE_INTERVAL", 1)
+    monkeypatch.setattr(captions_module.text, "embed", embed_and_record)
     max_captions = 5
     with pytest.raises(KeyboardInterrupt):
         encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, batch_size=1)

@@ -7,11 +7,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from test_video import counting_clip
+from typer.testing import CliRunner
 
 from latent_shift import video
+from latent_shift.cli.main import app
+from latent_shift.data.decode import aspect_sizes
 from latent_shift.data.latents import LatentStore
-from latent_shift.data.pack import aspect_sizes, pack, preview
-from latent_shift.data.store import Store
+from latent_shift.data.pack import pack
+from latent_shift.data.preview import draw_text, preview
+from latent_shift.data.records import Problem, Record
+from latent_shift.data.store import Store, StoreWriter
 
 
 def test_pack_keeps_line_separators_and_skips_clips_without_caption(tmp_path):
@@ -22,13 +27,13 @@ def test_pack_keeps_line_separators_and_skips_clips_without_caption(tmp_path):
         {"file_name": "a.mp4", "text": " "},
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    assert pack(tmp_path, tmp_path / "store", size=16, fps=8) == [("a.mp4", "no caption")]
+    assert pack(tmp_path, tmp_path / "store", size=16, fps=8) == [Problem("a.mp4", "no caption")]
     assert sorted(record.texts for record in Store(tmp_path / "store").records) == [
         ("a",),
         ("one\u2028line",),
     ]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.mp4", "text": "a"}\n')
-    with pytest.raises(ValueError, match=r"none of 1 files can be used; the first: gone.mp4: .*no such file"):
+    with pytest.raises(ValueError, match=r"none of 2 files can be used; the first: gone.mp4: no such file"):
         pack(tmp_path, tmp_path / "other", size=16, fps=8)
 
 
@@ -40,7 +45,7 @@ def test_pack_reports_broken_files_and_does_not_replace_them(media, tmp_path):
         "\n".join(json.dumps({"file_name": name, "text": name}) for name in names)
     )
     problems = pack(tmp_path, tmp_path / "store", size=16, fps=8)
-    assert [name for name, _ in problems] == ["broken.mp4", "gone.mp4"]
+    assert [problem.file_name for problem in problems] == ["broken.mp4", "gone.mp4"]
     assert [record.file_name for record in Store(tmp_path / "store").records] == ["red.webp"]
 
 
@@ -49,13 +54,16 @@ def test_preview_shows_clips_with_their_captions(packed):
     sheet, captions = preview(store, rows=3, columns=5)
     assert sheet.shape == (3 * (32 + 14), 5 * 32 + 4 * 2, 3)
     assert set(captions) <= {text for record in store.records for text in record.texts}
+    by_concept = {text: record.concept for record in store.records for text in record.texts}
+    assert {by_concept[caption] for caption in captions} == {"red", "green", "blue"}
     sheet, captions = preview(store, rows=6, columns=4, num_frames=11, stride=2)
     suitable = [
         record
         for record in store.records
         if record.split == "train" and (record.num_frames >= 21 or record.loop)
     ]
-    assert sheet.shape[0] == 6 * (32 + 14) and 0 < len(suitable) < len(store.records)
+    assert sheet.shape[0] >= len(suitable) * (32 + 14) and 0 < len(suitable) < len(store.records)
+    assert len(captions) == len(suitable)  # each once
     assert set(captions) <= {f"{text}, 4 fps" for record in suitable for text in record.texts}
     with pytest.raises(ValueError, match="no record to train on"):
         preview(store, splits=("nowhere",))
@@ -113,3 +121,46 @@ def test_pack_keeps_aspect_ratios_at_one_area(tmp_path):
 
 def test_aspect_sizes_without_factor_is_the_square():
     assert aspect_sizes(128, None) == [(128, 128)]
+
+
+def test_preview_shows_every_clip_and_every_letter(tmp_path):
+    """Also clips of other shapes; each caption is as high as its text needs, and letters without a glyph are escaped."""
+    captions = ["short", "a long caption of many words, " * 8, "Tür 中", "un" * 100]
+    writer = StoreWriter(tmp_path)
+    for number, (caption, shape) in enumerate(
+        zip(captions, ((8, 64), (64, 8), (16, 32), (8, 64)), strict=True)
+    ):
+        writer.add(Record(f"{number}.mp4", (caption,), "same"), np.full((4, *shape, 3), 9, np.uint8))
+    writer.close(dtype="uint8", fps=8)
+    sheet, shown = preview(Store(tmp_path), rows=None, columns=2)
+    assert sorted(shown) == sorted(captions)
+    width = 2 * 64 + 2
+    for caption in captions:
+        image = draw_text(caption, width)
+        assert image.shape[1] == width
+        assert (image[:, -1] == 255).all() and image.min() < 100  # nothing is cut at the side
+    lines = [draw_text(caption, width).shape[0] // 14 for caption in captions]
+    assert lines[0] == 1 and lines[1] > 6 and lines[3] > 3
+    assert np.array_equal(draw_text("中", width), draw_text("\\u4e2d", width))
+    assert not np.array_equal(draw_text("ü", width), draw_text("\\xfc", width))
+    assert sheet.shape[0] == 14 * sum(lines) + 8 + 64 + 16 + 8
+
+
+def test_data_preview_says_how_many_clips_it_shows(packed, tmp_path):
+    command = [
+        "data",
+        "preview",
+        str(packed),
+        str(tmp_path / "sheet.png"),
+        "--split",
+        "train",
+        "--split",
+        "val_concept",
+    ]
+    for options, expected in (
+        ([], "4 of 4 clips"),
+        (["--rows", "2"], "2 of 4 clips"),
+        (["--rows", "2", "--all"], "4 of 4 clips"),
+    ):
+        result = CliRunner().invoke(app, [*command, *options])
+        assert expected in result.output.splitlines(), result.output

@@ -1,6 +1,10 @@
 """Stores: frames and records are read as they were written, and damaged stores are refused."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,11 +12,11 @@ from conftest import tiny_config
 
 from latent_shift import video
 from latent_shift.data.encode import encode
-from latent_shift.data.latents import LatentStore
+from latent_shift.data.latents import LatentStore, open_store
 from latent_shift.data.pack import pack
-from latent_shift.data.readers import Record
+from latent_shift.data.records import Record
 from latent_shift.data.sampler import BalancedSampler
-from latent_shift.data.store import Store, StoreWriter
+from latent_shift.data.store import PIXELS, Store, StoreWriter, store_folder
 from latent_shift.training import prepare
 from latent_shift.training.stages import DenoiserStage
 
@@ -131,6 +135,7 @@ def test_store_opens_several_stores_as_one(media, packed, autoencoder, texts, tm
     (tmp_path / "parts" / "c" / "store.json").unlink()
     with pytest.raises(ValueError, match="c: not a packed data set"):
         Store(tmp_path / "parts" / "*")
+    shutil.rmtree(tmp_path / "parts" / "c")
     pack(media, tmp_path / "parts" / "c", size=32, fps=4)
     with pytest.raises(
         ValueError, match=r"c: fps is 4 here and 8 in .*a; expected stores with equal settings"
@@ -138,24 +143,86 @@ def test_store_opens_several_stores_as_one(media, packed, autoencoder, texts, tm
         Store(tmp_path / "parts" / "*")
 
 
-def test_store_writer_spares_foreign_files_and_intact_stores(packed, tmp_path):
+def read_folder(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pack_spares_the_files_of_others_and_intact_stores(packed, media, tmp_path):
     """A failed call deletes neither a user's files nor an intact store."""
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "00000.tar").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"holds shards/00000\.tar, which does not belong to a data set"):
-        StoreWriter(tmp_path)
-    assert (tmp_path / "shards" / "00000.tar").exists()
+    foreign = tmp_path / "foreign"
+    (foreign / "shards").mkdir(parents=True)
+    (foreign / "shards" / f"{'0' * 24}.npy").write_bytes(b"x")
+    with pytest.raises(ValueError, match="foreign: holds shards, which latent-shift did not write there"):
+        pack(media, foreign, size=32, fps=8)
+    pack(media, foreign, size=32, fps=8, force=True)
+    assert (foreign / "shards" / f"{'0' * 24}.npy").read_bytes() == b"x"
     intact = tmp_path / "intact"
     shutil.copytree(packed, intact)
-    files = sorted((path.name, path.stat().st_size) for path in intact.rglob("*"))
+    (intact / "notes.md").write_text("mine")
+    files = read_folder(intact)
     with pytest.raises(ValueError, match="none of 2 files can be used"):
         pack(str(tmp_path / "absent-{0..1}.tar"), intact, size=32, fps=8)
-    assert sorted((path.name, path.stat().st_size) for path in intact.rglob("*")) == files
-    (intact / "notes.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds notes\.md"):
-        pack(tmp_path, intact, size=32, fps=8)
+    assert read_folder(intact) == files
+    pack(media, intact, size=16, fps=8)
+    assert (intact / "notes.md").read_text() == "mine"
     with pytest.raises(ValueError, match="fps must be above 0"):
         pack(tmp_path, tmp_path / "new", size=32, fps=0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_pack_keeps_the_old_store_until_the_new_one_is_complete(packed, media, tmp_path, monkeypatch):
+    """At every file that it writes, the call is interrupted once, and the old frames can be read."""
+    store = tmp_path / "store"
+    shutil.copytree(packed, store)
+    old = Store(packed)
+    replace, num_replaced = os.replace, 0
+
+    def interrupted_replace(*paths) -> None:
+        nonlocal num_replaced
+        num_replaced += 1
+        if num_replaced == interrupt_at:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", interrupted_replace)
+    interrupt_at = 0
+    while interrupt_at < 20:
+        interrupt_at, num_replaced = interrupt_at + 1, 0
+        try:
+            pack(media, store, size=16, fps=8, shard_mb=0.02)
+            break
+        except KeyboardInterrupt:
+            again = Store(store)
+            assert again.records[:] == old.records[:]
+            assert np.array_equal(again.window(1, 0, 20), old.window(1, 0, 20))
+    assert interrupt_at > 5
+    new = Store(store)
+    assert new.frame_shape(0) == (16, 16, 3)
+    assert {path.stem for path in (store / "shards").glob("*")} == set(new.shapes)
+    assert len(list(store.glob("index*"))) == 2
+
+
+def test_pack_refuses_a_folder_of_latents(media, latents, tmp_path):
+    copy = tmp_path / "latents"
+    shutil.copytree(latents, copy)
+    files = read_folder(copy)
+    with pytest.raises(ValueError, match="holds a data set of latents, expected a data set of pixels"):
+        pack(media, copy, size=32, fps=8)
+    (copy / ".latent-shift.json").unlink()  # as from an older version
+    with pytest.raises(ValueError, match="which latent-shift did not write there"):
+        pack(media, copy, size=32, fps=8)
+    del files[".latent-shift.json"]
+    assert read_folder(copy) == files
+
+
+def test_two_processes_do_not_pack_into_one_folder(media, tmp_path):
+    script = "import sys; from latent_shift.data.pack import pack; pack(*sys.argv[1:], size=32, fps=8)"
+    command = [sys.executable, "-c", script, str(media), str(tmp_path / "store")]
+    with store_folder(tmp_path / "store", PIXELS):
+        second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 1 and "another process is writing there" in second.stderr
+    subprocess.run(command, check=True)
+    assert len(Store(tmp_path / "store").records) == 4
 
 
 def test_store_refuses_damaged_stores(packed, tmp_path):
@@ -169,12 +236,88 @@ def test_store_refuses_damaged_stores(packed, tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match="got 0 bytes; create the data set again"):
         Store(tmp_path / "store")
-    with (tmp_path / "store" / "index.jsonl").open("a") as file:
+    with next((tmp_path / "store").glob("index-*.jsonl")).open("a") as file:
         file.write("{}")
     with pytest.raises(
-        ValueError, match=r"index\.jsonl: expected \d+ bytes, got \d+; create the data set again"
+        ValueError, match=r"index-\w+\.jsonl: expected \d+ bytes, got \d+; create the data set again"
     ):
         Store(tmp_path / "store")
     (tmp_path / "store" / "store.json").write_text("{}")
     with pytest.raises(ValueError, match="packed by an older version"):
         Store(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("shards", None),
+        ("shards", {}),
+        ("shards", {"../../../etc/x": [61, 32, 32, 3]}),
+        ("shards", {"0" * 24: ["a", 32, 32, 3]}),
+        ("dtype", "float64"),
+        ("dtype", None),
+        ("fps", "8"),
+        ("fps", 0),
+        ("fps", float("nan")),
+        ("splits", [1]),
+        ("index_bytes", -1),
+        ("index", "../index"),
+    ],
+)
+def test_store_refuses_other_values_in_store_json(packed, tmp_path, name, value):
+    shutil.copytree(packed, tmp_path / "store")
+    info = json.loads((packed / "store.json").read_text())
+    (tmp_path / "store" / "store.json").write_text(json.dumps({**info, name: value}))
+    with pytest.raises(ValueError, match=rf"store\.json: {name}[^\n]*; create the data set again$"):
+        Store(tmp_path / "store")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
+def test_store_refuses_a_store_json_that_is_none(packed, tmp_path, content):
+    shutil.copytree(packed, tmp_path / "store")
+    (tmp_path / "store" / "store.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"store\.json: [^\n]+$"):
+        Store(tmp_path / "store")
+
+
+def read_all(folder) -> None:
+    store = open_store(folder)
+    store.records[:]
+    store.window(0, 0, 1)
+
+
+def test_store_refuses_damaged_arrays_and_lines(packed, latents, tmp_path):
+    def damage(source, pattern: str, change) -> str:
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        shutil.copytree(source, tmp_path / "store")
+        (path,) = (tmp_path / "store").glob(pattern)
+        path.write_bytes(change(path.read_bytes()))
+        with pytest.raises(ValueError, match="create the data set again") as error:
+            read_all(tmp_path / "store")
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    damage(packed, "index-*.npy", lambda content: content[:-1])
+    damage(packed, "index-*.npy", lambda content: b"PK\3\4" + content)
+    damage(packed, "index-*.npy", lambda content: content[:128] + b"\xff" * (len(content) - 128))
+    damage(packed, "index-*.jsonl", lambda content: b"x" + content[1:])
+    damage(packed, "index-*.jsonl", lambda content: content.replace(b'"texts"', b'"texxt"'))
+    damage(packed, "shards/*.npy", lambda content: content.replace(b"(61, 32, 32, 3)", b"(61, 32, 31, 3)"))
+    damage(latents, "texts.npy", lambda content: content[:-10])
+    damage(latents, "texts.npy", lambda content: content.replace(b"<f2", b"<i2"))
+    damage(latents, "captions.npy", lambda content: b"")
+
+
+def test_store_of_an_earlier_version_is_read_and_replaced(packed, media, tmp_path):
+    """There the index had no key, and the folder no marker."""
+    shutil.copytree(packed, tmp_path / "store")
+    info = json.loads((packed / "store.json").read_text())
+    for suffix in (".jsonl", ".npy"):
+        (tmp_path / "store" / f"{info['index']}{suffix}").rename(tmp_path / "store" / f"index{suffix}")
+    del info["index"]
+    (tmp_path / "store" / "store.json").write_text(json.dumps(info))
+    (tmp_path / "store" / ".latent-shift.json").unlink()
+    assert Store(tmp_path / "store").records[:] == Store(packed).records[:]
+    pack(media, tmp_path / "store", size=32, fps=8)
+    assert not (tmp_path / "store" / "index.jsonl").exists()
+    assert Store(tmp_path / "store").shapes == Store(packed).shapes

@@ -41,11 +41,19 @@ def atomic_path(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a binary file that replaces `path` when the block ends; its content is on the disk before that."""
-    with atomic_path(path) as partial, partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    """Open a binary file that replaces `path` when the block ends; its content is on the disk before that.
+
+    Raises:
+        OSError: the disk is full, for example; the error has the name of the file.
+    """
+    try:
+        with atomic_path(path) as partial, partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # errors of writing have no name
+        raise
 
 
 def move_files(source: Path, target: Path, *, last: str = "") -> None:
@@ -73,7 +81,9 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
     import numpy as np
 
     with atomic_write(path) as file:
-        np.save(file, array)
+        # `np.save` reports a full disk without saying so.
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)
 
 
 def write_json(value: object, path: str | Path) -> None:

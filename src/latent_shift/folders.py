@@ -25,6 +25,10 @@ _DEBRIS = {
 }  # what a lock and file browsers leave in an empty folder
 
 
+class FolderInUse(ValueError):
+    """Another process writes into a folder."""
+
+
 @contextmanager
 def output_folder(
     folder: str | Path,
@@ -32,6 +36,7 @@ def output_folder(
     *,
     force: bool = False,
     is_own: Callable[[Path], bool] | None = None,
+    wait: bool = False,
 ) -> Iterator[Path]:
     """Create a folder for the output of one command, mark it as such, and lock it inside the `with` block.
 
@@ -43,20 +48,21 @@ def output_folder(
         force: also take a folder that is not the command's own. Its files are kept, but those with names that
             the command writes are replaced.
         is_own: recognises a folder from before folders were marked.
+        wait: wait until another process that is at work there has ended.
 
     Raises:
-        ValueError: a file instead of a folder, a folder that is not the command's own, or one in which another
-            process is at work.
+        ValueError: a file instead of a folder, a folder that is not the command's own, or (`FolderInUse`) one
+            in which another process is at work.
     """
     folder = Path(folder)
     try:
         check_own(folder, kind, force=force, is_own=is_own)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK).acquire(timeout=0)
+        lock = FileLock(folder / LOCK).acquire(timeout=-1 if wait else 0)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{folder}: expected a folder, but a file is in its way") from error
     except Timeout:
-        raise ValueError(f"{folder}: another process is writing there; choose another folder") from None
+        raise FolderInUse(f"{folder}: another process is writing there; choose another folder") from None
     with lock:
         # Another process may have filled the folder since it was checked.
         check_own(folder, kind, force=force, is_own=is_own)

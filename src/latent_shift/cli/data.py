@@ -23,29 +23,44 @@ Folder = Annotated[
     ),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="number of processes that decode")]
+Frames = Annotated[
+    int, typer.Option(min=1, help="minimum number of frames per clip; shorter ones are reported")
+]
+
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="write into a folder that holds something else; its other files are kept"),
+]
 
 
 @app.command()
 def check(
     folder: Folder,
-    frames: Annotated[int, typer.Option(min=1, help="minimum number of frames per clip")] = 16,
+    frames: Frames = 16,
     fps: Annotated[float, typer.Option(min=0.001, help="frames per second at which clips are inspected")] = 8,
+    size: Annotated[
+        int | None,
+        typer.Option(min=8, help="side of the frames that will be packed; reports clips that this enlarges"),
+    ] = None,
     aspects: Annotated[
         int | None,
         typer.Option(min=8, help="inspect whole frames, as `pack --aspects` keeps them, not central squares"),
     ] = None,
     workers: Workers = 2,
 ) -> None:
-    """List unusable clips with the reason. Clips are decoded as in training. Exits with 1 if there are
-    any."""
+    """List files that cannot be used and clips with flaws, each with the reason and what `pack` does with it.
+    Clips are decoded as in training. Exits with 1 if there are any."""
     from latent_shift.data import check as checks
 
-    counts, problems = checks.check(folder, min_frames=frames, fps=fps, aspects=aspects, workers=workers)
-    for name, reason in problems:
-        print(f"{name}: {reason}")
+    counts, problems = checks.check(
+        folder, min_frames=frames, fps=fps, size=size, aspects=aspects, workers=workers
+    )
+    for problem in problems:
+        print(problem)
     summary = ", ".join(f"{number} {kind}" for kind, number in counts.items())
-    print(f"{summary}, {len({name for name, _ in problems})} with problems")
-    raise typer.Exit(1 if problems else 0)
+    flawed = {problem.file_name for problem in problems if problem.outcome != "ignored"}
+    print(f"{summary}, {len(flawed)} with problems")
+    raise typer.Exit(1 if flawed else 0)
 
 
 @app.command()
@@ -64,10 +79,14 @@ def pack(
         bool, typer.Option("--split-cuts", help="store each scene as a clip of its own")
     ] = False,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="size of a shard in megabytes")] = 64,
+    frames: Frames = 16,
     workers: Workers = 2,
+    force: Force = False,
 ) -> None:
-    """Decode every clip once into shards of frames. A packed data set in the output folder is replaced."""
+    """Decode every clip once into shards of frames. A packed data set in the output folder is replaced once the
+    new one is complete."""
     from latent_shift.data import pack as packing
+    from latent_shift.data.records import summarize
     from latent_shift.data.store import Store
 
     with Progress("packing") as progress:
@@ -79,13 +98,15 @@ def pack(
             aspects=aspects,
             split_cuts=split_cuts,
             shard_mb=shard_mb,
+            min_frames=frames,
             workers=workers,
+            force=force,
             progress=progress,
         )
-    for name, reason in problems:
-        print(f"skipped {name}: {reason}")
+    print("".join(f"{line}\n" for line in summarize(problems, out / "problems.txt")), end="")
     store = Store(out)
-    print(f"{out}: {len(store.records)} records, {store.num_frames} frames, {len(problems)} skipped")
+    num_skipped = sum(problem.outcome == "skipped" for problem in problems)
+    print(f"{out}: {len(store.records)} records, {store.num_frames} frames, {num_skipped} skipped")
 
 
 @app.command()
@@ -114,6 +135,7 @@ def preview(
     store: Annotated[Path, typer.Argument(help="a packed or encoded data set")],
     out: Annotated[Path, typer.Argument(help="output file, .png")],
     rows: Annotated[int, typer.Option(min=1, help="number of clips")] = 8,
+    show_all: Annotated[bool, typer.Option("--all", help="show every clip, whatever --rows")] = False,
     columns: Annotated[int, typer.Option(min=1, help="frames shown per clip")] = 8,
     num_frames: Annotated[
         int | None,
@@ -126,20 +148,25 @@ def preview(
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Draw a contact sheet of random clips. They are sampled as in training, so some may appear twice."""
+    """Draw a contact sheet of different clips with their whole captions. Every concept is equally likely, as in
+    training."""
     quiet_libraries()
     from latent_shift import video
-    from latent_shift.data import latents, pack
+    from latent_shift.data import latents
+    from latent_shift.data import preview as previews
+    from latent_shift.data.records import escape
 
     video.check_output(out)
-    sheet, captions = pack.preview(
-        latents.open_store(store),
-        rows=rows,
+    opened, splits = latents.open_store(store), tuple(split or ["train"])
+    sheet, captions = previews.preview(
+        opened,
+        rows=None if show_all else rows,
         columns=columns,
         num_frames=num_frames,
         stride=stride,
-        splits=tuple(split or ["train"]),
+        splits=splits,
         seed=seed,
     )
-    print("\n".join(captions))
+    print("\n".join(map(escape, captions)))
+    print(f"{len(captions)} of {len(opened.records)} clips")
     print(video.write(sheet[None], out))

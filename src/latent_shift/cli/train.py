@@ -100,6 +100,12 @@ def encode(
     ray: Annotated[
         str | None, typer.Option(help="address of a Ray cluster that shares the work: auto, local, host:port")
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="write into a folder that holds something else; its other files are kept"
+        ),
+    ] = False,
 ) -> None:
     """Encode packed frames and captions once, for the image and video stages. An interrupted run
     continues."""
@@ -112,7 +118,12 @@ def encode(
     from latent_shift.runtime import resolve_device
 
     options = dict(
-        mirror=mirror, strides=[1, *(stride or [])], batch_size=batch_size, workers=workers, ray=ray
+        mirror=mirror,
+        strides=[1, *(stride or [])],
+        batch_size=batch_size,
+        workers=workers,
+        ray=ray,
+        force=force,
     )
     with Progress("encoding") as progress:
         store = encode(packed, out, **folders, device=resolve_device(device), progress=progress, **options)  # type: ignore[arg-type]

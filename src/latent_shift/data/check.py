@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from latent_shift import video
-from latent_shift.data.pack import aspect_sizes, decode_records
-from latent_shift.data.readers import Record, read
+from latent_shift.data.decode import Decoder, aspect_sizes, decode_records
+from latent_shift.data.readers import read
+from latent_shift.data.records import Problem
+from latent_shift.data.shards import without_secrets
 
 ANALYSIS_SIZE = 128
 """Side in pixels at which clips are decoded and watermarks are searched."""
@@ -24,65 +25,60 @@ MAX_OVERLAY_SAMPLES = 500
 
 
 def check(
-    source: str | Path, *, min_frames: int = 16, fps: float = 8, aspects: int | None = None, workers: int = 1
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    source: str | Path,
+    *,
+    min_frames: int = 16,
+    fps: float = 8,
+    size: int | None = None,
+    aspects: int | None = None,
+    workers: int = 1,
+) -> tuple[dict[str, int], list[Problem]]:
     """Decode every clip as training would and report problems.
 
     Args:
         source: captioned clips in one of the layouts of readers.py.
         min_frames: number of frames that a clip needs at `fps`, unless it loops.
         fps: frames per second.
+        size: also report clips that `pack` with this size enlarges or crops to less than half.
         aspects: inspect whole frames, as `pack` with this factor keeps them; None inspects the central
             squares.
         workers: number of processes that decode.
 
     Returns:
-        The number of clips, stills and concepts, and (file name, reason) per problem. A watermark is reported
+        The numbers of clips, stills, skipped files and concepts, and the problems. A watermark is reported
         once, for `source`.
 
     Raises:
         ValueError: no clips in any layout.
     """
-    if not fps > 0:
+    if not (fps > 0 and np.isfinite(fps)):
         raise ValueError(f"fps must be above 0, got {fps}")
     sizes = aspect_sizes(ANALYSIS_SIZE if aspects is None else max(ANALYSIS_SIZE, 2 * aspects), aspects)
-    counts: Counter[str] = Counter(clips=0, stills=0)
-    problems: list[tuple[str, str]] = []
+    decode = Decoder(sizes, fps, min_frames, aspect_sizes(size, aspects) if size is not None else None)
+    counts: Counter[str] = Counter(clips=0, stills=0, skipped=0)
+    problems: list[Problem] = []
     concepts = set()
     duplicates = _DuplicateFinder()
     gradients: list[np.ndarray] = []
     rng = np.random.default_rng(0)
-    for record, frames in decode_records(read(source), sizes, fps, workers):
-        concepts.add(record.concept)
-        if isinstance(frames, str):
-            problems.append((record.file_name, frames))
+    for record, clip in decode_records(read(source), decode, workers):
+        if isinstance(clip, Problem):
+            problems.append(clip)
+            counts["skipped"] += clip.outcome == "skipped"
             continue
-        counts["clips" if len(frames) > 1 else "stills"] += 1
-        problems += [(record.file_name, reason) for reason in _clip_problems(record, frames, min_frames, fps)]
-        if original := duplicates.find_or_add(thumbnail(frames), record.file_name):
-            problems.append((record.file_name, f"duplicate of {original}"))
+        concepts.add(record.concept)
+        counts["clips" if len(clip.frames) > 1 else "stills"] += 1
+        problems += [Problem(record.file_name, flaw, "kept") for flaw in clip.flaws]
+        if original := duplicates.find_or_add(thumbnail(clip.frames), record.file_name):
+            problems.append(Problem(record.file_name, f"duplicate of {original}", "kept"))
         # Reservoir sampling: every clip is equally likely to be among those in which a watermark is searched.
         num_seen = counts["clips"] + counts["stills"]
         slot = num_seen - 1 if num_seen <= MAX_OVERLAY_SAMPLES else int(rng.integers(num_seen))
         if slot < MAX_OVERLAY_SAMPLES:
-            gradients[slot : slot + 1] = [_middle_gradient(frames)]
+            gradients[slot : slot + 1] = [_middle_gradient(clip.frames)]
     if overlay := _find_overlay(gradients):
-        problems.append((str(source), overlay))
+        problems.append(Problem(without_secrets(str(source)), overlay, "kept"))
     return {**counts, "concepts": len(concepts)}, problems
-
-
-def _clip_problems(record: Record, frames: np.ndarray, min_frames: int, fps: float) -> list[str]:
-    if len(frames) == 1:
-        is_video = Path(record.file_name).suffix.lower() in video.VIDEO_SUFFIXES
-        return [f"1 frame at {fps:g} fps: counts as a still"] if is_video else []
-    reasons = []
-    if len(frames) < min_frames and not record.loop:
-        reasons.append(f"{len(frames)} frames at {fps:g} fps, expected at least {min_frames}")
-    if video.frame_changes(frames).mean() < 0.05:
-        reasons.append("static: the frames do not change")
-    if cuts := video.find_cuts(frames):
-        reasons.append(f"scene cut at {', '.join(f'{frame / fps:.1f} s' for frame in cuts)}")
-    return reasons
 
 
 def thumbnail(frames: np.ndarray) -> np.ndarray:

@@ -3,7 +3,8 @@
 Each shard of latents comes from one shard of pixels. Its name is a hash of that shard's name, the
 autoencoder's weights and the settings, and it is renamed into place when it is complete. So any number of
 processes on any number of machines can encode the shards in any order, and after an interruption only the
-missing shards are encoded.
+missing shards are encoded. One process leads: it alone writes the captions and the index. Others with the
+same task help with the shards; one with another task is refused.
 
 Shapes: N frames of H x W pixels.
 """
@@ -12,42 +13,40 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
+from latent_shift.data.captions import Captions, model_digest
 from latent_shift.data.latents import LatentStore
-from latent_shift.data.readers import Record
+from latent_shift.data.records import Record, parse_json
 from latent_shift.data.store import (
+    LATENTS,
     Store,
-    caption_at_rate,
     finish_store,
     is_complete,
+    open_array,
     open_pixel_store,
-    start_store,
-    text_digest,
+    store_folder,
 )
+from latent_shift.data.workers import WorkerDied, Workers
 from latent_shift.files import write_array, write_text
-from latent_shift.models import text
+from latent_shift.folders import FolderInUse
 from latent_shift.models.autoencoder import downscale_factor, load_autoencoder, posterior, to_pixels
 from latent_shift.runtime import start_worker
 
-CAPTION_SAVE_INTERVAL = 100
-"""Number of caption batches after which the progress is saved."""
 WORKER_START_SECONDS = 10
 """Approximate time that a worker process needs for its imports and for loading the autoencoder."""
 
@@ -90,7 +89,7 @@ class Encoder:
 
     @functools.cached_property
     def digest(self) -> str:
-        return _model_digest(self.vae)
+        return model_digest(self.vae)
 
     @torch.no_grad()
     def moments(self, frames: np.ndarray) -> np.ndarray:
@@ -109,14 +108,19 @@ class Encoder:
         """Write the moments of a shard to `task.out`, unless it exists."""
         if task.out.exists():
             return
-        frames = np.load(task.shard, mmap_mode="r")
+        frames = open_array(task.shard, "uint8", (None, None, None, 3))
         rows = np.concatenate([np.arange(start, start + num) for start, num in task.pieces])
         batch_size = self.batch_size or max(1, 32 * 128**2 // (frames.shape[1] * frames.shape[2]))
         batches = []
         for start in range(0, len(rows), batch_size):
             batch = frames[rows[start : start + batch_size]]
             batches.append(self.moments(np.ascontiguousarray(batch[:, :, ::-1] if task.mirror else batch)))
-        write_array(task.out, np.concatenate(batches))
+        moments = np.concatenate(batches)
+        if not np.isfinite(moments).all():
+            raise ValueError(
+                f"{task.shard}: the autoencoder encodes it to numbers that are not finite; expected another autoencoder"
+            )
+        write_array(task.out, moments)
 
     def seconds_per_frame(self, shard: Path) -> float:
         """Measure the time to encode one frame of a shard with one thread, after a warm-up."""
@@ -140,9 +144,12 @@ def encode(
     device: str | torch.device = "cpu",
     workers: int | None = 1,
     ray: str | None = None,
+    force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentStore:
     """Encode a packed data set. The same call after an interruption encodes the missing shards.
+
+    The same call in several processes shares the shards among them.
 
     Args:
         packed: a store of pixels from `pack`, or a pattern that matches several.
@@ -159,36 +166,94 @@ def encode(
             that would take longer to start than it saves.
         ray: address of a Ray cluster ("auto", "local") whose machines see `packed` and `out` under the same
             paths.
+        force: also write into a folder that holds something else; see `output_folder`.
         progress: called with (number of shards done, number of shards).
 
     Returns:
         The new store. Its latents are scaled by `scaling_factor`, as the U-Net expects them.
 
     Raises:
-        ValueError: not a store of pixels, `out` is an input, or `strides` or the frames' sides are invalid.
-        RuntimeError: a worker process died.
+        ValueError: not a store of pixels, `out` is an input, holds something else or is in use, or `strides` or
+            the frames' sides are invalid.
+        RuntimeError: a worker process died twice on one shard.
     """
     source = open_pixel_store(packed)
     out = Path(out).absolute()  # the machines of a cluster have other working folders
     _check_arguments(out, [*source.folders, Path(autoencoder), Path(texts)], strides)
     encoder = Encoder(autoencoder, batch_size, device)
     _check_sides(source, encoder.factor)
-    start_store(out)
-    encoder.vae.save_pretrained(out / "autoencoder")
-    embedding_shape, text_encoder = _encode_captions(
-        source, Path(texts), out, strides, batch_size or 32, device
-    )
+    captions = Captions(source, Path(texts), strides, device)
     tasks, records, shapes = _plan_shards(source, out, encoder, mirror=mirror)
-    encoder_args = (str(out / "autoencoder"), batch_size, str(device))
-    for num_done in _encode_missing(tasks, shapes, encoder, encoder_args, workers, ray):
-        if progress:
-            progress(num_done, len(tasks))
-    finish_store(
-        out, records, shapes, dtype="float16", fps=source.info["fps"], size=source.info["size"],
-        factor=encoder.factor, channels=encoder.channels, texts=embedding_shape, strides=sorted(set(strides)),
-        autoencoder=encoder.digest, text_encoder=text_encoder,
-    )  # fmt: skip
+    job = hashlib.sha256(repr((captions.task, sorted(shapes))).encode()).hexdigest()
+
+    def encode_shards(tasks: list[ShardTask], encoder_args: tuple) -> None:
+        for num_done in _encode_missing(tasks, shapes, encoder, encoder_args, workers, ray):
+            if progress:
+                progress(num_done, len(tasks))
+
+    def lead(*, wait: bool = False) -> None:
+        with store_folder(out, LATENTS, force=force, wait=wait) as (_, stale):
+            if wait and _is_finished(out, shapes):
+                return
+            _check_free_space(out, tasks, shapes, captions)
+            write_text(out / "job.txt", job)
+            _write_autoencoder(out, encoder)
+            captions.write(out, batch_size or 32)
+            encode_shards(tasks, (str(out / "autoencoder"), batch_size, str(device)))
+            finish_store(
+                out, records, shapes, stale=stale, dtype="float16", fps=source.info["fps"], size=source.info["size"],
+                factor=encoder.factor, channels=encoder.channels, texts=captions.shape, strides=sorted(set(strides)),
+                autoencoder=encoder.digest, text_encoder=captions.encoder_digest,
+            )  # fmt: skip
+
+    try:
+        lead()
+    except FolderInUse:
+        if not _is_same_job(out, job):
+            raise
+        # Another process leads the same task. In another order, two seldom encode the same shard.
+        encode_shards(random.sample(tasks, len(tasks)), (str(autoencoder), batch_size, str(device)))
+        lead(wait=True)
     return LatentStore(out)
+
+
+def _is_same_job(out: Path, job: str) -> bool:
+    """Return whether the process that writes into a folder has this task. It says so soon after it began."""
+    for _ in range(50):
+        if (out / "job.txt").exists() and (out / "job.txt").read_text(encoding="utf-8") == job:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _is_finished(out: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
+    return (out / "store.json").exists() and Store(out).shapes == shapes
+
+
+def _check_free_space(
+    out: Path, tasks: list[ShardTask], shapes: dict[str, tuple[int, ...]], captions: Captions
+) -> None:
+    """Raise ValueError if the disk cannot hold what is missing."""
+    missing = (shapes[task.out.stem] for task in tasks if not task.out.exists())
+    needed = sum(2 * int(np.prod(shape)) for shape in missing)
+    needed += 0 if captions.are_written(out) else captions.num_bytes
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise ValueError(
+            f"{out}: needs {needed / 2**20:.0f} MiB, but the disk has {free / 2**20:.0f} MiB left"
+        )
+
+
+def _write_autoencoder(out: Path, encoder: Encoder) -> None:
+    """Copy the autoencoder, unless the store in `out` has it already."""
+    store = out / "store.json"
+    try:
+        is_there = parse_json(store.read_text(encoding="utf-8"))["autoencoder"] == encoder.digest
+    except (OSError, ValueError, KeyError, TypeError):
+        is_there = False
+    if not is_there:
+        store.unlink(missing_ok=True)  # the latents in it are of another autoencoder
+        encoder.vae.save_pretrained(out / "autoencoder")
 
 
 def _check_arguments(out: Path, inputs: Sequence[Path], strides: Sequence[int]) -> None:
@@ -206,66 +271,6 @@ def _check_sides(source: Store, factor: int) -> None:
             f"{source.folder} has frames with sides of {', '.join(map(str, invalid))} pixels, but the autoencoder "
             f"needs multiples of {factor}; pack the clips again at such a size"
         )
-
-
-def _encode_captions(
-    source: Store, texts: Path, out: Path, strides: Sequence[int], batch_size: int, device: str | torch.device
-) -> tuple[list[int], str]:
-    """Copy the text encoder and write the embeddings of all captions, unless they are there already.
-
-    Returns:
-        The shape (L, D) of an embedding, and the digest of the text encoder.
-    """
-    for name in ("tokenizer", "text_encoder"):
-        shutil.copytree(texts / name, out / name, dirs_exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
-    text_encoder = AutoModel.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
-    digest = _model_digest(text_encoder, tokenizer.get_vocab(), tokenizer.model_max_length)
-    captions = _captions_at_rates(source, strides)
-    metadata = {"of": digest, "captions": captions}
-    embeddings_path, metadata_path = out / "texts.npy", out / "texts.json"
-    if metadata_path.exists() and json.loads(metadata_path.read_text(encoding="utf-8")) == metadata:
-        return list(np.load(embeddings_path, mmap_mode="r").shape[1:]), digest
-    metadata_path.unlink(missing_ok=True)
-    shape = text.embed(tokenizer, text_encoder, [""]).shape[1:]
-
-    # An interrupted call has saved its progress; it counts if it was for the same captions and text encoder.
-    progress_path = out / "texts.partial.json"
-    task = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
-    progress = json.loads(progress_path.read_text()) if progress_path.exists() else {}
-    num_done = progress["done"] if progress.get("task") == task else 0
-    file = np.lib.format.open_memmap(
-        embeddings_path, "r+" if num_done else "w+", np.float16, (len(captions), *shape)
-    )
-    for num_batches, start in enumerate(range(num_done, len(captions), batch_size), 1):
-        embeddings = text.embed(tokenizer, text_encoder, captions[start : start + batch_size])
-        file[start : start + batch_size] = embeddings.half().cpu().numpy()
-        if num_batches % CAPTION_SAVE_INTERVAL == 0:
-            file.flush()
-            write_text(progress_path, json.dumps({"task": task, "done": start + batch_size}))
-    file.flush()
-    progress_path.unlink(missing_ok=True)
-    np.save(out / "captions.npy", np.array([text_digest(caption) for caption in captions], np.uint64))
-    write_text(metadata_path, json.dumps(metadata, ensure_ascii=False))
-    return list(shape), digest
-
-
-def _captions_at_rates(source: Store, strides: Sequence[int]) -> list[str]:
-    """Return the null prompt and every caption at every stride, sorted by digest for the lookup."""
-    captions = {caption for record in source.records for caption in record.texts if caption}
-    fps = source.info["fps"]
-    at_rates = {caption_at_rate(caption, fps, stride) for caption in captions for stride in {1, *strides}}
-    return sorted({"", *at_rates}, key=text_digest)
-
-
-def _model_digest(model: PreTrainedModel | ModelMixin, *settings: object) -> str:
-    """Return a hash of what determines a network's output: its config, every weight, and `settings`."""
-    config = dict(model.config) if isinstance(model, ModelMixin) else model.config.to_dict()
-    config = {key: value for key, value in config.items() if key[0] != "_" and not key.endswith("_version")}
-    digest = hashlib.sha256(json.dumps([config, settings], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 _DIRECTION = re.compile(
@@ -335,17 +340,28 @@ def _encode_missing(
     missing = [task for task in tasks if not is_complete(task.out, shapes[task.out.stem], "float16")]
     for task in missing:
         task.out.unlink(missing_ok=True)
-    num_present = len(tasks) - len(missing)
+    num_done = len(tasks) - len(missing)
     if workers is None:
         workers = _num_worthwhile_workers(missing, shapes, encoder)
+    results: Iterator[Exception | None]
     if ray:
         results = _encode_on_ray(missing, encoder_args, workers, ray)
     elif workers > 1 and len(missing) > 1:
         results = _encode_in_pool(missing, encoder_args, workers)
     else:
         results = _encode_here(missing, encoder)
-    for num_encoded, _ in enumerate(results, 1):
-        yield num_present + num_encoded
+    errors: list[Exception] = []
+    for error in results:
+        if error is None:
+            num_done += 1
+            yield num_done
+        else:
+            errors.append(error)
+    if errors:
+        raise RuntimeError(
+            f"{len(errors)} of {len(tasks)} shards could not be encoded; the others are done, and the same command encodes "
+            f"the rest. The first error: {errors[0]}"
+        )
 
 
 def _num_worthwhile_workers(
@@ -361,27 +377,44 @@ def _num_worthwhile_workers(
     return max(1, min(available, len(tasks), int(seconds / WORKER_START_SECONDS)))
 
 
-def _encode_here(tasks: list[ShardTask], encoder: Encoder) -> Iterator[None]:
+def _encode_here(tasks: list[ShardTask], encoder: Encoder) -> Iterator[Exception | None]:
+    """Encode shards; yield None for each, or the reason why that is impossible."""
     with single_thread():
         for task in tasks:
-            encoder(task)
-            yield
+            try:
+                encoder(task)
+            except ValueError as error:
+                yield error
+            else:
+                yield None
 
 
-def _encode_in_pool(tasks: list[ShardTask], encoder_args: tuple, workers: int) -> Iterator[None]:
+def _encode_in_pool(tasks: list[ShardTask], encoder_args: tuple, workers: int) -> Iterator[Exception | None]:
+    """As `_encode_here`, in several processes. A shard at which a process died is tried once more."""
     context = multiprocessing.get_context("spawn")
     num_started = context.Value("i", 0)
-    initargs = (__name__, "_start_worker", num_started, *encoder_args)
-    workers = min(workers, len(tasks))
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=start_worker, initargs=initargs
+    with Workers(
+        _encode_in_worker,
+        min(workers, len(tasks)),
+        initializer=start_worker,
+        initargs=(__name__, "_start_worker", num_started, *encoder_args),
+        context=context,
     ) as pool:
-        try:
-            for future in as_completed([pool.submit(_encode_in_worker, task) for task in tasks]):
-                future.result()
-                yield
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for is_last in (False, True):
+            shards = {pool.submit(task): task for task in tasks}
+            tasks = []
+            for future in as_completed(shards):
+                try:
+                    future.result()
+                except WorkerDied as error:
+                    if is_last:
+                        yield RuntimeError(f"{shards[future].shard}: {error}")
+                    else:
+                        tasks.append(shards[future])
+                except ValueError as error:
+                    yield error
+                else:
+                    yield None
 
 
 def _encode_on_ray(tasks: list[ShardTask], encoder_args: tuple, workers: int, address: str) -> Iterator[None]:

@@ -24,7 +24,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from latent_shift.data.sampler import BalancedSampler
-from latent_shift.data.store import Store, text_digest
+from latent_shift.data.store import Store, open_array, text_digest
 from latent_shift.models.autoencoder import decode_latents, load_autoencoder, to_frames
 
 
@@ -41,10 +41,13 @@ class LatentStore(Store):
             raise ValueError(
                 f"{folder}: holds pixels, not latents; `latent-shift encode` makes latents of them"
             )
-        digests = [np.load(part / "captions.npy") for part in self.folders]
+        digests = [np.array(open_array(part / "captions.npy", "uint64", (None,))) for part in self.folders]
         self._ends = np.cumsum([len(part) for part in digests])
         self._digests, self._rows = np.unique(np.concatenate(digests), return_index=True)
-        self._embeddings = [np.load(part / "texts.npy", mmap_mode="r") for part in self.folders]
+        self._embeddings = [
+            open_array(part / "texts.npy", "float16", (len(rows), *self.info["texts"]))
+            for part, rows in zip(self.folders, digests, strict=True)
+        ]
 
     @property
     def num_captions(self) -> int:

@@ -1,13 +1,8 @@
-"""Decode captioned clips once into a store of pixels.
-
-Shapes: F frames of H x W pixels.
-"""
+"""Decode captioned clips once into a store of pixels."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
@@ -15,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from latent_shift import video
-from latent_shift.data.readers import Media, Record, read
-from latent_shift.data.sampler import BalancedSampler
-from latent_shift.data.store import Store, StoreWriter
-from latent_shift.runtime import exit_with_parent
+from latent_shift.data.decode import Decoder, aspect_sizes, decode_records
+from latent_shift.data.readers import read
+from latent_shift.data.records import Problem
+from latent_shift.data.shards import without_secrets
+from latent_shift.data.store import PIXELS, StoreWriter, store_folder
 
 
 def pack(
@@ -30,10 +26,14 @@ def pack(
     aspects: int | None = None,
     split_cuts: bool = False,
     shard_mb: float = 64,
+    min_frames: int = 1,
     workers: int = 1,
+    force: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
-) -> list[tuple[str, str]]:
+) -> list[Problem]:
     """Decode every clip once into a store of `(F, H, W, 3) uint8` frames.
+
+    A store that is in `out` already stays as it is until the new one is complete.
 
     Args:
         source: captioned clips in one of the layouts of readers.py.
@@ -44,131 +44,48 @@ def pack(
             of this factor (64 for Stable Diffusion's networks) and frames have at most `size * size` pixels.
         split_cuts: store each scene of a clip with cuts as a clip of its own, with the same captions.
         shard_mb: size of a shard in megabytes.
+        min_frames: report clips with fewer frames, unless they loop.
         workers: number of processes that decode.
+        force: also write into a folder that holds something else; see `output_folder`.
         progress: called with (number of clips done, number of clips, or None if unknown).
 
     Returns:
-        (file name, reason) of the clips that are unusable. They are skipped, never replaced.
+        The clips that are skipped, never replaced, and those that are kept with a flaw. The store has the
+        same list as problems.txt.
 
     Raises:
-        ValueError: no clips in any layout, no usable clip, or files in `out` that do not belong to a store.
+        ValueError: no clips in any layout, no usable clip, or `out` holds something else or is in use.
     """
-    if not fps > 0:
+    if not (fps > 0 and np.isfinite(fps)):
         raise ValueError(f"fps must be above 0, got {fps}")
-    writer = StoreWriter(out, shard_mb=shard_mb)
+    sizes = aspect_sizes(size, aspects)
     clips = read(source)
     num_clips = length_hint(clips) or None
-    num_done = 0
-    problems = []
-    for record, frames in decode_records(clips, aspect_sizes(size, aspects), fps, workers):
-        num_done += 1
-        if isinstance(frames, str):
-            problems.append((record.file_name, frames))
-        else:
-            cuts = video.find_cuts(frames) if split_cuts and len(frames) > 1 else []
-            for number, scene in enumerate(np.split(frames, cuts)):
-                part = (
-                    replace(record, file_name=f"{record.file_name}#{number}", loop=False) if cuts else record
-                )
-                writer.add(part, scene)
-        if progress:
-            progress(num_done, num_clips)
-    if num_done == len(problems):
-        first = f"; the first: {': '.join(problems[0])}" if problems else ""
-        raise ValueError(f"{source}: none of {num_done} files can be used{first}")
-    writer.close(dtype="uint8", fps=fps, size=size, source=Path(source).name)
+    decode = Decoder(sizes, fps, min_frames, packed_sizes=sizes)
+    problems: list[Problem] = []
+    num_done, num_packed, num_skipped = 0, 0, 0
+    with store_folder(out, PIXELS, force=force) as (folder, stale):
+        writer = StoreWriter(folder, shard_mb=shard_mb)
+        for record, clip in decode_records(clips, decode, workers):
+            num_done += 1
+            if isinstance(clip, Problem):
+                problems.append(clip)
+                num_skipped += clip.outcome == "skipped"
+            else:
+                num_packed += 1
+                problems += [Problem(record.file_name, flaw, "kept") for flaw in clip.flaws]
+                cuts = video.find_cuts(clip.frames) if split_cuts and len(clip.frames) > 1 else []
+                for number, scene in enumerate(np.split(clip.frames, cuts)):
+                    name = f"{record.file_name}#{number}"
+                    part = replace(record, file_name=name, loop=False) if cuts else record
+                    writer.add(part, scene)
+            if progress:
+                progress(num_done, num_clips)
+        if not num_packed:
+            first = f"; the first: {problems[0].file_name}: {problems[0].reason}" if problems else ""
+            raise ValueError(
+                f"{without_secrets(str(source))}: none of {num_skipped} files can be used{first}"
+            )
+        name = Path(without_secrets(str(source))).name
+        writer.close(problems=problems, stale=stale, dtype="uint8", fps=fps, size=size, source=name)
     return problems
-
-
-def aspect_sizes(size: int, factor: int | None) -> list[tuple[int, int]]:
-    """Return the `(height, width)` to which clips are cropped.
-
-    Args:
-        size: frames have at most `size * size` pixels.
-        factor: sides are multiples of it, with aspect ratios from 2:1 to 1:2. None returns the square alone.
-
-    Raises:
-        ValueError: `factor` is larger than `size`.
-    """
-    if factor is None:
-        return [(size, size)]
-    heights = range(factor, 2 * size + 1, factor)
-    widths = [size**2 // height // factor * factor for height in heights]
-    pairs = zip(heights, widths, strict=True)
-    sizes = [(height, width) for height, width in pairs if width and 0.5 <= height / width <= 2]
-    if not sizes:
-        raise ValueError(f"no size of at most {size}x{size} pixels has sides that are multiples of {factor}")
-    return sizes
-
-
-def decode_records(
-    clips: Iterable[tuple[Record, Media]], sizes: list[tuple[int, int]], fps: float, workers: int
-) -> Iterator[tuple[Record, np.ndarray | str]]:
-    """Yield each record with its `(F, H, W, 3) uint8` frames, or with the reason why it has none.
-
-    Args:
-        clips: records and media, as from `readers.read`.
-        sizes: `(height, width)`s to crop to; see `video.read`.
-        fps: frames per second.
-        workers: number of processes; two clips per process are in memory at a time.
-    """
-    clips = ((record, media if record.texts else "no caption") for record, media in clips)
-    if workers <= 1:
-        yield from ((record, _decode(media, record.file_name, sizes, fps)) for record, media in clips)
-        return
-    with ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
-        pending: deque[tuple[Record, Future]] = deque()
-        for record, media in clips:
-            pending.append((record, pool.submit(_decode, media, record.file_name, sizes, fps)))
-            if len(pending) >= 2 * workers:
-                record, future = pending.popleft()
-                yield record, future.result()
-        yield from ((record, future.result()) for record, future in pending)
-
-
-def _decode(media: Media, name: str, sizes: list[tuple[int, int]], fps: float) -> np.ndarray | str:
-    """Return the frames, or the reason why there are none."""
-    if isinstance(media, str):
-        return media
-    path, content = (name, media) if isinstance(media, bytes) else (media, None)
-    try:
-        return video.read(path, content=content, fps=fps, size=sizes)[0]
-    except ValueError as error:
-        return str(error).removeprefix(f"{path}: ")
-
-
-def preview(
-    store: Store,
-    *,
-    rows: int = 8,
-    columns: int = 8,
-    num_frames: int | None = None,
-    stride: int = 1,
-    splits: tuple[str, ...] = ("train",),
-    seed: int = 0,
-) -> tuple[np.ndarray, list[str]]:
-    """Draw a contact sheet of random clips, sampled as in training.
-
-    Args:
-        store: a store of pixels, or of latents, which are decoded.
-        rows: number of clips.
-        columns: number of frames shown per clip, evenly spaced.
-        num_frames: `data.num_frames` of the training to imitate; None shows stills and clips of every length.
-        stride: show every `stride`-th frame, as `data.strides` does.
-        splits: splits to sample from.
-        seed: seed of the sampling.
-
-    Returns:
-        The `(H, W, 3) uint8` sheet and the captions in it.
-
-    Raises:
-        ValueError: no suitable clip.
-    """
-    rng = np.random.default_rng(seed)
-    sampler = BalancedSampler(store, store.select(splits=splits, num_frames=num_frames or 1, stride=stride))
-    clips, captions = [], []
-    for index in sampler.draw(rng, rows):
-        length = num_frames or min(columns, (store.records[index].num_frames - 1) // stride + 1)
-        clips.append(store.draw_pixels(rng, index, length, stride=stride))
-        captions.append(store.caption(rng, index, stride=stride if length > 1 else 1))
-    return video.labelled_rows(clips, captions, columns=columns), captions

@@ -23,8 +23,10 @@ class BalancedSampler:
             raise ValueError(
                 "no record to train on: check the names of the splits and that clips have enough frames"
             )
+        self._all = np.asarray(indices)
         rows = store.index[indices]
         _, concept_ids, counts = np.unique(rows["concept"], return_inverse=True, return_counts=True)
+        self._concept_ids = concept_ids
         weights = 1 / counts[concept_ids]
         shape_ids = store.shape_ids()[rows["shard"]]
         groups = [shape_ids == shape_id for shape_id in np.unique(shape_ids)]
@@ -39,6 +41,17 @@ class BalancedSampler:
         group = int(np.searchsorted(self._group_cumulative, rng.random(), side="right"))
         positions = np.searchsorted(self._cumulative[group], rng.random(num), side="right")
         return self._indices[group][positions].tolist()
+
+    def draw_distinct(self, rng: np.random.Generator, num: int) -> list[int]:
+        """Return up to `num` different records, of frames of any shape, in random order: one of each concept,
+        then a second of each, and so on."""
+        order = rng.permutation(len(self._all))
+        concept_ids = self._concept_ids[order]
+        by_concept = np.argsort(concept_ids, kind="stable")
+        firsts = np.searchsorted(concept_ids[by_concept], concept_ids[by_concept])
+        turns = np.empty(len(order), int)
+        turns[by_concept] = np.arange(len(order)) - firsts  # how many of the same concept come before
+        return self._all[order[np.argsort(turns, kind="stable")[:num]]].tolist()
 
 
 def _cumulative_probabilities(weights: np.ndarray) -> np.ndarray:

@@ -3,11 +3,12 @@
     store/
       shards/KEY.npy     frames of successive clips of one size, `(frames, *shape of a frame)`; KEY is a hash
                          of the content
-      index.jsonl        one line per clip: the fields of `Record`
-      index.npy          INDEX_DTYPE per clip: what sampling needs, 37 bytes a clip, so that ten million fit
+      index-KEY.jsonl    one line per clip: the fields of `Record`
+      index-KEY.npy      INDEX_DTYPE per clip: what sampling needs, 37 bytes a clip, so that ten million fit
                          in memory
-      store.json         settings and the shape of every shard; written last, so an interrupted store is
-                         refused
+      problems.txt       the files that were skipped, or kept with a flaw
+      store.json         settings, the shape of every shard, and the KEY of the index; written last, so an
+                         interrupted store is refused, and one that is packed anew can be read until then
 
 A pattern such as `parts/*` opens several stores with equal settings as one. All randomness comes from a numpy
 Generator that the caller seeds, so that a training step can be repeated exactly.
@@ -23,16 +24,23 @@ import json
 import mmap
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from tokenize import TokenError
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from latent_shift.data.readers import Record
-from latent_shift.files import write_array, write_text
+from latent_shift.data.records import Problem, Record, parse_json
+from latent_shift.files import atomic_write, write_array, write_text
+from latent_shift.folders import output_folder, read_kind
+
+PIXELS, LATENTS = "a data set of pixels", "a data set of latents"
+"""What the folders of stores are marked to hold."""
 
 INDEX_DTYPE = np.dtype(
     [
@@ -45,12 +53,43 @@ INDEX_DTYPE = np.dtype(
         ("loop", "?"),
     ]
 )
-_STORE_FILES = {  # of pixels or latents
+_STORE_FILES = {  # of stores from before folders were marked
     "store.json", "index.jsonl", "index.npy", "shards", "autoencoder", "text_encoder", "tokenizer", "texts.npy",
     "texts.json", "texts.partial.json", "captions.npy",
 }  # fmt: skip
-_SHARD_FILE = re.compile(r"[0-9a-f]{24}\.npy|\..*\.partial")
-_PER_STORE_KEYS = ("shards", "index_bytes", "source", "splits")  # the other keys are equal in all parts
+_SHARD_FILE = re.compile(r"[0-9a-f]{24}\.npy|\.[0-9a-f]{24}\.npy\.\d+\.partial")
+_INDEX_FILE = re.compile(r"index(-[0-9a-f]{24})?\.(jsonl|npy)|problems\.txt")
+_PER_STORE_KEYS = (
+    "shards",
+    "index",
+    "index_bytes",
+    "source",
+    "splits",
+)  # the other keys are equal in all parts
+
+
+_Count = Annotated[int, Field(gt=0)]
+
+
+class _Info(BaseModel):
+    """The content of store.json."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    dtype: Literal["uint8", "float16"]
+    shards: Annotated[
+        dict[Annotated[str, Field(pattern="^[0-9a-f]{24}$")], Annotated[list[_Count], Field(min_length=4)]],
+        Field(min_length=1),
+    ]
+    splits: list[str]
+    index_bytes: _Count
+    index: Annotated[str, Field(pattern=r"^index(-[0-9a-f]{24})?$")] = "index"
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    # Of latents.
+    texts: Annotated[list[_Count], Field(min_length=2, max_length=2)] | None = None
+    strides: list[_Count] | None = None
+    factor: _Count | None = None
+    channels: _Count | None = None
 
 
 class Store:
@@ -80,16 +119,17 @@ class Store:
         self.paths: dict[str, Path] = {}
         self.splits: set[str] = set()
         self._shard_names: list[str] = []
-        indices = []
+        indices, index_files = [], []
         for part in self.folders:
             info = _read_info(part)
+            index_files.append(part / f"{info.get('index', 'index')}.jsonl")
             settings = {name: value for name, value in info.items() if name not in _PER_STORE_KEYS}
             self.info = self.info or settings
             for name in sorted({*settings, *self.info}):
                 if settings.get(name) != self.info.get(name):
                     values = f"{settings.get(name)} here and {self.info.get(name)} in {self.folder}"
                     raise ValueError(f"{part}: {name} is {values}; expected stores with equal settings")
-            index = np.load(part / "index.npy")
+            index = _read_index(part, info)
             index["shard"] += len(self._shard_names)
             indices.append(index)
             self._shard_names += info["shards"]
@@ -97,7 +137,9 @@ class Store:
             self.shapes |= {name: tuple(shape) for name, shape in info["shards"].items()}
             self.paths |= {name: part / "shards" / f"{name}.npy" for name in info["shards"]}
         self.index = np.concatenate(indices)
-        self.records = _IndexLines(self.folders, [len(index) for index in indices], self.index["line"])
+        self.records = _IndexLines(
+            index_files, [len(index) for index in indices], self.index, self._shard_names
+        )
         for name, shape in self.shapes.items():
             path = self.paths[name]
             if not is_complete(path, shape, self.info["dtype"]):
@@ -105,7 +147,9 @@ class Store:
                 expected = f"expected {shape[0]} frames {shape[1:]}, got {size} bytes"
                 raise ValueError(f"{path}: {expected}; create the data set again")
         # One open file each.
-        self._open_shard = lru_cache(256)(lambda name: np.load(self.paths[name], mmap_mode="r"))
+        self._open_shard = lru_cache(256)(
+            lambda name: open_array(self.paths[name], self.info["dtype"], self.shapes[name])
+        )
 
     @property
     def num_frames(self) -> int:
@@ -176,27 +220,42 @@ class Store:
 
 
 class _IndexLines(Sequence[Record]):
-    """Parse the records of index.jsonl files, concatenated, when they are accessed."""
+    """Parse the records of index files, concatenated, when they are accessed."""
 
-    def __init__(self, folders: list[Path], counts: list[int], offsets: np.ndarray):
+    def __init__(self, paths: list[Path], counts: list[int], rows: np.ndarray, shard_names: list[str]):
         self.ends = np.cumsum(counts)
-        self.offsets = offsets
+        self.paths = paths
+        self.rows = rows
+        self.shard_names = shard_names
         self.files = []
-        for folder in folders:
-            with (folder / "index.jsonl").open("rb") as file:
+        for path in paths:
+            with path.open("rb") as file:
                 self.files.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.rows)
 
     def __getitem__(self, index):
         index = range(len(self))[index]  # resolves negative indices and raises IndexError past the end
         if isinstance(index, range):
             return [self[position] for position in index]
-        file = self.files[np.searchsorted(self.ends, index, side="right")]
-        start = int(self.offsets[index])
-        row = json.loads(file[start : file.find(b"\n", start)])
-        return Record(**{**row, "texts": tuple(row["texts"])})
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        row, file = self.rows[index], self.files[part]
+        start = int(row["line"])
+        line = file[start : file.find(b"\n", start)]
+        try:
+            values = parse_json(line.decode())
+            name, texts, concept, split = (values[key] for key in ("file_name", "texts", "concept", "split"))
+            if not texts or not all(isinstance(text, str) for text in (name, concept, split, *texts)):
+                raise ValueError("expected texts")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.paths[part]}: line {line[:60]!r} is damaged; create the data set again"
+            ) from error
+        return Record(
+            name, tuple(texts), concept, split, bool(row["loop"]), self.shard_names[row["shard"]], int(row["start"]),
+            int(row["num_frames"]),
+        )  # fmt: skip
 
 
 def find_stores(folder: str | Path) -> list[Path]:
@@ -232,14 +291,23 @@ def caption_at_rate(caption: str, fps: float, stride: int) -> str:
 
 
 def _read_info(folder: Path) -> dict:
-    if not (folder / "store.json").exists():
+    path = folder / "store.json"
+    if not path.exists():
         hint = "`latent-shift data pack FOLDER OUT` writes one"
         raise ValueError(f"{folder}: not a packed data set (no store.json); {hint}")
-    info = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-    if "index_bytes" not in info:
-        raise ValueError(f"{folder}: was packed by an older version; pack it again")
-    index = folder / "index.jsonl"
-    size = index.stat().st_size
+    try:
+        info = parse_json(path.read_text(encoding="utf-8"))
+        if isinstance(info, dict) and "index_bytes" not in info:
+            raise ValueError("was packed by an older version; pack it again")
+        _Info.model_validate(info)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "its content"
+        raise ValueError(f"{path}: {place}: {first['msg']}; create the data set again") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    index = folder / f"{info.get('index', 'index')}.jsonl"
+    size = index.stat().st_size if index.exists() else 0
     if size != info["index_bytes"]:
         raise ValueError(
             f"{index}: expected {info['index_bytes']} bytes, got {size}; create the data set again"
@@ -247,22 +315,110 @@ def _read_info(folder: Path) -> dict:
     return info
 
 
+def _read_index(folder: Path, info: dict) -> np.ndarray:
+    """Return the index of a store, whose clips lie inside their shards."""
+    path = folder / f"{info.get('index', 'index')}.npy"
+    index = np.array(open_array(path, INDEX_DTYPE, (None,)))
+    num_frames = np.array([shape[0] for shape in info["shards"].values()])
+    ends = index["start"].astype(np.int64) + index["num_frames"]
+    if (
+        not len(index)
+        or index["shard"].max() >= len(num_frames)
+        or (ends > num_frames[index["shard"]]).any()
+        or not index["num_frames"].all()
+        or index["line"].max() >= info["index_bytes"]
+    ):
+        raise ValueError(f"{path}: does not fit store.json; create the data set again")
+    return index
+
+
+def open_array(path: Path, dtype: np.dtype | str, shape: tuple[int | None, ...]) -> np.ndarray:
+    """Map a `.npy` file into memory.
+
+    Args:
+        path: the file.
+        dtype: its dtype.
+        shape: its shape; None stands for any number.
+
+    Raises:
+        ValueError: a damaged file, or one of another dtype or shape.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    # What numpy raises for headers that are no Python literal, or describe more than the file holds.
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        EOFError,
+        OSError,
+        SyntaxError,
+        OverflowError,
+        TokenError,
+    ) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); create the data set again") from error
+    matches = all(expected in (None, got) for expected, got in zip(shape, array.shape, strict=False))
+    if array.dtype != np.dtype(dtype) or array.ndim != len(shape) or not matches:
+        expected = ", ".join("any" if side is None else str(side) for side in shape)
+        raise ValueError(
+            f"{path}: expected ({expected}) {dtype}, got {array.shape} {array.dtype}; create the data set again"
+        )
+    return array
+
+
+@contextmanager
+def store_folder(
+    folder: str | Path, kind: str, *, force: bool = False, wait: bool = False
+) -> Iterator[tuple[Path, list[Path]]]:
+    """Create and lock a folder for a store; see `output_folder`.
+
+    Args:
+        folder: where the store goes.
+        kind: PIXELS or LATENTS.
+        force: also take a folder that holds something else; its files are kept.
+        wait: wait for another process that writes there, instead of an error.
+
+    Yields:
+        The folder, and the files of the store that it held before. `finish_store` removes those that are not
+        used again.
+    """
+    folder = Path(folder)
+
+    def is_unmarked_store(folder: Path) -> bool:
+        try:
+            dtype = _read_info(folder)["dtype"]
+        except (ValueError, OSError):
+            return False
+        foreign = [path for path in folder.iterdir() if path.name not in _STORE_FILES and path.name[0] != "."]
+        return not foreign and dtype == {PIXELS: "uint8", LATENTS: "float16"}[kind]
+
+    was_own = folder.is_dir() and (read_kind(folder) == kind or is_unmarked_store(folder))
+    with output_folder(folder, kind, force=force, is_own=is_unmarked_store, wait=wait):
+        (folder / "shards").mkdir(exist_ok=True)
+        candidates = {_SHARD_FILE: folder / "shards", _INDEX_FILE: folder} if was_own else {}
+        yield (
+            folder,
+            [
+                path
+                for name, place in candidates.items()
+                for path in place.iterdir()
+                if name.fullmatch(path.name)
+            ],
+        )
+
+
 class StoreWriter:
-    """Write records to a store; clips of one size share shards. An existing store stays intact until the
-    first record.
+    """Write records to a store; clips of one size share shards. An existing store stays intact until `close`.
 
     Args:
         folder: where the store goes.
         shard_mb: size at which a shard is written, in megabytes.
-
-    Raises:
-        ValueError: `folder` holds files that do not belong to a store.
     """
 
     def __init__(self, folder: str | Path, *, shard_mb: float = 64):
         self.folder = Path(folder)
         self.shard_bytes = shard_mb * 1e6
-        check_store_folder(self.folder)
+        (self.folder / "shards").mkdir(parents=True, exist_ok=True)
         self._pending: defaultdict[tuple[int, ...], list[tuple[Record, np.ndarray]]] = defaultdict(list)
         self._pending_bytes: defaultdict[tuple[int, ...], int] = defaultdict(int)
         self._records: list[Record] = []
@@ -271,26 +427,23 @@ class StoreWriter:
     def add(self, record: Record, frames: np.ndarray) -> None:
         """Append a clip: its record and `(F, *shape of a frame)` frames."""
         shape = frames.shape[1:]
-        if not self._records and not self._pending:
-            start_store(self.folder)
         self._pending[shape].append((record, frames))
         self._pending_bytes[shape] += frames.nbytes
         if self._pending_bytes[shape] >= self.shard_bytes:
             self._write_shard(shape)
 
-    def close(self, **info: object) -> None:
-        """Write what is pending and make the store readable; `info` goes to store.json."""
+    def close(self, *, problems: Iterable[Problem] = (), stale: Iterable[Path] = (), **info: object) -> None:
+        """Write what is pending and make the store readable; see `finish_store`."""
         for shape in list(self._pending):
             self._write_shard(shape)
-        finish_store(self.folder, self._records, self._shapes, **info)
+        finish_store(self.folder, self._records, self._shapes, problems=problems, stale=stale, **info)
 
     def _write_shard(self, shape: tuple[int, ...]) -> None:
         clips = self._pending.pop(shape)
         del self._pending_bytes[shape]
         shard = np.concatenate([frames for _, frames in clips])
-        name = hashlib.sha256(repr((shard.shape, str(shard.dtype))).encode() + shard.tobytes()).hexdigest()[
-            :24
-        ]
+        digest = hashlib.sha256(repr((shard.shape, str(shard.dtype))).encode() + shard.tobytes())
+        name = digest.hexdigest()[:24]
         write_array(self.folder / "shards" / f"{name}.npy", shard)
         start = 0
         for record, frames in clips:
@@ -299,57 +452,52 @@ class StoreWriter:
         self._shapes[name] = shard.shape
 
 
-def check_store_folder(folder: Path) -> None:
-    """Check that a folder holds nothing but the files of a store, which may be replaced.
-
-    Raises:
-        ValueError: another file; the message names it.
-    """
-    shards = folder / "shards"
-    foreign = [
-        path for path in folder.glob("*") if path.name not in _STORE_FILES and not path.name.startswith(".")
-    ]
-    foreign += [path for path in shards.glob("*") if not _SHARD_FILE.fullmatch(path.name)]
-    if foreign:
-        name = foreign[0].relative_to(folder)
-        raise ValueError(
-            f"{folder}: holds {name}, which does not belong to a data set; choose an empty folder"
-        )
-
-
-def start_store(folder: Path) -> None:
-    """Create a folder that cannot be opened as a store before `finish_store`; existing shards stay."""
-    check_store_folder(folder)
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
-    (folder / "store.json").unlink(missing_ok=True)
-
-
 def finish_store(
-    folder: Path, records: Iterable[Record], shapes: dict[str, tuple[int, ...]], **info: object
+    folder: Path,
+    records: Sequence[Record],
+    shapes: dict[str, tuple[int, ...]],
+    *,
+    problems: Iterable[Problem] = (),
+    stale: Iterable[Path] = (),
+    **info: object,
 ) -> None:
-    """Write the index and store.json, and remove shards that are not in the index.
+    """Write the index and store.json, and remove the files of the store that was there before.
 
     Args:
-        folder: a folder from `start_store`.
+        folder: the folder of the shards.
         records: the clips, with shard, start and num_frames.
         shapes: shard name -> `(frames, *shape of a frame)`.
+        problems: the files that were skipped or have flaws.
+        stale: files of an earlier store, from `store_folder`.
         info: settings for store.json.
     """
-    positions = {name: position for position, name in enumerate(shapes)}
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(_index_line(record))
+    name = f"index-{digest.hexdigest()[:24]}"
+    positions = {shard: position for position, shard in enumerate(shapes)}
     rows, splits = [], set()
-    with (folder / "index.jsonl").open("wb") as file:
+    with atomic_write(folder / f"{name}.jsonl") as file:
         for record in records:
             place = (positions[record.shard], record.start, record.num_frames, record.loop)
             rows.append((file.tell(), text_digest(record.concept), text_digest(record.split), *place))
             splits.add(record.split)
-            file.write(json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n")
+            file.write(_index_line(record))
         index_bytes = file.tell()
-    np.save(folder / "index.npy", np.array(rows, INDEX_DTYPE))
-    for path in (folder / "shards").iterdir():
-        if path.name.removesuffix(".npy") not in shapes:
-            path.unlink()
-    info = {**info, "splits": sorted(splits), "index_bytes": index_bytes, "shards": shapes}
+    write_array(folder / f"{name}.npy", np.array(rows, INDEX_DTYPE))
+    if lines := [f"{problem}\n" for problem in problems]:
+        write_text(folder / "problems.txt", "".join(lines))
+    info = {**info, "splits": sorted(splits), "index": name, "index_bytes": index_bytes, "shards": shapes}
     write_text(folder / "store.json", json.dumps(info, indent=1))
+    current = {f"{name}.jsonl", f"{name}.npy", *(f"{shard}.npy" for shard in shapes)}
+    current |= {"problems.txt"} if lines else set()
+    for path in stale:
+        if path.name not in current:
+            path.unlink(missing_ok=True)
+
+
+def _index_line(record: Record) -> bytes:
+    return json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n"
 
 
 def is_complete(path: Path, shape: tuple[int, ...], dtype: str) -> bool:

@@ -42,6 +42,11 @@ def embed(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts:
     return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
 
 
+def num_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """Return the number of tokens of a prompt that is not cut, with those of its start and end."""
+    return len(tokenizer(prompt, verbose=False).input_ids)
+
+
 _WEIGHTED = re.compile(r"\(([^()]+):\s*(\d+(?:\.\d+)?)\s*\)")
 
 

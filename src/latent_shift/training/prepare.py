@@ -9,7 +9,6 @@ run/
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -23,7 +22,10 @@ import torch
 from latent_shift.config import PACKING, Config
 from latent_shift.data.encode import encode
 from latent_shift.data.pack import pack
+from latent_shift.data.records import summarize
+from latent_shift.data.shards import without_secrets
 from latent_shift.data.store import Store, find_stores
+from latent_shift.files import read_json, write_json
 from latent_shift.models.autoencoder import downscale_factor
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
@@ -80,7 +82,7 @@ def prepare(
         factor = _scale_factor(folder) if not find_stores(store) else None
     checks.check_source(config, factor)
     source = {
-        "data": config.data.path,
+        "data": without_secrets(config.data.path),  # signatures expire, and the folder may be passed on
         "model": init,
         **{name: getattr(config.data, name) for name in PACKING},
     }
@@ -99,10 +101,11 @@ def _pack_videos(config: Config, init: Path | None, out: Path, source: dict, ope
     if _claim_build(out, "store.json", source):
         with open_bar("packing") as update:
             problems = pack(
-                data.path, out, size=size, fps=data.fps, aspects=data.aspects, workers=os.cpu_count() or 1, progress=update
+                data.path, out, size=size, fps=data.fps, aspects=data.aspects, min_frames=data.num_frames,
+                workers=os.cpu_count() or 1, progress=update,
             )  # fmt: skip
-        for name, reason in problems:
-            log.warning("%s is skipped: %s", name, reason)
+        for line in summarize(problems, out / "problems.txt"):
+            log.warning("%s", line)
     return str(out)
 
 
@@ -121,7 +124,7 @@ def _encode_pixels(
 
     def has_captions() -> bool:
         try:
-            return strides <= set(json.loads((out / "store.json").read_text(encoding="utf-8"))["strides"])
+            return strides <= set(read_json(out / "store.json")["strides"])
         except (OSError, ValueError):  # another process is writing it
             return False
 
@@ -155,14 +158,17 @@ def _claim_build(
         is_waiting = True
         time.sleep(0.2)
     if (folder / last_file).exists():
-        before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+        try:
+            before = read_json(note) if note.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{note}: damaged ({error}); delete it and {folder}") from error
         if before != source:
             raise ValueError(
                 f"{folder} was made of {before}, not of {source}: delete it or choose another folder with --run"
             )
         return not is_enough()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(source), encoding="utf-8")
+    write_json(source, note)
     return True
 
 
@@ -190,7 +196,7 @@ def _default_size(init: Path | None) -> int:
     """Return the side in pixels of the pictures that the U-Net in `init` was trained on."""
     if init is None or not (init / "unet").is_dir():
         raise ValueError("a folder of videos needs data.size, the side in pixels to pack it at")
-    side = _read_json(init / "unet" / "config.json")["sample_size"]
+    side = read_json(init / "unet" / "config.json")["sample_size"]
     if not isinstance(side, int):
         raise ValueError(
             f"{init} generates {side} latents, and clips are packed as squares: give their side as data.size"
@@ -200,8 +206,4 @@ def _default_size(init: Path | None) -> int:
 
 def _scale_factor(init: Path) -> int:
     """Return how many pixels the autoencoder in `init` encodes into one latent pixel, along a side."""
-    return downscale_factor(_read_json(init / "vae" / "config.json"))
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return downscale_factor(read_json(init / "vae" / "config.json"))

@@ -145,10 +145,10 @@ def test_each_prompt_can_have_its_own_end_frames(texts):
     ).frames
     torch.testing.assert_close(clips[:, :, 0], known[[0, 0, 1, 1]])
     torch.testing.assert_close(clips[:, :, -1], known[[2, 2, 3, 3]])
-    with pytest.raises(
-        ValueError, match="expected one picture, or one for each prompt of the 1 clips, got 2"
-    ):
-        pipe("red", generator=seed(0), **ends)
+    for words, num in (("red", 1), (["red", "blue", "red", "blue"], 4)):
+        message = f"expected one picture, or one for each of the {num} prompts, got 2"
+        with pytest.raises(ValueError, match=message):
+            pipe(words, generator=seed(0), **ends)
 
 
 def test_latents_stand_for_pictures_and_videos(texts):

@@ -319,7 +319,7 @@ class ClipPipeline(DiffusionPipeline):
         # 4. Frames that are given.
         known = known_frames(
             self, image=image, last_image=last_image, video=video, mask=mask, noise=latents, height=height,
-            width=width, batch_size=decode_batch_size,
+            width=width, num_videos=num_videos_per_prompt, batch_size=decode_batch_size,
         )  # fmt: skip
         if known is not None:
             strength = (0.6 if image is None and mask is None else 1.0) if strength is None else strength

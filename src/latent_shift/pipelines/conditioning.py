@@ -147,9 +147,9 @@ def _without_weights(prompt: Any) -> str | list[str] | None:
 
 def known_frames(
     pipe, *, image: Pictures, last_image: Pictures, video: Pictures, mask: Pictures, noise: Tensor, height: int, width: int,
-    batch_size: int,
+    num_videos: int, batch_size: int,
 ) -> KnownFrames | None:  # fmt: skip
-    """Return what the given pictures fix of a clip, or None without any."""
+    """Return what the given pictures fix of clips, `num_videos` for each prompt, or None without any."""
     if image is None and video is None:
         return None
     num_frames = noise.shape[2]
@@ -159,7 +159,7 @@ def known_frames(
     else:
         ends = [
             _still_of_each_clip(
-                encode_pictures(pipe, picture, height, width, batch_size).to(noise), len(noise)
+                encode_pictures(pipe, picture, height, width, batch_size).to(noise), len(noise), num_videos
             )
             for picture in (image, last_image)
             if picture is not None
@@ -172,19 +172,15 @@ def known_frames(
     return KnownFrames(clean, noise / pipe.scheduler.init_noise_sigma, mask)
 
 
-def _still_of_each_clip(pictures_1CNhw: Tensor, num_clips: int) -> Tensor:
-    """Return one picture, or one for each prompt, as `(1 or B, C, 1, h, w)`; clips of a prompt share its picture."""
-    num_pictures = pictures_1CNhw.shape[2]
-    if num_clips % num_pictures:
-        raise ValueError(
-            f"expected one picture, or one for each prompt of the {num_clips} clips, got {num_pictures}"
-        )
+def _still_of_each_clip(pictures_1CNhw: Tensor, num_clips: int, num_videos: int) -> Tensor:
+    """Return one picture as `(1, C, 1, h, w)`, or one for each prompt as `(B, C, 1, h, w)`."""
     stills_NC1hw = pictures_1CNhw[0].transpose(0, 1)[:, :, None]
-    return (
-        stills_NC1hw
-        if num_pictures == 1
-        else stills_NC1hw.repeat_interleave(num_clips // num_pictures, dim=0)
-    )
+    num_prompts = num_clips // num_videos
+    if len(stills_NC1hw) not in (1, num_prompts):
+        raise ValueError(
+            f"expected one picture, or one for each of the {num_prompts} prompts, got {len(stills_NC1hw)}"
+        )
+    return stills_NC1hw if len(stills_NC1hw) == 1 else stills_NC1hw.repeat_interleave(num_videos, dim=0)
 
 
 def encode_pictures(pipe, pictures: Pictures, height: int, width: int, batch_size: int) -> Tensor:
@@ -192,7 +188,7 @@ def encode_pictures(pipe, pictures: Pictures, height: int, width: int, batch_siz
     if isinstance(pictures, np.ndarray) and pictures.dtype == np.uint8:
         pictures = pictures / np.float32(255)
     pixels_N3HW = pipe.image_processor.preprocess(pictures, height, width)
-    if pixels_N3HW.shape[1] == pipe.unet.config.in_channels != 3:  # latents, which the processor passes on
+    if pixels_N3HW.shape[1] == pipe.image_processor.config.vae_latent_channels:  # latents, which it passes on
         return pixels_N3HW.to(pipe._execution_device).transpose(0, 1)[None]
     with upcast(pipe.vae, when=needs_upcast(pipe)):
         latents_NChw = encode_frames(

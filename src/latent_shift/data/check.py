@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
@@ -52,26 +53,29 @@ def check(
     duplicates = _DuplicateFinder()
     gradients: list[np.ndarray] = []
     rng = np.random.default_rng(0)
-    for record, frames in decode_records(read(source), sizes, fps, workers):
-        concepts.add(record.concept)
-        if isinstance(frames, str):
-            problems.append((record.file_name, frames))
-            continue
-        counts["clips" if len(frames) > 1 else "stills"] += 1
-        problems += [(record.file_name, reason) for reason in _clip_problems(record, frames, min_frames, fps)]
-        if original := duplicates.find_or_add(thumbnail(frames), record.file_name):
-            problems.append((record.file_name, f"duplicate of {original}"))
-        # Reservoir sampling: every clip is equally likely to be among those in which a watermark is searched.
-        num_seen = counts["clips"] + counts["stills"]
-        slot = num_seen - 1 if num_seen <= MAX_OVERLAY_SAMPLES else int(rng.integers(num_seen))
-        if slot < MAX_OVERLAY_SAMPLES:
-            gradients[slot : slot + 1] = [_middle_gradient(frames)]
+    with TemporaryDirectory() as long_clips:
+        for record, frames in decode_records(read(source), sizes, fps, workers, Path(long_clips)):
+            concepts.add(record.concept)
+            if isinstance(frames, str):
+                problems.append((record.file_name, frames))
+                continue
+            counts["clips" if len(frames) > 1 else "stills"] += 1
+            problems += [
+                (record.file_name, reason) for reason in _clip_problems(record, frames, min_frames, fps)
+            ]
+            if original := duplicates.find_or_add(thumbnail(frames), record.file_name):
+                problems.append((record.file_name, f"duplicate of {original}"))
+            # Reservoir sampling: every clip is equally likely to be among those in which a watermark is searched.
+            num_seen = counts["clips"] + counts["stills"]
+            slot = num_seen - 1 if num_seen <= MAX_OVERLAY_SAMPLES else int(rng.integers(num_seen))
+            if slot < MAX_OVERLAY_SAMPLES:
+                gradients[slot : slot + 1] = [_middle_gradient(frames)]
     if overlay := _find_overlay(gradients):
         problems.append((str(source), overlay))
     return {**counts, "concepts": len(concepts)}, problems
 
 
-def _clip_problems(record: Record, frames: np.ndarray, min_frames: int, fps: float) -> list[str]:
+def _clip_problems(record: Record, frames: video.Frames, min_frames: int, fps: float) -> list[str]:
     if len(frames) == 1:
         is_video = Path(record.file_name).suffix.lower() in video.VIDEO_SUFFIXES
         return [f"1 frame at {fps:g} fps: counts as a still"] if is_video else []
@@ -85,7 +89,7 @@ def _clip_problems(record: Record, frames: np.ndarray, min_frames: int, fps: flo
     return reasons
 
 
-def thumbnail(frames: np.ndarray) -> np.ndarray:
+def thumbnail(frames: video.Frames) -> np.ndarray:
     """Return the mean colours of 8x9 tiles in four frames.
 
     They hardly differ between copies of a clip in other sizes and encodings.
@@ -143,7 +147,7 @@ def _is_near(rows_ND: np.ndarray, row_D: np.ndarray) -> np.ndarray:
     return (np.maximum(rows_ND, row_D) - np.minimum(rows_ND, row_D) <= 12).all(axis=1)
 
 
-def _middle_gradient(frames: np.ndarray) -> np.ndarray:
+def _middle_gradient(frames: video.Frames) -> np.ndarray:
     """Return the vertical and horizontal gradient of the middle frame in grey levels,
     `(2, 128, 128) int8`."""
     grey = frames[len(frames) // 2].mean(axis=-1, dtype=np.float32)

@@ -5,10 +5,12 @@ Shapes: F frames of H x W pixels.
 
 from __future__ import annotations
 
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from operator import length_hint
 from pathlib import Path
 
@@ -60,22 +62,24 @@ def pack(
     num_clips = length_hint(clips) or None
     num_done = 0
     problems = []
-    for record, frames in decode_records(clips, aspect_sizes(size, aspects), fps, workers):
+    long_clips = Path(out) / ".frames"
+    for record, frames in decode_records(clips, aspect_sizes(size, aspects), fps, workers, long_clips):
         num_done += 1
         if isinstance(frames, str):
             problems.append((record.file_name, frames))
         else:
             cuts = video.find_cuts(frames) if split_cuts and len(frames) > 1 else []
-            for number, scene in enumerate(np.split(frames, cuts)):
-                part = (
-                    replace(record, file_name=f"{record.file_name}#{number}", loop=False) if cuts else record
-                )
-                writer.add(part, scene)
+            parts = [
+                replace(record, file_name=f"{record.file_name}#{number}", loop=False)
+                for number in range(len(cuts) + 1)
+            ]
+            writer.add_scenes(parts if cuts else [record], frames, cuts)
         if progress:
             progress(num_done, num_clips)
     if num_done == len(problems):
         first = f"; the first: {': '.join(problems[0])}" if problems else ""
         raise ValueError(f"{source}: none of {num_done} files can be used{first}")
+    shutil.rmtree(long_clips, ignore_errors=True)
     writer.close(dtype="uint8", fps=fps, size=size, source=Path(source).name)
     return problems
 
@@ -102,8 +106,12 @@ def aspect_sizes(size: int, factor: int | None) -> list[tuple[int, int]]:
 
 
 def decode_records(
-    clips: Iterable[tuple[Record, Media]], sizes: list[tuple[int, int]], fps: float, workers: int
-) -> Iterator[tuple[Record, np.ndarray | str]]:
+    clips: Iterable[tuple[Record, Media]],
+    sizes: list[tuple[int, int]],
+    fps: float,
+    workers: int,
+    long_clips: Path,
+) -> Iterator[tuple[Record, video.Frames | str]]:
     """Yield each record with its `(F, H, W, 3) uint8` frames, or with the reason why it has none.
 
     Args:
@@ -111,28 +119,44 @@ def decode_records(
         sizes: `(height, width)`s to crop to; see `video.read`.
         fps: frames per second.
         workers: number of processes; two clips per process are in memory at a time.
+        long_clips: folder for the frames of clips that are too long for memory. Each is there until the next
+            record.
     """
     clips = ((record, media if record.texts else "no caption") for record, media in clips)
+    decode = partial(_decode, sizes=sizes, fps=fps, long_clips=long_clips)
+    decoded: Iterable[tuple[Record, video.Frames | str]]
     if workers <= 1:
-        yield from ((record, _decode(media, record.file_name, sizes, fps)) for record, media in clips)
-        return
+        decoded = ((record, decode(media, record.file_name)) for record, media in clips)
+    else:
+        decoded = _decode_parallel(clips, decode, workers)
+    for record, frames in decoded:
+        yield record, frames
+        if isinstance(frames, video.FrameFile):
+            frames.path.unlink(missing_ok=True)
+
+
+def _decode_parallel(
+    clips: Iterable[tuple[Record, Media]], decode: Callable[[Media, str], video.Frames | str], workers: int
+) -> Iterator[tuple[Record, video.Frames | str]]:
     with ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
         pending: deque[tuple[Record, Future]] = deque()
         for record, media in clips:
-            pending.append((record, pool.submit(_decode, media, record.file_name, sizes, fps)))
+            pending.append((record, pool.submit(decode, media, record.file_name)))
             if len(pending) >= 2 * workers:
                 record, future = pending.popleft()
                 yield record, future.result()
         yield from ((record, future.result()) for record, future in pending)
 
 
-def _decode(media: Media, name: str, sizes: list[tuple[int, int]], fps: float) -> np.ndarray | str:
+def _decode(
+    media: Media, name: str, *, sizes: list[tuple[int, int]], fps: float, long_clips: Path
+) -> video.Frames | str:
     """Return the frames, or the reason why there are none."""
     if isinstance(media, str):
         return media
     path, content = (name, media) if isinstance(media, bytes) else (media, None)
     try:
-        return video.read(path, content=content, fps=fps, size=sizes)[0]
+        return video.collect(video.iterate(path, content=content, fps=fps, size=sizes), long_clips)
     except ValueError as error:
         return str(error).removeprefix(f"{path}: ")
 

@@ -99,7 +99,10 @@ def _main_stream(container: av.container.InputContainer) -> av.VideoStream:
     streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
     if not streams:
         raise ValueError("no video, only a cover picture" if container.streams.video else "no video stream")
-    return max(streams, key=lambda stream: bool(stream.disposition & av.stream.Disposition.default))
+    stream = max(streams, key=lambda stream: bool(stream.disposition & av.stream.Disposition.default))
+    if stream.codec_context is None:
+        raise ValueError("its video has an unknown codec")
+    return stream
 
 
 def _decode_packets(
@@ -112,6 +115,8 @@ def _decode_packets(
     decoder: Any = av.CodecContext.create(alpha_decoder, "r") if alpha_decoder else stream.codec_context
     for packet in container.demux(stream):
         limit.check()
+        if not packet.size and packet.dts is not None:
+            continue  # AVI: the frame before stays on screen
         for frame in decoder.decode(packet if packet.size else None):
             check_size(frame.width, frame.height)
             if frame.is_corrupt:

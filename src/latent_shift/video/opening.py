@@ -14,7 +14,7 @@ from PIL import Image
 
 DECODE_ERRORS = (
     OSError, av.FFmpegError, EOFError, SyntaxError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError,
-    OverflowError, struct.error, Image.DecompressionBombError,
+    OverflowError, RuntimeError, struct.error, Image.DecompressionBombError,
 )  # fmt: skip
 """Errors that the decoders raise for truncated or mislabelled files."""
 

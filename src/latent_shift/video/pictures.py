@@ -46,6 +46,7 @@ def decode(
         if index == 0 and getattr(image, "default_image", False) and getattr(image, "n_frames", 1) > 1:
             continue
         frame.load()
+        check_size(*frame.size)
         seconds = frame.info.get("duration", 100) / 1000
         if seconds == 0 or (seconds < 0.02 and image.format == "GIF"):
             seconds = 0.1  # browsers show such frames for a tenth of a second
@@ -60,7 +61,9 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):  # 16 bits a pixel
         image = _from_16_bits(image)
-    if image.mode in ("P", "PA", "1", "La", "RGBa"):
+    if image.mode == "La":
+        image = image.convert("LA")  # from premultiplied alpha
+    if image.mode in ("P", "PA", "1", "RGBa"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if profile:
         image = _to_srgb(image, profile)
@@ -85,7 +88,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     try:
         transform = _srgb_transform(profile, image.mode)
         converted = image if transform is None else ImageCms.applyTransform(image, transform)
-    except ImageCms.PyCMSError:
+    except (ImageCms.PyCMSError, OSError):
         return image
     return converted or image
 

@@ -168,11 +168,16 @@ def _resample(
             )
         count = 1 if fps is None else _num_output_frames(seconds, seconds + duration, fps)
         seconds += duration
-        limit.extend(SECONDS_PER_SECOND * duration)
+        limit.extend(SECONDS_PER_SECOND * min(duration, 1))
         if count or num_decoded == 1:
             # Only now: the first image may be a still, and the last may be on screen for too short a time.
             yield from output(repeats)
+            previous = image
             image, repeats = _crop_and_resize(show(), size), count
+            if num_decoded > 1 and image.shape != previous.shape:
+                raise ValueError(
+                    f"frame {num_decoded} has the shape {image.shape}, the one before {previous.shape}"
+                )
         total = num_decoded if fps is None else seconds * fps
         # Two images have to be decoded to tell a video from a still.
         if num_frames is not None and num_decoded > 1 and total >= num_frames:

@@ -252,10 +252,10 @@ def test_check_output_refuses_rates_before_the_work(suffix, fps, message):
         video.check_output(f"a{suffix}", fps=fps)
 
 
-def test_write_refuses_sizes_of_the_format(tmp_path):
-    wide = np.zeros((2, 8, 17000, 3), np.uint8)
-    with pytest.raises(ValueError, match=r"a.webp: frames of 17000x8 pixels cannot be encoded: "):
-        video.write(wide, tmp_path / "a.webp")
+@pytest.mark.parametrize(("suffix", "width"), [(".webp", 17000), (".gif", 70000), (".mp4", 70000)])
+def test_write_refuses_sizes_of_the_format(tmp_path, suffix, width):
+    with pytest.raises(ValueError, match=rf"a{suffix}: frames of {width}x8 pixels cannot be encoded: "):
+        video.write(np.zeros((2, 8, width, 3), np.uint8), tmp_path / f"a{suffix}")
     assert not list(tmp_path.iterdir())
 
 

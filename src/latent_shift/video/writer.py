@@ -59,7 +59,7 @@ def write(
         # libav takes what stands before a colon for a protocol, but not in a path from the root
         with atomic_path(path.absolute(), suffix=path.suffix.lower()) as partial:
             encode(frames, partial, fps, metadata)
-    except (av.FFmpegError, ValueError) as error:
+    except (av.FFmpegError, ValueError, RuntimeError, OverflowError) as error:  # of libav and Pillow
         size = f"{frames.shape[2]}x{frames.shape[1]}"
         raise ValueError(f"{path}: frames of {size} pixels cannot be encoded: {error}") from error
     return path

@@ -249,6 +249,20 @@ def test_read_shows_the_background_behind_transparent_video(tmp_path, name, code
         assert np.abs(frames[-1, 16, 16].astype(int) - (0, 0, 255)).max() <= 6
 
 
+def test_read_converts_transparent_hdr(tmp_path):
+    pixels = np.zeros((32, 32, 4), np.uint16)
+    pixels[8:24, 8:24, 3] = 65535
+    pixels[8:24, 8:24, :3] = (display_to_signal((200, 0, 0), 16) * 65280).round()
+    marks = {"color_primaries": 9, "color_trc": 16, "colorspace": 9, "color_range": 1}
+    path = encode(
+        tmp_path / "a.mov", [pixels] * 2, "prores_ks", pix_fmt="yuva444p10le", source="rgba64le", marks=marks,
+        convert="out_color_matrix=bt2020:out_range=tv",
+    )  # fmt: skip
+    frame = video.read(path, background=(0, 255, 0))[0][0].astype(int)
+    assert np.abs(frame[0, 0] - (0, 255, 0)).max() <= 3
+    assert np.abs(frame[16, 16] - (200, 0, 0)).max() <= 14
+
+
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("turns", range(4))
 def test_read_turns_and_mirrors_as_the_track_header_says(tmp_path, turns, mirrored):
@@ -311,7 +325,7 @@ def test_read_takes_the_video_and_not_its_cover(tmp_path):
         cover = container.add_stream("mjpeg", rate=1)
         cover.width = cover.height = 64
         cover.pix_fmt = "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value
         main = container.add_stream("libx264", rate=10)
         main.width = main.height = 32
         main.pix_fmt = "yuv420p"

@@ -32,10 +32,10 @@ _FAST_FORMATS = {"yuv420p", "yuvj420p", "yuva420p"}
 _PIXEL_FORMATS = {
     (False, False): "rgb24",
     (True, False): "rgba",
-    (False, True): "rgb48le",
-    (True, True): "rgba64le",
+    (False, True): "gbrp16le",
+    (True, True): "gbrap16le",
 }
-"""(alpha, 16 bits) -> pixel format."""
+"""(alpha, 16 bits) -> pixel format. libav's packed formats of 16 bits have wrong colours in some versions."""
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
@@ -309,12 +309,9 @@ def _scale_graph(
 ) -> av.filter.Graph:
     frame = av.VideoFrame(*shape)
     in_range = "full" if full_range else "tv"
-    # "bilinear" alone is exact for one conversion; elsewhere white lacks 2 levels. For 16 bits, libav's
-    # full_chroma_int has wrong colours.
-    flags = "bilinear+accurate_rnd"
-    if pixel_format in ("rgb24", "rgba"):
-        is_fast = (frame.width, frame.height) == (width, height) and frame.format.name in _FAST_FORMATS
-        flags = "bilinear" if is_fast else f"{flags}+full_chroma_int"
+    # To packed 8 bits, "bilinear" alone is exact only for the formats of most videos; white would lack 2 levels.
+    is_fast = (frame.width, frame.height) == (width, height) and frame.format.name in _FAST_FORMATS
+    flags = "bilinear" if is_fast or "16" in pixel_format else "bilinear+accurate_rnd+full_chroma_int"
     arguments = f"{width}:{height}:in_color_matrix={matrix}:in_range={in_range}:out_range=full:flags={flags}"
     return build_graph(frame, ("scale", arguments), ("format", pixel_format))
 

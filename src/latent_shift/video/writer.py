@@ -5,6 +5,7 @@ Shapes: F frames of H x W pixels.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -59,7 +60,13 @@ def write(
         # libav takes what stands before a colon for a protocol, but not in a path from the root
         with atomic_path(path.absolute(), suffix=path.suffix.lower()) as partial:
             encode(frames, partial, fps, metadata)
-    except (av.FFmpegError, ValueError, RuntimeError, OverflowError) as error:  # of libav and Pillow
+    except (
+        av.FFmpegError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+        struct.error,
+    ) as error:  # of libav and Pillow
         size = f"{frames.shape[2]}x{frames.shape[1]}"
         raise ValueError(f"{path}: frames of {size} pixels cannot be encoded: {error}") from error
     return path

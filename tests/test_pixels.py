@@ -242,9 +242,9 @@ def test_write_takes_names_with_a_colon(tmp_path, monkeypatch):
     ("suffix", "fps", "message"),
     [
         (".mp4", float("nan"), "fps must be above 0, got nan"),
-        (".mp4", float("inf"), r"a \.mp4 shows 0.001 to 1000 frames a second, got inf; choose another rate"),
-        (".webp", 2000, r"a \.webp shows 0.001 to 1000 frames a second, got 2000"),
-        (".webm", 1e-6, r"a \.webm shows 0.001 to 1000 frames a second, got 1e-06"),
+        (".mp4", float("inf"), r"a \.mp4 shows at most 1000 frames a second, got inf; choose another rate"),
+        (".webp", 2000, r"a \.webp shows at most 1000 frames a second, got 2000"),
+        (".webm", 1e-6, r"a \.webm shows at least 0.001 frames a second, got 1e-06"),
     ],
 )
 def test_check_output_refuses_rates_before_the_work(suffix, fps, message):

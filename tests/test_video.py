@@ -163,7 +163,7 @@ def test_write_gif_keeps_the_duration(tmp_path):
     images = [Image.fromarray(frame) for frame in counting_clip(12)]
     images[0].save(tmp_path / "fast.gif", save_all=True, append_images=images[1:], duration=0)
     assert video.read(tmp_path / "fast.gif", fps=8)[0].shape[0] == 10
-    with pytest.raises(ValueError, match=r"a \.gif shows 0.001 to 50 frames a second, got 60"):
+    with pytest.raises(ValueError, match=r"a \.gif shows at most 50 frames a second, got 60"):
         video.write(counting_clip(2), tmp_path / "a.gif", fps=60)
 
 

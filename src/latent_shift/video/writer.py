@@ -87,9 +87,9 @@ def check_output(path: str | Path, *, fps: float = 8) -> Path:
     if not fps > 0:
         raise ValueError(f"fps must be above 0, got {fps}")
     if suffix in _MAX_FPS and not MIN_FPS <= fps <= _MAX_FPS[suffix]:
+        bound = f"least {MIN_FPS}" if fps < MIN_FPS else f"most {_MAX_FPS[suffix]}"
         raise ValueError(
-            f"{path}: a {suffix} shows {MIN_FPS} to {_MAX_FPS[suffix]} frames a second, got {fps}; choose another "
-            "rate or format"
+            f"{path}: a {suffix} shows at {bound} frames a second, got {fps}; choose another rate or format"
         )
     return path
 

@@ -49,6 +49,29 @@ def test_pack_reports_broken_files_and_does_not_replace_them(media, tmp_path):
     assert [record.file_name for record in Store(tmp_path / "store").records] == ["red.webp"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pack_writes_long_clips_through_a_file(tmp_path, monkeypatch, workers):
+    """Memory does not grow with a film's length; the store is the same but for its shards."""
+    folder = tmp_path / "media"
+    for name, grey in (("a", counting_clip(12)), ("b", counting_clip(3))):
+        video.write(np.concatenate([grey, 255 - grey]), folder / f"{name}.webp", fps=8)
+        (folder / f"{name}.txt").write_text(name)
+    pack(folder, tmp_path / "whole", size=16, fps=8, split_cuts=True)
+    if workers == 1:
+        monkeypatch.setattr("latent_shift.video.frame_file.MAX_MEMORY_BYTES", 8 * 16 * 16 * 3)
+    pack(folder, tmp_path / "long", size=16, fps=8, split_cuts=True, workers=workers)
+    whole, long = Store(tmp_path / "whole"), Store(tmp_path / "long")
+    rows = {record.file_name: index for index, record in enumerate(whole.records)}
+    assert len(rows) == 4 == len(long.records)
+    for index, record in enumerate(long.records):
+        assert record.num_frames == whole.records[rows[record.file_name]].num_frames
+        frames = whole.window(rows[record.file_name], 0, record.num_frames)
+        assert np.array_equal(long.window(index, 0, record.num_frames), frames)
+    assert len(whole.shapes) == 1
+    assert len(long.shapes) == (2 if workers == 1 else 1)
+    assert not (tmp_path / "long" / ".frames").exists()
+
+
 def test_preview_shows_clips_with_their_captions(packed):
     store = Store(packed)
     sheet, captions = preview(store, rows=3, columns=5)

@@ -6,6 +6,7 @@ arguments.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,8 @@ def atomic_path(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
     """Yield a path beside `path` that is renamed to `path` when the block ends, so that no reader ever sees
     half a file.
 
-    An error in the block removes the partial file and leaves `path` as it was.
+    An error in the block removes the partial file and leaves `path` as it was. On a full disk, the error says
+    so and names `path`.
 
     Args:
         path: the file to write; one that exists is replaced.
@@ -33,10 +35,23 @@ def atomic_path(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial{suffix}")
     try:
-        yield partial
-        os.replace(partial, path)
+        with full_disk_named(path):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Raise an OSError that names `path` if the disk, or the quota, is full in the block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        message = "the disk is full; free some space, or choose a folder on another disk"
+        raise OSError(error.errno, message, str(path)) from error
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def check_outputs(
 
 def _is_own(path: Path) -> bool:
     """Return whether a file's metadata say that latent-shift wrote it."""
-    from latent_shift.cli._metadata_shim import read_metadata
+    from latent_shift.video import read_metadata
 
     try:
         return "latent_shift" in read_metadata(path)
@@ -130,7 +130,7 @@ def reserve(path: Path) -> Path:
 def write_all(frames: np.ndarray, paths: Sequence[Path], *, fps: float, metadata: dict[str, str]) -> None:
     """Write frames to several files and print their names. One that fails does not keep the others from being
     written; the error comes after them."""
-    from latent_shift.cli._metadata_shim import write
+    from latent_shift.video import write
 
     errors = []
     for path in paths:

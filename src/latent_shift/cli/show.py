@@ -15,7 +15,7 @@ def show(
     ],
 ) -> None:
     """Print the settings of a generated clip or sheet, and the command that makes it again."""
-    from latent_shift.cli._metadata_shim import read_metadata
+    from latent_shift.video import read_metadata
 
     metadata = dict(read_metadata(file))
     if "latent_shift" not in metadata:

@@ -8,11 +8,14 @@ Shapes: N clips of F frames, H x W pixels.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
 
+from latent_shift import video
 from latent_shift.data.decode import Decoder, aspect_sizes, decode_records
 from latent_shift.data.readers import read
 from latent_shift.data.records import Problem
@@ -61,27 +64,29 @@ def check(
     duplicates = _DuplicateFinder()
     gradients: list[np.ndarray] = []
     rng = np.random.default_rng(0)
-    for record, clip in decode_records(read(source), decode, workers):
-        if isinstance(clip, Problem):
-            problems.append(clip)
-            counts["skipped"] += clip.outcome == "skipped"
-            continue
-        concepts.add(record.concept)
-        counts["clips" if len(clip.frames) > 1 else "stills"] += 1
-        problems += [Problem(record.file_name, flaw, "kept") for flaw in clip.flaws]
-        if original := duplicates.find_or_add(thumbnail(clip.frames), record.file_name):
-            problems.append(Problem(record.file_name, f"duplicate of {original}", "kept"))
-        # Reservoir sampling: every clip is equally likely to be among those in which a watermark is searched.
-        num_seen = counts["clips"] + counts["stills"]
-        slot = num_seen - 1 if num_seen <= MAX_OVERLAY_SAMPLES else int(rng.integers(num_seen))
-        if slot < MAX_OVERLAY_SAMPLES:
-            gradients[slot : slot + 1] = [_middle_gradient(clip.frames)]
+    with TemporaryDirectory() as long_clips:
+        decode = replace(decode, long_clips=Path(long_clips))
+        for record, clip in decode_records(read(source), decode, workers):
+            if isinstance(clip, Problem):
+                problems.append(clip)
+                counts["skipped"] += clip.outcome == "skipped"
+                continue
+            concepts.add(record.concept)
+            counts["clips" if len(clip.frames) > 1 else "stills"] += 1
+            problems += [Problem(record.file_name, flaw, "kept") for flaw in clip.flaws]
+            if original := duplicates.find_or_add(thumbnail(clip.frames), record.file_name):
+                problems.append(Problem(record.file_name, f"duplicate of {original}", "kept"))
+            # Reservoir sampling: every clip is equally likely to be among those in which a watermark is searched.
+            num_seen = counts["clips"] + counts["stills"]
+            slot = num_seen - 1 if num_seen <= MAX_OVERLAY_SAMPLES else int(rng.integers(num_seen))
+            if slot < MAX_OVERLAY_SAMPLES:
+                gradients[slot : slot + 1] = [_middle_gradient(clip.frames)]
     if overlay := _find_overlay(gradients):
         problems.append(Problem(without_secrets(str(source)), overlay, "kept"))
     return {**counts, "concepts": len(concepts)}, problems
 
 
-def thumbnail(frames: np.ndarray) -> np.ndarray:
+def thumbnail(frames: video.Frames) -> np.ndarray:
     """Return the mean colours of 8x9 tiles in four frames.
 
     They hardly differ between copies of a clip in other sizes and encodings.
@@ -139,7 +144,7 @@ def _is_near(rows_ND: np.ndarray, row_D: np.ndarray) -> np.ndarray:
     return (np.maximum(rows_ND, row_D) - np.minimum(rows_ND, row_D) <= 12).all(axis=1)
 
 
-def _middle_gradient(frames: np.ndarray) -> np.ndarray:
+def _middle_gradient(frames: video.Frames) -> np.ndarray:
     """Return the vertical and horizontal gradient of the middle frame in grey levels,
     `(2, 128, 128) int8`."""
     grey = frames[len(frames) // 2].mean(axis=-1, dtype=np.float32)

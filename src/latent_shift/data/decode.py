@@ -30,7 +30,7 @@ class Clip:
         flaws: what is wrong with it, although it can be used.
     """
 
-    frames: np.ndarray
+    frames: video.Frames
     flaws: tuple[str, ...]
 
 
@@ -44,12 +44,15 @@ class Decoder:
         min_frames: number of frames that a clip needs, unless it loops.
         packed_sizes: the `(height, width)`s that clips are compared with to say which are enlarged or lose a
             large part to the crop; None says neither.
+        long_clips: folder for the frames of clips that are too long for memory; `decode_records` removes each
+            before it decodes the next record.
     """
 
     sizes: list[tuple[int, int]]
     fps: float
     min_frames: int = 1
     packed_sizes: list[tuple[int, int]] | None = None
+    long_clips: Path = Path(".")
 
     def __call__(self, record: Record, media: Media) -> Clip | Problem:
         """Return a clip, or the reason why there is none."""
@@ -61,7 +64,9 @@ class Decoder:
         try:
             if content is None:
                 check_regular(path)
-            frames, _ = video.read(path, content=content, fps=self.fps, size=self.sizes)
+            frames = video.collect(
+                video.iterate(path, content=content, fps=self.fps, size=self.sizes), self.long_clips
+            )
             flaws = clip_flaws(record, frames, self.min_frames, self.fps)
             if self.packed_sizes:
                 first, _ = video.read(path, content=content, num_frames=1)
@@ -85,6 +90,15 @@ def decode_records(
         decode: how to decode them.
         workers: number of processes; two clips per process are in memory at a time.
     """
+    for record, clip in _decode_all(clips, decode, workers):
+        yield record, clip
+        if isinstance(clip, Clip) and isinstance(clip.frames, video.FrameFile):
+            clip.frames.path.unlink(missing_ok=True)
+
+
+def _decode_all(
+    clips: Iterable[tuple[Record, Media]], decode: Decoder, workers: int
+) -> Iterator[tuple[Record, Clip | Problem]]:
     if workers <= 1:
         yield from ((record, decode(record, media)) for record, media in clips)
         return
@@ -105,7 +119,7 @@ def _finish(record: Record, future: Future) -> tuple[Record, Clip | Problem]:
         return record, Problem(record.file_name, f"cannot be decoded: {error}")
 
 
-def clip_flaws(record: Record, frames: np.ndarray, min_frames: int, fps: float) -> list[str]:
+def clip_flaws(record: Record, frames: video.Frames, min_frames: int, fps: float) -> list[str]:
     """Return why a clip is less suitable for training: too short, static, or with cuts."""
     if len(frames) == 1:
         is_video = Path(record.file_name).suffix.lower() in video.VIDEO_SUFFIXES

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
@@ -61,10 +63,10 @@ def pack(
     sizes = aspect_sizes(size, aspects)
     clips = read(source)
     num_clips = length_hint(clips) or None
-    decode = Decoder(sizes, fps, min_frames, packed_sizes=sizes)
     problems: list[Problem] = []
     num_done, num_packed, num_skipped = 0, 0, 0
-    with store_folder(out, PIXELS, force=force) as (folder, stale):
+    with store_folder(out, PIXELS, force=force) as (folder, stale), _long_clips(folder) as long_clips:
+        decode = Decoder(sizes, fps, min_frames, packed_sizes=sizes, long_clips=long_clips)
         writer = StoreWriter(folder, shard_mb=shard_mb)
         for record, clip in decode_records(clips, decode, workers):
             num_done += 1
@@ -75,10 +77,11 @@ def pack(
                 num_packed += 1
                 problems += [Problem(record.file_name, flaw, "kept") for flaw in clip.flaws]
                 cuts = video.find_cuts(clip.frames) if split_cuts and len(clip.frames) > 1 else []
-                for number, scene in enumerate(np.split(clip.frames, cuts)):
-                    name = f"{record.file_name}#{number}"
-                    part = replace(record, file_name=name, loop=False) if cuts else record
-                    writer.add(part, scene)
+                scenes = [
+                    replace(record, file_name=f"{record.file_name}#{number}", loop=False)
+                    for number in range(len(cuts) + 1)
+                ]
+                writer.add_scenes(scenes if cuts else [record], clip.frames, cuts)
             if progress:
                 progress(num_done, num_clips)
         if not num_packed:
@@ -89,3 +92,14 @@ def pack(
         name = Path(without_secrets(str(source))).name
         writer.close(problems=problems, stale=stale, dtype="uint8", fps=fps, size=size, source=name)
     return problems
+
+
+@contextmanager
+def _long_clips(folder: Path) -> Iterator[Path]:
+    """Yield a folder for the frames of long clips, which is removed when the block ends."""
+    long_clips = folder / ".frames"
+    shutil.rmtree(long_clips, ignore_errors=True)  # of a process that was killed
+    try:
+        yield long_clips
+    finally:
+        shutil.rmtree(long_clips, ignore_errors=True)

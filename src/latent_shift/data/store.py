@@ -22,6 +22,7 @@ import glob
 import hashlib
 import json
 import mmap
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from latent_shift.data.records import Problem, Record, parse_json
 from latent_shift.files import atomic_write, write_array, write_text
 from latent_shift.folders import output_folder, read_kind
+from latent_shift.video import Frames
 
 PIXELS, LATENTS = "a data set of pixels", "a data set of latents"
 """What the folders of stores are marked to hold."""
@@ -432,6 +434,20 @@ class StoreWriter:
         if self._pending_bytes[shape] >= self.shard_bytes:
             self._write_shard(shape)
 
+    def add_scenes(self, records: list[Record], frames: Frames, cuts: list[int]) -> None:
+        """Append the scenes of a clip, one record each, which begin at frame 0 and at the cuts."""
+        bounds = [0, *cuts, len(frames)]
+        if isinstance(frames, np.ndarray):
+            for record, start, stop in zip(records, bounds, bounds[1:], strict=False):
+                self.add(record, frames[start:stop])
+            return
+        # A long clip becomes a shard of its own.
+        name = _shard_name(frames.shape, (frames[k] for k in range(len(frames))))
+        os.replace(frames.path, self.folder / "shards" / f"{name}.npy")
+        for record, start, stop in zip(records, bounds, bounds[1:], strict=False):
+            self._records.append(replace(record, shard=name, start=start, num_frames=stop - start))
+        self._shapes[name] = frames.shape
+
     def close(self, *, problems: Iterable[Problem] = (), stale: Iterable[Path] = (), **info: object) -> None:
         """Write what is pending and make the store readable; see `finish_store`."""
         for shape in list(self._pending):
@@ -442,14 +458,21 @@ class StoreWriter:
         clips = self._pending.pop(shape)
         del self._pending_bytes[shape]
         shard = np.concatenate([frames for _, frames in clips])
-        digest = hashlib.sha256(repr((shard.shape, str(shard.dtype))).encode() + shard.tobytes())
-        name = digest.hexdigest()[:24]
+        name = _shard_name(shard.shape, shard, str(shard.dtype))
         write_array(self.folder / "shards" / f"{name}.npy", shard)
         start = 0
         for record, frames in clips:
             self._records.append(replace(record, shard=name, start=start, num_frames=len(frames)))
             start += len(frames)
         self._shapes[name] = shard.shape
+
+
+def _shard_name(shape: tuple[int, ...], frames: Iterable[np.ndarray], dtype: str = "uint8") -> str:
+    """Return a hash of the content of a shard."""
+    digest = hashlib.sha256(repr((shape, dtype)).encode())
+    for frame in frames:
+        digest.update(np.ascontiguousarray(frame).data)
+    return digest.hexdigest()[:24]
 
 
 def finish_store(

@@ -33,6 +33,7 @@ from latent_shift.diffusion import ar1_step, correlated_noise
 from latent_shift.pipelines.conditioning import (
     Pictures,
     check_family_arguments,
+    convert_pictures,
     decode_clips,
     encode_prompts,
     known_frames,
@@ -261,6 +262,7 @@ class ClipPipeline(DiffusionPipeline):
         """
         # 1. Check the arguments and resolve defaults.
         check_family_arguments(self, family)
+        image, last_image, video = convert_pictures(image=image, last_image=last_image, video=video)
         num_frames = resolve_num_frames(
             self, num_frames, image=image, last_image=last_image, video=video, mask=mask, strength=strength, loop=loop
         )  # fmt: skip

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latent_shift.models import text
 from latent_shift.models.autoencoder import decode_latents, encode_frames, upcast
 from latent_shift.pipelines.denoise import KnownFrames
+from latent_shift.video import to_frames, to_mask
 
 Pictures = Any
-"""Anything diffusers' image processors take: images, arrays `(F, H, W, 3)`, tensors `(F, 3, H, W)`; floats
-in [0, 1]; or latents `(F, C, h, w)`, scaled as the U-Net sees them."""
+"""Frames or masks in any form that `video.to_frames` or `video.to_mask` takes: images, arrays, tensors or lists of
+them; or latents `(F, C, h, w)`, scaled as the U-Net sees them."""
 
 
 def check_family_arguments(pipe, family: dict[str, Any]) -> None:
@@ -31,6 +31,15 @@ def check_family_arguments(pipe, family: dict[str, Any]) -> None:
         nearest = difflib.get_close_matches(name, arguments, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise TypeError(f"{type(pipe).__name__} has no argument {name!r}{hint}")
+
+
+def convert_pictures(**pictures: Pictures) -> tuple[np.ndarray | None, ...]:
+    """Convert pictures by name with `to_frames`; raise ValueError for several where one is expected."""
+    frames = {name: None if value is None else to_frames(value) for name, value in pictures.items()}
+    for name, value in frames.items():
+        if value is not None and name != "video" and len(value) != 1:
+            raise ValueError(f"{name}: expected one image, got {len(value)} frames")
+    return tuple(frames.values())
 
 
 def resolve_num_frames(
@@ -185,11 +194,14 @@ def _still_of_each_clip(pictures_1CNhw: Tensor, num_clips: int, num_videos: int)
 
 def encode_pictures(pipe, pictures: Pictures, height: int, width: int, batch_size: int) -> Tensor:
     """Encode pictures to the means of their latents `(1, C, F, h, w)`, each independently; latents stay as they are."""
-    if isinstance(pictures, np.ndarray) and pictures.dtype == np.uint8:
-        pictures = pictures / np.float32(255)
-    pixels_N3HW = pipe.image_processor.preprocess(pictures, height, width)
-    if pixels_N3HW.shape[1] == pipe.image_processor.config.vae_latent_channels:  # latents, which it passes on
-        return pixels_N3HW.to(pipe._execution_device).transpose(0, 1)[None]
+    if isinstance(pictures, (list, tuple)) and all(isinstance(picture, Tensor) for picture in pictures):
+        pictures = torch.cat([picture.reshape(-1, *picture.shape[-3:]) for picture in pictures])
+    if isinstance(pictures, Tensor) and pictures.ndim == 4:
+        if pictures.shape[1] == pipe.image_processor.config.vae_latent_channels:
+            return pictures.to(pipe._execution_device).transpose(0, 1)[None]
+    frames = to_frames(pictures)
+    frames = frames / np.float32(255) if frames.dtype == np.uint8 else frames
+    pixels_N3HW = pipe.image_processor.preprocess(frames, height, width)
     with upcast(pipe.vae, when=needs_upcast(pipe)):
         latents_NChw = encode_frames(
             pipe.vae, pixels_N3HW, device=pipe._execution_device, batch_size=batch_size
@@ -217,19 +229,8 @@ def needs_upcast(pipe) -> bool:
 def latent_mask(mask: Pictures, num_frames: int, size: tuple[int, ...]) -> Tensor:
     """Convert one picture or F, white where something new is generated, to `(1, 1, F, h, w)` of 0 and 1. A
     latent is new if half of its pixels are."""
-    single = isinstance(mask, Image.Image) or (not isinstance(mask, (list, tuple)) and np.ndim(mask) != 3)
-    pictures = [mask] if single else list(mask)
-    masks = [
-        np.asarray(picture.convert("L") if isinstance(picture, Image.Image) else picture)
-        for picture in pictures
-    ]
-    if len(masks) not in (1, num_frames) or any(picture.ndim != 2 for picture in masks):
-        raise ValueError(
-            f"expected one mask (H, W) or {num_frames}, got {len(masks)} of shape {masks[0].shape}"
-        )
-    scaled = [
-        torch.from_numpy(picture / np.float32(255 if picture.dtype == np.uint8 else 1)).float()
-        for picture in masks
-    ]
-    resized = torch.nn.functional.interpolate(torch.stack(scaled)[:, None], size, mode="area") >= 0.5
+    mask_FHW = torch.from_numpy(to_mask(mask))
+    if len(mask_FHW) not in (1, num_frames):
+        raise ValueError(f"expected one mask (H, W) or {num_frames}, got {len(mask_FHW)}")
+    resized = torch.nn.functional.interpolate(mask_FHW[:, None], size, mode="area") >= 0.5
     return resized.float().expand(num_frames, -1, -1, -1).transpose(0, 1)[None]

@@ -1,0 +1,44 @@
+"""Frames to and from files: videos, animations and stills.
+
+Frames are `(F, H, W, 3) uint8` RGB arrays throughout this package. PyAV (libav) reads and writes the video
+containers, Pillow the animations and stills; both packages include their codecs.
+"""
+
+from latent_shift.video.frame_file import FrameFile, Frames, collect
+from latent_shift.video.metadata import read_metadata
+from latent_shift.video.pixels import to_frames, to_mask, to_uint8
+from latent_shift.video.reader import (
+    IMAGE_SUFFIXES,
+    SUFFIXES,
+    VIDEO_SUFFIXES,
+    iterate,
+    load_video,
+    read,
+)
+from latent_shift.video.sheets import find_cuts, frame_changes, labelled_rows, montage, side_by_side
+from latent_shift.video.writer import OUTPUT_SUFFIXES, check_output, save_video, write
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "OUTPUT_SUFFIXES",
+    "SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "FrameFile",
+    "Frames",
+    "check_output",
+    "collect",
+    "find_cuts",
+    "frame_changes",
+    "iterate",
+    "labelled_rows",
+    "load_video",
+    "montage",
+    "read",
+    "read_metadata",
+    "save_video",
+    "side_by_side",
+    "to_frames",
+    "to_mask",
+    "to_uint8",
+    "write",
+]

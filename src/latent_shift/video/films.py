@@ -1,0 +1,333 @@
+"""Decode the frames of a video with libav, as a player shows them.
+
+Only the containers in `FORMATS` are opened, recognized by content, and only from the file itself: no playlist,
+no device and no address.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from functools import lru_cache, partial
+from typing import Any
+
+import av
+import av.filter
+import numpy as np
+from PIL import Image
+
+from latent_shift.video.color import is_hdr, source_primaries, to_sdr
+from latent_shift.video.limits import MAX_PIXELS, LimitedFile, TimeLimit, check_size
+
+FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "mxf")
+"""Names of the demuxers of libav that may be used. "mov" is also MP4 and 3GP, "matroska" also WebM."""
+_PICTURE_BRANDS = {"heic", "heix", "heim", "heis", "mif1", "msf1", "hevc", "hevx", "avif", "avis"}
+_FULL_RANGE = 2
+_MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
+"""Code of ITU-T H.273 -> name in libav's scale filter."""
+_VIDEO_CODECS = {"h264", "hevc", "vp9", "av1"}
+"""Codecs whose grey frames have limited range unless they say otherwise."""
+_FAST_FORMATS = {"yuv420p", "yuvj420p", "yuva420p"}
+_PIXEL_FORMATS = {
+    (False, False): "rgb24",
+    (True, False): "rgba",
+    (False, True): "gbrp16le",
+    (True, True): "gbrap16le",
+}
+"""(alpha, 16 bits) -> pixel format. libav's packed formats of 16 bits have wrong colours in some versions."""
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+def decode(
+    file: LimitedFile, limit: TimeLimit, *, background: tuple[int, int, int]
+) -> Iterator[tuple[Callable[[], Image.Image], float]]:
+    """Yield, for each frame, a function that returns it as an upright RGB image with square pixels, and the
+    seconds that it is on screen.
+
+    Raises:
+        EOFError: a truncated file. Truncated files may decode without an error of the decoder, so the decoded
+            time is compared with the header.
+        ValueError: no video, or frames that cannot be shown right.
+    """
+    with open_container(file) as container:
+        stream = _main_stream(container)
+        check_size(stream.width, stream.height)
+        stream.thread_type = "AUTO"
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        converter = FrameConverter(container, stream, background)
+        default_duration = 1 / float(stream.average_rate or 25)
+        decoded_seconds = 0.0
+        frames = _decode_packets(container, stream, limit)
+        durations = _with_durations(frames, default_duration, from_dts=container.format.name == "avi")
+        for frame, duration in _deinterlace(durations):
+            decoded_seconds += duration
+            yield partial(converter, frame), duration
+        header_seconds = (
+            float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+        )
+        # of a container with sound this is the longer of both
+        if not header_seconds and container.duration and len(container.streams) == 1:
+            header_seconds = container.duration / av.time_base
+        if decoded_seconds < 0.9 * header_seconds - 2 * default_duration:
+            raise EOFError(f"truncated: {decoded_seconds:.1f} s of {header_seconds:.1f} s can be decoded")
+
+
+def open_container(file: LimitedFile) -> av.container.InputContainer:
+    """Open a container of one of `FORMATS`.
+
+    Raises:
+        ValueError: a picture, or another kind of file.
+    """
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
+    try:
+        container = av.open(file, "r", options=options, metadata_errors="replace")
+    except av.FFmpegError as error:
+        raise ValueError(f"not a video or picture of a known format ({error.strerror})") from error
+    brand = container.metadata.get("major_brand", "").strip()
+    if brand in _PICTURE_BRANDS:
+        container.close()
+        raise ValueError(
+            f"a picture of the kind {brand!r}, which is not supported; convert it to JPEG or PNG"
+        )
+    return container
+
+
+def _main_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """Return the default video stream, or else the first, that is not a cover picture or thumbnails."""
+    pictures = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    if not streams:
+        raise ValueError("no video, only a cover picture" if container.streams.video else "no video stream")
+    stream = max(streams, key=lambda stream: bool(stream.disposition & av.stream.Disposition.default))
+    if stream.codec_context is None:
+        raise ValueError("its video has an unknown codec")
+    return stream
+
+
+def _decode_packets(
+    container: av.container.InputContainer, stream: av.VideoStream, limit: TimeLimit
+) -> Iterator[av.VideoFrame]:
+    # libav's own decoders of VP8 and VP9 skip the alpha channel
+    alpha_decoder = (
+        _ALPHA_DECODERS.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
+    )
+    decoder: Any = av.CodecContext.create(alpha_decoder, "r") if alpha_decoder else stream.codec_context
+    for packet in container.demux(stream):
+        limit.check()
+        if not packet.size and packet.dts is not None:
+            continue  # AVI: the frame before stays on screen
+        for frame in decoder.decode(packet if packet.size else None):
+            check_size(frame.width, frame.height)
+            if frame.is_corrupt:
+                raise ValueError("a frame is damaged")
+            if frame.time_base is None or alpha_decoder:
+                frame.time_base = stream.time_base
+            yield frame
+
+
+def _with_durations(
+    frames: Iterable[av.VideoFrame], default_duration: float, *, from_dts: bool
+) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Yield each frame with the seconds until the next.
+
+    Args:
+        frames: in the order in which they are shown.
+        default_duration: of the last frame, and of frames without time, in seconds.
+        from_dts: use the times of decoding. AVI has no others: those of showing are made up, wrongly with
+            B-frames.
+    """
+    previous: av.VideoFrame | None = None
+    previous_time: float | None = None
+    for frame in frames:
+        time = _to_seconds(frame.dts if from_dts else frame.pts, frame)
+        if previous is not None:
+            if time is None or previous_time is None:
+                yield previous, default_duration
+            else:
+                yield previous, max(time - previous_time, 0.0)
+        previous, previous_time = frame, time
+    if previous is not None:
+        yield previous, _to_seconds(previous.duration, previous) or default_duration
+
+
+def _to_seconds(ticks: int | None, frame: av.VideoFrame) -> float | None:
+    return None if ticks is None or frame.time_base is None else float(ticks * frame.time_base)
+
+
+def _deinterlace(frames: Iterable[tuple[av.VideoFrame, float]]) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Replace interlaced frames by progressive ones of the same rate; progressive frames stay as they are."""
+    graph = shape = None
+    waiting: deque[tuple[av.VideoFrame, float]] = deque()  # in the filter, which looks one frame ahead
+    for frame, duration in frames:
+        if graph is not None and (frame.width, frame.height, frame.format.name) != shape:
+            yield from _flush(graph, waiting)
+            graph = None
+        # the filter needs 3 x 4 pixels
+        if graph is None and (not frame.interlaced_frame or min(frame.width, frame.height) < 4):
+            yield frame, duration
+            continue
+        if graph is None:
+            shape = (frame.width, frame.height, frame.format.name)
+            graph = build_graph(frame, ("bwdif", "mode=send_frame:deint=interlaced"))
+        waiting.append((frame, duration))
+        frame.pts, frame.time_base = len(waiting), Fraction(1, 25)
+        graph.push(frame)
+        yield from _pull(graph, waiting)
+    if graph is not None:
+        yield from _flush(graph, waiting)
+
+
+def _flush(
+    graph: av.filter.Graph, waiting: deque[tuple[av.VideoFrame, float]]
+) -> Iterator[tuple[av.VideoFrame, float]]:
+    graph.push(None)
+    yield from _pull(graph, waiting)
+
+
+def _pull(
+    graph: av.filter.Graph, waiting: deque[tuple[av.VideoFrame, float]]
+) -> Iterator[tuple[av.VideoFrame, float]]:
+    while waiting:
+        try:
+            frame = graph.vpull()
+        except (BlockingIOError, EOFError):
+            return
+        yield frame, waiting.popleft()[1]
+
+
+def build_graph(frame: av.VideoFrame, *filters: tuple[str, str]) -> av.filter.Graph:
+    """Return a graph that applies filters, each with its arguments, to frames like `frame`."""
+    graph = av.filter.Graph()
+    nodes = [
+        graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25)
+        )
+    ]
+    nodes += [graph.add(name, arguments) for name, arguments in filters]
+    nodes.append(graph.add("buffersink"))
+    graph.link_nodes(*nodes).configure()
+    return graph
+
+
+class FrameConverter:
+    """Convert the frames of one stream to upright RGB images with square pixels in SDR, all of the size of
+    the first.
+
+    Args:
+        container, stream: of the frames.
+        background: RGB colour behind transparent pixels.
+
+    Raises (on a call):
+        ValueError: colours, proportions or an orientation that cannot be shown right.
+    """
+
+    def __init__(
+        self,
+        container: av.container.InputContainer,
+        stream: av.VideoStream,
+        background: tuple[int, int, int],
+    ):
+        self.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
+        self.background = background
+        self.codec = stream.codec_context.name
+        # 32-bit AVI leaves the fourth byte empty
+        self.ignores_alpha = container.format.name == "avi" and self.codec == "rawvideo"
+        self.first_size: tuple[int, int] | None = None
+        self._graph = lru_cache(1)(_scale_graph)
+
+    def __call__(self, frame: av.VideoFrame) -> Image.Image:
+        width, height = self._displayed_size(frame)
+        has_alpha = (
+            any(component.is_alpha for component in frame.format.components) and not self.ignores_alpha
+        )
+        matrix, full_range = self._matrix(frame), self._has_full_range(frame)
+        primaries = source_primaries(frame.color_primaries, frame.color_trc)
+        pixel_format = _PIXEL_FORMATS[has_alpha, primaries is not None]
+        graph = self._graph(
+            (frame.width, frame.height, frame.format.name), width, height, matrix, full_range, pixel_format
+        )
+        frame.pts, frame.time_base = None, Fraction(1, 25)
+        graph.push(frame)
+        pixels: Any = graph.vpull().to_ndarray()
+        if primaries is not None:
+            rgb = to_sdr(pixels[..., :3], primaries, frame.color_trc)
+            pixels = np.concatenate([rgb, (pixels[..., 3:] >> 8).astype(np.uint8)], axis=-1)
+        image = Image.fromarray(pixels)
+        if frame.format.name.startswith("gray") and not full_range:  # the filter takes grey for full range
+            image = image.point(
+                [round((level - 16) * 255 / 219) for level in range(256)] * len(image.getbands())
+            )
+        if has_alpha:
+            backdrop = Image.new("RGBA", image.size, (*self.background, 255))
+            image = Image.alpha_composite(backdrop, image).convert("RGB")
+        return _turn_upright(image, frame)
+
+    def _displayed_size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        """Return the size of the first frame, with square pixels."""
+        size = (frame.width, frame.height)
+        if self.first_size is None:
+            if not Fraction(1, 8) <= self.pixel_aspect <= 8:
+                raise ValueError(f"its pixels are {self.pixel_aspect} times as wide as high")
+            self.first_size = size
+        elif size != self.first_size:
+            first_aspect, aspect = self.first_size[0] / self.first_size[1], size[0] / size[1]
+            if not 0.97 < aspect / first_aspect < 1.03:
+                raise ValueError(
+                    f"the proportions change from {self.first_size[0]}x{self.first_size[1]} to {size[0]}x{size[1]} "
+                    "pixels; cut it there"
+                )
+        width, height = max(1, round(self.first_size[0] * self.pixel_aspect)), self.first_size[1]
+        check_size(width, height)
+        return width, height
+
+    def _matrix(self, frame: av.VideoFrame) -> str:
+        """Return the matrix between YCbCr and RGB. Players take unmarked video for BT.601, or BT.709 in HD."""
+        if frame.colorspace in _MATRICES:
+            return _MATRICES[frame.colorspace]
+        if frame.format.is_rgb:
+            return "bt601"  # no effect
+        if frame.colorspace not in (0, 2, 3):
+            raise ValueError(f"its colours have matrix {frame.colorspace} of H.273; convert it to BT.709")
+        if is_hdr(frame.color_trc) or frame.color_primaries == 9:
+            return "bt2020"
+        return "bt709" if frame.width >= 1280 or frame.height > 576 else "bt601"
+
+    def _has_full_range(self, frame: av.VideoFrame) -> bool:
+        if frame.color_range in (1, _FULL_RANGE):
+            return frame.color_range == _FULL_RANGE
+        name = frame.format.name
+        return (
+            frame.format.is_rgb
+            or name.startswith("yuvj")
+            or (name.startswith("gray") and self.codec not in _VIDEO_CODECS)
+        )
+
+
+def _scale_graph(
+    shape: tuple[int, int, str], width: int, height: int, matrix: str, full_range: bool, pixel_format: str
+) -> av.filter.Graph:
+    frame = av.VideoFrame(*shape)
+    in_range = "full" if full_range else "tv"
+    # To packed 8 bits, "bilinear" alone is exact only for the formats of most videos; white would lack 2 levels.
+    is_fast = (frame.width, frame.height) == (width, height) and frame.format.name in _FAST_FORMATS
+    flags = "bilinear" if is_fast or "16" in pixel_format else "bilinear+accurate_rnd+full_chroma_int"
+    arguments = f"{width}:{height}:in_color_matrix={matrix}:in_range={in_range}:out_range=full:flags={flags}"
+    return build_graph(frame, ("scale", arguments), ("format", pixel_format))
+
+
+def _turn_upright(image: Image.Image, frame: av.VideoFrame) -> Image.Image:
+    """Apply the display matrix: of its 16.16 numbers, `a b / c d` map (x, y) to (ax + cy, bx + dy)."""
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return image
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    if a and d and not b and not c:
+        horizontal, vertical = a, d
+    elif b and c and not a and not d:
+        image, horizontal, vertical = image.transpose(Image.Transpose.TRANSPOSE), c, b
+    else:
+        raise ValueError("it is to be shown at an angle other than 90, 180 or 270 degrees")
+    if horizontal < 0:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if vertical < 0 else image

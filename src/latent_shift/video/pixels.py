@@ -1,0 +1,138 @@
+"""Frames and masks in any usual form, converted to one.
+
+Shapes: F frames of H x W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latent_shift.video.pictures import to_rgb
+
+Clip = Any
+"""A clip: an image, a list of images, or an array or tensor as in `to_frames`."""
+OVERSHOOT = 0.01
+"""Floats may exceed [0, 1] by this much through rounding; they are clipped."""
+
+
+def to_uint8(clip: Clip) -> np.ndarray:
+    """Convert a clip in any usual form to `(F, H, W, 3) uint8`; see `to_frames`."""
+    frames = to_frames(clip)
+    return frames if frames.dtype == np.uint8 else (frames * 255).round().astype(np.uint8)
+
+
+def to_frames(clip: Clip) -> np.ndarray:
+    """Convert a clip in any usual form to `(F, H, W, 3)`, uint8 or float32 in [0, 1].
+
+    Args:
+        clip: F images of any mode, or one. Or an array or tensor, or a list of F of them, with the channels
+            last or first: `(F, H, W, C)`, `(F, C, H, W)`, `(H, W, C)`, `(C, H, W)` or `(H, W)`, also as a batch
+            of one clip, where C is 1 (grey), 3 (RGB) or 4 (RGBA, shown on white). Integers are in 0..255,
+            uint16 in 0..65535, floats in [0, 1] or 0..255.
+
+    Raises:
+        ValueError: another shape or range, NaN, or infinity; the message says what to do.
+        TypeError: something else.
+    """
+    values = _to_array(clip)
+    frames = _to_unit_range(_channels_last(values, prefer_first=_is_tensor(clip)))
+    if frames.shape[-1] == 1:
+        return np.repeat(frames, 3, axis=-1)
+    if frames.shape[-1] == 4:
+        white = 255 if frames.dtype == np.uint8 else 1
+        alpha = frames[..., 3:].astype(np.float32) / white
+        blended = frames[..., :3] * alpha + white * (1 - alpha)
+        return blended.round().astype(np.uint8) if frames.dtype == np.uint8 else blended
+    return frames
+
+
+def to_mask(mask: Clip) -> np.ndarray:
+    """Convert a mask in any usual form to `(F, H, W) float32` in [0, 1].
+
+    Args:
+        mask: one or F images of any mode, or arrays or tensors `(H, W)`, `(F, H, W)`, or with channels as in
+            `to_frames`. Booleans, integers that are all 0 or 1, integers in 0..255, or floats in [0, 1] or
+            0..255.
+
+    Raises:
+        ValueError, TypeError: as `to_frames`.
+    """
+    values = _to_array(mask)
+    if values.dtype.kind in "iu" and values.size and values.max() <= 1:
+        values = values.astype(bool)
+    if values.ndim == 3 and 1 not in (values.shape[0], values.shape[-1]) and not {3, 4} & {values.shape[-1]}:
+        values = values[..., None]  # F masks without channels
+    frames = _to_unit_range(_channels_last(values, prefer_first=_is_tensor(mask)))
+    return frames[..., :3].mean(axis=-1, dtype=np.float32) / (255 if frames.dtype == np.uint8 else 1)
+
+
+def _is_tensor(clip: Clip) -> bool:
+    item = clip[0] if isinstance(clip, (list, tuple)) and clip else clip
+    return hasattr(item, "detach")
+
+
+def _to_array(clip: Clip) -> np.ndarray:
+    if isinstance(clip, (list, tuple)):
+        if not clip:
+            raise ValueError("expected one frame or more, got an empty list")
+        arrays = [_to_array(item) for item in clip]
+        if len({array.shape for array in arrays}) > 1:
+            shapes = ", ".join(sorted({str(array.shape) for array in arrays}))
+            raise ValueError(f"expected frames of one size, got {shapes}; resize them first")
+        return np.stack(arrays)
+    if isinstance(clip, Image.Image):
+        return np.asarray(to_rgb(clip))
+    if hasattr(clip, "detach"):
+        clip = clip.detach().cpu()
+        # NumPy has no bfloat16
+        return (clip.float() if clip.is_floating_point() else clip).numpy()
+    if isinstance(clip, np.ndarray) and clip.dtype != object:
+        return clip
+    raise TypeError(f"expected images, an array or a tensor, got {type(clip).__name__}")
+
+
+def _channels_last(values: np.ndarray, *, prefer_first: bool) -> np.ndarray:
+    """Return `(F, H, W, C)` from an array with the channels last or first, or without."""
+    shape = values.shape
+    if values.ndim == 5 and len(values) == 1:
+        values = values[0]
+    if values.ndim == 2:
+        values = values[None, ..., None]
+    axes = [axis for axis in (-1, -3) if values.ndim in (3, 4) and values.shape[axis] in (1, 3, 4)]
+    if not axes or values.size == 0:
+        batch = "; pass one clip of the batch" if values.ndim == 5 else ""
+        raise ValueError(
+            f"expected frames (F, H, W, C) or (F, C, H, W) with C of 1, 3 or 4, got the shape {shape}{batch}"
+        )
+    axis = axes[-1] if prefer_first else axes[0]
+    values = np.moveaxis(values, axis, -1)
+    return values[None] if values.ndim == 3 else values
+
+
+def _to_unit_range(values: np.ndarray) -> np.ndarray:
+    """Return uint8, or float32 in [0, 1]."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.dtype == np.uint16:
+        return values.astype(np.float32) / 65535
+    if values.dtype.kind not in "iuf":
+        raise TypeError(f"expected numbers, got an array of {values.dtype}")
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        bad = 1 - np.isfinite(values).mean()
+        raise ValueError(
+            f"{bad:.1%} of the pixels are NaN or infinite: the computation overflowed. Try bfloat16 or float32 instead of "
+            "float16, or a smaller guidance scale"
+        )
+    if values.dtype.kind == "f" and low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+        return values.clip(0, 1).astype(np.float32)
+    # Floats that barely exceed 1 are not 0..255 but images of another range.
+    if low >= 0 and high <= 255 and (values.dtype.kind != "f" or high >= 2):
+        return values.astype(np.float32) / 255 if values.dtype.kind == "f" else values.astype(np.uint8)
+    hint = "; (clip + 1) / 2 converts from -1..1" if -1.1 <= low < 0 and high <= 1.1 else ""
+    raise ValueError(f"expected pixels in 0..1 or 0..255, got {low:g} to {high:g}{hint}")

@@ -1,0 +1,461 @@
+"""Videos as phones, cameras, editors and broadcasters store them, read as a good player shows them."""
+
+import os
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from test_video import counting_clip
+
+from latent_shift import video
+from latent_shift.video import color, films, limits
+
+BARS = [(255, 255, 255), (128, 128, 128), (200, 0, 0), (0, 200, 0), (0, 0, 200)]
+
+
+def bars(height: int = 64, width: int = 160) -> np.ndarray:
+    """Return an image of five vertical bars."""
+    return np.repeat(np.array(BARS, np.uint8), width // 5, axis=0)[None].repeat(height, 0)
+
+
+def bar_colours(frames: np.ndarray) -> np.ndarray:
+    width = frames.shape[2] // 5
+    return frames[-1, frames.shape[1] // 2, width // 2 :: width].astype(int)
+
+
+def encode(
+    path: Path,
+    frames,
+    codec: str = "libx264",
+    *,
+    pix_fmt: str = "yuv420p",
+    source: str = "rgb24",
+    rate: int = 25,
+    times=None,
+    marks=None,
+    options=None,
+    aspect=None,
+    convert=None,
+) -> Path:
+    """Write a video with PyAV alone.
+
+    Args:
+        path: output file.
+        frames: arrays in the format `source`, or frames.
+        times: time of each frame in units of 1 / rate.
+        marks: colour attributes of the codec context and of the frames.
+        convert: arguments of libav's scale filter between the array and `pix_fmt`.
+    """
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream.pix_fmt = pix_fmt
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for name, value in (marks or {}).items():
+            setattr(stream.codec_context, name, value)
+        for index, frame in enumerate(frames):
+            if isinstance(frame, np.ndarray):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format=source)
+            if convert:
+                graph = films.build_graph(frame, ("scale", convert), ("format", pix_fmt))
+                graph.push(frame)
+                frame = graph.vpull()
+            if not index:
+                stream.width, stream.height = frame.width, frame.height
+            for name, value in (marks or {}).items():
+                setattr(frame, name, value)
+            frame.pts, frame.time_base = times[index] if times else index, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_read_h264_in_avi_has_the_times_of_decoding(tmp_path):
+    """AVI has no times of showing: with B-frames those that libav makes up are wrong."""
+    path = encode(tmp_path / "a.avi", counting_clip(25).repeat(3, 0), options={"bf": "3"})
+    frames, rate = video.read(path)
+    assert (len(frames), rate) == (75, pytest.approx(25))
+    frames, _ = video.read(path, fps=5)
+    assert [round(frame.mean() / 10) for frame in frames] == [k * 5 // 3 for k in range(15)]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+def test_read_keeps_the_times_of_variable_rate(tmp_path, name):
+    times = [0, 1, 2, 3, 30, 31, 45, 46]
+    options = {"bf": "0"} if name == "a.avi" else {}
+    path = encode(tmp_path / name, counting_clip(8), times=times, options=options)
+    frames, _ = video.read(path, fps=25)
+    shown = [max(k for k, time in enumerate(times) if time <= position) for position in range(47)]
+    assert [round(frame.mean() / 10) for frame in frames] == shown
+
+
+def display_to_signal(rgb, transfer: int) -> np.ndarray:
+    """Return the PQ or HLG signal in BT.2020 of an SDR colour whose white is at 203 cd/m2, after BT.2100."""
+    linear = (np.asarray(rgb, float) / 255) ** 2.4
+    wide = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]) @ linear
+    if transfer == 16:
+        powered = (wide * 203 / 10000) ** 0.1593017578125
+        return ((0.8359375 + 18.8515625 * powered) / (1 + 18.6875 * powered)) ** 78.84375
+    display = wide * 0.203
+    scene = display * max(float(display @ [0.2627, 0.6780, 0.0593]), 1e-9) ** (-0.2 / 1.2)
+    upper = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), upper)
+
+
+def hdr_video(path: Path, colours, transfer: int) -> Path:
+    """Write bars of SDR colours as 10-bit HDR video."""
+    planes = np.zeros((3, len(colours)), int)
+    for index, colour in enumerate(colours):
+        red, green, blue = display_to_signal(colour, transfer)
+        luma = 0.2627 * red + 0.6780 * green + 0.0593 * blue
+        planes[:, index] = (
+            round(876 * luma + 64),
+            round(896 * (blue - luma) / 1.8814 + 512),
+            round(896 * (red - luma) / 1.4746 + 512),
+        )
+    frame = av.VideoFrame(32 * len(colours), 64, "yuv420p10le")
+    for plane, row, step in zip(frame.planes, planes, (32, 16, 16), strict=True):
+        data = np.zeros((plane.height, plane.line_size // 2), "<u2")
+        data[:, : step * len(colours)] = np.repeat(row, step)
+        plane.update(data.tobytes())
+    name = {16: "smpte2084", 18: "arib-std-b67"}[transfer]
+    options = {"x264-params": f"colorprim=bt2020:transfer={name}:colormatrix=bt2020nc", "qp": "1"}
+    marks = {"color_primaries": 9, "color_trc": transfer, "colorspace": 9, "color_range": 1}
+    return encode(path, [frame] * 3, pix_fmt="yuv420p10le", marks=marks, options=options)
+
+
+@pytest.mark.parametrize("transfer", [16, 18])
+def test_read_tone_maps_hdr_to_the_colours_of_sdr(tmp_path, transfer):
+    frames, _ = video.read(hdr_video(tmp_path / "phone.mov", BARS, transfer))
+    assert np.abs(bar_colours(frames) - BARS).max() <= 14
+    assert np.abs(bar_colours(frames) - BARS).mean() <= 3
+
+
+def test_to_sdr_compresses_highlights_and_keeps_hues():
+    """Luminances up to 10,000 cd/m2 stay below white and never fall; those below SDR white are exact."""
+    signal = np.linspace(0, 1, 512)
+    grey = color.to_sdr((signal * 65280).round().astype(np.uint16)[None, :, None].repeat(3, -1), 9, 16)[0]
+    assert np.ptp(grey.astype(int), axis=-1).max() <= 1
+    assert (np.diff(grey[:, 0].astype(int)) >= 0).all()
+    root = signal ** (1 / 78.84375)
+    relative = (
+        ((root - 0.8359375).clip(0) / (18.8515625 - 18.6875 * root)) ** (1 / 0.1593017578125) * 10000 / 203
+    )
+    below = relative <= 0.9
+    assert np.abs(grey[below, 0] - 255 * relative[below] ** (1 / 2.4)).max() <= 1
+    assert 244 <= grey[np.argmin(np.abs(relative - 1)), 0] <= 252
+    assert 252 <= grey[np.argmin(np.abs(relative - 2)), 0] < 255
+    bright = display_to_signal((255, 128, 0), 16) * 1.1
+    red, green, blue = color.to_sdr((bright.clip(0, 1) * 65280).astype(np.uint16)[None, None], 9, 16)[0, 0]
+    assert red > 240 > green > 110 > 60 > blue
+
+
+def test_read_converts_wide_gamut(tmp_path):
+    """A colour in Display P3 is more saturated than the same numbers in BT.709."""
+    marks = {"color_primaries": 12, "color_trc": 1, "colorspace": 1, "color_range": 1}
+    image = np.full((32, 32, 3), (180, 100, 100), np.uint8)
+    path = encode(
+        tmp_path / "a.mp4", [image] * 2, marks=marks, options={"qp": "1"}, convert="out_color_matrix=bt709"
+    )
+    # P3 -> XYZ -> BT.709, computed with the matrices of CSS Color 4
+    p3 = np.array(
+        [[0.4865709, 0.2656677, 0.1982173], [0.2289746, 0.6917385, 0.0792869], [0, 0.0451134, 1.0439444]]
+    )
+    back = np.array([[3.2409699, -1.5373832, -0.4986108], [-0.9692436, 1.8759675, 0.0415551], [0.0556301, -0.2039770, 1.0569715]])  # fmt: skip
+    expected = 255 * (back @ p3 @ (image[0, 0] / 255) ** 2.4).clip(0, 1) ** (1 / 2.4)
+    assert expected[0] > 186 and expected[1] < 99
+    np.testing.assert_allclose(video.read(path)[0][0, 16, 16], expected, atol=3)
+
+
+@pytest.mark.parametrize(
+    ("height", "convert", "marks"),
+    [
+        (64, "out_color_matrix=bt601", {}),
+        (720, "out_color_matrix=bt709", {}),
+        (64, "out_color_matrix=bt709", {"colorspace": 1}),
+        (720, "out_color_matrix=bt601", {"colorspace": 6}),
+        (64, "out_color_matrix=bt601:out_range=full", {"color_range": 2}),
+        (64, "out_color_matrix=bt2020", {"colorspace": 9}),
+    ],
+)
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p", "yuv422p10le", "yuv444p10le"])
+def test_read_uses_matrix_and_range(tmp_path, height, convert, marks, pix_fmt):
+    """Unmarked video is BT.601 in standard and BT.709 in high definition, as players take it."""
+    path = encode(
+        tmp_path / "a.mp4",
+        [bars(height)] * 2,
+        pix_fmt=pix_fmt,
+        convert=convert,
+        marks=marks,
+        options={"qp": "1", "preset": "ultrafast"},
+    )
+    assert np.abs(bar_colours(video.read(path)[0]) - BARS).max() <= 3
+
+
+def test_read_refuses_colours_that_it_cannot_convert(tmp_path):
+    for params, name in (
+        ("colormatrix=ictcp", "matrix 14"),
+        ("transfer=log100", "transfer characteristic 9"),
+        ("colorprim=smpte428:colormatrix=bt709", "primaries 10"),
+    ):
+        path = encode(tmp_path / "a.mp4", [bars()] * 2, options={"x264-params": params})
+        with pytest.raises(
+            ValueError, match=f"a.mp4: .*its colours have {name} of H.273; convert it to BT.709"
+        ):
+            video.read(path)
+
+
+def test_read_grey_video_with_limited_range(tmp_path):
+    ramp = np.linspace(16, 235, 64).round().astype(np.uint8)[None].repeat(64, 0)
+    path = encode(tmp_path / "a.mp4", [ramp] * 2, pix_fmt="gray", source="gray", options={"qp": "1"})
+    frames, _ = video.read(path)
+    assert np.abs(frames[0, 32, :, 0].astype(int) - np.linspace(0, 255, 64)).max() <= 3
+
+
+@pytest.mark.parametrize(("aspect", "size"), [((16, 11), (240, 465)), ((8, 9), (240, 284))])
+def test_read_shows_square_pixels(tmp_path, aspect, size):
+    rows, columns = np.mgrid[:240, :320]
+    width = 320 * aspect[0] / aspect[1]
+    disc = np.hypot((columns + 0.5) * width / 320 - width / 2, rows + 0.5 - 120) < 80
+    image = (disc[..., None] * 255).astype(np.uint8).repeat(3, -1)
+    frames, _ = video.read(encode(tmp_path / "dvd.mp4", [image] * 2, aspect=Fraction(*aspect)))
+    assert frames.shape[1:3] == size
+    inside = frames[0, ..., 0] > 128
+    assert inside.any(0).sum() == pytest.approx(160, abs=2)
+    assert inside.any(1).sum() == pytest.approx(160, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt"),
+    [
+        ("a.mov", "qtrle", "argb"),
+        ("a.mov", "png", "rgba"),
+        ("a.mov", "prores_ks", "yuva444p10le"),
+        ("a.webm", "libvpx-vp9", "yuva420p"),
+        ("a.mkv", "ffv1", "yuva420p"),
+    ],
+)
+def test_read_shows_the_background_behind_transparent_video(tmp_path, name, codec, pix_fmt):
+    rgba = np.zeros((4, 32, 32, 4), np.uint8)
+    rgba[:, 8:24, 8:24] = (0, 0, 255, 255)
+    path = encode(tmp_path / name, rgba, codec, pix_fmt=pix_fmt, source="rgba", rate=10)
+    for background in ((255, 255, 255), (0, 255, 0)):
+        frames, _ = video.read(path, background=background)
+        assert len(frames) == 4
+        assert np.abs(frames[-1, 0, 31].astype(int) - background).max() <= 3
+        assert np.abs(frames[-1, 16, 16].astype(int) - (0, 0, 255)).max() <= 6
+
+
+def test_read_converts_transparent_hdr(tmp_path):
+    pixels = np.zeros((32, 32, 4), np.uint16)
+    pixels[8:24, 8:24, 3] = 65535
+    pixels[8:24, 8:24, :3] = (display_to_signal((200, 0, 0), 16) * 65280).round()
+    marks = {"color_primaries": 9, "color_trc": 16, "colorspace": 9, "color_range": 1}
+    path = encode(
+        tmp_path / "a.mov", [pixels] * 2, "prores_ks", pix_fmt="yuva444p10le", source="rgba64le", marks=marks,
+        convert="out_color_matrix=bt2020:out_range=tv",
+    )  # fmt: skip
+    frame = video.read(path, background=(0, 255, 0))[0][0].astype(int)
+    assert np.abs(frame[0, 0] - (0, 255, 0)).max() <= 3
+    assert np.abs(frame[16, 16] - (200, 0, 0)).max() <= 14
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("turns", range(4))
+def test_read_turns_and_mirrors_as_the_track_header_says(tmp_path, turns, mirrored):
+    image = np.zeros((32, 64, 3), np.uint8)
+    image[:16, 32:] = 255  # white at the top right
+    path = video.write(image[None].repeat(3, 0), tmp_path / "a.mp4")
+    # rows of the matrix are where x and y go to
+    x, y = [(1, 0), (0, 1), (-1, 0), (0, -1)][turns], [(0, 1), (-1, 0), (0, -1), (1, 0)][turns]
+    if mirrored:
+        x = (-x[0], -x[1])
+    body = bytearray(path.read_bytes())
+    start = body.index(b"tkhd") + 44
+    body[start : start + 36] = struct.pack(
+        ">9i", x[0] << 16, x[1] << 16, 0, y[0] << 16, y[1] << 16, 0, 0, 0, 1 << 30
+    )
+    path.write_bytes(body)
+    expected = np.rot90(image[:, ::-1] if mirrored else image, -turns)
+    frames, _ = video.read(path)
+    assert frames.shape[1:] == expected.shape
+    assert np.abs(frames[0].astype(int) - expected).mean() < 6
+
+
+def test_read_deinterlaces(tmp_path):
+    """A square moves by a pixel a field: the comb between the fields goes, and no frame is lost."""
+    frames = []
+    for k in range(12):
+        fields = np.zeros((2, 64, 64, 3), np.uint8)
+        for field, moment in enumerate((2 * k, 2 * k + 1)):
+            fields[field, 16:48, moment : moment + 20] = 255
+        fields[0, 1::2] = fields[1, 1::2]
+        frames.append(fields[0])
+    path = encode(tmp_path / "a.mp4", frames, options={"x264-params": "tff=1"})
+    read, rate = video.read(path)
+    assert (len(read), rate) == (12, pytest.approx(25))
+    grey = read.mean(-1)
+    comb = np.abs(grey[:, 17:47] - (grey[:, 16:46] + grey[:, 18:48]) / 2).mean(axis=(1, 2))
+    assert comb.max() < 2 < np.abs(np.diff(frames[5][16:48].mean(-1), axis=0)).mean()
+    left = [int(np.flatnonzero(frame[32] > 128)[0]) for frame in grey]
+    assert left == pytest.approx([2 * k for k in range(12)], abs=1)
+
+
+def test_read_scales_a_size_that_changes_and_refuses_other_proportions(tmp_path):
+    """Screen and WebRTC recordings change their size; a transport stream is joined by appending."""
+    parts = {}
+    for height, width in ((64, 96), (32, 48), (96, 64)):
+        parts[height] = encode(
+            tmp_path / f"{height}.ts", [bars(height, width - width % 5).repeat(2, 1)[:, :width]] * 5
+        ).read_bytes()
+    (tmp_path / "smaller.ts").write_bytes(parts[64] + parts[32])
+    (tmp_path / "turned.ts").write_bytes(parts[64] + parts[96])
+    assert video.read(tmp_path / "smaller.ts")[0].shape == (10, 64, 96, 3)
+    with pytest.raises(ValueError, match=r"turned.ts: .*the proportions change from 96x64 to 64x96 pixels"):
+        video.read(tmp_path / "turned.ts")
+
+
+def test_read_takes_the_video_and_not_its_cover(tmp_path):
+    """libav lists a cover first if the metadata come before the tracks, as iTunes writes them."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = 64
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic.value
+        main = container.add_stream("libx264", rate=10)
+        main.width = main.height = 32
+        main.pix_fmt = "yuv420p"
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8))))
+        container.mux(cover.encode(None))
+        for frame in counting_clip(5):
+            container.mux(main.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(main.encode(None))
+    body = path.read_bytes()
+    moov = body.index(b"moov") - 4
+    size = int.from_bytes(body[moov : moov + 4], "big")
+    boxes, start = [], moov + 8
+    while start < moov + size:
+        end = start + int.from_bytes(body[start : start + 4], "big")
+        boxes.append(body[start:end])
+        start = end
+    boxes.sort(key=lambda box: box[4:8] == b"trak")
+    path.write_bytes(body[: moov + 8] + b"".join(boxes) + body[moov + size :])
+    with av.open(str(path)) as container:
+        assert [stream.codec_context.name for stream in container.streams.video] == ["mjpeg", "h264"]
+    assert video.read(path)[0].shape == (5, 32, 32, 3)
+
+
+HOSTILE = {
+    "concat": b"ffconcat version 1.0\nfile private.mp4\n",
+    "playlist": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nprivate.mp4\n#EXT-X-ENDLIST\n",
+    "session": b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=video 45678 RTP/AVP 96\r\n",
+    "dash": b'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period/></MPD>',
+    "text": b"hello",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".png", ""])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_read_opens_only_what_is_handed_over(tmp_path, monkeypatch, kind, suffix):
+    monkeypatch.chdir(tmp_path)
+    video.write(counting_clip(3), "private.mp4")
+    path = Path(f"{kind}{suffix}")
+    path.write_bytes(HOSTILE[kind])
+    for content in (None, HOSTILE[kind]):
+        with pytest.raises(
+            ValueError, match=f"{kind}.*: not a video or picture of a known format|: cannot be decoded"
+        ):
+            video.read(path, content=content)
+
+
+def test_read_refuses_pipes_folders_and_addresses(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    for name in ("pipe.mp4", "folder.mp4", "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{name}: not a regular file"):
+            video.read(tmp_path / name)
+    with pytest.raises(ValueError, match="no such file"):
+        video.read("http://127.0.0.1/a.mp4")
+
+
+def test_read_decides_by_content_and_takes_any_name(tmp_path):
+    for name, suffix in (
+        ("12:30.txt", ".mp4"),
+        ("a.mp4", ".png"),
+        ("b.png", ".webm"),
+        ("caf\udce9", ".webp"),
+    ):
+        path = video.write(counting_clip(4), tmp_path / f"x{suffix}").rename(tmp_path / name)
+        assert len(video.read(path)[0]) == (1 if suffix == ".png" else 4)
+
+
+def test_read_refuses_a_heic_picture(tmp_path):
+    """Of its tiles libav would show the first."""
+    body = bytearray(video.write(counting_clip(3), tmp_path / "a.mp4").read_bytes())
+    body[8:12] = b"heic"
+    (tmp_path / "a.heic").write_bytes(body)
+    with pytest.raises(
+        ValueError, match=r"a.heic: .*a picture of the kind 'heic', which is not supported; convert it"
+    ):
+        video.read(tmp_path / "a.heic")
+
+
+def test_read_limits_the_seconds_of_a_frame(tmp_path):
+    """Ten changed bytes of an AVI let a frame last for 68 years."""
+    body = bytearray(encode(tmp_path / "a.avi", counting_clip(8), "mpeg4").read_bytes())
+    start = body.find(b"strh") + 28
+    body[start : start + 8] = struct.pack("<II", 0x7FFFFFFF, 1)
+    (tmp_path / "a.avi").write_bytes(body)
+    with pytest.raises(
+        ValueError, match=r"a.avi: .*frame 1 is on screen for 2147483647 s; expected at most 60 s"
+    ):
+        video.read(tmp_path / "a.avi", fps=8)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_read_limits_pixels_time_and_bytes(tmp_path, monkeypatch, suffix):
+    path = video.write(counting_clip(4, 64), tmp_path / f"a{suffix}")
+    for name, value, message in (
+        ("MAX_PIXELS", 1000, "frames of 64x64 pixels; expected at most 1000 pixels"),
+        ("BASE_SECONDS", -1.0, "takes too long"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(limits, name, value)
+            with pytest.raises(ValueError, match=message):
+                video.read(path)
+    monkeypatch.setattr("latent_shift.video.reader.MAX_BYTES", 2 * 64 * 64 * 3)
+    with pytest.raises(ValueError, match=f"a{suffix}: its frames take more than .* GiB; pass a smaller size"):
+        video.read(path)
+    assert len(list(video.iterate(path))) == 4
+
+
+def test_read_does_not_count_the_time_of_the_consumer(tmp_path, monkeypatch):
+    path = video.write(counting_clip(6), tmp_path / "a.mp4", fps=10)
+    now = [0.0]
+    monkeypatch.setattr("latent_shift.video.limits.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("latent_shift.video.reader.monotonic", lambda: now[0])
+    frames = video.iterate(path)
+    for _ in range(6):
+        next(frames)
+        now[0] += 3600
+    assert list(frames) == []
+
+
+def test_collect_keeps_long_clips_in_a_file(tmp_path, monkeypatch):
+    frames = np.random.default_rng(0).integers(0, 256, (12, 8, 6, 3), np.uint8)
+    assert isinstance(video.collect(iter(frames), tmp_path / "new"), np.ndarray)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr("latent_shift.video.frame_file.MAX_MEMORY_BYTES", 5 * frames[0].nbytes)
+    collected = video.collect(iter(frames), tmp_path / "new")
+    assert isinstance(collected, video.FrameFile)
+    assert collected.shape == frames.shape
+    assert np.array_equal(np.load(collected.path), frames)
+    assert np.array_equal(collected[3:9:2], frames[3:9:2])
+    assert np.array_equal(collected[np.array([0, 7, -1])], frames[[0, 7, -1]])
+    assert np.array_equal(collected[5], frames[5])
+    np.testing.assert_array_equal(video.frame_changes(collected), video.frame_changes(frames))

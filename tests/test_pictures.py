@@ -1,0 +1,188 @@
+"""Stills and animations as phones, cameras and editors store them, read as a browser shows them."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
+
+from latent_shift import video
+from latent_shift.video import limits, pictures
+
+
+def corner_image(height: int = 24, width: int = 40) -> np.ndarray:
+    """Return an image that is white at the top right, so that every orientation differs."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[: height // 2, width // 2 :] = 255
+    return image
+
+
+def test_read_takes_the_first_picture_of_a_phone_photo(tmp_path):
+    """Other pictures of a JPEG (MPO) are previews, depths and gains, of any size."""
+    photo, gain = Image.new("RGB", (48, 32), "red"), Image.new("RGB", (16, 24), "blue")
+    photo.save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[gain])
+    frames, rate = video.read(tmp_path / "x.jpg")
+    assert (frames.shape, rate) == ((1, 32, 48, 3), 0.0)
+    assert np.abs(frames[0, 0, 0].astype(int) - (255, 0, 0)).max() <= 2
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_read_turns_and_mirrors_as_exif_says(tmp_path, suffix, orientation):
+    upright = corner_image()
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"a{suffix}", exif=exif)
+    frames, _ = video.read(tmp_path / f"a{suffix}")
+    assert frames.shape == (1, *upright.shape)
+    assert np.abs(frames[0].astype(int) - upright).mean() < 5
+
+
+def test_read_16_bit_grey(tmp_path):
+    """Pillow alone clips 16-bit grey to white."""
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)[None].repeat(8, 0)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    frames, _ = video.read(tmp_path / "a.png")
+    assert np.array_equal(frames[0, 0], np.arange(256)[:, None].repeat(3, 1))
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "CMYK", "RGBa", "La", "F", "I", "YCbCr"]
+)
+def test_to_rgb_takes_every_mode(mode):
+    grey = Image.fromarray(np.where(corner_image()[..., 0], 255, 0).astype(np.uint8))
+    image = {
+        "I;16": lambda: Image.fromarray(np.asarray(grey).astype(np.uint16) * 257),
+        "I": lambda: Image.fromarray(np.asarray(grey).astype(np.int32) * 257),
+        "PA": lambda: grey.convert("LA").convert("PA"),
+        "RGBa": lambda: grey.convert("RGBA").convert("RGBa"),
+        "La": lambda: grey.convert("LA").convert("La"),
+    }.get(mode, lambda: grey.convert(mode))()
+    assert image.mode == mode
+    rgb = pictures.to_rgb(image)
+    assert rgb.mode == "RGB"
+    assert np.abs(np.asarray(rgb).astype(int) - corner_image()).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_read_shows_the_background_behind_a_transparent_colour(tmp_path, mode):
+    image = Image.fromarray(np.array([[0, 200]], np.uint8).repeat(8, 0).repeat(8, 1)).convert(mode)
+    transparent = {"L": 0, "RGB": (0, 0, 0), "P": image.getpixel((0, 0))}[mode]
+    image.save(tmp_path / "a.png", transparency=transparent)
+    frames, _ = video.read(tmp_path / "a.png", background=(0, 255, 0))
+    assert frames[0, 0, 0].tolist() == [0, 255, 0]
+    assert frames[0, 0, 15].tolist() == [200, 200, 200]
+
+
+def test_read_16_bit_grey_with_a_transparent_value(tmp_path):
+    values = np.array([[1000, 40000]], np.uint16).repeat(8, 0).repeat(8, 1)
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=1000)
+    frames, _ = video.read(tmp_path / "a.png", background=(0, 255, 0))
+    assert frames[0, 0, 0].tolist() == [0, 255, 0]
+    assert frames[0, 0, 15].tolist() == [156, 156, 156]
+
+
+def profile(swap: bool) -> bytes:
+    """Return an sRGB profile; with red and blue exchanged, under another name."""
+    body = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    if not swap:
+        return body
+    body = body.replace(b"rXYZ", b"tmpX").replace(b"bXYZ", b"rXYZ").replace(b"tmpX", b"bXYZ")
+    return body.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")).replace(
+        b"sRGB built-in", b"swap built-in"
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_read_converts_colours_by_their_icc_profile(tmp_path, mode):
+    image = Image.new("RGB", (8, 8), (220, 30, 60)).convert(mode)
+    for name, body, expected in (
+        ("none", None, (220, 30, 60)),
+        ("srgb", profile(False), (220, 30, 60)),
+        ("swapped", profile(True), (60, 30, 220)),
+        ("damaged", b"no profile", (220, 30, 60)),
+    ):
+        image.save(tmp_path / f"{name}.png", icc_profile=body)
+        assert np.abs(video.read(tmp_path / f"{name}.png")[0][0, 4, 4].astype(int) - expected).max() <= 3, (
+            name
+        )
+
+
+def test_read_skips_the_default_image_of_an_animated_png(tmp_path):
+    """It is for programs that cannot show animations."""
+    default, *frames = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
+    default.save(tmp_path / "a.png", save_all=True, append_images=frames, default_image=True, duration=200)
+    read, rate = video.read(tmp_path / "a.png")
+    assert (len(read), rate) == (2, 5.0)
+    assert read[:, 0, 0].tolist() == [[0, 128, 0], [0, 0, 255]]
+
+
+def test_read_limits_pictures(tmp_path, monkeypatch):
+    Image.new("1", (13000, 13000)).save(tmp_path / "a.png")
+    Image.new("L", (40, 40)).save(tmp_path / "phone.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(
+            ValueError, match=r"a.png: .*frames of 13000x13000 pixels; expected at most 134217728"
+        ):
+            video.read(tmp_path / "a.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # above it, Pillow warns
+        assert video.read(tmp_path / "phone.png")[0].shape == (1, 40, 40, 3)
+    images = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], duration=[16777215] * 2)
+    with pytest.raises(
+        ValueError, match=r"a.webp: .*frame 1 is on screen for 16777 s; expected at most 60 s"
+    ):
+        video.read(tmp_path / "a.webp", fps=8)
+    assert len(video.read(tmp_path / "a.webp")[0]) == 2
+
+
+def test_read_limits_texts_in_png(tmp_path):
+    """A text of 20 MB that takes 20 kB."""
+    info = PngInfo()
+    info.add_text("Comment", "a" * 20_000_000, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    assert (tmp_path / "a.png").stat().st_size < 100_000
+    with pytest.raises(ValueError, match=r"a.png: cannot be decoded: Decompressed data too large"):
+        video.read_metadata(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".jpg", ".mp4", ".webm", ".avif"])
+def test_read_answers_damaged_files_with_frames_or_a_value_error(tmp_path, suffix):
+    """Bytes at random places are changed; a wrong picture cannot be told, but nothing else is raised."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (3, 16, 16, 3), np.uint8)
+    if suffix in video.OUTPUT_SUFFIXES:
+        body = video.write(frames, tmp_path / f"a{suffix}").read_bytes()
+    else:
+        buffer = io.BytesIO()
+        try:
+            Image.fromarray(frames[0]).save(buffer, format={".jpg": "JPEG", ".avif": "AVIF"}[suffix])
+        except KeyError:
+            pytest.skip("this Pillow has no AVIF")
+        body = buffer.getvalue()
+    for _ in range(60):
+        damaged = bytearray(body)
+        for place in rng.integers(0, len(body), 4):
+            damaged[place] = rng.integers(256)
+        try:
+            read, _ = video.read("a.bin", content=bytes(damaged), fps=8, num_frames=8)
+            assert read.dtype == np.uint8 and read.ndim == 4
+        except ValueError as error:
+            assert str(error).startswith("a.bin: ")  # noqa: PT017
+
+
+def test_limits_are_those_of_the_documentation():
+    assert (limits.MAX_PIXELS, limits.MAX_FRAME_SECONDS, limits.MAX_BYTES) == (2**27, 60, 2**34)

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     import numpy as np
 
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+"""Suffixes of files of weights that can run any program when they are opened."""
+
 
 @contextmanager
 def atomic_path(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
@@ -74,8 +77,24 @@ def write_json(value: object, path: str | Path) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a UTF-8 JSON file, whatever the encoding of the locale."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a UTF-8 JSON file, whatever the encoding of the locale.
+
+    Raises:
+        ValueError: it is not JSON; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON file; {error}") from error
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; raise ValueError for any other, as `read_json` does."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {json.dumps(value)[:40]}")
+    return value
 
 
 def sha256(path: str | Path) -> str:
@@ -102,10 +121,13 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix in PICKLES:
         raise ValueError(
             f"{path}: a pickle file can run any program when it is opened; expected .safetensors"
         )
+    path.stat()  # its error names the file, that of safetensors does not
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a .safetensors file with weights, got a folder or a device")
     try:
         with safe_open(path, framework="np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import ModelMixin
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.readers import Record
@@ -44,6 +44,8 @@ from latent_shift.data.store import (
 from latent_shift.files import write_array, write_text
 from latent_shift.models import text
 from latent_shift.models.autoencoder import downscale_factor, load_autoencoder, posterior, to_pixels
+from latent_shift.models.loading import open_text_encoder, open_tokenizer
+from latent_shift.models.parts import check_network, check_tokenizer
 from latent_shift.runtime import start_worker
 
 CAPTION_SAVE_INTERVAL = 100
@@ -171,6 +173,8 @@ def encode(
     source = open_pixel_store(packed)
     out = Path(out).absolute()  # the machines of a cluster have other working folders
     _check_arguments(out, [*source.folders, Path(autoencoder), Path(texts)], strides)
+    check_network(Path(texts) / "text_encoder", kind="text_encoder")
+    check_tokenizer(Path(texts) / "tokenizer")
     encoder = Encoder(autoencoder, batch_size, device)
     _check_sides(source, encoder.factor)
     start_store(out)
@@ -216,10 +220,10 @@ def _encode_captions(
     Returns:
         The shape (L, D) of an embedding, and the digest of the text encoder.
     """
+    text_encoder = open_text_encoder(texts / "text_encoder").to(device).eval()  # type: ignore[arg-type]
+    tokenizer = open_tokenizer(texts / "tokenizer", text_encoder)
     for name in ("tokenizer", "text_encoder"):
         shutil.copytree(texts / name, out / name, dirs_exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
-    text_encoder = AutoModel.from_pretrained(out / "text_encoder", dtype=torch.float32).to(device).eval()
     digest = _model_digest(text_encoder, tokenizer.get_vocab(), tokenizer.model_max_length)
     captions = _captions_at_rates(source, strides)
     metadata = {"of": digest, "captions": captions}

@@ -25,6 +25,7 @@ from latent_shift.data.encode import encode
 from latent_shift.data.pack import pack
 from latent_shift.data.store import Store, find_stores
 from latent_shift.models.autoencoder import downscale_factor
+from latent_shift.models.parts import variants
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
 from latent_shift.runtime import rank, resolve_precision
@@ -169,9 +170,7 @@ def _claim_build(
 def _diffusers_folder(init: str, base: Path) -> Path:
     """Return `init` as a diffusers folder with plain weights, converted into `base` if it is anything
     else."""
-    plain = init in loading.MODELS or (
-        Path(init).is_dir() and loading.only_variant(Path(init) / "unet") is None
-    )
+    plain = init in loading.MODELS or (Path(init).is_dir() and None in variants(Path(init) / "unet"))
     if not plain and _claim_build(base, "model_index.json", {"model": init}):
         pipe = loading.load(init, device="cpu", dtype=torch.float32)
         if not isinstance(pipe, LatentShiftXLPipeline):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,41 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
+def read_array(path: str | Path, *, mmap: bool = False) -> np.ndarray:
+    """Read a `.npy` file, or map it into memory; raise ValueError, with its name, for a damaged one."""
+    import numpy as np
+
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None)
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path}: expected a .npy file; {error}: delete it to have it computed again"
+        ) from error
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Read a `.npz` file; raise ValueError, with its name, for a damaged one."""
+    import zipfile
+    import zlib
+
+    import numpy as np
+
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file}
+    except (
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        AttributeError,
+    ) as error:
+        raise ValueError(
+            f"{path}: expected a .npz file; {error}: delete it to have it computed again"
+        ) from error
+
+
 def write_json(value: object, path: str | Path) -> None:
     """Write a JSON file atomically, and create its folder.
 
@@ -95,6 +131,32 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {json.dumps(value)[:40]}")
     return value
+
+
+def read_json_lines(path: str | Path) -> list[Any]:
+    """Read a file with a JSON value in each line; raise ValueError, with the file and line, for any other."""
+    values = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            values.append(json.loads(line))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: expected JSON; {error}") from error
+    return values
+
+
+def check_schema(value: object, schema: Any, path: str | Path) -> None:
+    """Raise ValueError of one line, with the file and the place in it, for a value that does not fit a schema of
+    pydantic: a model, a dataclass or a type."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(schema).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        # Alternatives of a union have names of their own in the place of an error.
+        place = ".".join(str(part) for part in problem["loc"] if not re.search(r"[\[(]", str(part)))
+        got = f", got {problem['input']!r:.60}" if problem["type"] != "missing" else ""
+        raise ValueError(f"{path}: {place + ': ' if place else ''}{problem['msg']}{got}") from None
 
 
 def sha256(path: str | Path) -> str:

@@ -92,6 +92,13 @@ def generate(
     lora: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="a LoRA file (.safetensors)")
     ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(help="epsilon or v_prediction: what the model predicts, if it does not say so"),
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="variant of the weights in a folder, such as fp16")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
     """Generate a clip from a prompt, images or another clip."""
@@ -115,14 +122,14 @@ def generate(
         shared_noise=shared_noise, noise_correlation=noise_correlation, loop=loop, image=image, last_image=last_image, video=video,
         mask=mask, strength=strength, chunk=chunk, halo=halo, free_init=free_init, scheduler=scheduler,
     )  # fmt: skip
-    catalog.check_model(model)
+    catalog.check_model(model, variant=variant, prediction=prediction)
 
     skip_packages(catalog.unused_packages(model, lora=lora is not None, scheduler=scheduler))
     quiet_libraries()
     from latent_shift.pipelines.loading import load
     from latent_shift.pipelines.lora import load_lora
 
-    pipe = load(model, device=device)
+    pipe = load(model, device=device, variant=variant, prediction=prediction)
     if lora:
         load_lora(pipe, lora)
     clip = generate_clip(request, pipe)

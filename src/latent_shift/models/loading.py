@@ -155,7 +155,8 @@ def open_scheduler(path: Path) -> SchedulerMixin:
     """
     settings, file = read_part(path, "scheduler"), path / "scheduler_config.json"
     scheduler_class: Any = getattr(diffusers, settings["_class_name"], None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+    is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)
+    if not is_scheduler:
         raise ValueError(f"{file}: diffusers has no scheduler {settings['_class_name']}")
     check_types(scheduler_class, settings, file)
     with one_line_errors(file, settings["_class_name"]):

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from latent_shift.files import PICKLES, read_json, read_json_object, tensor_shapes
+from latent_shift.files import PICKLES, check_schema, read_json, read_json_object, tensor_shapes
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Depth = Annotated[int, Field(ge=1, le=1_000)]
@@ -138,21 +138,8 @@ def read_settings(path: Path, schema: type[_Settings]) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     settings = read_json_object(path)
-    check_settings(settings, schema, path)
+    check_schema(settings, schema, path)
     return settings
-
-
-def check_settings(settings: object, schema: type[_Settings], path: str | Path) -> None:
-    """Raise ValueError, with the name of the file, for settings that do not fit a schema."""
-    try:
-        schema.model_validate(settings)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(
-            str(part) for part in problem["loc"] if not str(part).startswith(("list[", "constrained"))
-        )
-        got = f", got {problem['input']!r:.60}" if problem["type"] != "missing" else ""
-        raise ValueError(f"{path}: {name or 'settings'}: {problem['msg']}{got}") from None
 
 
 def read_part(part: Path, kind: str | None = None) -> dict[str, Any]:

@@ -34,6 +34,9 @@ MODELS = {
 }
 
 
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
 @dataclass(frozen=True)
 class Family:
     """Settings of a family, named as in the diffusers classes; missing ones have the class's default.
@@ -201,10 +204,14 @@ def on_hub(model: str | Path) -> bool:
     return not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None
 
 
-def check_model(model: str | Path, *, variant: str | None = None) -> None:
-    """Raise ValueError for a model that cannot be loaded, as `load` does, before anything heavy is
-    imported."""
+def check_model(model: str | Path, *, variant: str | None = None, prediction: str | None = None) -> None:
+    """Raise ValueError for a model that cannot be loaded with these arguments, as `load` does, before anything
+    heavy is imported."""
+    if prediction not in (None, *PREDICTIONS):
+        raise ValueError(f"prediction: expected {' or '.join(PREDICTIONS)}, got {prediction!r}")
     if Path(model).is_file():
+        if variant is not None:
+            raise ValueError(f"{model}: variant {variant!r} has no effect on a single file: leave it out")
         identify_file(model)
     elif not on_hub(model):
         read_index(folder(model), variant=variant)

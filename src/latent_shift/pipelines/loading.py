@@ -34,8 +34,6 @@ from latent_shift.runtime import resolve_device
 
 __all__ = ["MODELS", "WEIGHTS", "describe", "download", "folder", "load", "make_scheduler", "on_hub"]
 
-PREDICTIONS = ("epsilon", "v_prediction")
-
 
 def load(
     model: str | Path = "emoji", *, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
@@ -60,13 +58,10 @@ def load(
         ValueError: nothing that can be loaded; the message says what it is and what was expected. Or CUDA
             that is not available.
     """
-    if prediction not in (None, *PREDICTIONS):
-        raise ValueError(f"prediction: expected {' or '.join(PREDICTIONS)}, got {prediction!r}")
+    check_model(model, variant=variant, prediction=prediction)
     device = resolve_device(device)
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     if Path(model).is_file():
-        if variant is not None:
-            raise ValueError(f"{model}: variant {variant!r} has no effect on a single file: leave it out")
         return single_file.open_file(model, dtype=dtype, prediction=prediction).to(device)
     path = download(str(model), variant=variant) if on_hub(model) else folder(model)
     pipe = _open_folder(path, dtype=dtype, variant=variant)
@@ -81,7 +76,6 @@ def download(model: str, *, variant: str | None = None) -> Path:
     Raises:
         ValueError: there is no such pipeline, or neither network nor cache.
     """
-    check_model(model)
     with one_line_errors(model, "a model of the Hub"):
         return Path(DiffusionPipeline.download(model, variant=variant, use_safetensors=True))
 

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latent_shift.config import Lora
-from latent_shift.files import tensor_shapes
+from latent_shift.files import check_schema, tensor_shapes
 from latent_shift.models.loading import one_line_errors
-from latent_shift.models.parts import LoraSettings, PeftSettings, check_settings, read_settings
+from latent_shift.models.parts import LoraSettings, PeftSettings, read_settings
 from latent_shift.shift import Shift, ShiftConv2d, inflate, shift_of
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _call_settings(metadata: dict[str, str], path: Path) -> dict:
         settings = json.loads(metadata["latent_shift"])
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: its header has settings that are not JSON ({error})") from error
-    check_settings(settings, LoraSettings, path)
+    check_schema(settings, LoraSettings, path)
     return settings
 
 

@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel
 
 from latent_shift import video
 from latent_shift.evaluation.evaluate import SavedClips, add_paired_differences
 from latent_shift.evaluation.measures import HIGHER, LOWER, REAL, label_of
+from latent_shift.evaluation.records import read_results
 from latent_shift.evaluation.tables import Table, find_seeds, make_table, skipped_measures
-from latent_shift.files import read_json
+from latent_shift.files import check_schema, read_json
 from latent_shift.report.plots import plots
 
 ARROWS = {HIGHER: "\u2191", LOWER: "\u2193", REAL: "=", "": ""}
@@ -42,7 +44,7 @@ class Column:
 
 def read_evaluation(folder: Path) -> list[Column]:
     """Read the systems of an evaluation's folder, by name; raise ValueError where there is none."""
-    columns = [Column(read_json(path), path.parent) for path in sorted(folder.glob("*/results.json"))]
+    columns = [Column(read_results(path), path.parent) for path in sorted(folder.glob("*/results.json"))]
     if not columns:
         raise ValueError(f"{folder}: no */results.json; expected the folder of `latent-shift eval --out`")
     return columns
@@ -115,7 +117,7 @@ def report(
             zip((folder.name.replace("-", " ").capitalize() for folder in ablations), tables[1:], strict=True)
         ),
         definitions=_definitions(tables),
-        training=read_json(training) if training else [],
+        training=_read_training(training) if training else [],
         classes=_class_rows(classes, out) if classes else None,
         sweeps=[_sweep(path, f"sweep{k}") for k, path in enumerate(sweeps)],
     )
@@ -134,6 +136,7 @@ def _read_systems(evaluation: Path, names: Sequence[str]) -> list[Column]:
 def _read_prompts(folder: Path, num: int | None = None) -> list[str]:
     """Return the first `num` prompts of an evaluation; raise ValueError where it has fewer. None: all."""
     prompts = read_json(folder / "prompts.json")
+    check_schema(prompts, list[str], folder / "prompts.json")
     if num is not None and num > len(prompts):
         raise ValueError(f"{folder} has {len(prompts)} clips a system, {num} rows asked for")
     return prompts[:num]
@@ -298,8 +301,48 @@ def _definitions(tables: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(name, definition) for definition, name in definitions.items()]
 
 
+class _Run(BaseModel):
+    """A row of `latent-shift bench runs -o`."""
+
+    run: str
+    parameters: float
+    steps: int
+    loss: float
+    val_loss: float | None
+    gib_peak: float
+
+
+class _Point(BaseModel):
+    """A point of `latent-shift bench sweep -o`, as far as every point has it."""
+
+    line: str
+    name: str
+    frames: int
+    side: int
+    clips: int
+
+
+class _Sweep(BaseModel):
+    """The file of `latent-shift bench sweep -o`."""
+
+    points: list[_Point]
+    device: str
+    processor: str
+    dtype: str
+    torch: str
+    date: str
+    threads: int
+
+
+def _read_training(path: Path) -> list[dict[str, Any]]:
+    rows = read_json(path)
+    check_schema(rows, list[_Run], path)
+    return rows
+
+
 def _sweep(path: Path, name: str) -> dict[str, Any]:
     sweep = read_json(path)
+    check_schema(sweep, _Sweep, path)
     return {"machine": sweep, "plots": plots(sweep, name=name)}
 
 

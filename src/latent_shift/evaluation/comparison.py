@@ -109,7 +109,9 @@ class Comparison:
             shutil.rmtree(parts)
         rows = read_array(path, mmap=True)
         if len(rows) != num:
-            raise ValueError(f"{path}: has {len(rows)} rows, expected {num}: delete it to have it computed again")
+            raise ValueError(
+                f"{path}: has {len(rows)} rows, expected {num}: delete it to have it computed again"
+            )
         return rows
 
     def record(

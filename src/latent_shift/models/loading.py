@@ -139,10 +139,11 @@ def open_tokenizer(path: Path, encoder: PreTrainedModel | None = None) -> PreTra
         raise ValueError(
             f"{path}: has {len(tokenizer)} tokens, its text encoder {vocab_size}: they belong to different models"
         )
-    if tokenizer.model_max_length > (length or 100_000):
+    most = length or 100_000
+    if not 2 < tokenizer.model_max_length <= most:
         raise ValueError(
-            f"{path}: expected model_max_length in tokenizer_config.json to be at most {length or 100_000}, the "
-            f"tokens that its text encoder reads, got {tokenizer.model_max_length}"
+            f"{path}: expected model_max_length in tokenizer_config.json to be from 3 to {most}, the tokens that its "
+            f"text encoder reads, got {tokenizer.model_max_length}"
         )
     return tokenizer
 

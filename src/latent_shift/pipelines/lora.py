@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils.state_dict_utils import (
-    convert_state_dict_to_diffusers,
+    StateDictType,
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
@@ -96,6 +96,9 @@ def _diffusers_names(
     if kohya:
         with one_line_errors(path, "a LoRA of kohya's scripts"):
             renamed, alphas = pipe.lora_state_dict(dict(kohya), unet_config=pipe.unet.config)
+        # diffusers takes these names only where all layers of an attention have a LoRA.
+        texts = {name: tensor for name, tensor in renamed.items() if not name.startswith("unet.")}
+        renamed = {name: renamed[name] for name in renamed.keys() - texts.keys()} | _peft_names(texts)
     layers = {name for name, _ in pipe.unet.named_children()}
     for name, tensor in tensors.items():
         if name in kohya:
@@ -136,7 +139,8 @@ def _fitting_names(pipe: ClipPipeline, tensors: dict[str, Tensor]) -> set[str]:
         }
         names = [name for name in tensors if name.startswith(f"{part}.")]
         inside = {name.removeprefix(f"{part}."): tensors[name] for name in names}
-        for name, key in zip(names, _peft_names(part, inside), strict=True):
+        keys = convert_unet_state_dict_to_peft(inside) if part == "unet" else _peft_names(inside)
+        for name, key in zip(names, keys, strict=True):
             layer, _, rest = key.removeprefix("text_model.").partition(".lora_")
             shape, size = layers.get(layer), tensors[name].shape
             if (
@@ -151,18 +155,9 @@ def _fitting_names(pipe: ClipPipeline, tensors: dict[str, Tensor]) -> set[str]:
     return fitting
 
 
-def _peft_names(part: str, tensors: dict[str, Tensor]) -> list[str]:
-    """Return the names of peft, in order, for those of diffusers without the name of the network."""
-    if part == "unet":
-        return list(convert_unet_state_dict_to_peft(tensors))
-    is_known = any(
-        ".lora_A" in name or "lora_linear_layer" in name or "to_out_lora" in name for name in tensors
-    )
-    return (
-        list(convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors)))
-        if is_known
-        else list(tensors)
-    )
+def _peft_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a text encoder's LoRA, in order, by the names of peft."""
+    return convert_state_dict_to_peft(tensors, original_type=StateDictType.DIFFUSERS_OLD)
 
 
 def _add_tensors(

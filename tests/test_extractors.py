@@ -1,5 +1,7 @@
 """Feature extractors: real classes at tiny size, and TorchScript files with the published signatures."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -260,3 +262,20 @@ def test_weights_open_says_where_missing_weights_are_published(scripts):
         weights.open("c3d")
     with pytest.raises(ValueError, match="--weights c3d=: expected i3d=PATH, c3d=PATH"):
         Weights.parse(["i3d=a", "c3d="])
+
+
+def test_weights_that_can_run_programs_need_trust(scripts, clip_folder, tmp_path):
+    """A TorchScript file that writes files is not even opened; a folder of pickles neither."""
+    for open_network in (features.i3d, features.c3d, features.inception):
+        with pytest.raises(ValueError, match=r"can write files and run any operation .* use --trust-weights"):
+            open_network(scripts / "i3d.pt")
+    with pytest.raises(ValueError, match="use --trust-weights"):
+        Weights.parse([f"i3d={scripts / 'i3d.pt'}"])
+    assert Weights.parse([f"i3d={scripts / 'i3d.pt'}"], trust=True).open("i3d").name == "i3d-kinetics400"
+    pickled = shutil.copytree(clip_folder, tmp_path / "clip")
+    expected = features.Clip(clip_folder)(clips(1, 2), ["red"])
+    torch.save(CLIPModel.from_pretrained(clip_folder).state_dict(), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="pickles can run any program when they are opened"):
+        features.Clip(pickled)
+    np.testing.assert_allclose(features.Clip(pickled, trust=True)(clips(1, 2), ["red"]), expected, rtol=1e-5)

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from latent_shift import video
 from latent_shift.evaluation.evaluate import SavedClips, add_paired_differences
@@ -313,13 +313,19 @@ class _Run(BaseModel):
 
 
 class _Point(BaseModel):
-    """A point of `latent-shift bench sweep -o`, as far as every point has it."""
+    """A point of `latent-shift bench sweep -o`; every line has its own abscissa."""
 
-    line: str
+    line: Literal["frames", "side", "clips"]
     name: str
-    frames: int
-    side: int
-    clips: int
+    frames: int | None = None
+    side: int | None = None
+    clips: int | None = None
+
+    @model_validator(mode="after")
+    def _has_abscissa(self) -> _Point:
+        if getattr(self, self.line) is None:
+            raise ValueError(f"expected {self.line} in a point of the line {self.line}")
+        return self
 
 
 class _Sweep(BaseModel):

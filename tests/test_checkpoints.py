@@ -97,6 +97,10 @@ def refusal(model, **options) -> str:
         ("model_index.json", {"latent_shift": {"num_frames": "many"}}, "latent_shift.num_frames: Input should be a valid"),
         ("model_index.json", {"text_encoder": ["transformers", "NoModel"]}, "transformers has no NoModel"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, "from 3 to 20"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "20"}, "from 3 to 20, .* got '20'"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": None}, "cannot be opened as a tokenizer"),
+        ("vae/config.json", {"scaling_factor": 1e300}, "scaling_factor: Input should be less than or equal to 1000"),
+        ("text_encoder/config.json", {"eos_token_id": [1, 2]}, "eos_token_id: Input should be a valid integer"),
     ],
 )  # fmt: skip
 def test_load_refuses_settings_of_other_models_and_types(file, changes, message, copied):

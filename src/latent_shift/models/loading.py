@@ -130,21 +130,26 @@ def open_tokenizer(path: Path, encoder: PreTrainedModel | None = None) -> PreTra
     check_tokenizer(path)
     with one_line_errors(path, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        one, other = tokenizer(["red", "a blue bird"]).input_ids
-    if one == other or len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ValueError(f"{path}: its vocabulary is empty, so that every prompt is the same")
+        num_tokens, last_id = len(tokenizer), max(tokenizer.get_vocab().values(), default=0)
+        num_special = len(tokenizer.all_special_ids)
     config = getattr(encoder, "config", None)
     vocab_size, length = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
-    if vocab_size is not None and max(tokenizer.get_vocab().values()) >= vocab_size:
+    if num_tokens <= num_special:
+        raise ValueError(f"{path}: its vocabulary is empty, so that every prompt is the same")
+    if vocab_size is not None and last_id >= vocab_size:
         raise ValueError(
-            f"{path}: has {len(tokenizer)} tokens, its text encoder {vocab_size}: they belong to different models"
+            f"{path}: has {num_tokens} tokens, its text encoder {vocab_size}: they belong to different models"
         )
     most = length or 100_000
-    if not 2 < tokenizer.model_max_length <= most:
+    if not isinstance(tokenizer.model_max_length, int) or not 2 < tokenizer.model_max_length <= most:
         raise ValueError(
             f"{path}: expected model_max_length in tokenizer_config.json to be from 3 to {most}, the tokens that its "
-            f"text encoder reads, got {tokenizer.model_max_length}"
+            f"text encoder reads, got {tokenizer.model_max_length!r}"
         )
+    with one_line_errors(path, "a tokenizer"):
+        one, other = tokenizer(["red", "a blue bird"], padding="max_length", truncation=True).input_ids
+    if one == other:
+        raise ValueError(f"{path}: every prompt is the same to it")
     return tokenizer
 
 

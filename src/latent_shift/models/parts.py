@@ -48,7 +48,7 @@ class AutoencoderSettings(_Settings):
     block_out_channels: Annotated[list[Width], Field(min_length=1)] | None = None
     encoder_block_out_channels: Annotated[list[Width], Field(min_length=1)] | None = None
     layers_per_block: Depth = 1
-    scaling_factor: Annotated[float, Field(gt=0)] = 1.0
+    scaling_factor: Annotated[float, Field(gt=0, le=1000)] = 1.0
     latents_mean: list[float] | None = None
     latents_std: list[Annotated[float, Field(gt=0)]] | None = None
 
@@ -59,6 +59,10 @@ class TextEncoderSettings(_Settings):
     intermediate_size: Annotated[int, Field(ge=1, le=10**6)] | None = None
     vocab_size: Annotated[int, Field(ge=1, le=10**7)] | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    layer_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
 
 
 class SchedulerSettings(_Settings):

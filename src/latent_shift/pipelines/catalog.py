@@ -354,7 +354,7 @@ def _check_kind(path: Path, index: dict) -> None:
             )
         if index.get("requires_aesthetics_score"):
             raise ValueError("this is the refiner of Stable Diffusion XL; expected the base model")
-        widths = [text["hidden_size"] for text in texts if "hidden_size" in text]
+        widths = [text["hidden_size"] for text in texts if text.get("hidden_size")]
         width = unet.get("cross_attention_dim", 1280)
         if len(widths) == len(texts) and sum(widths) != width:
             raise ValueError(f"its U-Net takes texts {width} wide, its text encoders return {sum(widths)}")

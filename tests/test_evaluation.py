@@ -521,7 +521,8 @@ def test_evaluate_computes_published_measures_of_public_sets(system, scripts, cl
         return replace(protocols.open_protocol(name, data, **options), size=(32, 32))
 
     weights = Weights(
-        {"i3d": str(scripts / "i3d.pt"), "c3d": str(scripts / "c3d.pt"), "clip": str(clip_folder)}
+        {"i3d": str(scripts / "i3d.pt"), "c3d": str(scripts / "c3d.pt"), "clip": str(clip_folder)},
+        trust=True,
     )
     (tmp_path / "u").mkdir()
     result = evaluate(
@@ -552,7 +553,7 @@ def test_evaluate_refuses_unreadable_real_clips_before_generating(system, script
     for file in folder.rglob("*.avi"):
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"\.avi: cannot be decoded"):
-        evaluate(system, ucf, tmp_path / "out", weights=Weights({"i3d": str(scripts / "i3d.pt")}))
+        evaluate(system, ucf, tmp_path / "out", weights=Weights({"i3d": str(scripts / "i3d.pt")}, trust=True))
     assert not list((tmp_path / "out").rglob("clips/*.png"))
 
 

@@ -1,5 +1,7 @@
 """Feature extractors: real classes at tiny size, and TorchScript files with the published signatures."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -77,14 +79,14 @@ def test_scripted_extractors_call_networks_as_published(scripts):
     """StyleGAN-V's files take clips (B, 3, F, H, W) of float32 in 0..255, StyleGAN2-ADA's images (N, 3, H, W) of uint8; sizes and ranges
     they change themselves."""
     some = clips()
-    i3d = features.i3d(scripts / "i3d.pt")
+    i3d = features.i3d(scripts / "i3d.pt", trust=True)
     assert (MEASURES["fvd"].network, MEASURES["kvd"].network, i3d.unit) == ("i3d", "i3d", "clip")
     red = [
         [some[clip, frame, y, x, 0] for frame in range(4) for y in range(10) for x in range(10)]
         for clip in range(3)
     ]
     np.testing.assert_array_equal(i3d(some, batch_size=2), np.array(red, np.float32)[:, None])
-    inception = features.inception(scripts / "inception.pt")
+    inception = features.inception(scripts / "inception.pt", trust=True)
     planes = [
         [
             [some[clip, frame, y, x, channel] for channel in range(3) for y in range(28) for x in range(28)][
@@ -95,7 +97,7 @@ def test_scripted_extractors_call_networks_as_published(scripts):
         for clip in range(3)
     ]
     np.testing.assert_array_equal(inception(some), np.array(planes, np.float32))
-    probabilities = features.inception(scripts / "inception.pt", probabilities=True)
+    probabilities = features.inception(scripts / "inception.pt", trust=True, probabilities=True)
     powers = np.exp(np.array(planes, np.float64)[..., :1008] / 50)
     np.testing.assert_allclose(probabilities(some), powers / powers.sum(axis=2, keepdims=True), rtol=1e-4)
     assert inception.name != probabilities.name  # their features lie in one folder
@@ -105,7 +107,9 @@ def test_scripted_extractors_call_networks_as_published(scripts):
     ]
     powers = np.exp(np.array(red, np.float64) / 50)
     np.testing.assert_allclose(
-        features.c3d(scripts / "c3d.pt")(some)[:, 0], powers / powers.sum(axis=1, keepdims=True), rtol=1e-4
+        features.c3d(scripts / "c3d.pt", trust=True)(some)[:, 0],
+        powers / powers.sum(axis=1, keepdims=True),
+        rtol=1e-4,
     )
     with pytest.raises(ValueError, match="takes clips of 16 frames, these have 8"):
         i3d(clips(num_frames=8))
@@ -116,23 +120,23 @@ def test_scripted_extractors_call_networks_as_published(scripts):
 def test_scripted_extractors_refuse_other_networks(scripts, tmp_path):
     for name in ("c3d", "inception"):
         with pytest.raises(ValueError, match="cannot be called as the TorchScript file i3d"):
-            features.i3d(scripts / f"{name}.pt")
+            features.i3d(scripts / f"{name}.pt", trust=True)
     torch.jit.script(Narrow()).save(str(tmp_path / "narrow.pt"))
     with pytest.raises(
         ValueError,
         match=r"returns features of shape \(1, 399\) instead of 400; expected the TorchScript file i3d",
     ):
-        features.i3d(tmp_path / "narrow.pt")
+        features.i3d(tmp_path / "narrow.pt", trust=True)
     with pytest.raises(ValueError, match="no such file"):
-        features.i3d(tmp_path / "gone.pt")
+        features.i3d(tmp_path / "gone.pt", trust=True)
     (tmp_path / "text.pt").write_text("x")
     with pytest.raises(ValueError, match="expected a TorchScript file"):
-        features.c3d(tmp_path / "text.pt")
+        features.c3d(tmp_path / "text.pt", trust=True)
     torch.jit.script(Logits()).save(str(tmp_path / "logits.pt"))
     with pytest.raises(
         ValueError, match="does not return probabilities; expected the TorchScript file c3d_ucf101"
     ):
-        features.c3d(tmp_path / "logits.pt")
+        features.c3d(tmp_path / "logits.pt", trust=True)
 
 
 def videomae_config() -> VideoMAEConfig:
@@ -252,9 +256,26 @@ def test_digest_differs_between_weights(scripts, clip_folder, tmp_path):
 
 
 def test_weights_open_says_where_missing_weights_are_published(scripts):
-    weights = Weights({"i3d": str(scripts / "i3d.pt")})
+    weights = Weights({"i3d": str(scripts / "i3d.pt")}, trust=True)
     assert weights.open("i3d") is weights.open("i3d")
     with pytest.raises(MeasureUnavailable, match=r"needs the TorchScript file c3d_ucf101\.pt of StyleGAN-V"):
         weights.open("c3d")
     with pytest.raises(ValueError, match="--weights c3d=: expected i3d=PATH, c3d=PATH"):
         Weights.parse(["i3d=a", "c3d="])
+
+
+def test_weights_that_can_run_programs_need_trust(scripts, clip_folder, tmp_path):
+    """A TorchScript file that writes files is not even opened; a folder of pickles neither."""
+    for open_network in (features.i3d, features.c3d, features.inception):
+        with pytest.raises(ValueError, match=r"can write files and run any operation .* use --trust-weights"):
+            open_network(scripts / "i3d.pt")
+    with pytest.raises(ValueError, match="use --trust-weights"):
+        Weights.parse([f"i3d={scripts / 'i3d.pt'}"])
+    assert Weights.parse([f"i3d={scripts / 'i3d.pt'}"], trust=True).open("i3d").name == "i3d-kinetics400"
+    pickled = shutil.copytree(clip_folder, tmp_path / "clip")
+    expected = features.Clip(clip_folder)(clips(1, 2), ["red"])
+    torch.save(CLIPModel.from_pretrained(clip_folder).state_dict(), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="pickles can run any program when they are opened"):
+        features.Clip(pickled)
+    np.testing.assert_allclose(features.Clip(pickled, trust=True)(clips(1, 2), ["red"]), expected, rtol=1e-5)

@@ -217,6 +217,24 @@ def test_prepare_builds_everything_once(checkpoint, media, packed, latents, tmp_
     assert not waiting.is_alive()
 
 
+def test_prepare_takes_the_prediction_and_variant_of_init(checkpoint, latents, tmp_path):
+    """A checkpoint that says epsilon and predicts v; a folder with plain weights and a variant."""
+    options = ["model.prediction=v_prediction", "diffusion.prediction=v_prediction"]
+    prepared = prepare.prepare(resolved(checkpoint, latents, *options), tmp_path / "1")
+    scheduler = json.loads((prepared.init / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    both = shutil.copytree(checkpoint, tmp_path / "both")
+    for file in [*both.rglob("*.safetensors")]:
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}
+        save_file(zeros, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    prepared = prepare.prepare(resolved(both, latents, "model.variant=fp16"), tmp_path / "2")
+    assert all(
+        not tensor.any()
+        for tensor in load_file(next((prepared.init / "unet").glob("*.safetensors"))).values()
+    )
+    assert prepare.prepare(resolved(both, latents), tmp_path / "3").init == both
+
+
 def finetune_path(checkpoint, media, run_folder):
     prepare.prepare(resolved(checkpoint, media, "data.size=16"), run_folder)
     return run_folder / "pixels"

@@ -283,3 +283,32 @@ def test_report_refuses_a_missing_clip_of_a_system(evals, tmp_path):
     (tmp_path / "compare" / "b" / "clips" / "000001.png").unlink()
     with pytest.raises(ValueError, match=r"000001\.png: no such clip; expected all that b was measured on"):
         report(tmp_path / "page", tmp_path / "compare", rows=2)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("results.json", lambda result: [], "expected a JSON object"),
+        ("results.json", lambda result: {**result, "records": {}}, "records: Input should be a valid list"),
+        ("results.json", lambda result: {**result, "records": [{"measure": "fvd"}]}, "0.value: Field required"),
+        ("results.json", lambda result: {**result, "system": {**result["system"], "fps": "8"}}, r"system\.fps: Input should be a valid number"),
+        ("../prompts.json", lambda prompts: {"a": 1}, "Input should be a valid list"),
+    ],
+)  # fmt: skip
+def test_report_names_damaged_files_of_an_evaluation(file, change, message, evals, tmp_path):
+    folder = shutil.copytree(evals / "compare", tmp_path / "compare")
+    path = next(folder.glob("*/results.json")).parent / file
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=message) as error:
+        report(tmp_path / "page", folder, rows=2)
+    assert path.name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [([], "Input should be a valid dictionary"), ({**SWEEP, "points": [{"line": "side", "name": "a"}]}, "expected side in a point")],
+)  # fmt: skip
+def test_report_names_a_damaged_sweep(sweep, message, evals, tmp_path):
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    with pytest.raises(ValueError, match=message):
+        report(tmp_path / "page", evals / "compare", sweeps=[tmp_path / "sweep.json"], rows=2)

@@ -33,6 +33,8 @@ OTHERS: dict[str, tuple] = {
     "data.val_splits": ("image", ["val_concept"], {}),
     "model.size": ("autoencoder", "emoji", {}),
     "model.init": ("video", None, {}),
+    "model.prediction": ("image", "epsilon", {"model.init": ...}),  # converted into the run folder
+    "model.variant": ("image", "fp16", {"model.init": ...}),
     "model.temporal": ("video", "attention", {}),
     "model.place": ("video", "end", {}),
     "model.forward": ("video", 0.0, {}),
@@ -191,8 +193,9 @@ def test_setting_changes_the_outcome(
     assert not isinstance(plain, str), plain
     other = run(tmp_path / "other", {**further, key: value})
     assert other != plain
-    # Sharding has its effect on several processes: test_distributed.py.
-    assert isinstance(other, str) == (key == "train.shard"), other
+    # Sharding has its effect on several processes (test_distributed.py), a variant in a folder that has it
+    # (test_finetune.py).
+    assert isinstance(other, str) == (key in ("train.shard", "model.variant")), other
 
 
 def test_outcome_is_the_same_for_the_same_settings(latents, tmp_path):

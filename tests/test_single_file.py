@@ -112,8 +112,11 @@ def test_open_file_equals_the_model_it_was_made_from(name, small, tmp_path):
     )
     theirs.set_progress_bar_config(disable=True)
     assert {**describe(tmp_path / "folder"), "format": described["format"]}.items() >= {
-        key: described[key] for key in described if key != "text_encoder"
+        key: described[key] for key in described if key not in ("text_encoder", "predicts")
     }.items()
+    by_file = "epsilon or v_prediction: loading finds out" if name == "sd2" else "epsilon"
+    assert described["predicts"] == by_file
+    assert describe(tmp_path / "folder")["predicts"] == loaded.scheduler.config.prediction_type
     ours = load(tmp_path / "folder", device="cpu")
     ours.set_progress_bar_config(disable=True)
     image = theirs("a cat", generator=seed(0), num_inference_steps=2, output_type="np").images

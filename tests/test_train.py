@@ -580,3 +580,44 @@ def test_check_start_refuses_other_training(latents, image_model, video_model, t
         stage_from(model=model, diffusion={"prediction": "v_prediction"})
     with pytest.raises(ValueError, match="texts 32 wide, the U-Net takes 4 and 384"):
         stage_from(model={"size": "emoji"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[]", "expected a JSON object"), ('{"step": 2}', "sizes: Field required"), ('{"step": "2", "sizes": {}, "seen": {}}', "step: ")],
+)  # fmt: skip
+def test_restore_names_a_damaged_state(text, message, latents, tmp_path):
+    config = tiny_config("video", latents, steps=2)
+    train(config, tmp_path)
+    (checkpoint.steps(tmp_path)[-1] / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=f"no checkpoint is complete .*{message}"):
+        train(config, tmp_path)
+
+
+def test_restore_names_a_checkpoint_that_is_damaged_inside(latents, tmp_path):
+    """Every file has its size; the weights are no safetensors, the optimizer no pickle."""
+    config = tiny_config("video", latents, steps=2)
+    train(config, tmp_path)
+    newest = checkpoint.steps(tmp_path)[-1]
+    for name in ("model.safetensors", "optimizer.bin"):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(bytes(len(whole)))
+        with pytest.raises(ValueError, match="delete it to resume from the one before") as error:
+            train(config, tmp_path)
+        assert newest.name in str(error.value) and "\n" not in str(error.value)
+        (newest / name).write_bytes(whole)
+
+
+def test_trim_stats_drops_lines_of_others(tmp_path):
+    lines = [
+        '{"step": 1, "seconds": 2.0}',
+        "[]",
+        "null",
+        '{"step": "1"}',
+        '{"step": 2, "seconds": "x"}',
+        '{"step": 3, "seconds": 9}',
+        '{"st',
+    ]
+    (tmp_path / "stats.jsonl").write_text("\n".join(lines))
+    assert checkpoint.trim_stats(tmp_path, 2) == 2.0
+    assert (tmp_path / "stats.jsonl").read_text() == '{"step": 1, "seconds": 2.0}\n'

@@ -81,6 +81,14 @@ class Model(Section):
         None,
         description="A checkpoint to start from: a model's name, a diffusers folder, a single file or a Hub id.",
     )
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(
+        None,
+        description="What `init` predicts, where it does not say so correctly (single files cannot always); unset: as it says.",
+    )
+    variant: str | None = Field(
+        None,
+        description="Variant of the weights in the folder `init`, such as fp16; unset: plain weights, or the only variant.",
+    )
     temporal: Literal["shift", "none", "attention", "vdm"] = Field(
         "shift",
         description="How frames exchange information: the paper's shift, not at all, or a baseline: Latent-VDM (convolution and "
@@ -105,6 +113,9 @@ class Model(Section):
             raise ValueError(
                 "give either size (a named size, random weights) or init (a folder with weights)"
             )
+        for name in ("prediction", "variant"):
+            if self.init is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect without init: leave it out")
         for name in ("place", "forward", "backward", "edge"):
             if self.temporal != "shift" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect on temporal={self.temporal}: leave it out")
@@ -383,6 +394,8 @@ _IGNORED = {  # settings that have no effect in a stage
         "train.sample_guidance",
         "train.sample_shared_noise",
         "train.sample_noise_correlation",
+        "model.prediction",
+        "model.variant",
         "model.temporal",
         "model.place",
         "model.forward",

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import numpy as np
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+"""Suffixes of files of weights that can run any program when they are opened."""
 
 
 @contextmanager
@@ -101,6 +105,41 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
         file.write(np.ascontiguousarray(array).data)
 
 
+def read_array(path: str | Path, *, mmap: bool = False) -> np.ndarray:
+    """Read a `.npy` file, or map it into memory; raise ValueError, with its name, for a damaged one."""
+    import numpy as np
+
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None)
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path}: expected a .npy file; {error}: delete it to have it computed again"
+        ) from error
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Read a `.npz` file; raise ValueError, with its name, for a damaged one."""
+    import zipfile
+    import zlib
+
+    import numpy as np
+
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file}
+    except (
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        AttributeError,
+    ) as error:
+        raise ValueError(
+            f"{path}: expected a .npz file; {error}: delete it to have it computed again"
+        ) from error
+
+
 def write_json(value: object, path: str | Path) -> None:
     """Write a JSON file atomically, and create its folder.
 
@@ -113,8 +152,50 @@ def write_json(value: object, path: str | Path) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a UTF-8 JSON file, whatever the encoding of the locale."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a UTF-8 JSON file, whatever the encoding of the locale.
+
+    Raises:
+        ValueError: it is not JSON; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON file; {error}") from error
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; raise ValueError for any other, as `read_json` does."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {json.dumps(value)[:40]}")
+    return value
+
+
+def read_json_lines(path: str | Path) -> list[Any]:
+    """Read a file with a JSON value in each line; raise ValueError, with the file and line, for any other."""
+    values = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            values.append(json.loads(line))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: expected JSON; {error}") from error
+    return values
+
+
+def check_schema(value: object, schema: Any, path: str | Path) -> None:
+    """Raise ValueError of one line, with the file and the place in it, for a value that does not fit a schema of
+    pydantic: a model, a dataclass or a type."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(schema).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        # Alternatives of a union have names of their own in the place of an error.
+        place = ".".join(str(part) for part in problem["loc"] if not re.search(r"[\[(]", str(part)))
+        got = f", got {problem['input']!r:.60}" if problem["type"] != "missing" else ""
+        raise ValueError(f"{path}: {place + ': ' if place else ''}{problem['msg']}{got}") from None
 
 
 def sha256(path: str | Path) -> str:
@@ -141,10 +222,13 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix in PICKLES:
         raise ValueError(
             f"{path}: a pickle file can run any program when it is opened; expected .safetensors"
         )
+    path.stat()  # its error names the file, that of safetensors does not
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a .safetensors file with weights, got a folder or a device")
     try:
         with safe_open(path, framework="np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

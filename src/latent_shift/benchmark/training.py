@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import subprocess
 import sys
@@ -11,12 +10,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import safe_open
+from pydantic import BaseModel, Field
 
 from latent_shift.benchmark.timing import time_in_rounds
 from latent_shift.config import Model
@@ -24,11 +23,23 @@ from latent_shift.data.encode import encode
 from latent_shift.data.readers import Record
 from latent_shift.data.store import StoreWriter
 from latent_shift.diffusion import noise_schedule
+from latent_shift.files import check_schema, read_json_lines, tensor_shapes
 from latent_shift.models import sizes
 from latent_shift.pipelines import loading
 from latent_shift.runtime import dtype_of, resolve_precision
 from latent_shift.shift import deflate, share_text
 from latent_shift.training.objectives import DenoisingObjective, attention_kernel
+
+
+class _StatsRow(BaseModel):
+    """A line of stats.jsonl."""
+
+    step: int
+    loss: float | None
+    clips_per_s: float
+    data_wait_s: float
+    seconds: float
+    gib_peak: float
 
 
 def runs(folders: list[Path]) -> list[dict[str, Any]]:
@@ -48,12 +59,14 @@ def runs(folders: list[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         if not (folder / "model").exists():
             raise ValueError(f"{folder}: holds no model; expected the folder of a completed run")
-        stats = [json.loads(line) for line in (folder / "stats.jsonl").read_text("utf-8").splitlines()]
+        stats = read_json_lines(folder / "stats.jsonl")
+        check_schema(stats, Annotated[list[_StatsRow], Field(min_length=1)], folder / "stats.jsonl")
         weights = sorted((folder / "model").rglob("unet/*.safetensors")) or sorted(
             (folder / "model").glob("*.safetensors")
         )
-        with safe_open(weights[0], "pt") as file:
-            parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+        if not weights:
+            raise ValueError(f"{folder / 'model'}: holds no .safetensors weights; expected a completed run")
+        parameters = sum(map(math.prod, tensor_shapes(weights[0]).values()))
         second_half = stats[len(stats) // 2 :]
         rows.append(
             {

@@ -315,6 +315,13 @@ def measures(
             help="KIND=PATH of a network to measure distances with: i3d, inception or videomae; may be repeated"
         ),
     ] = None,
+    trust_weights: Annotated[
+        bool,
+        typer.Option(
+            "--trust-weights",
+            help="open TorchScript files and pickles of --weights, which can run programs and write files",
+        ),
+    ] = False,
     output: Output = None,
     force: outputs.Force = False,
 ) -> None:
@@ -326,7 +333,7 @@ def measures(
     from latent_shift.evaluation import features, measures, protocols
     from latent_shift.evaluation.sensitivity import sensitivity, table
 
-    networks = features.Weights.parse(weights or [])
+    networks = features.Weights.parse(weights or [], trust=trust_weights)
     measures.check_weights(networks, measures.DISTANCES)
     distances = measures.open_distances(networks)
     task = protocols.open_protocol("own", data, num=num, num_frames=num_frames)

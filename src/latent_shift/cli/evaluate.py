@@ -35,7 +35,14 @@ _NUM_FRAMES = "own, classes: frames of a clip; default: the first model's"
 _SPLIT = "own: split of the captions; may be repeated; default: train"
 _SIZE = "height and width in pixels of generated clips; default: each system's"
 _DTYPE = "float32, float16 or bfloat16; default: on a GPU what each was published in"
-_WEIGHTS = "KIND=PATH of a network to measure with: i3d, c3d, inception, videomae or clip; may be repeated"
+_WEIGHTS = (
+    "KIND=PATH of a network to measure with: i3d, c3d, inception (TorchScript files, which need --trust-weights), "
+    "videomae or clip (folders); may be repeated"
+)
+_TRUST = (
+    "open TorchScript files and pickles of --weights: they can run programs and write files, so only those whose maker "
+    "you trust"
+)
 _COMPILE = "compile the networks: minutes at first, then faster clips"
 _NOISE = (
     "shared noise and noise correlation of the denoising measures; default: those of the first model of ours"
@@ -62,6 +69,7 @@ def evaluate(
     guidance: Guidance = None,
     dtype: Annotated[str | None, typer.Option(help=_DTYPE)] = None,
     weights: Annotated[list[str] | None, typer.Option(help=_WEIGHTS)] = None,
+    trust_weights: Annotated[bool, typer.Option("--trust-weights", help=_TRUST)] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="clips in a batch")] = 5,
     device: Device = None,
     compile: Annotated[bool, typer.Option("--compile", help=_COMPILE)] = False,
@@ -83,7 +91,7 @@ def evaluate(
         num_frames = systems.default_num_frames(models[0][1])
     splits = tuple(split) if split else None
     task = protocols.open_protocol(protocol, data, num=num, num_frames=num_frames, splits=splits)
-    networks = Weights.parse(weights or [], device=str(runtime.resolve_device(device)))
+    networks = Weights.parse(weights or [], device=str(runtime.resolve_device(device)), trust=trust_weights)
     open_system = functools.partial(
         systems.open_system,
         num_frames=task.num_frames,
@@ -249,6 +257,13 @@ def sheet(
     ] = 8,
     steps: Steps = None,
     guidance: Guidance = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(help="epsilon or v_prediction: what the model predicts, if it does not say so"),
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="variant of the weights in a folder, such as fp16")
+    ] = None,
     device: Device = None,
     force: outputs.Force = False,
 ) -> None:
@@ -258,13 +273,13 @@ def sheet(
 
     outputs.check_outputs(files, suffixes=video.OUTPUT_SUFFIXES, inputs=[prompts, Path(model)], force=force)
     lines = outputs.read_prompts(prompts)
-    catalog.check_model(model)
+    catalog.check_model(model, variant=variant, prediction=prediction)
     skip_packages(catalog.unused_packages(model))
     quiet_libraries()
     from latent_shift.pipelines.loading import load
     from latent_shift.pipelines.request import Request, generate_clip
 
-    pipe = load(model, device=device)
+    pipe = load(model, device=device, variant=variant, prediction=prediction)
     pipe.set_progress_bar_config(disable=True)
     clips: list[Clip] = []
     with Progress("clips") as progress:

@@ -114,6 +114,13 @@ def generate(
     lora: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="a LoRA file (.safetensors)")
     ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(help="epsilon or v_prediction: what the model predicts, if it does not say so"),
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="variant of the weights in a folder, such as fp16")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     force: outputs.Force = False,
 ) -> None:
@@ -133,14 +140,14 @@ def generate(
     jobs = _plan(request, lines, num, output or [], numbered=prompts is not None)
     inputs = [*request.files.values(), prompts, lora, Path(model)]
     _check_outputs(jobs, fps, inputs=inputs, force=force)
-    catalog.check_model(model)
+    catalog.check_model(model, variant=variant, prediction=prediction)
 
     skip_packages(catalog.unused_packages(model, lora=lora is not None, scheduler=scheduler))
     quiet_libraries()
     from latent_shift.pipelines.loading import load
     from latent_shift.pipelines.lora import load_lora
 
-    pipe = load(model, device=device)
+    pipe = load(model, device=device, variant=variant, prediction=prediction)
     if lora:
         load_lora(pipe, lora)
     pipe.set_progress_bar_config(disable=True)

@@ -27,6 +27,13 @@ def train(
             help="settings, e.g. optim.lr=1e-4; data= and model= are short for data.path and model.init",
         ),
     ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(help="epsilon or v_prediction: what model.init predicts, if it does not say so"),
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="variant of the weights of model.init, such as fp16")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and stop")] = False,
     force: outputs.Force = False,
 ) -> None:
@@ -39,7 +46,9 @@ def train(
     run = run or (
         recipe if recipe.is_dir() else Path("runs") / f"{recipe.resolve().parent.name}-{recipe.stem}"
     )
-    resolved = config.load(settings, overrides)
+    options = {"model.prediction": prediction, "model.variant": variant}
+    extra = [f"{key}={value}" for key, value in options.items() if value is not None]
+    resolved = config.load(settings, [*(overrides or []), *extra])
     if dry_run:
         print(config.dump(resolved), end="")
         return

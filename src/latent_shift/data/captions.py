@@ -20,13 +20,14 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from latent_shift.data.records import parse_json
 from latent_shift.data.store import Store, caption_at_rate, text_digest
 from latent_shift.files import write_array, write_text
 from latent_shift.models import text
+from latent_shift.models.loading import open_text_encoder, open_tokenizer
+from latent_shift.models.parts import check_network, check_tokenizer
 
 log = logging.getLogger("latent_shift")
 
@@ -54,20 +55,10 @@ class Captions:
 
     def __init__(self, source: Store, texts: Path, strides: Sequence[int], device: str | torch.device):
         self.folder = texts
-        for name in ("tokenizer", "text_encoder"):
-            if not (texts / name).is_dir():
-                raise ValueError(
-                    f"{texts}: has no {name}/; expected a folder such as one of Stable Diffusion"
-                )
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
-            model = AutoModel.from_pretrained(
-                texts / "text_encoder", dtype=torch.float32, use_safetensors=True
-            )
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{texts}: the text encoder cannot be loaded: {reason}") from error
-        self.text_encoder = model.to(device).eval()
+        check_network(texts / "text_encoder", kind="text_encoder")
+        check_tokenizer(texts / "tokenizer")
+        self.text_encoder = open_text_encoder(texts / "text_encoder").to(device).eval()  # type: ignore[arg-type]
+        self.tokenizer = open_tokenizer(texts / "tokenizer", self.text_encoder)
         self.encoder_digest = model_digest(
             self.text_encoder, self.tokenizer.get_vocab(), self.tokenizer.model_max_length
         )

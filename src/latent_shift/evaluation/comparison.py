@@ -18,7 +18,7 @@ from latent_shift.evaluation.features import Clip, Extractor, Weights
 from latent_shift.evaluation.records import Record
 from latent_shift.evaluation.statistics import Estimate
 from latent_shift.evaluation.systems import System
-from latent_shift.files import atomic_path, write_array
+from latent_shift.files import atomic_path, read_array, write_array
 
 if TYPE_CHECKING:
     from latent_shift.evaluation.protocols import Protocol
@@ -107,7 +107,12 @@ class Comparison:
                     write_array(file, compute(numbers))
             _concatenate(files, path, num)
             shutil.rmtree(parts)
-        return np.load(path, mmap_mode="r")
+        rows = read_array(path, mmap=True)
+        if len(rows) != num:
+            raise ValueError(
+                f"{path}: has {len(rows)} rows, expected {num}: delete it to have it computed again"
+            )
+        return rows
 
     def record(
         self,
@@ -153,11 +158,11 @@ class Comparison:
 
 def _concatenate(files: dict[range, Path], path: Path, num: int) -> None:
     """Join parts into one file through a memory map: all rows together may be larger than memory."""
-    first = np.load(next(iter(files.values())), mmap_mode="r")
+    first = read_array(next(iter(files.values())), mmap=True)
     with atomic_path(path) as partial:
         rows = np.lib.format.open_memmap(partial, mode="w+", dtype=first.dtype, shape=(num, *first.shape[1:]))
         for numbers, file in files.items():
-            rows[numbers.start : numbers.stop] = np.load(file)
+            rows[numbers.start : numbers.stop] = read_array(file)
         rows.flush()
 
 

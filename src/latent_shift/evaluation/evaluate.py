@@ -40,7 +40,7 @@ from latent_shift.evaluation.measures import measure_all, prepare_real_features
 from latent_shift.evaluation.protocols import Protocol, check_unchanged
 from latent_shift.evaluation.records import Record, read_records
 from latent_shift.evaluation.systems import System
-from latent_shift.files import atomic_path, read_json, write_text
+from latent_shift.files import atomic_path, read_arrays, read_json, write_text
 from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.runtime import seed
 from latent_shift.video import to_uint8
@@ -266,8 +266,19 @@ class SavedClips:
         self.folder, self.num_frames = folder, num_frames
 
     def __call__(self, k: int) -> np.ndarray:
-        strip = np.asarray(Image.open(self.folder / f"{k:06}.png"))
-        return np.stack(np.split(strip, self.num_frames, axis=1))
+        path = self.folder / f"{k:06}.png"
+        try:
+            strip = np.asarray(Image.open(path))
+            return np.stack(np.split(strip, self.num_frames, axis=1))
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            IndexError,
+        ) as error:  # Pillow raises each for damaged pictures
+            raise ValueError(
+                f"{path}: expected a row of {self.num_frames} frames; {error}: delete it to have it generated again"
+            ) from error
 
 
 def add_paired_differences(results: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
@@ -282,7 +293,7 @@ def add_paired_differences(results: list[dict[str, Any]], out: Path) -> list[dic
         out: its folder.
     """
     first, *others = [
-        np.load(out / folder_name(result["system"]["system"]) / "values.npz") for result in results
+        read_arrays(out / folder_name(result["system"]["system"]) / "values.npz") for result in results
     ]
     first_name = results[0]["system"]["system"]
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from latent_shift.evaluation.statistics import MeasureUnavailable
 from latent_shift.files import sha256
 from latent_shift.models.autoencoder import to_pixels
+from latent_shift.models.loading import one_line_errors, open_tokenizer
 from latent_shift.models.perceptual import FeatureDistance
 
 SOURCES = {
@@ -96,9 +97,18 @@ class Extractor:
         }
 
 
-def i3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
-    """Open I3D, 400 logits of 16 frames; their Frechet distance is FVD (Unterthiner et al. 2018)."""
-    network = _load_script(path, device)
+def i3d(path: str | Path, *, device: str | torch.device = "cpu", trust: bool = False) -> Extractor:
+    """Open I3D, 400 logits of 16 frames; their Frechet distance is FVD (Unterthiner et al. 2018).
+
+    Args:
+        path: a TorchScript file. It can run programs and write files when it is called.
+        device: of the network.
+        trust: whether to open such a file.
+
+    Raises:
+        ValueError: another network, or not `trust`.
+    """
+    network = _load_script(path, device, trust=trust)
 
     def run(clips: Tensor) -> Tensor:
         return network(_as_script_input(clips, device), rescale=True, resize=True, return_features=True)
@@ -108,10 +118,10 @@ def i3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
     return Extractor("i3d-kinetics400", digest(path), preprocessing, "clip", run, num_frames=16)
 
 
-def c3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
+def c3d(path: str | Path, *, device: str | torch.device = "cpu", trust: bool = False) -> Extractor:
     """Open C3D, probabilities of the 101 classes of UCF-101, for the inception score of videos (Saito et al.
-    2017)."""
-    network = _load_script(path, device)
+    2017). Arguments and errors are those of `i3d`."""
+    network = _load_script(path, device, trust=trust)
 
     def run(clips: Tensor) -> Tensor:
         return network(_as_script_input(clips, device))
@@ -123,13 +133,13 @@ def c3d(path: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
 
 
 def inception(
-    path: str | Path, *, device: str | torch.device = "cpu", probabilities: bool = False
+    path: str | Path, *, device: str | torch.device = "cpu", trust: bool = False, probabilities: bool = False
 ) -> Extractor:
     """Open Inception-v3: 2,048 features of a frame, whose distances are FID (Heusel et al. 2017) and KID, or
     with `probabilities` those of its 1,008 classes without the bias of the last layer, for the inception
-    score.
+    score. Other arguments and errors are those of `i3d`.
     """
-    network = _load_script(path, device)
+    network = _load_script(path, device, trust=trust)
     option = {"no_output_bias": True} if probabilities else {"return_features": True}
 
     def run(clips: Tensor) -> Tensor:
@@ -141,18 +151,21 @@ def inception(
     return Extractor(name, digest(path), "0..255, scaled to 299x299 by the file itself", "frame", run)
 
 
-def videomae(folder: str | Path, *, device: str | torch.device = "cpu") -> Extractor:
+def videomae(folder: str | Path, *, device: str | torch.device = "cpu", trust: bool = False) -> Extractor:
     """Open a fine-tuned VideoMAE: the normalised mean of its tokens, which its classifier reads (Ge et al.
     2024: distances of these features respond to motion more than those of I3D).
+
+    Args:
+        folder: with weights in `.safetensors`, or with `trust` in pickles, which can run programs when they are
+            opened.
+        device, trust: as in `i3d`.
+
+    Raises:
+        ValueError: another network, or pickles without `trust`.
     """
     from transformers import VideoMAEForVideoClassification
 
-    network, info = VideoMAEForVideoClassification.from_pretrained(folder, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{folder}: has no {', '.join(sorted(info['missing_keys'])[:3])}; expected {SOURCES['videomae']}"
-        )
-    network = network.to(device).eval()
+    network = _load_folder(VideoMAEForVideoClassification, folder, "videomae", trust=trust).to(device).eval()
     processor, num_frames = _load_processor(folder), network.config.num_frames
 
     def run(clips: Tensor) -> Tensor:
@@ -189,16 +202,12 @@ def efficientnet(*, device: str | torch.device = "cpu", motion: bool = False) ->
 class Clip:
     """CLIP's similarity of frames to a prompt (Radford et al. 2021); its mean is CLIPSIM (Wu et al. 2021)."""
 
-    def __init__(self, folder: str | Path, *, device: str | torch.device = "cpu"):
-        from transformers import AutoTokenizer, CLIPModel
+    def __init__(self, folder: str | Path, *, device: str | torch.device = "cpu", trust: bool = False):
+        from transformers import CLIPModel
 
-        self.network, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
-        if info["missing_keys"]:
-            raise ValueError(
-                f"{folder}: has no {', '.join(sorted(info['missing_keys'])[:3])}; expected {SOURCES['clip']}"
-            )
-        self.network = self.network.to(device).eval()
-        self.tokenizer, self.processor = AutoTokenizer.from_pretrained(folder), _load_processor(folder)
+        self.network = _load_folder(CLIPModel, folder, "clip", trust=trust).to(device).eval()
+        self.tokenizer = open_tokenizer(Path(folder), self.network.text_model)
+        self.processor = _load_processor(folder)
         self.sha256, self.device = digest(folder), device
         vision = self.network.config.vision_config
         self.name = f"clip-{vision.hidden_size}-patch{vision.patch_size}"
@@ -241,22 +250,31 @@ class Weights:
     Attributes:
         paths: kind, one of `PATH_KINDS`, to the path of its weights.
         device: of the networks.
+        trust: whether to open TorchScript files and pickles, which can run programs and write files.
     """
 
     paths: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    trust: bool = False
     _networks: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def parse(cls, options: Sequence[str], *, device: str = "cpu") -> Weights:
-        """Read `KIND=PATH` options; raise ValueError for any other."""
+    def parse(cls, options: Sequence[str], *, device: str = "cpu", trust: bool = False) -> Weights:
+        """Read `KIND=PATH` options.
+
+        Raises:
+            ValueError: another option, or a path that needs `trust`.
+        """
         parts = {option: option.partition("=") for option in options}
         invalid = [option for option, (kind, _, path) in parts.items() if kind not in PATH_KINDS or not path]
         if invalid:
             raise ValueError(
                 f"--weights {', '.join(invalid)}: expected {', '.join(f'{kind}=PATH' for kind in PATH_KINDS)}"
             )
-        return cls({kind: path for kind, _, path in parts.values()}, device)
+        paths = {kind: path for kind, _, path in parts.values()}
+        for path in paths.values() if not trust else ():
+            _check_safe(path)
+        return cls(paths, device, trust)
 
     def open(self, kind: str, **options: bool) -> Any:
         """Open the network of a kind.
@@ -275,6 +293,8 @@ class Weights:
             raise MeasureUnavailable(f"needs {SOURCES[kind]}")
         key = kind + "".join(options)
         if key not in self._networks:
+            if kind != "efficientnet":
+                options |= {"trust": self.trust}
             path = () if kind == "efficientnet" else (self.paths[kind],)
             self._networks[key] = _OPENERS[kind](*path, device=self.device, **options)
         return self._networks[key]
@@ -293,9 +313,41 @@ def digest(path: str | Path) -> str:
     return total.hexdigest()
 
 
-def _load_script(path: str | Path, device: str | torch.device) -> torch.jit.ScriptModule:
+def _check_safe(path: str | Path) -> None:
+    """Raise ValueError for weights that can run programs: TorchScript files, and folders without
+    `.safetensors`."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.is_file():
+        kind = "a TorchScript file can write files and run any operation when it is called"
+    elif not list(path.glob("*.safetensors")):
+        kind = "its weights are not in .safetensors, and pickles can run any program when they are opened"
+    else:
+        return
+    raise ValueError(f"{path}: {kind}; if you trust who made it, use --trust-weights (in Python trust=True)")
+
+
+def _load_folder(network_class: Any, folder: str | Path, kind: str, *, trust: bool) -> Any:
+    """Open a network of transformers and check that no weight is missing."""
+    if not trust:
+        _check_safe(folder)
+    with one_line_errors(folder, SOURCES[kind]):
+        network, info = network_class.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, use_safetensors=None if trust else True
+        )  # fmt: skip
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{folder}: has no {', '.join(sorted(info['missing_keys'])[:3])}; expected {SOURCES[kind]}"
+        )
+    return network
+
+
+def _load_script(path: str | Path, device: str | torch.device, *, trust: bool) -> torch.jit.ScriptModule:
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
+    if not trust:
+        _check_safe(path)
     try:
         return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
@@ -344,7 +396,8 @@ def _as_script_input(clips: Tensor, device: str | torch.device) -> Tensor:
 def _load_processor(folder: str | Path):
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(folder)
+    with one_line_errors(folder, "an image processor"):
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def _preprocess(processor, clip: Tensor) -> Tensor:

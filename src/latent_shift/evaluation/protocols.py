@@ -20,7 +20,7 @@ from latent_shift.data import readers
 from latent_shift.data.store import Store, open_pixel_store
 from latent_shift.evaluation.comparison import central_square
 from latent_shift.evaluation.measures import names_for
-from latent_shift.files import read_json
+from latent_shift.files import read_json_object
 
 PROTOCOLS = {
     "own": "a clip of the plainest caption of each concept of a packed data set, beside the real clip of that caption",
@@ -298,7 +298,7 @@ def check_unchanged(metadata: dict[str, object], path: Path) -> None:
     """Raise ValueError where a file of an evaluation on disk holds other metadata; titles may differ."""
     if not path.exists():
         return
-    before, metadata = read_json(path), json.loads(json.dumps(metadata))
+    before, metadata = read_json_object(path), json.loads(json.dumps(metadata))
     keys = dict.fromkeys([*metadata, *before])
     if changes := [key for key in keys if key != "title" and metadata.get(key) != before.get(key)]:
         raise ValueError(

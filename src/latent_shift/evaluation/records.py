@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from latent_shift.evaluation.statistics import Estimate
+from latent_shift.files import check_schema, read_json_object
 
 OPTIONAL = ("average", "noise", "more")
 JSON_KEYS = {"native_size": "made_at"}
@@ -53,12 +57,7 @@ class Record(Estimate):
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Record:
         """Read a record of a results file; keys of other versions are ignored."""
-        keys = {JSON_KEYS.get(field.name, field.name): field.name for field in fields(cls)}
-        values = {keys[key]: value for key, value in record.items() if key in keys}
-        for average, name in JSON_AVERAGES.items():
-            if values.get("average") == name:
-                values["average"] = average
-        return cls(**values)
+        return cls(**_field_values(record))
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a results file holds it: without the optional fields that are None."""
@@ -76,6 +75,54 @@ class Record(Estimate):
         if self.more is None:
             return None
         return Estimate(**{key: value for key, value in self.more.items() if key != "than"})
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class SystemSchema(_Schema):
+    system: str
+    title: str
+    parameters: Annotated[float, Field(ge=0)]
+    fps: Annotated[float, Field(gt=0)]
+
+
+class ProtocolSchema(_Schema):
+    protocol: str
+    complete: bool
+    num_frames: Annotated[int, Field(ge=1)]
+    fps: Annotated[float, Field(gt=0)] | None
+
+
+class ResultsSchema(_Schema):
+    system: SystemSchema
+    protocol: ProtocolSchema
+    made_at: Annotated[list[int], Field(min_length=2, max_length=2)]
+    records: list[dict[str, Any]]
+    skipped: dict[str, str]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read the results.json of a system.
+
+    Raises:
+        ValueError: damaged, or the file of another program; the message names the file and the place in it.
+    """
+    result = read_json_object(path)
+    check_schema(result, ResultsSchema, path)
+    check_schema([_field_values(record) for record in result["records"]], list[Record], path)
+    return result
+
+
+def _field_values(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a `Record` in a record of a results file."""
+    keys = {JSON_KEYS.get(field.name, field.name): field.name for field in fields(Record)}
+    values = {keys[key]: value for key, value in record.items() if key in keys}
+    for average, name in JSON_AVERAGES.items():
+        if values.get("average") == name:
+            values["average"] = average
+    return values
 
 
 def read_records(result: dict[str, Any]) -> dict[str, Record]:

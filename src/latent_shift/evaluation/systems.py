@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from latent_shift.evaluation.features import digest
-from latent_shift.files import read_json
 from latent_shift.models import sizes
 from latent_shift.models.baselines import LatentVDMUNet, PixelSpace, VDMUNet
+from latent_shift.models.loading import one_line_errors
+from latent_shift.models.parts import IndexSettings, read_settings
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.runtime import resolve_device, seed
@@ -108,13 +108,12 @@ def open_system(
         "guidance_scale": guidance_scale,
     }  # fmt: skip
     options = {key: value for key, value in options.items() if value is not None}
-    kind = _pipeline_class(model)
+    source = str(loading.download(model)) if loading.on_hub(model) else model
+    kind = _pipeline_class(source)
     if kind in PEERS:
-        pipe, title, own_fps, frame_step, defaults = _open_peer(
-            model, PEERS[kind], options, fps, device, dtype
-        )
+        pipe, title, own_fps, frame_step, defaults = _open_peer(source, kind, options, fps, device, dtype)
     else:
-        pipe, frame_step = loading.load(model, device=device, dtype=dtype), 1
+        pipe, frame_step = loading.load(source, device=device, dtype=dtype), 1
         title, own_fps, defaults = _title(pipe), pipe.call_defaults["fps"], pipe.call_defaults
     pipe.set_progress_bar_config(disable=True)
     names = ("unet", "transformer", "transformer_2")  # Wan 2.2 of 14 B has a second one for low noise levels
@@ -133,7 +132,7 @@ def open_system(
         return np.stack([to_uint8(clip[::frame_step][:num_frames]) for clip in clips])
 
     settings = {
-        **defaults, **options, "pipeline": type(pipe).__name__, "weights": _weights_digest(model),
+        **defaults, **options, "pipeline": type(pipe).__name__, "weights": digest(source if Path(source).is_file() else loading.folder(source)),
         "dtype": str(networks[0].dtype).removeprefix("torch."), "device": device.type, "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }  # fmt: skip
@@ -142,8 +141,8 @@ def open_system(
 
 
 def _open_peer(
-    model: str,
-    peer: Peer,
+    folder: str,
+    kind: str,
     options: dict[str, Any],
     fps: float | None,
     device: torch.device,
@@ -155,8 +154,13 @@ def _open_peer(
         The pipeline, its title, its frame rate, the step between the frames that are used, and its default
         settings.
     """
+    peer = PEERS[kind]
     dtype = dtype or (peer.dtype if device.type == "cuda" else torch.float32)
-    pipe = getattr(diffusers, _pipeline_class(model)).from_pretrained(model, dtype=dtype).to(device)
+    with one_line_errors(folder, peer.title):
+        pipe = getattr(diffusers, kind).from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    pipe = pipe.to(device)
     own_fps = _peer_fps(pipe)
     frame_step = _frame_step(peer.title, own_fps, fps)
     if "num_frames" in options:
@@ -176,7 +180,11 @@ def default_num_frames(model: str) -> int | None:
     if Path(model).is_file() or loading.on_hub(model):
         return None
     index = loading.folder(model) / "model_index.json"
-    return read_json(index).get("latent_shift", {}).get("num_frames") if index.exists() else None
+    return (
+        read_settings(index, IndexSettings).get("latent_shift", {}).get("num_frames")
+        if index.exists()
+        else None
+    )
 
 
 def _peer_fps(pipe: Any) -> float:
@@ -231,21 +239,11 @@ def _pipeline_class(model: str) -> str:
     """Return the name of a model's pipeline class; "" for a single file."""
     if Path(model).is_file():
         return ""
-    if loading.on_hub(model):
-        kind = str(DiffusionPipeline.load_config(model)["_class_name"])
-    else:
-        index = loading.folder(model) / "model_index.json"
-        kind = str(read_json(index)["_class_name"]) if index.exists() else ""
+    index = loading.folder(model) / "model_index.json"
+    kind = read_settings(index, IndexSettings)["_class_name"] if index.exists() else ""
     ours = ("LatentShift", "StableDiffusion")
     if kind and kind not in PEERS and not kind.startswith(ours):
         raise ValueError(
             f"{model}: holds a {kind}; expected a Stable Diffusion folder or one of {', '.join(PEERS)}"
         )
     return kind
-
-
-def _weights_digest(model: str) -> str:
-    """Return one hash for all weights of a file, a folder or a downloaded Hub id."""
-    if Path(model).is_file():
-        return digest(model)
-    return digest(DiffusionPipeline.download(model) if loading.on_hub(model) else loading.folder(model))

@@ -15,21 +15,25 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
 
-from latent_shift.models.baselines import saved_class
+from latent_shift.models.loading import open_network
 
 
 def load_autoencoder(folder: str | Path) -> AutoencoderKL:
-    """Load the autoencoder of a folder that holds one, or a pipeline, in float32."""
-    inside = Path(folder) / "vae"
-    inside = inside if inside.is_dir() else Path(folder)
-    return saved_class(inside, AutoencoderKL).from_pretrained(inside, dtype=torch.float32)
+    """Load the autoencoder of a folder that holds one, or a pipeline, in float32.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    folder = Path(folder)
+    inside = folder / "vae" if (folder / "vae").is_dir() else folder
+    return open_network(inside, AutoencoderKL, kind="vae", dtype=torch.float32)  # type: ignore[return-value]
 
 
 def downscale_factor(vae_config) -> int:
     """Return the pixels to a side of a latent, from an autoencoder's configuration (a dict, or
     `vae.config`)."""
-    widths = vae_config.get("block_out_channels") or vae_config["encoder_block_out_channels"]
-    return 2 ** (len(widths) - 1)
+    widths = vae_config.get("block_out_channels") or vae_config.get("encoder_block_out_channels")
+    return 2 ** (len(widths) - 1) if widths else 1  # one width is the default of AutoencoderKL
 
 
 def posterior(vae: ModelMixin, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:

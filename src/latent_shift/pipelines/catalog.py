@@ -11,16 +11,30 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from latent_shift.config import Model
-from latent_shift.files import tensor_shapes
+from latent_shift.files import read_json_object, tensor_shapes
+from latent_shift.models.parts import (
+    NETWORKS,
+    IndexSettings,
+    check_network,
+    check_tokenizer,
+    part_shapes,
+    read_part,
+    read_settings,
+    variants,
+)
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 MODELS = {
     "emoji": "128x128, 16 frames at 8 fps, in the style of 3-D emoji; trained by recipes/emoji, part of this package"
 }
+
+
+PREDICTIONS = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def identify(tensors: dict[str, tuple[int, ...]]) -> str:
+def identify(tensors: Mapping[str, tuple[int, ...]]) -> str:
     """Return the name in `FAMILIES` of a single file in the original layout.
 
     Args:
@@ -102,18 +116,9 @@ def identify(tensors: dict[str, tuple[int, ...]]) -> str:
     def some(*parts: str) -> bool:
         return any(part in name for name in tensors for part in parts)
 
-    if some("lora_up", "lora_down", "lora_A", "lora_B", ".lora."):
-        raise ValueError("this is a LoRA; load a model, then this file with pipe.load_lora_weights(path)")
-    if some("control_model.", "controlnet_cond_embedding"):
-        raise ValueError("this is a ControlNet, which is used beside a model: see docs/checkpoints.md")
-    if some("motion_modules."):
-        raise ValueError(
-            "this is a motion module of AnimateDiff; Latent-Shift needs none: load the image model itself"
-        )
-    if some("joint_blocks", "double_blocks", "transformer_blocks.0.ff_context") and not some("input_blocks."):
-        raise ValueError(
-            "this is a transformer (SD 3, FLUX); the shift needs a U-Net with ResNet blocks: SD 1.x, 2.x or XL"
-        )
+    for parts, kind in _OTHER_FILES.items():
+        if some(*parts) and not (some("input_blocks.") and "joint_blocks" in parts):
+            raise ValueError(kind)
     if not some("model.diffusion_model.input_blocks."):
         raise ValueError("there is no U-Net of Stable Diffusion's original layout in it (model.diffusion_model.*); diffusers' single "
                          "parts need their folder")  # fmt: skip
@@ -129,12 +134,50 @@ def identify(tensors: dict[str, tuple[int, ...]]) -> str:
         raise ValueError("there is no text encoder in it (cond_stage_model.* or conditioner.*)")
     if not some("first_stage_model."):
         raise ValueError("there is no autoencoder in it (first_stage_model.*)")
-    channels = tensors["model.diffusion_model.input_blocks.0.0.weight"][1]
-    if channels != 4:
-        raise ValueError(
-            f"its U-Net takes {channels} channels (an inpainting or depth model), expected 4: any model inpaints here with mask="
-        )
+    if family != "sdxl" and some("model.diffusion_model.label_emb.", "noise_augmentor."):
+        raise ValueError(_UNCLIP)
+    _check_channels(tensors.get("model.diffusion_model.input_blocks.0.0.weight", (0, 0))[1:2])
+    for part, name in _LAST_TENSORS.items():
+        if name not in tensors:
+            raise ValueError(f"its {part} lacks {name}: the file is incomplete")
     return family
+
+
+_LAST_TENSORS = {
+    "U-Net": "model.diffusion_model.out.2.weight",
+    "autoencoder": "first_stage_model.decoder.conv_out.weight",
+}
+
+
+_UNCLIP = "this is an unCLIP model, whose U-Net also takes the embedding of an image; expected one that takes text alone"
+_EDM = "is trained in the formulation of EDM, which the schedulers here do not sample; expected a model that predicts epsilon or v"
+_OTHER_FILES = {
+    ("lora_up", "lora_down", "lora_A", "lora_B", ".lora."): (
+        "this is a LoRA; load a model, then this file with pipe.load_lora_weights(path)"
+    ),
+    ("control_model.", "controlnet_cond_embedding"): (
+        "this is a ControlNet, which is used beside a model: see docs/checkpoints.md"
+    ),
+    ("motion_modules.",): (
+        "this is a motion module of AnimateDiff; Latent-Shift needs none: load the image model itself"
+    ),
+    ("joint_blocks", "double_blocks", "transformer_blocks.0.ff_context"): (
+        "this is a transformer (SD 3, FLUX); the shift needs a U-Net with ResNet blocks: SD 1.x, 2.x or XL"
+    ),
+    ("edm_mean", "edm_std"): f"this is Playground 2.5 (edm_mean), which {_EDM}",
+    ("edm_vpred.",): f"this is CosXL (edm_vpred), which {_EDM}",
+}
+"""Parts of tensor names that tell files of other kinds, and what these are."""
+
+
+def _check_channels(channels: Sequence[int], expected: int = 4) -> None:
+    """Raise ValueError for a U-Net that takes more than latents."""
+    if tuple(channels) != (expected,):
+        got = channels[0] if channels else "no"
+        raise ValueError(
+            f"its U-Net takes {got} channels (an inpainting, depth or edit model, or an upscaler), expected {expected}: any "
+            "model inpaints here with mask="
+        )
 
 
 def folder(model: str | Path) -> Path:
@@ -155,21 +198,32 @@ def folder(model: str | Path) -> Path:
 
 
 def on_hub(model: str | Path) -> bool:
-    """Return whether a name can only be an id of the Hub ("owner/name"), and HF_HUB_OFFLINE does not forbid
-    to ask it."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
+    """Return whether a name can only be an id of the Hub ("owner/name"): it is neither a model's name nor a
+    file or folder."""
     is_local = str(model) in MODELS or Path(model).exists()
-    return not is_local and not HF_HUB_OFFLINE and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None
+    return not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None
 
 
-def check_model(model: str | Path) -> None:
-    """Raise ValueError for a model that cannot be loaded, as `load` does, before anything heavy is
-    imported."""
+def check_model(model: str | Path, *, variant: str | None = None, prediction: str | None = None) -> None:
+    """Raise ValueError for a model that cannot be loaded with these arguments, as `load` does, before anything
+    heavy is imported."""
+    if prediction not in (None, *PREDICTIONS):
+        raise ValueError(f"prediction: expected {' or '.join(PREDICTIONS)}, got {prediction!r}")
     if Path(model).is_file():
+        if variant is not None:
+            raise ValueError(f"{model}: variant {variant!r} has no effect on a single file: leave it out")
         identify_file(model)
     elif not on_hub(model):
-        read_index(folder(model))
+        read_index(folder(model), variant=variant)
+    else:
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        cached = isinstance(try_to_load_from_cache(str(model), "model_index.json"), str)
+        if constants.HF_HUB_OFFLINE and not cached:
+            raise ValueError(
+                f"{model}: no such folder, and HF_HUB_OFFLINE forbids to ask the Hub; expected one of "
+                f"{', '.join(MODELS)}, or an existing folder"
+            )
 
 
 def identify_file(path: str | Path) -> str:
@@ -180,6 +234,25 @@ def identify_file(path: str | Path) -> str:
         return identify(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def file_prediction(path: str | Path) -> str | None:
+    """Return what the network of a single file predicts by the keys in it: "v_prediction" where it has the key
+    `v_pred`, and "epsilon" where its `global_step` is that of SD 2 base. None: they do not say.
+
+    SD 2.x exists in both kinds with the same tensors. Stability's own files hold the steps of their training:
+    875,000 and 220,000 are those of 2.0 base and 2.1 base.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        names = set(file.keys())
+        if "v_pred" in names:
+            return "v_prediction"
+        step = file.get_tensor("global_step") if "global_step" in names else None
+    return (
+        "epsilon" if step is not None and step.size == 1 and int(step.item()) in (875_000, 220_000) else None
+    )
 
 
 def unused_packages(model: str | Path, *, lora: bool = False, scheduler: str | None = None) -> set[str]:
@@ -196,44 +269,47 @@ def unused_packages(model: str | Path, *, lora: bool = False, scheduler: str | N
     if on_hub(model):
         return set()
     configs = [] if Path(model).is_file() else list(folder(model).glob("*/*config.json"))
-    settings = [json.loads(path.read_text()) for path in configs]
+    settings = [read_json_object(path) for path in configs]
     unused = set() if lora else {"peft"}
     if not any("quantization_config" in config for config in settings):
         unused |= {"bitsandbytes", "torchao"}
     if scheduler is None and not any(
-        config.get("use_beta_sigmas") or "LMS" in config.get("_class_name", "") for config in settings
+        config.get("use_beta_sigmas") or "LMS" in str(config.get("_class_name", "")) for config in settings
     ):
         unused.add("scipy")
     return unused
 
 
-def read_index(path: Path) -> dict:
-    """Return the model_index.json of a pipeline's folder; raise ValueError if a part is missing or has
-    another class."""
+def read_index(path: Path, *, variant: str | None = None) -> dict:
+    """Return the model_index.json of a pipeline's folder, after a check of every part in it.
+
+    Raises:
+        ValueError: a part is missing, damaged, held in pickles only, or of another kind of model.
+    """
     if not (path / "model_index.json").exists():
         part = path / "config.json"
-        class_name = json.loads(part.read_text()).get("_class_name", "model") if part.exists() else None
+        class_name = read_json_object(part).get("_class_name", "model") if part.exists() else None
         hint = f"; it holds a {class_name} alone" if class_name else _run_hint(path)
         raise ValueError(f"{path}: expected a diffusers folder with a model_index.json{hint}")
-    index = json.loads((path / "model_index.json").read_text())
-    for name in (
-        "unet",
-        "vae",
-        "text_encoder",
-        "tokenizer",
-        "scheduler",
-        *(["text_encoder_2"] if "text_encoder_2" in index else []),
-    ):
-        if index.get(name, [None])[0] is None or not (path / name).is_dir():
+    index = read_settings(path / "model_index.json", IndexSettings)
+    second = ("text_encoder_2", "tokenizer_2") if "text_encoder_2" in index else ()
+    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", *second):
+        if part_class(path, index, name) is None or not (path / name).is_dir():
             raise ValueError(
                 f"{path}: has no {name}; expected a Stable Diffusion folder of unet, vae, text_encoder, tokenizer and scheduler"
             )
-    if index["unet"][1] != "UNet2DConditionModel":
+    if part_class(path, index, "unet") != "UNet2DConditionModel":
         raise ValueError(f"{path}: its unet is a {index['unet'][1]}, expected UNet2DConditionModel")
-    if not list((path / "unet").glob("*.safetensors")):
-        raise ValueError(
-            f"{path}: unet has no .safetensors weights (pickle files can run any program when they are opened)"
-        )
+    for name in index:
+        is_present = isinstance(index[name], list) and part_class(path, index, name) is not None
+        if is_present and name in NETWORKS:
+            check_network(path / name, variant)
+        elif is_present and name.startswith("tokenizer"):
+            check_tokenizer(path / name)
+    if variant and variant not in variants(path / "unet"):
+        have = ", ".join(sorted(name or "plain" for name in variants(path / "unet")))
+        raise ValueError(f"{path}: unet has no weights of variant {variant!r}; it has {have}")
+    _check_kind(path, index)
     return index
 
 
@@ -248,33 +324,74 @@ def _run_hint(path: Path) -> str:
     return f"; this is the folder of a run that is not finished: latent-shift train {path} continues it"
 
 
-def only_variant(path: Path) -> str | None:
-    """Return the variant ("fp16") of the weights in a folder that holds no other; None for plain weights or
-    several variants."""
-    names = {
-        file.name.split(".")[1] if file.name.count(".") > 1 else None for file in path.glob("*.safetensors")
-    }
-    return names.pop() if len(names) == 1 else None
+def part_class(path: Path, index: dict, name: str) -> str | None:
+    """Return the class of a part as model_index.json names it, None for a part that is left out.
+
+    Raises:
+        ValueError: an entry that is no pair of a library and a class.
+    """
+    entry = index.get(name, [None, None])
+    pair = isinstance(entry, list) and len(entry) == 2
+    if not pair or not (entry == [None, None] or all(isinstance(value, str) for value in entry)):
+        raise ValueError(
+            f"{path / 'model_index.json'}: {name}: expected a library and a class, got {json.dumps(entry):.60}"
+        )
+    return entry[1]
+
+
+def _check_kind(path: Path, index: dict) -> None:
+    """Raise ValueError for a pipeline whose U-Net takes more than latents and text, or predicts what the
+    schedulers here do not sample."""
+    unet, vae, scheduler = (read_part(path / part) for part in ("unet", "vae", "scheduler"))
+    texts = [read_part(path / name) for name in ("text_encoder", "text_encoder_2") if name in index]
+    try:
+        if scheduler["_class_name"].startswith(("EDM", "FlowMatch")):
+            raise ValueError(f"its scheduler is {scheduler['_class_name']}: the model {_EDM}")
+        _check_channels([unet.get("in_channels", 4)], vae.get("latent_channels", 4))
+        if unet.get("out_channels", 4) != unet.get("in_channels", 4):
+            raise ValueError(
+                f"its U-Net returns {unet['out_channels']} channels, expected those of its latents"
+            )
+        for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+            if unet.get(key) is not None:
+                raise ValueError(
+                    f"its U-Net has {key} {unet[key]!r}, expected null: it takes more than text, as unCLIP models do"
+                )
+        expected = "text_time" if len(texts) == 2 else None
+        if unet.get("addition_embed_type") != expected:
+            raise ValueError(
+                f"its U-Net has addition_embed_type {unet.get('addition_embed_type')!r}, expected {expected!r} with "
+                f"{len(texts)} text encoders"
+            )
+        if index.get("requires_aesthetics_score"):
+            raise ValueError("this is the refiner of Stable Diffusion XL; expected the base model")
+        widths = [text["hidden_size"] for text in texts if text.get("hidden_size")]
+        width = unet.get("cross_attention_dim", 1280)
+        if len(widths) == len(texts) and sum(widths) != width:
+            raise ValueError(f"its U-Net takes texts {width} wide, its text encoders return {sum(widths)}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def describe(model: str | Path) -> dict[str, str]:
     """Return what a model is, line by line, without reading its weights; raise ValueError as `load` does."""
+    if on_hub(model):
+        raise ValueError(f"{model}: no such folder; a model of the Hub is described once it is downloaded")
     lines, parts, unet, vae, scheduler, settings = (
         _file_parts(Path(model)) if Path(model).is_file() else _folder_parts(folder(model))
     )
     for part, shapes in parts.items():
         lines[part] = f"{sum(math.prod(shape) for shape in shapes) / 1e6:,.1f} M parameters"
-    sides = (
-        unet["sample_size"] if isinstance(unet["sample_size"], (list, tuple)) else [unet["sample_size"]] * 2
-    )
-    factor = 2 ** (len(vae.get("block_out_channels") or vae["encoder_block_out_channels"]) - 1)
+    size = unet.get("sample_size")
+    sides = size if isinstance(size, (list, tuple)) else [size] * 2
+    factor = 2 ** (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0]) - 1)
     shift = {
         name: settings.get(name, Model.model_fields[name].default)
         for name in ("forward", "backward", "place", "edge")
     }
     lines["widths"] = ", ".join(map(str, unet["block_out_channels"]))
-    lines["text width"] = str(unet["cross_attention_dim"])
-    lines["picture"] = "x".join(str(factor * side) for side in sides) + " pixels"
+    lines["text width"] = str(unet.get("cross_attention_dim", 1280))
+    lines["picture"] = "x".join(str(factor * side) for side in sides) + " pixels" if size else "of any size"
     lines["predicts"] = scheduler.get("prediction_type", "epsilon")
     if scheduler.get("rescale_betas_zero_snr"):
         lines["predicts"] += ", zero terminal SNR"
@@ -300,27 +417,27 @@ def _file_parts(path: Path) -> tuple[dict[str, str], dict[str, list], dict, dict
         part: [shape for key, shape in tensors.items() if key.startswith(prefix)]
         for part, prefix in prefixes.items()
     }
-    scheduler = {**family.scheduler, **({"prediction_type": "v_prediction"} if "v_pred" in tensors else {})}
+    prediction, scheduler = file_prediction(path), dict(family.scheduler)
+    if prediction:
+        scheduler["prediction_type"] = prediction
+    elif family is FAMILIES["sd2"]:
+        scheduler["prediction_type"] = "epsilon or v_prediction: loading finds out"
+    unet = (
+        {**family.unet, "sample_size": 64}
+        if prediction == "epsilon" and family is FAMILIES["sd2"]
+        else family.unet
+    )
     lines = {"family": family.title, "format": "a single file in the original layout"}
-    return lines, parts, family.unet, family.vae, scheduler, {}
+    return lines, parts, unet, family.vae, scheduler, {}
 
 
 def _folder_parts(path: Path) -> tuple[dict[str, str], dict[str, list], dict, dict, dict, dict]:
     """Return the same of a diffusers folder."""
     index = read_index(path)
-    unet, vae, scheduler = (
-        json.loads(next((path / part).glob("*config.json")).read_text())
-        for part in ("unet", "vae", "scheduler")
-    )
+    unet, vae, scheduler = (read_part(path / part) for part in ("unet", "vae", "scheduler"))
     family = _unet_family(unet)
-    parts = {}
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        if (path / part).is_dir():
-            variant = only_variant(path / part)
-            files = [
-                file for file in (path / part).glob("*.safetensors") if variant or file.name.count(".") == 1
-            ]
-            parts[part] = [shape for file in files for shape in tensor_shapes(file).values()]
+    names = ("unet", "vae", "text_encoder", "text_encoder_2")
+    parts = {name: list(part_shapes(path / name).values()) for name in names if (path / name).is_dir()}
     lines = {
         "family": family.title if family else "not one of Stable Diffusion",
         "format": f"a diffusers folder, {index['_class_name']}",

@@ -50,6 +50,7 @@ from latent_shift.pipelines.denoise import (
 )
 from latent_shift.pipelines.free_init import Filter, FreeInit
 from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
+from latent_shift.pipelines.lora import has_lora, merged
 from latent_shift.shift import Edge, Shift, has_temporal_layers, inflate, reach, shift_of
 
 CALL_DEFAULTS: dict[str, float] = {
@@ -128,9 +129,16 @@ class ClipPipeline(DiffusionPipeline):
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does, with the current settings of the shift in
-        model_index.json."""
-        self._register_settings()
-        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model_index.json, and a LoRA that is loaded merged into the weights."""
+        networks = {name: part for name, part in self.components.items() if has_lora(part)}
+        try:
+            for name, network in networks.items():
+                setattr(self, name, merged(network))
+            self._register_settings()
+            super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for name, network in networks.items():
+                setattr(self, name, network)
 
     def to_json_string(self) -> str:
         """Return model_index.json. It names the image pipeline, so that generic loaders (`DiffusionPipeline`,

@@ -13,16 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, model_validator
 
 from latent_shift import video
 from latent_shift.evaluation.evaluate import SavedClips, add_paired_differences
 from latent_shift.evaluation.measures import HIGHER, LOWER, REAL, label_of
+from latent_shift.evaluation.records import read_results
 from latent_shift.evaluation.tables import Table, find_seeds, make_table, skipped_measures
-from latent_shift.files import read_json, write_text
+from latent_shift.files import check_schema, read_json, write_text
 from latent_shift.folders import output_folder
 from latent_shift.report.plots import plots
 
@@ -45,7 +47,7 @@ class Column:
 
 def read_evaluation(folder: Path) -> list[Column]:
     """Read the systems of an evaluation's folder, by name; raise ValueError where there is none."""
-    columns = [Column(read_json(path), path.parent) for path in sorted(folder.glob("*/results.json"))]
+    columns = [Column(read_results(path), path.parent) for path in sorted(folder.glob("*/results.json"))]
     if not columns:
         raise ValueError(f"{folder}: no */results.json; expected the folder of `latent-shift eval --out`")
     return columns
@@ -126,7 +128,7 @@ def report(
                 )
             ),
             definitions=_definitions(tables),
-            training=read_json(training) if training else [],
+            training=_read_training(training) if training else [],
             classes=_class_rows(classes, out) if classes else None,
             sweeps=[_sweep(path, f"sweep{k}") for k, path in enumerate(sweeps)],
         )
@@ -155,6 +157,7 @@ def _read_systems(evaluation: Path, names: Sequence[str]) -> list[Column]:
 def _read_prompts(folder: Path, num: int | None = None) -> list[str]:
     """Return the first `num` prompts of an evaluation; raise ValueError where it has fewer. None: all."""
     prompts = read_json(folder / "prompts.json")
+    check_schema(prompts, list[str], folder / "prompts.json")
     if num is not None and num > len(prompts):
         raise ValueError(f"{folder} has {len(prompts)} clips a system, {num} rows asked for")
     return prompts[:num]
@@ -319,8 +322,54 @@ def _definitions(tables: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(name, definition) for definition, name in definitions.items()]
 
 
+class _Run(BaseModel):
+    """A row of `latent-shift bench runs -o`."""
+
+    run: str
+    parameters: float
+    steps: int
+    loss: float
+    val_loss: float | None
+    gib_peak: float
+
+
+class _Point(BaseModel):
+    """A point of `latent-shift bench sweep -o`; every line has its own abscissa."""
+
+    line: Literal["frames", "side", "clips"]
+    name: str
+    frames: int | None = None
+    side: int | None = None
+    clips: int | None = None
+
+    @model_validator(mode="after")
+    def _has_abscissa(self) -> _Point:
+        if getattr(self, self.line) is None:
+            raise ValueError(f"expected {self.line} in a point of the line {self.line}")
+        return self
+
+
+class _Sweep(BaseModel):
+    """The file of `latent-shift bench sweep -o`."""
+
+    points: list[_Point]
+    device: str
+    processor: str
+    dtype: str
+    torch: str
+    date: str
+    threads: int
+
+
+def _read_training(path: Path) -> list[dict[str, Any]]:
+    rows = read_json(path)
+    check_schema(rows, list[_Run], path)
+    return rows
+
+
 def _sweep(path: Path, name: str) -> dict[str, Any]:
     sweep = read_json(path)
+    check_schema(sweep, _Sweep, path)
     return {"machine": sweep, "plots": plots(sweep, name=name)}
 
 

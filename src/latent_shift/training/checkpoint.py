@@ -24,12 +24,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latent_shift.config import load
-from latent_shift.files import write_text
+from latent_shift.files import check_schema, read_json_object, write_text
+from latent_shift.models.loading import one_line_errors
 from latent_shift.training import fsdp
 from latent_shift.training.ema import EMA
 
@@ -99,13 +101,30 @@ def _write_manifest(folder: Path, step: int, losses: dict[str, list[float]]) -> 
     write_text(folder / "state.json", json.dumps({"step": step, "sizes": sizes, "seen": losses}))
 
 
+class State(BaseModel):
+    """state.json of a checkpoint: its step, the sizes of its files, and the losses that have no line in stats.jsonl
+    yet."""
+
+    model_config = ConfigDict(strict=True)
+    step: int = Field(ge=0)
+    sizes: dict[str, int]
+    seen: dict[str, list[float]]
+
+
+def _read_state(folder: Path) -> State:
+    """Read the state.json of a checkpoint; raise ValueError of one line if it is not one."""
+    state = read_json_object(folder / "state.json")
+    check_schema(state, State, folder / "state.json")
+    return State(**state)
+
+
 def _find_corruption(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     try:
-        sizes = json.loads((folder / "state.json").read_text(encoding="utf-8"))["sizes"]
-    except (OSError, ValueError, KeyError) as error:
+        state = _read_state(folder)
+    except (OSError, ValueError) as error:
         return f"state.json cannot be read ({error})"
-    for name, expected in sizes.items():
+    for name, expected in state.sizes.items():
         size = (folder / name).stat().st_size if (folder / name).exists() else 0
         if size != expected:
             return f"{name} has {size} bytes of {expected}"
@@ -195,7 +214,8 @@ def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[fl
         The number of steps done, and the losses that have no line in stats.jsonl yet.
 
     Raises:
-        ValueError: there are checkpoints, but none is complete.
+        ValueError: there are checkpoints, but none is complete, or the newest has the sizes that it should and is
+            damaged inside.
     """
     problems = []
     for folder in reversed(steps(run)):
@@ -203,9 +223,10 @@ def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[fl
             # The run had another precision before.
             if accelerator.scaler is not None and not (folder / "scaler.pt").exists():
                 torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
-            accelerator.load_state(str(folder))
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            return int(state["step"]), state["seen"]
+            with one_line_errors(folder, "a checkpoint of this run: delete it to resume from the one before"):
+                accelerator.load_state(str(folder))
+            state = _read_state(folder)
+            return state.step, state.seen
         log.warning("%s is skipped: %s", folder, problem)
         problems.append(f"{folder.name}: {problem}")
     if problems:
@@ -223,8 +244,8 @@ def has_only_skipped_steps(run: Path) -> bool:
 def _read_stats(run: Path) -> list[dict]:
     """Return the complete lines of stats.jsonl."""
     path = run / "stats.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [row for line in text.splitlines(keepends=True) if (row := _parse_row(line)) is not None]
 
 
 def trim_stats(run: Path, step: int) -> float:
@@ -238,3 +259,14 @@ def trim_stats(run: Path, step: int) -> float:
     if path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows[-1].get("seconds", 0.0) if rows else 0.0
+
+
+def _parse_row(line: str) -> dict | None:
+    """Return a row of stats.jsonl, or None for a line that a crash or another program spoilt."""
+    try:
+        row = json.loads(line) if line.endswith("\n") else None
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return row if isinstance(row.get("seconds", 0.0), (int, float)) else None

@@ -3,7 +3,6 @@ with the starting weights."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import asdict
@@ -19,6 +18,8 @@ from latent_shift.data.store import Store, find_stores
 from latent_shift.diffusion import schedule_of
 from latent_shift.models import sizes
 from latent_shift.models.baselines import TEMPORAL_NETWORKS, saved_class
+from latent_shift.models.loading import one_line_errors
+from latent_shift.models.parts import IndexSettings, read_part, read_settings
 from latent_shift.runtime import has_bf16_units, resolve_device, resolve_precision, world_size
 from latent_shift.training import checkpoint
 
@@ -194,11 +195,13 @@ def check_start(config: Config, start: Path) -> None:
     now, before = dict[str, object](), dict[str, object]()
     scheduler_file, index_file = start / "scheduler" / "scheduler_config.json", start / "model_index.json"
     if scheduler_file.exists():
-        settings = {name: value for name, value in _read_json(scheduler_file).items() if name in _LEARNED}
-        learned, wanted = DDPMScheduler(**settings).config, schedule_of(config.diffusion).config
+        settings = {name: value for name, value in read_part(start / "scheduler").items() if name in _LEARNED}
+        with one_line_errors(scheduler_file, "a noise schedule"):
+            learned = DDPMScheduler(**settings).config
+        wanted = schedule_of(config.diffusion).config
         before |= {name: learned[key] for key, name in _LEARNED.items()}
         now |= {name: wanted[key] for key, name in _LEARNED.items()}
-    trained = _read_json(index_file).get("latent_shift", {}) if index_file.exists() else {}
+    trained = read_settings(index_file, IndexSettings).get("latent_shift", {}) if index_file.exists() else {}
     if trained.get("num_frames", 1) > 1:  # an image model has not learned from shifted channels
         shifted = trained.get("forward") or trained.get("backward")
         network = saved_class(start / "unet", UNet2DConditionModel)
@@ -229,7 +232,3 @@ def check_denoiser(unet: UNet2DConditionModel, store: Store) -> None:
 
 def _in_toml(value: object) -> object:
     return str(value).lower() if isinstance(value, bool) else value
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))

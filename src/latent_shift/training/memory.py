@@ -26,6 +26,7 @@ from latent_shift.data.store import Store
 from latent_shift.diffusion import noise_schedule
 from latent_shift.models import sizes
 from latent_shift.models.baselines import saved_class
+from latent_shift.models.parts import read_part
 from latent_shift.pipelines.lora import add_lora
 from latent_shift.runtime import dtype_of, resolve_precision, world_size
 from latent_shift.shift import share_text
@@ -81,7 +82,7 @@ def estimate_run(config: Config, prepared: Prepared, device: str = "cuda") -> Es
     with torch.device("meta"):
         if prepared.init:
             network = saved_class(Path(prepared.init) / "unet", UNet2DConditionModel)
-            unet = network.from_config(network.load_config(prepared.init, subfolder="unet"))
+            unet = network.from_config(read_part(Path(prepared.init) / "unet"))
         else:
             unet = sizes.unet(str(config.model.size))
     return estimate(

@@ -25,9 +25,10 @@ from latent_shift.data.pack import pack
 from latent_shift.data.records import summarize
 from latent_shift.data.shards import without_secrets
 from latent_shift.data.store import Store, find_stores
-from latent_shift.files import read_json, write_json
+from latent_shift.files import read_json_object, write_json
 from latent_shift.models.autoencoder import downscale_factor
-from latent_shift.pipelines import loading
+from latent_shift.models.parts import read_part, variants
+from latent_shift.pipelines import catalog, loading
 from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
 from latent_shift.runtime import rank, resolve_precision
 from latent_shift.training import checks
@@ -77,7 +78,7 @@ def prepare(
     if init is not None and not encodes:
         folder = loading.folder(init)
     elif init is not None:
-        folder = _diffusers_folder(init, run / "base")
+        folder = _diffusers_folder(config, run / "base")
         checks.check_start(config, folder)
         factor = _scale_factor(folder) if not find_stores(store) else None
     checks.check_source(config, factor)
@@ -124,7 +125,7 @@ def _encode_pixels(
 
     def has_captions() -> bool:
         try:
-            return strides <= set(read_json(out / "store.json")["strides"])
+            return strides <= set(read_json_object(out / "store.json").get("strides", []))
         except (OSError, ValueError):  # another process is writing it
             return False
 
@@ -159,7 +160,7 @@ def _claim_build(
         time.sleep(0.2)
     if (folder / last_file).exists():
         try:
-            before = read_json(note) if note.exists() else {}
+            before = read_json_object(note) if note.exists() else {}
         except ValueError as error:
             raise ValueError(f"{note}: damaged ({error}); delete it and {folder}") from error
         if before != source:
@@ -172,19 +173,21 @@ def _claim_build(
     return True
 
 
-def _diffusers_folder(init: str, base: Path) -> Path:
-    """Return `init` as a diffusers folder with plain weights, converted into `base` if it is anything
+def _diffusers_folder(config: Config, base: Path) -> Path:
+    """Return `model.init` as a diffusers folder with plain weights, converted into `base` if it is anything
     else."""
-    plain = init in loading.MODELS or (
-        Path(init).is_dir() and loading.only_variant(Path(init) / "unet") is None
+    init = str(config.model.init)
+    options = {"variant": config.model.variant, "prediction": config.model.prediction}
+    catalog.check_model(init, **options)
+    plain = not any(options.values()) and (
+        init in loading.MODELS or (Path(init).is_dir() and None in variants(Path(init) / "unet"))
     )
-    if not plain and _claim_build(base, "model_index.json", {"model": init}):
-        pipe = loading.load(init, device="cpu", dtype=torch.float32)
+    source = {"model": init, **{name: value for name, value in options.items() if value}}
+    if not plain and _claim_build(base, "model_index.json", source):
+        pipe = loading.load(init, device="cpu", dtype=torch.float32, **options)
         if not isinstance(pipe, LatentShiftXLPipeline):
             pipe.save_pretrained(base)
     folder = loading.folder(init) if plain else base
-    if plain and not (folder / "model_index.json").exists():
-        raise ValueError(f"{init}: expected the folder of a pipeline, with a model_index.json")
     if not (folder / "model_index.json").exists() or (folder / "text_encoder_2").exists():
         raise ValueError(
             f"{init}: expected a model of SD 1.x or 2.x; the family of Stable Diffusion XL can generate here, but not be trained"
@@ -196,14 +199,14 @@ def _default_size(init: Path | None) -> int:
     """Return the side in pixels of the pictures that the U-Net in `init` was trained on."""
     if init is None or not (init / "unet").is_dir():
         raise ValueError("a folder of videos needs data.size, the side in pixels to pack it at")
-    side = read_json(init / "unet" / "config.json")["sample_size"]
+    side = read_part(init / "unet").get("sample_size")
     if not isinstance(side, int):
         raise ValueError(
-            f"{init} generates {side} latents, and clips are packed as squares: give their side as data.size"
+            f"{init} generates {side or 'any size of'} latents, and clips are packed as squares: give their side as data.size"
         )
     return side * _scale_factor(init)
 
 
 def _scale_factor(init: Path) -> int:
     """Return how many pixels the autoencoder in `init` encodes into one latent pixel, along a side."""
-    return downscale_factor(read_json(init / "vae" / "config.json"))
+    return downscale_factor(read_part(init / "vae"))

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
 
 from latent_shift import video
 from latent_shift.config import Config
@@ -22,7 +21,7 @@ from latent_shift.data.store import Store, caption_at_rate, open_pixel_store
 from latent_shift.diffusion import correlated_noise, draw_timesteps, schedule_of
 from latent_shift.models import autoencoder, sizes
 from latent_shift.models.autoencoder import downscale_factor, load_autoencoder
-from latent_shift.models.baselines import saved_class
+from latent_shift.models.loading import open_network, open_text_encoder, open_tokenizer
 from latent_shift.pipelines.lora import add_lora, save_lora
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 from latent_shift.runtime import dtype_of, seed
@@ -146,9 +145,8 @@ class DenoiserStage:
         self.stride = strides[0] if num_frames > 1 else 1  # for validation, samples and the exported model
         sample_size = self.store.info["size"] // self.store.info["factor"]
         if prepared.init:
-            network = saved_class(Path(prepared.init) / "unet", UNet2DConditionModel)
-            unet: UNet2DConditionModel = network.from_pretrained(
-                prepared.init, subfolder="unet", dtype=torch.float32
+            unet: UNet2DConditionModel = open_network(  # type: ignore[assignment]
+                Path(prepared.init) / "unet", UNet2DConditionModel, dtype=torch.float32
             )
         else:
             unet = sizes.unet(str(config.model.size), sample_size=sample_size)
@@ -210,10 +208,11 @@ class DenoiserStage:
         give."""
         folder, options, sampling = self.store.folder, self.config.diffusion, self.config.train
         shared_noise, correlation = sampling.sample_shared_noise, sampling.sample_noise_correlation
+        text_encoder = open_text_encoder(folder / "text_encoder")
         return LatentShiftPipeline(
             vae=load_autoencoder(folder / "autoencoder"),
-            text_encoder=AutoModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-            tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            text_encoder=text_encoder,
+            tokenizer=open_tokenizer(folder / "tokenizer", text_encoder),
             unet=self.model,
             scheduler=DPMSolverMultistepScheduler.from_config(self.schedule.config),
             latent_shift={

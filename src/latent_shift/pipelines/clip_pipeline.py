@@ -22,7 +22,6 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -44,11 +43,11 @@ from latent_shift.pipelines.denoise import (
     denoise,
     guided,
     in_chunks,
-    timesteps_for_strength,
     unet_predictor,
 )
 from latent_shift.pipelines.free_init import Filter, FreeInit
 from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
+from latent_shift.pipelines.schedulers import check_own_scheduler, set_timesteps, timesteps_for_strength
 from latent_shift.shift import Edge, Shift, has_temporal_layers, inflate, reach, shift_of
 
 CALL_DEFAULTS: dict[str, float] = {
@@ -264,6 +263,7 @@ class ClipPipeline(DiffusionPipeline):
         num_frames = resolve_num_frames(
             self, num_frames, image=image, last_image=last_image, video=video, mask=mask, strength=strength, loop=loop
         )  # fmt: skip
+        check_own_scheduler(self.scheduler)
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self.resolve_size(height, width)
@@ -308,10 +308,10 @@ class ClipPipeline(DiffusionPipeline):
         conditions = make_conditions(embeds, image_embeds, use_guidance)
 
         # 3. Timesteps and initial latents.
-        set_timesteps = partial(
-            retrieve_timesteps, self.scheduler, device=device, timesteps=timesteps, sigmas=sigmas
+        start_schedule = partial(
+            set_timesteps, self.scheduler, device=device, timesteps=timesteps, sigmas=sigmas
         )
-        steps_T, num_inference_steps = set_timesteps(num_inference_steps)
+        steps_T = start_schedule(num_inference_steps)
         latents = self.prepare_video_latents(
             num_clips, num_frames, height, width, dtype, device, generator, latents, shared_noise, noise_correlation, loop
         )  # fmt: skip
@@ -325,8 +325,6 @@ class ClipPipeline(DiffusionPipeline):
             strength = (0.6 if image is None and mask is None else 1.0) if strength is None else strength
             steps_T = timesteps_for_strength(self.scheduler, steps_T, strength)
             latents = latents if strength == 1 else known.noised(self.scheduler, steps_T[:1])
-        elif hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)
 
         # 5. Denoise: the U-Net, in chunks and guided as asked; with FreeInit several times.
         make_predictor = partial(
@@ -342,7 +340,7 @@ class ClipPipeline(DiffusionPipeline):
             if self.interrupt:
                 break
             if self.free_init:
-                steps_T, _ = set_timesteps(self.free_init.num_steps(iteration, num_inference_steps))
+                steps_T = start_schedule(self.free_init.num_steps(iteration, num_inference_steps))
             if self.free_init and iteration:
                 fresh = randn_tensor(latents.shape, generator=generator, device=device, dtype=torch.float32)
                 latents = self.free_init.renoise(latents, noise, fresh, self.scheduler)
@@ -401,6 +399,7 @@ class ClipPipeline(DiffusionPipeline):
             raise ValueError(f"a stream takes one prompt, got {prompt!r}")
         if output_type not in ("np", "pil", "pt"):
             raise ValueError(f"unknown output_type {output_type!r} of a stream; expected np, pil or pt")
+        check_own_scheduler(self.scheduler)
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self.resolve_size(height, width)
@@ -418,7 +417,7 @@ class ClipPipeline(DiffusionPipeline):
             cross_attention_kwargs=None, family=family,
         )  # fmt: skip
         conditions, dtype = make_conditions(embeds, None, use_guidance), embeds["prompt_embeds"].dtype
-        steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device)
+        steps_T = set_timesteps(scheduler, num_inference_steps, device=device)
         predict = self._predictor(
             conditions,
             guider if use_guidance else None,
@@ -431,7 +430,7 @@ class ClipPipeline(DiffusionPipeline):
         while num_frames is None or index < num_frames:
             frame_noise = ar1_step(draw_noise(), frame_noise, noise_correlation)
             noise = frame_noise * (1 - shared_noise) ** 0.5 + clip_noise * shared_noise**0.5
-            steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device)
+            steps_T = set_timesteps(scheduler, num_inference_steps, device=device)
             latents = noise.to(dtype) * scheduler.init_noise_sigma
             latents = denoise(predict, scheduler, latents, steps_T, step_options=step_options)
             yield decode_clips(self, latents, 1, output_type)[0][0]

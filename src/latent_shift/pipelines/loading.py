@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from latent_shift.models.baselines import saved_class
 from latent_shift.pipelines import single_file
 from latent_shift.pipelines.catalog import MODELS, WEIGHTS, describe, folder, on_hub, only_variant, read_index
+from latent_shift.pipelines.schedulers import make_scheduler
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline, LatentShiftXLPipeline
 from latent_shift.runtime import resolve_device
 
@@ -61,21 +60,3 @@ def load(
     if prediction:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
     return pipe.to(device)
-
-
-def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
-    """Return diffusers' scheduler of a name ("DDIM", "EulerDiscrete", ...) with the settings of `like`.
-
-    Raises:
-        ValueError: an unknown name; the message names the nearest.
-    """
-    classes = [
-        attribute
-        for attribute in dir(diffusers)
-        if attribute.endswith("Scheduler") and not attribute.startswith("Flax")
-    ]
-    known = {attribute.removesuffix("Scheduler"): attribute for attribute in classes}
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-        raise ValueError(f"unknown scheduler {name!r}; did you mean {' or '.join(nearest) or 'DDIM'}?")
-    return getattr(diffusers, known[name]).from_config(like.config)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from latent_shift.pipelines.schedulers import check_scheduler, make_scheduler
 from latent_shift.runtime import seed
 from latent_shift.video import read, to_uint8
 
@@ -89,6 +90,8 @@ class Request:
             for name in ("loop", "shared_noise", "noise_correlation", "chunk", "then"):
                 if getattr(self, name) not in (None, False, {}):
                     raise ValueError(f"{name} has no effect on one frame; expected num_frames of 2 or more")
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler)
         if self.halo is not None and self.chunk is None:
             raise ValueError("halo has no effect without chunk")
         if self.free_init is not None and self.free_init < 2:
@@ -117,8 +120,6 @@ def generate_clip(
     Raises:
         ValueError: a file that cannot be read, or a request that does not fit the model.
     """
-    from latent_shift.pipelines.loading import make_scheduler
-
     pipe = copy.copy(pipe)
     pipe.scheduler = (
         make_scheduler(request.scheduler, pipe.scheduler)

@@ -227,6 +227,7 @@ def _encode_captions(
     if metadata_path.exists() and json.loads(metadata_path.read_text(encoding="utf-8")) == metadata:
         return list(np.load(embeddings_path, mmap_mode="r").shape[1:]), digest
     metadata_path.unlink(missing_ok=True)
+    text.warn_of_cut_words(tokenizer, captions, "caption")
     shape = text.embed(tokenizer, text_encoder, [""]).shape[1:]
 
     # An interrupted call has saved its progress; it counts if it was for the same captions and text encoder.

@@ -33,7 +33,6 @@ from latent_shift.pipelines.conditioning import (
     Pictures,
     check_family_arguments,
     decode_clips,
-    encode_prompts,
     known_frames,
     resolve_num_frames,
 )
@@ -47,6 +46,7 @@ from latent_shift.pipelines.denoise import (
 )
 from latent_shift.pipelines.free_init import Filter, FreeInit
 from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
+from latent_shift.pipelines.prompts import encode_prompts
 from latent_shift.pipelines.schedulers import check_own_scheduler, set_timesteps, timesteps_for_strength
 from latent_shift.shift import Edge, Shift, has_temporal_layers, inflate, reach, shift_of
 

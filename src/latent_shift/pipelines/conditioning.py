@@ -1,6 +1,6 @@
-"""Inputs of a call, prompts and pictures, as the tensors that sampling works on; and latents back as frames.
+"""Pictures of a call as the latents that sampling works on; and latents back as frames.
 
-Shapes: B clips of F frames, N = B*F; C channels; L tokens, D width of the text embeddings.
+Shapes: B clips of F frames, N = B*F; C channels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latent_shift.models import text
 from latent_shift.models.autoencoder import decode_latents, encode_frames, upcast
 from latent_shift.pipelines.denoise import KnownFrames
 
@@ -71,78 +70,6 @@ def resolve_num_frames(
             f"num_frames must be {least} or more with the pictures that are given, got {num_frames}"
         )
     return int(num_frames)
-
-
-def encode_prompts(
-    pipe, prompt: str | list[str] | dict[int, str] | None, *, negative_prompt, prompt_embeds: Tensor | None,
-    negative_prompt_embeds: Tensor | None, num_frames: int, num_videos: int, guided: bool, height: int, width: int,
-    tensor_inputs: list[str], clip_skip: int | None, cross_attention_kwargs: dict | None, family: dict[str, Any],
-) -> dict[str, Tensor]:  # fmt: skip
-    """Encode prompts to the text inputs of the U-Net, by name: `(B, ...)` a clip, or `(B, F, ...)` where
-    frames differ. With guidance each name also has a `negative_` one."""
-    schedule = sorted(prompt.items()) if isinstance(prompt, dict) else []
-    if isinstance(prompt, dict) and (not schedule or not 0 <= schedule[0][0] <= schedule[-1][0] < num_frames):
-        raise ValueError(
-            f"expected prompts for frames from 0 to {num_frames - 1}, got {[frame for frame, _ in schedule]}"
-        )
-    texts: Any = [words for _, words in schedule] if schedule else prompt
-    frame_embeds: dict[str, Tensor] = {}
-    for name, value in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-        if value is not None and value.ndim == 4:
-            if value.shape[1] != num_frames:
-                raise ValueError(f"expected {name} of {num_frames} frames, got {value.shape[1]}")
-            frame_embeds[name] = value
-    if "prompt_embeds" in frame_embeds:
-        prompt_embeds = frame_embeds["prompt_embeds"][:, 0]
-    if "negative_prompt_embeds" in frame_embeds:
-        negative_prompt_embeds = frame_embeds["negative_prompt_embeds"][:, 0]
-    num_each = 1 if schedule else num_videos
-    plain, plain_negative = _without_weights(texts), _without_weights(negative_prompt)
-    if isinstance(plain, list) and isinstance(plain_negative, str):
-        plain_negative, negative_prompt = [plain_negative] * len(plain), [negative_prompt] * len(plain)
-    options = dict(
-        guided=guided, height=height, width=width, tensor_inputs=tensor_inputs, clip_skip=clip_skip,
-        cross_attention_kwargs=cross_attention_kwargs,
-    )  # fmt: skip
-    embeds = pipe.encode_family_prompts(
-        plain,
-        plain_negative,
-        prompt_embeds,
-        negative_prompt_embeds,
-        num_each=num_each,
-        family=family,
-        **options,
-    )
-    if not guided:
-        embeds = {name: value for name, value in embeds.items() if not name.startswith("negative_")}
-    for name, weighted, unweighted in (
-        ("prompt_embeds", texts, plain),
-        ("negative_prompt_embeds", negative_prompt, plain_negative),
-    ):
-        if unweighted != weighted and name in embeds:
-            null = pipe.encode_family_prompts([""], None, None, None, num_each=1, family={}, **options)[
-                "prompt_embeds"
-            ]
-            weights = text.prompt_weights(pipe, [weighted] if isinstance(weighted, str) else list(weighted))
-            weights = weights.repeat_interleave(len(embeds[name]) // len(weights), dim=0).to(null)
-            embeds[name] = torch.lerp(null, embeds[name], weights[:, :, None])
-    for name, value in frame_embeds.items():
-        if name in embeds:
-            embeds[name] = value.repeat_interleave(num_videos, dim=0).to(embeds[name])
-    if schedule:
-        keys = [frame for frame, _ in schedule]
-        for name, value in embeds.items():
-            value = (
-                value[:1] if name.startswith("negative_") else text.interpolate(value, keys, num_frames)[None]
-            )
-            embeds[name] = value.repeat_interleave(num_videos, dim=0)
-    return embeds
-
-
-def _without_weights(prompt: Any) -> str | list[str] | None:
-    if isinstance(prompt, str):
-        return text.without_weights(prompt)
-    return prompt and [text.without_weights(words) for words in prompt]
 
 
 def known_frames(

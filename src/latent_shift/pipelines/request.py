@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from latent_shift.models.prompt_syntax import parse_prompt
 from latent_shift.pipelines.schedulers import check_scheduler, make_scheduler
 from latent_shift.runtime import seed
 from latent_shift.video import read, to_uint8
@@ -42,7 +43,7 @@ class Request:
     """What to generate. None leaves a number to the model.
 
     Args:
-        prompt: text; "(words:1.4)" weighs words.
+        prompt: text; "(words:1.4)" weights words, see `models/prompt_syntax.py`.
         then: frame -> text that the prompt has become there.
         negative_prompt: text to guide away from.
         num_frames: frames; 1 is an image.
@@ -90,6 +91,8 @@ class Request:
             for name in ("loop", "shared_noise", "noise_correlation", "chunk", "then"):
                 if getattr(self, name) not in (None, False, {}):
                     raise ValueError(f"{name} has no effect on one frame; expected num_frames of 2 or more")
+        for prompt in (self.prompt, *self.then.values(), self.negative_prompt or ""):
+            parse_prompt(prompt)
         if self.scheduler is not None:
             check_scheduler(self.scheduler)
         if self.halo is not None and self.chunk is None:

@@ -36,6 +36,7 @@ ZERO_SNR = DPMSolverMultistepScheduler(
 )  # fmt: skip
 
 CLIP = np.zeros((6, 32, 32, 3), np.float32)
+CLIP[5] = 1
 LEFT = np.zeros((32, 32), np.float32)
 LEFT[:, :16] = 1
 MODES = {
@@ -65,9 +66,9 @@ def answer(pipe, monkeypatch):
     )
 
     def encode(pipe, pictures, height, width, batch_size):
-        if len(pictures) == 6 and np.ndim(pictures) == 4:
+        if len(pictures) == 6:
             return latents
-        frame = 5 if pictures is MODES["both images"]["last_image"] else 0
+        frame = 5 if pictures.max() == 1 else 0
         return latents[:, :, frame : frame + 1]
 
     monkeypatch.setattr(conditioning, "encode_pictures", encode)
@@ -112,7 +113,7 @@ def generate(pipe, mode, *, steps):
 
 
 def stream(pipe, monkeypatch, *, steps):
-    monkeypatch.setattr(clip_pipeline, "decode_clips", lambda pipe, latents, size, kind: [[latents]])
+    monkeypatch.setattr(clip_pipeline, "decode_clips", lambda pipe, latents, size, kind: ([[latents]], None))
     inflate(pipe.unet, Shift(backward=0))
     frames = list(
         pipe.stream("red", num_frames=3, num_inference_steps=steps, guidance_scale=1.0, generator=seed(0))

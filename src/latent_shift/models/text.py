@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latent_shift.models.prompt_syntax import Segment
+from latent_shift.runtime import silenced
 
 log = logging.getLogger("latent_shift")
 
@@ -86,7 +87,8 @@ def token_weights(
 def cut_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """Return the end of a prompt that a tokenizer cuts, because it is longer than the text encoder reads; ""
     if nothing is cut."""
-    tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    with silenced("transformers.tokenization_utils_base"):  # it warns of an indexing error
+        tokens = tokenizer(prompt, truncation=False).input_ids
     num_kept = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
     words = [token for token in tokens if token not in tokenizer.all_special_ids]
     return tokenizer.decode(words[num_kept:]).strip()

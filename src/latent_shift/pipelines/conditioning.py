@@ -16,10 +16,27 @@ from torch import Tensor
 
 from latent_shift.models.autoencoder import decode_latents, encode_frames, upcast
 from latent_shift.pipelines.denoise import KnownFrames
+from latent_shift.pipelines.diagnosis import check_finite
+from latent_shift.pipelines.pictures import to_masks, to_picture
 
-Pictures = Any
-"""Anything diffusers' image processors take: images, arrays `(F, H, W, 3)`, tensors `(F, 3, H, W)`; floats
-in [0, 1]."""
+Frames = list[Image.Image] | np.ndarray
+"""F images, or `(F, H, W, 3) float32` in [0, 1]."""
+
+
+def to_pictures(*, image, last_image, video, mask, num_frames: int) -> dict[str, Any]:
+    """Convert the pictures of a call, of any usual type, to those that `known_frames` takes.
+
+    Raises:
+        ValueError: pictures of an unknown type, shape or range; the message names the argument.
+    """
+    pictures: dict[str, Any] = {"image": image, "last_image": last_image, "video": video, "mask": mask}
+    for name in ("image", "last_image"):
+        if pictures[name] is not None:
+            picture = to_picture(pictures[name], name)
+            pictures[name] = picture[None] if isinstance(picture, np.ndarray) else [picture]
+    if mask is not None:
+        pictures["mask"] = to_masks(mask, num_frames)
+    return pictures
 
 
 def check_family_arguments(pipe, family: dict[str, Any]) -> None:
@@ -47,7 +64,6 @@ def resolve_num_frames(
             strength is not None and video is None and image is None,
             "a video or an image for strength to start from",
         ),
-        (strength is not None and not 0 < strength <= 1, f"strength above 0 and up to 1, not {strength}"),
         (last_image is not None and loop, "a last_image or a loop, not both"),
         (
             pipe.free_init_enabled and (video is not None or image is not None),
@@ -73,7 +89,7 @@ def resolve_num_frames(
 
 
 def known_frames(
-    pipe, *, image: Pictures, last_image: Pictures, video: Pictures, mask: Pictures, noise: Tensor, height: int, width: int,
+    pipe, *, image: Frames | None, last_image: Frames | None, video: Frames | None, mask: np.ndarray | None, noise: Tensor, height: int, width: int,
     batch_size: int,
 ) -> KnownFrames | None:  # fmt: skip
     """Return what the given pictures fix of a clip, or None without any."""
@@ -82,7 +98,7 @@ def known_frames(
     num_frames = noise.shape[2]
     if video is not None:
         clean = encode_pictures(pipe, video, height, width, batch_size).to(noise)
-        mask = None if mask is None else latent_mask(mask, num_frames, noise.shape[-2:]).to(noise)
+        new = None if mask is None else latent_mask(mask, num_frames, noise.shape[-2:]).to(noise)
     else:
         ends = [
             encode_pictures(pipe, picture, height, width, 1).to(noise)
@@ -90,18 +106,26 @@ def known_frames(
             if picture is not None
         ]
         clean = ends[0].repeat(1, 1, num_frames, 1, 1)
-        mask = torch.ones(1, 1, num_frames, 1, 1).to(noise)
-        mask[:, :, 0] = 0
+        new = torch.ones(1, 1, num_frames, 1, 1).to(noise)
+        new[:, :, 0] = 0
         if last_image is not None:
-            clean[:, :, num_frames // 2 :], mask[:, :, -1] = ends[1], 0
-    return KnownFrames(clean, noise / pipe.scheduler.init_noise_sigma, mask)
+            clean[:, :, num_frames // 2 :], new[:, :, -1] = ends[1], 0
+    return KnownFrames(clean, noise / pipe.scheduler.init_noise_sigma, new)
 
 
-def encode_pictures(pipe, pictures: Pictures, height: int, width: int, batch_size: int) -> Tensor:
-    """Encode pictures to the means of their latents `(1, C, F, h, w)`, each frame independently."""
-    if isinstance(pictures, np.ndarray) and pictures.dtype == np.uint8:
-        pictures = pictures / np.float32(255)
-    pixels_N3HW = pipe.image_processor.preprocess(pictures, height, width)
+def _resize(pictures: Frames, height: int, width: int) -> Frames:
+    """Resize arrays, smoothly where they shrink; diffusers resizes images alone in this way."""
+    if isinstance(pictures, list) or pictures.shape[1:3] == (height, width):
+        return pictures
+    pixels_N3HW = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(pixels_N3HW, (height, width), mode="bicubic", antialias=True)
+    return resized.clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def encode_pictures(pipe, pictures: Frames, height: int, width: int, batch_size: int) -> Tensor:
+    """Encode frames, as `to_frames` returns them, to the means of their latents `(1, C, F, h, w)`, each
+    independently."""
+    pixels_N3HW = pipe.image_processor.preprocess(_resize(pictures, height, width), height, width)
     with upcast(pipe.vae, when=needs_upcast(pipe)):
         latents_NChw = encode_frames(
             pipe.vae, pixels_N3HW, device=pipe._execution_device, batch_size=batch_size
@@ -109,15 +133,25 @@ def encode_pictures(pipe, pictures: Pictures, height: int, width: int, batch_siz
     return latents_NChw.transpose(0, 1)[None]
 
 
-def decode_clips(pipe, latents: Tensor, batch_size: int, output_type: str) -> Tensor | np.ndarray | list:
+def decode_clips(
+    pipe, latents: Tensor, batch_size: int, output_type: str
+) -> tuple[Tensor | np.ndarray | list, list[list[bool]] | None]:
     """Decode `(B, C, F, h, w)` latents to frames of an `output_type`, each frame independently, `batch_size`
-    at a time."""
+    at a time.
+
+    Returns:
+        The frames, and for each clip and frame whether the safety checker blackened it; None without one.
+    """
     with upcast(pipe.vae, when=needs_upcast(pipe)):
         pixels_N3HW = decode_latents(pipe.vae, latents.transpose(1, 2).flatten(0, 1), batch_size=batch_size)
-    pixels_B3FHW = (
-        pipe.postprocess_pixels(pixels_N3HW, latents.dtype).unflatten(0, (len(latents), -1)).transpose(1, 2)
-    )
-    return pipe.video_processor.postprocess_video(pixels_B3FHW, output_type=output_type)
+    check_finite(pipe, pixels_N3HW, "the decoded pixels")
+    pixels_N3HW, flagged_N = pipe.postprocess_pixels(pixels_N3HW, latents.dtype)
+    pixels_B3FHW = pixels_N3HW.unflatten(0, (len(latents), -1)).transpose(1, 2)
+    frames = pipe.video_processor.postprocess_video(pixels_B3FHW, output_type=output_type)
+    if flagged_N is None:
+        return frames, None
+    num_frames = latents.shape[2]
+    return frames, [flagged_N[start : start + num_frames] for start in range(0, len(flagged_N), num_frames)]
 
 
 def needs_upcast(pipe) -> bool:
@@ -126,22 +160,8 @@ def needs_upcast(pipe) -> bool:
     return hasattr(pipe, "upcast_vae") and bool(getattr(pipe.vae.config, "force_upcast", False))
 
 
-def latent_mask(mask: Pictures, num_frames: int, size: tuple[int, ...]) -> Tensor:
-    """Convert one picture or F, white where something new is generated, to `(1, 1, F, h, w)` of 0 and 1. A
+def latent_mask(mask: np.ndarray, num_frames: int, size: tuple[int, ...]) -> Tensor:
+    """Convert masks `(1 or F, H, W)`, 1 where something new is generated, to `(1, 1, F, h, w)` of 0 and 1. A
     latent is new if half of its pixels are."""
-    single = isinstance(mask, Image.Image) or (not isinstance(mask, (list, tuple)) and np.ndim(mask) != 3)
-    pictures = [mask] if single else list(mask)
-    masks = [
-        np.asarray(picture.convert("L") if isinstance(picture, Image.Image) else picture)
-        for picture in pictures
-    ]
-    if len(masks) not in (1, num_frames) or any(picture.ndim != 2 for picture in masks):
-        raise ValueError(
-            f"expected one mask (H, W) or {num_frames}, got {len(masks)} of shape {masks[0].shape}"
-        )
-    scaled = [
-        torch.from_numpy(picture / np.float32(255 if picture.dtype == np.uint8 else 1)).float()
-        for picture in masks
-    ]
-    resized = torch.nn.functional.interpolate(torch.stack(scaled)[:, None], size, mode="area") >= 0.5
+    resized = torch.nn.functional.interpolate(torch.from_numpy(mask)[:, None], size, mode="area") >= 0.5
     return resized.float().expand(num_frames, -1, -1, -1).transpose(0, 1)[None]

@@ -19,8 +19,9 @@ from latent_shift.runtime import silenced
 _LIBRARY_LOGGERS = (
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    "transformers.tokenization_utils_base",
 )
-"""Loggers of diffusers that warn of cut prompts: of SD but not of negative ones, of XL once per encoder."""
+"""Loggers that warn of cut prompts, too: of some, and several times."""
 
 
 def encode_prompts(
@@ -42,8 +43,6 @@ def encode_prompts(
     whole_clip, per_frame = _split_frame_embeds(
         pipe, {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}, num_frames
     )
-    if "prompt" in parsed:
-        _warn_of_cut_words(pipe, parsed, guided=guided)
     plain = {
         name: _plain(prompts, single=isinstance(texts[name], str) and len(prompts) == 1)
         for name, prompts in parsed.items()
@@ -54,6 +53,7 @@ def encode_prompts(
     )  # fmt: skip
     second = {name: plain[name] for name in ("prompt_2", "negative_prompt_2") if name in plain}
     with silenced(*_LIBRARY_LOGGERS):
+        _warn_of_cut_words(pipe, parsed, guided=guided)
         embeds = encode(
             plain.get("prompt"), plain.get("negative_prompt"), whole_clip["prompt_embeds"], whole_clip["negative_prompt_embeds"],
             num_each=1 if keys else num_videos, clip_skip=clip_skip, family={**family, **second},

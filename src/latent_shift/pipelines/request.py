@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from latent_shift.models.prompt_syntax import parse_prompt
+from latent_shift.pipelines.limits import check_numbers
 from latent_shift.pipelines.schedulers import check_scheduler, make_scheduler
 from latent_shift.runtime import seed
 from latent_shift.video import read, to_uint8
@@ -91,6 +92,11 @@ class Request:
             for name in ("loop", "shared_noise", "noise_correlation", "chunk", "then"):
                 if getattr(self, name) not in (None, False, {}):
                     raise ValueError(f"{name} has no effect on one frame; expected num_frames of 2 or more")
+        check_numbers(
+            **{name: getattr(self, name) for name in _CALL_ARGUMENTS if name not in ("negative_prompt", "loop")}, fps=self.fps
+        )  # fmt: skip
+        if isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must be a whole number from -2^63 to 2^64 - 1, got {self.seed}")
         for prompt in (self.prompt, *self.then.values(), self.negative_prompt or ""):
             parse_prompt(prompt)
         if self.scheduler is not None:

@@ -188,6 +188,15 @@ def test_edm_schedulers_sample_a_known_clip_in_every_mode(pipe, answer, monkeypa
         torch.testing.assert_close(generate(pipe, mode, steps=10), answer, atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize("steps", [10, 20])
+def test_pndm_with_runge_kutta_steps_samples_a_known_clip_in_every_mode(pipe, answer, monkeypatch, steps):
+    pipe.scheduler = PNDMScheduler(**STABLE_DIFFUSION)
+    know_the_answer(monkeypatch, pipe, EPSILON, answer)
+    for mode in MODES:
+        assert (generate(pipe, mode, steps=steps) - answer).std() < 0.05 * answer.std()
+    assert not pipe.scheduler.config.skip_prk_steps
+
+
 def test_check_scheduler_knows_every_scheduler_of_diffusers():
     names = [name.removesuffix("Scheduler") for name in dir(diffusers) if name.endswith("Scheduler")]
     for name in names:
@@ -237,7 +246,6 @@ def test_make_scheduler_refuses_what_does_not_suit_the_model(name, model, messag
         (diffusers.FlowMatchEulerDiscreteScheduler(), {}, "samples flow-matching models"),
         (PNDMScheduler(skip_prk_steps=True), {"num_inference_steps": 3}, "PNDM needs num_inference_steps of 4"),
         (EPSILON, {"num_inference_steps": 1001}, "num_inference_steps must be at most 1000"),
-        (PNDMScheduler(), {"video": CLIP, "strength": 0.5, "num_inference_steps": 9}, "cannot start at strength 0.5"),
     ],
 )  # fmt: skip
 def test_call_refuses_schedulers_and_steps_that_do_not_work(pipe, answer, scheduler, arguments, message):

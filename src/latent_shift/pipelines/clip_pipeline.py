@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.utils import BaseOutput
@@ -51,7 +51,12 @@ from latent_shift.pipelines.limits import check_numbers
 from latent_shift.pipelines.noise import check_generator, check_latents, draw_noise
 from latent_shift.pipelines.pictures import Pictures, to_frames
 from latent_shift.pipelines.prompts import encode_prompts
-from latent_shift.pipelines.schedulers import check_own_scheduler, set_timesteps, timesteps_for_strength
+from latent_shift.pipelines.schedulers import (
+    check_own_scheduler,
+    for_strength,
+    set_timesteps,
+    timesteps_for_strength,
+)
 from latent_shift.shift import Edge, Shift, has_temporal_layers, inflate, reach, shift_of
 
 CALL_DEFAULTS: dict[str, float] = {
@@ -187,7 +192,7 @@ class ClipPipeline(DiffusionPipeline):
         negative_prompt: str | list[str] | None = None,
         num_videos_per_prompt: int = 1,
         eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         shared_noise: float | None = None,
         noise_correlation: float | None = None,
@@ -322,9 +327,12 @@ class ClipPipeline(DiffusionPipeline):
         conditions = make_conditions(embeds, image_embeds, use_guidance)
 
         # 3. Timesteps and initial latents.
-        start_schedule = partial(
-            set_timesteps, self.scheduler, device=device, timesteps=timesteps, sigmas=sigmas
-        )
+        check_generator(generator, num_clips)
+        generator = list(generator) if isinstance(generator, Sequence) else generator
+        if strength is None:
+            strength = 1.0 if video is None or mask is not None else 0.6
+        scheduler = for_strength(self.scheduler, strength)
+        start_schedule = partial(set_timesteps, scheduler, device=device, timesteps=timesteps, sigmas=sigmas)
         steps_T = start_schedule(num_inference_steps)
         latents = self.prepare_video_latents(
             num_clips, num_frames, height, width, dtype, device, generator, latents, shared_noise, noise_correlation, loop
@@ -335,9 +343,8 @@ class ClipPipeline(DiffusionPipeline):
             self, **pictures, noise=latents, height=height, width=width, batch_size=decode_batch_size
         )  # fmt: skip
         if known is not None:
-            strength = (0.6 if image is None and mask is None else 1.0) if strength is None else strength
-            steps_T = timesteps_for_strength(self.scheduler, steps_T, strength)
-            latents = latents if strength == 1 else known.noised(self.scheduler, steps_T[:1])
+            steps_T = timesteps_for_strength(scheduler, steps_T, strength)
+            latents = latents if strength == 1 else known.noised(scheduler, steps_T[:1])
 
         # 5. Denoise: the U-Net, in chunks and guided as asked; with FreeInit several times.
         make_predictor = partial(
@@ -348,7 +355,7 @@ class ClipPipeline(DiffusionPipeline):
             self, callback_on_step_end, tensor_names, embeds, image_embeds, conditions, guider
         )
         step_options = self.prepare_extra_step_kwargs(generator, eta)
-        noise = latents / self.scheduler.init_noise_sigma
+        noise = latents / scheduler.init_noise_sigma
         for iteration in range(self.free_init.num_iters if self.free_init else 1):
             if self.interrupt:
                 break
@@ -356,9 +363,10 @@ class ClipPipeline(DiffusionPipeline):
                 steps_T = start_schedule(self.free_init.num_steps(iteration, num_inference_steps))
             if self.free_init and iteration:
                 fresh = randn_tensor(latents.shape, generator=generator, device=device, dtype=torch.float32)
-                latents = self.free_init.renoise(latents, noise, fresh, self.scheduler)
+                latents = self.free_init.renoise(latents, noise, fresh, scheduler)
             latents = self._denoise(
                 make_predictor(len(steps_T)),
+                scheduler,
                 latents,
                 steps_T,
                 callback,
@@ -376,10 +384,10 @@ class ClipPipeline(DiffusionPipeline):
         return LatentShiftOutput(frames=frames, nsfw_content_detected=flagged) if return_dict else (frames,)
 
     def _denoise(
-        self, predict: Predict, latents: Tensor, steps_T: Tensor, callback: StepCallback, **options: Any
-    ) -> Tensor:
+        self, predict: Predict, scheduler: SchedulerMixin, latents: Tensor, steps_T: Tensor, callback: StepCallback, **options: Any
+    ) -> Tensor:  # fmt: skip
         """Run `denoise` with a progress bar, the callback, and a stop when `interrupt` is set."""
-        self._num_timesteps, order = len(steps_T), self.scheduler.order
+        self._num_timesteps, order = len(steps_T), scheduler.order
 
         def on_step(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
             if index == 0:
@@ -390,7 +398,7 @@ class ClipPipeline(DiffusionPipeline):
 
         with self.progress_bar(total=-(-len(steps_T) // order)) as progress:
             return denoise(
-                predict, self.scheduler, latents, steps_T, on_step=on_step, stop=lambda: self.interrupt, **options
+                predict, scheduler, latents, steps_T, on_step=on_step, stop=lambda: self.interrupt, **options
             )  # fmt: skip
 
     @torch.no_grad()
@@ -502,7 +510,6 @@ class ClipPipeline(DiffusionPipeline):
         Noise is drawn in float32, see `draw_noise`, so a seed gives the same clip in any dtype.
         """
         shape = self._latent_shape(num_clips, num_frames, height, width)
-        check_generator(generator, num_clips)
         if latents is None:
             latents = draw_noise(
                 shape, generator=generator, device=device, shared_noise=shared_noise, noise_correlation=noise_correlation, loop=loop

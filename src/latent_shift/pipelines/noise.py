@@ -63,10 +63,9 @@ def draw_noise(
     num_clips, channels, num_frames, height, width = shape_BCFhw
     num_shared = int(bool(shared_noise or noise_correlation) and num_frames > 1)
     num, frame_shape = num_shared + num_frames, (channels, height, width)
-    by_clip = isinstance(generator, (list, tuple))  # else frame by frame of all clips
+    by_clip = isinstance(generator, list)  # else frame by frame of all clips
     shape = (num_clips, num, *frame_shape) if by_clip else (num, num_clips, *frame_shape)
-    generators = list(generator) if isinstance(generator, (list, tuple)) else generator
-    noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+    noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     noise = noise if by_clip else noise.transpose(0, 1)
     if num_shared:
         noise = correlated_noise(noise[:, 1:], noise[:, :1], shared_noise, noise_correlation, loop=loop)

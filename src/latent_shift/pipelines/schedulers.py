@@ -166,12 +166,20 @@ def set_timesteps(
     return steps_T
 
 
+def for_strength(scheduler: SchedulerMixin, strength: float) -> SchedulerMixin:
+    """Return a scheduler that can start at a strength below 1: PNDM without Runge-Kutta steps, which are made
+    at the first timesteps alone, and any other as it is."""
+    if strength == 1 or _family_name(scheduler) != "PNDM" or scheduler.config.skip_prk_steps:
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, skip_prk_steps=True)
+
+
 def timesteps_for_strength(scheduler: SchedulerMixin, timesteps: Tensor, strength: float) -> Tensor:
     """Return the last `strength` of the timesteps, for sampling that starts from a video: 1 is all
     (SDEdit, Meng et al. 2022; rounded as in diffusers). Tell the scheduler where they begin.
 
     Raises:
-        ValueError: no timestep is left, or a scheduler that cannot start there.
+        ValueError: no timestep is left.
     """
     import torch
 
@@ -182,11 +190,6 @@ def timesteps_for_strength(scheduler: SchedulerMixin, timesteps: Tensor, strengt
         -len(distinct) // scheduler.order
     )  # the last step of a second-order method has one timestep
     start = max(num_steps - int(num_steps * strength), 0) * scheduler.order
-    if start and _has_runge_kutta_steps(scheduler):
-        raise ValueError(
-            f"PNDM with Runge-Kutta steps cannot start at strength {strength}; expected strength 1, another scheduler, or "
-            "skip_prk_steps=True in its configuration"
-        )
     if start >= len(distinct):
         raise ValueError(f"strength {strength} of {num_steps} steps leaves none; expected more of either")
     if hasattr(scheduler, "set_begin_index"):
@@ -194,10 +197,6 @@ def timesteps_for_strength(scheduler: SchedulerMixin, timesteps: Tensor, strengt
     if is_pndm and start:
         return torch.cat([distinct[start : start + 2], distinct[start + 1 :]])
     return timesteps[start:]
-
-
-def _has_runge_kutta_steps(scheduler: SchedulerMixin) -> bool:
-    return _family_name(scheduler) == "PNDM" and not scheduler.config.skip_prk_steps
 
 
 def input_scales(scheduler: SchedulerMixin, timestep: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,8 @@ def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
     config.pop("_use_default_values", None)  # the model's schedule, not the default one of another class
     # Without a setting of the model, some classes clip latents as if they were pixels, and PNDM starts with
     # Runge-Kutta steps, which Stable Diffusion leaves out.
-    config = {"clip_sample": False, "skip_prk_steps": True, **config}
+    neutral = {"clip_sample": False, "skip_prk_steps": True}
+    config = {name: value for name, value in neutral.items() if name in parameters} | config
     if type(like) is not scheduler_class:
         config.pop("algorithm_type", None)
     if name == "PNDM" and config.get("timestep_spacing") == "linspace":

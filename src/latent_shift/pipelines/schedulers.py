@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -73,12 +73,12 @@ def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
             f"scheduler {name!r} has other noise levels than this model; expected one of {', '.join(suitable)}"
         )
     parameters = inspect.signature(scheduler_class.__init__).parameters
-    config = dict(like.config)
+    config: dict[str, Any] = dict(like.config)
     config.pop("_use_default_values", None)  # the model's schedule, not the default one of another class
     # Without a setting of the model, some classes clip latents as if they were pixels, and PNDM starts with
     # Runge-Kutta steps, which Stable Diffusion leaves out.
     neutral = {"clip_sample": False, "skip_prk_steps": True}
-    config = {name: value for name, value in neutral.items() if name in parameters} | config
+    config = {**{name: value for name, value in neutral.items() if name in parameters}, **config}
     if type(like) is not scheduler_class:
         config.pop("algorithm_type", None)
     if name == "PNDM" and config.get("timestep_spacing") == "linspace":

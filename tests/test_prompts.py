@@ -160,13 +160,13 @@ def test_encode_prompts_warns_once_of_the_words_that_are_cut(family, request, ca
     assert (record.name, record.levelno) == ("latent_shift", logging.WARNING)
     # 18 letters are read: "a red ball rolls over a"
     assert record.getMessage() == (
-        f"{name} is longer than the 20 tokens that the text encoder reads; not read of {LONG!r}: 'green field'"
+        f"{name} is truncated to the 20 tokens that the text encoder reads; not read of {LONG!r}: 'green field'"
     )
 
 
 def test_encode_prompts_warns_of_the_second_prompt_of_xl(xl, caplog):
     embeds(xl, "red", prompt_2=LONG)
-    assert [record.getMessage().split(" is longer")[0] for record in caplog.records] == ["prompt_2"]
+    assert [record.getMessage().split(" is truncated")[0] for record in caplog.records] == ["prompt_2"]
 
 
 def test_textual_inversions_count_with_all_their_vectors(texts, caplog):
@@ -192,8 +192,8 @@ def test_encode_captions_warns_of_the_first_and_counts_the_others(
     tokenizer.save_pretrained(tmp_path / "short" / "tokenizer")
     sd(texts).text_encoder.save_pretrained(tmp_path / "short" / "text_encoder")
     encode(packed, tmp_path / "cut", autoencoder=autoencoder, texts=tmp_path / "short")
-    (message,) = [record.getMessage() for record in caplog.records if "longer" in record.getMessage()]
-    assert "captions are longer than the 12 tokens that the text encoder reads; not read of 'a " in message
+    (message,) = [record.getMessage() for record in caplog.records if "truncated" in record.getMessage()]
+    assert "captions are truncated to the 12 tokens that the text encoder reads; not read of 'a " in message
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def warn_of_cut_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], 
         text, words = cut[0]
         many = f"{len(cut)} {name}s are" if len(cut) > 1 else f"{name} is"
         log.warning(
-            "%s longer than the %d tokens that the text encoder reads; not read of %r: %r",
+            "%s truncated to the %d tokens that the text encoder reads; not read of %r: %r",
             many, tokenizer.model_max_length, _shorten(text), _shorten(words),
         )  # fmt: skip
 

@@ -291,7 +291,7 @@ def test_wrong_calls_are_rejected(pipe, texts, tmp_path):
         load("emojis")
 
 
-def test_safety_checker_blackens_refused_frames(texts):
+def test_safety_checker_blackens_refused_frames(texts, caplog):
     vision = dict(
         hidden_size=16,
         intermediate_size=16,
@@ -309,7 +309,80 @@ def test_safety_checker_blackens_refused_frames(texts):
     for threshold, refused in ((2.0, False), (-2.0, True)):  # a cosine is above every threshold below -1
         checker.concept_embeds_weights.fill_(threshold)
         checker.special_care_embeds_weights.fill_(threshold)
-        assert (pipe("a", generator=seed(0)).frames == 0).all() == refused
+        caplog.clear()
+        output = pipe("a", num_videos_per_prompt=2, generator=seed(0))
+        assert (output.frames == 0).all() == refused
+        assert output.nsfw_content_detected == [[refused] * 4] * 2
+        messages = [record.getMessage() for record in caplog.records if record.name == "latent_shift"]
+        expected = "the safety checker blackened 8 of 8 frames, in which it detected NSFW content; try another prompt or seed"
+        assert messages == [expected] * refused
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_damaged_weights_are_an_error_that_names_them(pipe, part):
+    """And not a black clip."""
+    name, weight = list(getattr(pipe, part).named_parameters())[-1]
+    weight.data.view(-1)[0] = torch.nan
+    for output_type in ("latent", "np") if part != "vae" else ("np",):
+        with pytest.raises(
+            RuntimeError, match=f"are NaN or infinite: the weights of {part} are damaged, {name} is"
+        ):
+            pipe("red", output_type=output_type)
+
+
+def test_overflow_is_an_error_that_names_the_dtype(pipe):
+    pipe.to(torch.float16)
+    pipe.unet.conv_out.weight.data.fill_(6e4)
+    with pytest.raises(RuntimeError, match=r"overflows in float16 on cpu; load it with dtype=torch\.float32"):
+        pipe("red")
+    pipe.to(torch.float32)
+    pipe.unet.conv_out.weight.data.fill_(3e38)
+    with pytest.raises(RuntimeError, match="first sampling step are NaN or infinite: the guidance scale"):
+        pipe("red")
+
+
+def test_pipeline_without_a_safety_checker_detects_nothing(pipe):
+    assert pipe("red").nsfw_content_detected is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number, got inf"),
+        ({"guidance_scale": 1e30}, r"guidance_scale must be from -100 to 100, got 1e\+30"),
+        ({"guidance_scale": "7"}, "guidance_scale must be a finite number, got 7"),
+        ({"guidance_rescale": 2}, "guidance_rescale must be from 0 to 1, got 2"),
+        ({"eta": -1}, "eta must be from 0 to 1, got -1"),
+        ({"num_frames": 2.5}, "num_frames must be a whole number, 1 or more, got 2.5"),
+        ({"num_frames": True}, "num_frames must be a whole number"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be 1 or more, got 0"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be 1 or more, got 0"),
+        ({"decode_batch_size": 0}, "decode_batch_size must be 1 or more, got 0"),
+        ({"noise_correlation": float("nan")}, "noise_correlation must be a finite number, got nan"),
+        ({"generator": 3}, r"expected generator as a torch.Generator, such as latent_shift.seed\(0\), got a int"),
+        ({"generator": [3]}, "expected generator as a torch.Generator"),
+        ({"generator": []}, "expected one generator or 1, one for each clip, got 0"),
+        ({"latents": torch.full((1, 4, 4, 4, 4), torch.nan)}, "latents hold NaN or infinite numbers"),
+        ({"latents": torch.zeros(1, 4, 4, 4, 4, dtype=torch.int64)}, "expected latents as a tensor of floats, got torch.int64"),
+        ({"latents": np.zeros((1, 4, 4, 4, 4))}, "expected latents as a tensor of floats, got ndarray"),
+    ],
+)  # fmt: skip
+def test_call_refuses_numbers_generators_and_latents(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe("red", **arguments)
+
+
+def test_call_takes_a_tuple_of_generators(pipe):
+    clips = pipe(["red", "red"], generator=(seed(0), seed(1)), output_type="latent").frames
+    listed = pipe(["red", "red"], generator=[seed(0), seed(1)], output_type="latent").frames
+    assert torch.equal(clips, listed)
+
+
+def test_stream_refuses_several_generators(pipe):
+    inflate(pipe.unet, Shift(backward=0))
+    with pytest.raises(ValueError, match=r"expected generator as a torch\.Generator"):
+        next(pipe.stream("red", generator=[seed(0)]))
 
 
 def test_save_pretrained_writes_the_current_settings(pipe, tmp_path):

@@ -70,6 +70,12 @@ def test_generate_clip_reads_pictures_at_the_size_of_the_clip(texts, tmp_path):
         ({"num_frames": 1, "then": {1: "blue"}}, "then has no effect on one frame"),
         ({"halo": 2}, "halo has no effect without chunk"),
         ({"free_init": 1}, "free_init must be 2 or more, got 1"),
+        ({"guidance_scale": 1e30}, r"guidance_scale must be from -100 to 100, got 1e\+30"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
+        ({"strength": 0.0}, "expected strength above 0 and up to 1, not 0.0"),
+        ({"fps": float("inf")}, "fps must be a finite number, got inf"),
+        ({"fps": 0.0}, "fps must be above 0, got 0.0"),
+        ({"seed": 2**64}, "seed must be a whole number from"),
     ],
 )
 def test_request_refuses_options_without_effect(options, message):

@@ -16,7 +16,8 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,10 +185,19 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING)
-    # The warning about a prompt longer than the text encoder reads stays.
-    diffusers.utils.logging.get_logger(
-        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
-    ).setLevel(logging.WARNING)
+
+
+@contextmanager
+def silenced(*loggers: str) -> Iterator[None]:
+    """Silence loggers inside this block."""
+    previous = {name: logging.getLogger(name).disabled for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).disabled = True
+    try:
+        yield
+    finally:
+        for name, disabled in previous.items():
+            logging.getLogger(name).disabled = disabled
 
 
 def start_worker(module: str, function: str, *args: object) -> None:

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import io
 import json
-import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -28,8 +27,6 @@ from latent_shift.files import write_array, write_text
 from latent_shift.models import text
 from latent_shift.models.loading import open_text_encoder, open_tokenizer
 from latent_shift.models.parts import check_network, check_tokenizer
-
-log = logging.getLogger("latent_shift")
 
 CAPTION_SAVE_INTERVAL = 100
 """Number of caption batches after which the progress is saved."""
@@ -104,7 +101,7 @@ class Captions:
             header, {"descr": "<f2", "fortran_order": False, "shape": (len(self.captions), *self.shape)}
         )
         num_done = self._num_done(progress) if embeddings.exists() else 0
-        num_cut, first_cut = 0, ""
+        text.warn_of_cut_words(self.tokenizer, self.captions, "caption")
         with embeddings.open("r+b" if num_done else "wb") as file:
             if not num_done:
                 _allocate(file, len(header.getvalue()) + self.num_bytes)
@@ -112,10 +109,6 @@ class Captions:
             file.seek(len(header.getvalue()) + num_done * 2 * int(np.prod(self.shape)))
             for num_batches, start in enumerate(range(num_done, len(self.captions), batch_size), 1):
                 batch = self.captions[start : start + batch_size]
-                cut = [
-                    caption for caption in batch if text.num_tokens(self.tokenizer, caption) > self.shape[0]
-                ]
-                num_cut, first_cut = num_cut + len(cut), first_cut or "".join(cut[:1])
                 embedding = text.embed(self.tokenizer, self.text_encoder, batch)
                 file.write(embedding.half().cpu().numpy().data)
                 if num_batches % CAPTION_SAVE_INTERVAL == 0:
@@ -124,11 +117,6 @@ class Captions:
                     write_text(progress, json.dumps({"task": self.task, "done": start + len(batch)}))
             file.flush()
             os.fsync(file.fileno())
-        if num_cut:
-            log.warning(
-                "%d of %d captions are longer than the %d tokens of the text encoder and are cut; the first: %s",
-                num_cut, len(self.captions), self.shape[0], first_cut,
-            )  # fmt: skip
 
     def _num_done(self, progress: Path) -> int:
         """Return how many captions an interrupted call has embedded, 0 if it was for others."""

@@ -41,6 +41,7 @@ from latent_shift.evaluation.protocols import Protocol, check_unchanged
 from latent_shift.evaluation.records import Record, read_records
 from latent_shift.evaluation.systems import System
 from latent_shift.files import atomic_path, read_arrays, read_json, write_text
+from latent_shift.models.prompt_syntax import escape_prompt
 from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.runtime import seed
 from latent_shift.video import to_uint8
@@ -242,6 +243,7 @@ def generate_stills(system: System, protocol: Protocol, folder: Path, *, num: in
     }
     for k, prompt in enumerate(protocol.prompts[:num]):
         if not (path := folder / f"{k:06}.png").exists():
+            prompt = escape_prompt(prompt)
             still = system.pipe(prompt, num_frames=1, generator=seed(k), return_dict=False, **options)[0][0]
             _save_clip(to_uint8(still), path)
 

@@ -22,6 +22,7 @@ from latent_shift.models import sizes
 from latent_shift.models.baselines import LatentVDMUNet, PixelSpace, VDMUNet
 from latent_shift.models.loading import one_line_errors
 from latent_shift.models.parts import IndexSettings, read_settings
+from latent_shift.models.prompt_syntax import escape_prompt
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.runtime import resolve_device, seed
@@ -122,6 +123,8 @@ def open_system(
         network.compile(dynamic=False)
 
     def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
+        # Brackets in captions are words; only the pipelines here read weights.
+        prompts = prompts if kind in PEERS else [escape_prompt(prompt) for prompt in prompts]
         clips = pipe(
             prompt=prompts, generator=[seed(number) for number in seeds], output_type="np", **options
         ).frames

@@ -6,12 +6,18 @@ Shapes: L tokens, D width of the text embeddings.
 
 from __future__ import annotations
 
-import re
+import logging
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from latent_shift.models.prompt_syntax import Segment
+from latent_shift.runtime import silenced
+
+log = logging.getLogger("latent_shift")
 
 
 @torch.no_grad()
@@ -22,7 +28,7 @@ def embed(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts:
         tokenizer, encoder: a pair as in a diffusers folder. Encoders whose config says `use_attention_mask`
             get the attention mask, as in diffusers.
         prompts: B texts; "" is the null prompt of classifier-free guidance. Longer ones are cut at the
-            tokenizer's length.
+            tokenizer's length; `warn_of_cut_words` says of which.
 
     Returns:
         `(B, L, D)` in the encoder's dtype.
@@ -42,53 +48,32 @@ def embed(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts:
     return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
 
 
-def num_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
-    """Return the number of tokens of a prompt that is not cut, with those of its start and end."""
-    return len(tokenizer(prompt, verbose=False).input_ids)
-
-
-_WEIGHTED = re.compile(r"\(([^()]+):\s*(\d+(?:\.\d+)?)\s*\)")
-
-
-def without_weights(prompt: str) -> str:
-    """Return the prompt to encode: "a (red:1.4) ball" without its weight, "a red ball"."""
-    return _WEIGHTED.sub(r"\1", prompt)
-
-
-def prompt_weights(pipe, prompts: list[str]) -> Tensor:
-    """Return `(B, L)` weights of the tokens of `without_weights(prompt)`: 1.4 for the tokens of "(red:1.4)",
-    1 elsewhere.
-
-    A token of a textual inversion counts as the vectors that it stands for.
+def token_weights(
+    tokenizer: PreTrainedTokenizerBase, segments: list[Segment], spell_out: Callable[[str], str] = str
+) -> Tensor:
+    """Return the weights `(L,)` of the tokens of a prompt, from those of its words; 1 for padding.
 
     Args:
-        pipe: a pipeline with a tokenizer, or anything with the attribute `tokenizer`.
-        prompts: B prompts.
+        tokenizer: a tokenizer with character offsets.
+        segments: words and weights, see `parse_prompt`.
+        spell_out: replaces the tokens of textual inversions by those of all their vectors.
 
     Raises:
         ValueError: a tokenizer without character offsets.
     """
-    if not pipe.tokenizer.is_fast:
+    if not tokenizer.is_fast:
         raise ValueError(
-            f"weights in a prompt need a tokenizer with offsets; {type(pipe.tokenizer).__name__} has none"
+            f"weights in a prompt need a tokenizer with offsets; {type(tokenizer).__name__} has none"
         )
-    convert = getattr(pipe, "maybe_convert_prompt", lambda prompt, _: prompt)
-    return torch.stack(
-        [_token_weights(pipe.tokenizer, convert(prompt, pipe.tokenizer)) for prompt in prompts]
-    )
-
-
-def _token_weights(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    spans, num_removed = [], 0
-    for match in _WEIGHTED.finditer(prompt):
-        start = match.start() - num_removed
-        spans.append((start, start + len(match[1]), float(match[2])))
-        num_removed += len(match[0]) - len(match[1])
-    length = tokenizer.model_max_length
+    spans, prompt = [], ""
+    for words, weight in segments:
+        words = spell_out(words)
+        spans.append((len(prompt), len(prompt) + len(words), weight))
+        prompt += words
     offsets = tokenizer(
-        without_weights(prompt),
+        prompt,
         padding="max_length",
-        max_length=length,
+        max_length=tokenizer.model_max_length,
         truncation=True,
         return_offsets_mapping=True,
     ).offset_mapping
@@ -97,6 +82,32 @@ def _token_weights(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
         for first, last in offsets
     ]
     return torch.tensor(weights)
+
+
+def cut_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Return the end of a prompt that a tokenizer cuts, because it is longer than the text encoder reads; ""
+    if nothing is cut."""
+    with silenced("transformers.tokenization_utils_base"):  # it warns of an indexing error
+        tokens = tokenizer(prompt, truncation=False).input_ids
+    num_kept = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    words = [token for token in tokens if token not in tokenizer.all_special_ids]
+    return tokenizer.decode(words[num_kept:]).strip()
+
+
+def warn_of_cut_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], name: str) -> None:
+    """Log one warning that names the words that are cut of texts, if there are any."""
+    cut = [(text, words) for text in texts if (words := cut_words(tokenizer, text))]
+    if cut:
+        text, words = cut[0]
+        many = f"{len(cut)} {name}s are" if len(cut) > 1 else f"{name} is"
+        log.warning(
+            "%s truncated to the %d tokens that the text encoder reads; not read of %r: %r",
+            many, tokenizer.model_max_length, _shorten(text), _shorten(words),
+        )  # fmt: skip
+
+
+def _shorten(text: str, length: int = 200) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def interpolate(values_K: Tensor, keys: list[int], num_frames: int) -> Tensor:

@@ -12,32 +12,30 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
-from latent_shift.diffusion import ar1_step, correlated_noise
+from latent_shift.diffusion import ar1_step
 from latent_shift.pipelines.conditioning import (
     Pictures,
     check_family_arguments,
-    convert_pictures,
     decode_clips,
-    encode_prompts,
     known_frames,
     resolve_num_frames,
+    to_pictures,
 )
 from latent_shift.pipelines.denoise import (
     Condition,
@@ -45,12 +43,21 @@ from latent_shift.pipelines.denoise import (
     denoise,
     guided,
     in_chunks,
-    timesteps_for_strength,
     unet_predictor,
 )
+from latent_shift.pipelines.diagnosis import check_finite
 from latent_shift.pipelines.free_init import Filter, FreeInit
 from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
+from latent_shift.pipelines.limits import check_numbers
 from latent_shift.pipelines.lora import has_lora, merged
+from latent_shift.pipelines.noise import check_generator, check_latents, draw_noise
+from latent_shift.pipelines.prompts import encode_prompts
+from latent_shift.pipelines.schedulers import (
+    check_own_scheduler,
+    for_strength,
+    set_timesteps,
+    timesteps_for_strength,
+)
 from latent_shift.shift import Edge, Shift, has_temporal_layers, inflate, reach, shift_of
 
 CALL_DEFAULTS: dict[str, float] = {
@@ -67,9 +74,13 @@ CALL_DEFAULTS: dict[str, float] = {
 @dataclass
 class LatentShiftOutput(BaseOutput):
     """`frames`, one entry a clip. "pil": lists of F images; "np": `(B, F, H, W, 3)` in [0, 1]; "pt":
-    `(B, F, 3, H, W)`; "latent": `(B, C, F, h, w)`."""
+    `(B, F, 3, H, W)`; "latent": `(B, C, F, h, w)`.
+
+    `nsfw_content_detected[clip][frame]`: whether the safety checker blackened a frame; None without one.
+    """
 
     frames: Tensor | np.ndarray | list[list[Image.Image]]
+    nsfw_content_detected: list[list[bool]] | None = None
 
 
 class ClipPipeline(DiffusionPipeline):
@@ -86,7 +97,7 @@ class ClipPipeline(DiffusionPipeline):
     free_init: FreeInit | None = None
     call_defaults: dict[str, float]
     encode_family_prompts: Callable[..., dict[str, Tensor]]
-    postprocess_pixels: Callable[[Tensor, torch.dtype], Tensor]
+    postprocess_pixels: Callable[[Tensor, torch.dtype], tuple[Tensor, list[bool] | None]]
     image_pipeline: ClassVar[type]
 
     def _prepare_unet(self, latent_shift: dict | None) -> None:
@@ -189,7 +200,7 @@ class ClipPipeline(DiffusionPipeline):
         negative_prompt: str | list[str] | None = None,
         num_videos_per_prompt: int = 1,
         eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         shared_noise: float | None = None,
         noise_correlation: float | None = None,
@@ -243,9 +254,10 @@ class ClipPipeline(DiffusionPipeline):
                 None: the model's.
             prompt_embeds, negative_prompt_embeds: `(B, L, D)` instead of texts, or `(B, F, L, D)`, one for
                 each frame.
-            image, last_image: first and last frame of the clip: one picture, or one for each prompt.
+            image, last_image: first and last frame of the clip, of any type, see `Pictures`: one picture, or one for each
+                prompt.
             video: a clip of F frames to start from.
-            mask: white where the video is generated anew, black where it stays: one image, or F.
+            mask: white where the video is generated anew, black where it stays: one picture, or F.
             strength: fraction of the steps to take from the video, or from the still image, in (0, 1]. 1
                 starts from pure noise. None: 0.6 for a video without a mask, else 1.
             loop: the last frame is followed by the first: the shift wraps round the clip.
@@ -270,16 +282,19 @@ class ClipPipeline(DiffusionPipeline):
         """
         # 1. Check the arguments and resolve defaults.
         check_family_arguments(self, family)
-        image, last_image, video = convert_pictures(image=image, last_image=last_image, video=video)
-        num_frames = resolve_num_frames(
-            self, num_frames, image=image, last_image=last_image, video=video, mask=mask, strength=strength, loop=loop
-        )  # fmt: skip
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self.resolve_size(height, width)
-        _check_numbers(
-            num_frames=num_frames, num_inference_steps=num_inference_steps, height=height, width=width, chunk=chunk, halo=halo
+        check_numbers(
+            num_frames=num_frames, num_inference_steps=num_inference_steps, height=height, width=width, chunk=chunk, halo=halo,
+            num_videos_per_prompt=num_videos_per_prompt, decode_batch_size=decode_batch_size, guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale, eta=eta, strength=strength, shared_noise=shared_noise, noise_correlation=noise_correlation,
         )  # fmt: skip
+        pictures = to_pictures(
+            self, image=image, last_image=last_image, video=video, mask=mask, height=height, width=width
+        )
+        num_frames = resolve_num_frames(self, num_frames, **pictures, strength=strength, loop=loop)
+        check_own_scheduler(self.scheduler)
         if output_type not in ("np", "pil", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}; expected np, pil, pt or latent")
         custom_guider = guider is not None
@@ -318,25 +333,25 @@ class ClipPipeline(DiffusionPipeline):
         conditions = make_conditions(embeds, image_embeds, use_guidance)
 
         # 3. Timesteps and initial latents.
-        set_timesteps = partial(
-            retrieve_timesteps, self.scheduler, device=device, timesteps=timesteps, sigmas=sigmas
-        )
-        steps_T, num_inference_steps = set_timesteps(num_inference_steps)
+        check_generator(generator, num_clips)
+        generator = list(generator) if isinstance(generator, Sequence) else generator
+        if strength is None:
+            strength = 1.0 if video is None or mask is not None else 0.6
+        scheduler = for_strength(self.scheduler, strength)
+        start_schedule = partial(set_timesteps, scheduler, device=device, timesteps=timesteps, sigmas=sigmas)
+        steps_T = start_schedule(num_inference_steps)
         latents = self.prepare_video_latents(
             num_clips, num_frames, height, width, dtype, device, generator, latents, shared_noise, noise_correlation, loop
         )  # fmt: skip
 
         # 4. Frames that are given.
         known = known_frames(
-            self, image=image, last_image=last_image, video=video, mask=mask, noise=latents, height=height,
-            width=width, num_videos=num_videos_per_prompt, batch_size=decode_batch_size,
+            self, **pictures, noise=latents, height=height, width=width, num_videos=num_videos_per_prompt,
+            batch_size=decode_batch_size,
         )  # fmt: skip
         if known is not None:
-            strength = (0.6 if image is None and mask is None else 1.0) if strength is None else strength
-            steps_T = timesteps_for_strength(self.scheduler, steps_T, strength)
-            latents = latents if strength == 1 else known.noised(self.scheduler, steps_T[:1])
-        elif hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)
+            steps_T = timesteps_for_strength(scheduler, steps_T, strength)
+            latents = latents if strength == 1 else known.noised(scheduler, steps_T[:1])
 
         # 5. Denoise: the U-Net, in chunks and guided as asked; with FreeInit several times.
         make_predictor = partial(
@@ -347,17 +362,18 @@ class ClipPipeline(DiffusionPipeline):
             self, callback_on_step_end, tensor_names, embeds, image_embeds, conditions, guider
         )
         step_options = self.prepare_extra_step_kwargs(generator, eta)
-        noise = latents / self.scheduler.init_noise_sigma
+        noise = latents / scheduler.init_noise_sigma
         for iteration in range(self.free_init.num_iters if self.free_init else 1):
             if self.interrupt:
                 break
             if self.free_init:
-                steps_T, _ = set_timesteps(self.free_init.num_steps(iteration, num_inference_steps))
+                steps_T = start_schedule(self.free_init.num_steps(iteration, num_inference_steps))
             if self.free_init and iteration:
                 fresh = randn_tensor(latents.shape, generator=generator, device=device, dtype=torch.float32)
-                latents = self.free_init.renoise(latents, noise, fresh, self.scheduler)
+                latents = self.free_init.renoise(latents, noise, fresh, scheduler)
             latents = self._denoise(
                 make_predictor(len(steps_T)),
+                scheduler,
                 latents,
                 steps_T,
                 callback,
@@ -366,26 +382,30 @@ class ClipPipeline(DiffusionPipeline):
             )
 
         # 6. Decode.
+        check_finite(self, latents, "the sampled latents")
         frames: Any = latents
+        flagged = None
         if output_type != "latent":
-            frames = decode_clips(self, latents, decode_batch_size, output_type)
+            frames, flagged = decode_clips(self, latents, decode_batch_size, output_type)
         self.maybe_free_model_hooks()
-        return LatentShiftOutput(frames=frames) if return_dict else (frames,)
+        return LatentShiftOutput(frames=frames, nsfw_content_detected=flagged) if return_dict else (frames,)
 
     def _denoise(
-        self, predict: Predict, latents: Tensor, steps_T: Tensor, callback: StepCallback, **options: Any
-    ) -> Tensor:
+        self, predict: Predict, scheduler: SchedulerMixin, latents: Tensor, steps_T: Tensor, callback: StepCallback, **options: Any
+    ) -> Tensor:  # fmt: skip
         """Run `denoise` with a progress bar, the callback, and a stop when `interrupt` is set."""
-        self._num_timesteps, order = len(steps_T), self.scheduler.order
+        self._num_timesteps, order = len(steps_T), scheduler.order
 
         def on_step(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            if index == 0:
+                check_finite(self, latents, "the latents of the first sampling step")
             if (index + 1) % order == 0:
                 progress.update()
             return callback(index, timestep, latents)
 
-        with self.progress_bar(total=len(steps_T) // order) as progress:
+        with self.progress_bar(total=-(-len(steps_T) // order)) as progress:
             return denoise(
-                predict, self.scheduler, latents, steps_T, on_step=on_step, stop=lambda: self.interrupt, **options
+                predict, scheduler, latents, steps_T, on_step=on_step, stop=lambda: self.interrupt, **options
             )  # fmt: skip
 
     @torch.no_grad()
@@ -411,12 +431,15 @@ class ClipPipeline(DiffusionPipeline):
             raise ValueError(f"a stream takes one prompt, got {prompt!r}")
         if output_type not in ("np", "pil", "pt"):
             raise ValueError(f"unknown output_type {output_type!r} of a stream; expected np, pil or pt")
+        check_own_scheduler(self.scheduler)
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self.resolve_size(height, width)
-        _check_numbers(
-            num_frames=num_frames, num_inference_steps=num_inference_steps, height=height, width=width
-        )
+        check_numbers(
+            num_frames=num_frames, num_inference_steps=num_inference_steps, height=height, width=width, guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale, eta=eta, shared_noise=shared_noise, noise_correlation=noise_correlation,
+        )  # fmt: skip
+        check_generator(generator)
         guider = make_guider(None, guidance_scale, guidance_rescale, self.call_defaults["guidance_scale"])
         self._guidance_scale = guider.guidance_scale
         use_guidance, device = self.do_classifier_free_guidance, self._execution_device
@@ -428,23 +451,26 @@ class ClipPipeline(DiffusionPipeline):
             cross_attention_kwargs=None, family=family,
         )  # fmt: skip
         conditions, dtype = make_conditions(embeds, None, use_guidance), embeds["prompt_embeds"].dtype
-        steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device)
+        steps_T = set_timesteps(scheduler, num_inference_steps, device=device)
         predict = self._predictor(
             conditions,
             guider if use_guidance else None,
             len(steps_T),
             memories=[{} for _ in range(len(steps_T))],
         )
-        draw_noise = partial(self._draw_noise, 1, 1, height, width, device, generator)
-        clip_noise = draw_noise() if shared_noise or noise_correlation else 0.0
+        draw = partial(
+            draw_noise, self._latent_shape(1, 1, height, width), generator=generator, device=device
+        )
+        clip_noise = draw() if shared_noise or noise_correlation else 0.0
         frame_noise, index = None, 0
         while num_frames is None or index < num_frames:
-            frame_noise = ar1_step(draw_noise(), frame_noise, noise_correlation)
+            frame_noise = ar1_step(draw(), frame_noise, noise_correlation)
             noise = frame_noise * (1 - shared_noise) ** 0.5 + clip_noise * shared_noise**0.5
-            steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device)
+            steps_T = set_timesteps(scheduler, num_inference_steps, device=device)
             latents = noise.to(dtype) * scheduler.init_noise_sigma
             latents = denoise(predict, scheduler, latents, steps_T, step_options=step_options)
-            yield decode_clips(self, latents, 1, output_type)[0][0]
+            frames, _ = decode_clips(self, latents, 1, output_type)
+            yield frames[0][0]
             index += 1
 
     def _predictor(
@@ -488,44 +514,22 @@ class ClipPipeline(DiffusionPipeline):
         """Return initial latents `(B, C, F, h, w)` scaled for the scheduler: noise, or the caller's after a
         check of its shape.
 
-        Shared noise is drawn first, then the noise of each frame, in float32. So one frame has the noise of
-        diffusers' image pipeline, a longer clip begins as a shorter one (except a loop with correlated noise,
-        whose last frame leads into its first), and a seed gives the same clip in any dtype.
+        Noise is drawn in float32, see `draw_noise`, so a seed gives the same clip in any dtype.
         """
-        channels, factor = self.unet.config.in_channels, self.vae_scale_factor
-        shape = (num_clips, channels, num_frames, height // factor, width // factor)
+        shape = self._latent_shape(num_clips, num_frames, height, width)
         if latents is None:
-            if isinstance(generator, list) and len(generator) != num_clips:
-                raise ValueError(
-                    f"expected one generator or {num_clips}, one for each clip, got {len(generator)}"
-                )
-            latents = self._draw_noise(
-                num_clips, num_frames, height, width, device, generator, shared_noise, noise_correlation, loop
-            )
-        elif tuple(latents.shape) != shape:
-            raise ValueError(
-                f"expected latents of shape {shape} (clips, channels, frames, height/{factor}, width/{factor}), "
-                f"got {tuple(latents.shape)}"
-            )
+            latents = draw_noise(
+                shape, generator=generator, device=device, shared_noise=shared_noise, noise_correlation=noise_correlation, loop=loop
+            )  # fmt: skip
+        else:
+            check_latents(latents, shape, self.vae_scale_factor)
         return latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
-    def _draw_noise(
-        self, num_clips: int, num_frames: int, height: int, width: int, device: torch.device,
-        generator: torch.Generator | list[torch.Generator] | None, shared_noise: float = 0.0, noise_correlation: float = 0.0,
-        loop: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Draw standard normal noise `(B, C, F, h, w)` in float32."""
+    def _latent_shape(
+        self, num_clips: int, num_frames: int, height: int, width: int
+    ) -> tuple[int, int, int, int, int]:
         factor = self.vae_scale_factor
-        num_shared = int(bool(shared_noise or noise_correlation) and num_frames > 1)
-        draw = partial(randn_tensor, generator=generator, device=device, dtype=torch.float32)
-        frame_shape = (self.unet.config.in_channels, height // factor, width // factor)
-        if isinstance(generator, list):
-            noise = draw((num_clips, num_shared + num_frames, *frame_shape))
-        else:  # frame by frame of all clips
-            noise = draw((num_shared + num_frames, num_clips, *frame_shape)).transpose(0, 1)
-        if num_shared:
-            noise = correlated_noise(noise[:, 1:], noise[:, :1], shared_noise, noise_correlation, loop=loop)
-        return noise.transpose(1, 2)
+        return num_clips, self.unet.config.in_channels, num_frames, height // factor, width // factor
 
     def _default(self, name: str, value):
         return self.call_defaults[name] if value is None else value
@@ -542,15 +546,4 @@ class ClipPipeline(DiffusionPipeline):
     ) -> tuple[float, float]:
         shared = self._default("shared_noise", shared_noise)
         correlation = self._default("noise_correlation", noise_correlation)
-        if not 0 <= shared <= 1:
-            raise ValueError(f"shared_noise must be from 0 to 1, got {shared}")
-        if not 0 <= correlation < 1:
-            raise ValueError(f"noise_correlation must be from 0 to below 1, got {correlation}")
         return shared, correlation
-
-
-def _check_numbers(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        least = 0 if name == "halo" else 1
-        if number is not None and number < least:
-            raise ValueError(f"{name} must be {least} or more, got {number}")

@@ -21,6 +21,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
+from latent_shift.pipelines.schedulers import input_scales, step_order
 from latent_shift.shift import Edge, frames, share_text, streaming
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,7 +49,8 @@ def denoise(
         latents: `(B, C, F, h, w)` noise, scaled by `scheduler.init_noise_sigma`.
         timesteps: `(T,)`.
         step_options: arguments of `scheduler.step`, such as `generator` and `eta`.
-        known: frames that are given; they are blended in after every step.
+        known: frames that are given; the network sees them, with noise, at every step, and they are in the
+            result.
         on_step: called as `on_step(index, timestep, latents)` after every step; returns the latents to go on
             with.
         stop: asked before every step; the remaining steps are skipped once it returns True.
@@ -60,15 +62,15 @@ def denoise(
     for index, timestep in enumerate(timesteps):
         if stop():
             break
-        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep, frame_indices_F)
-        latents = scheduler.step(prediction, timestep, latents, **(step_options or {}), return_dict=False)[0]
+        inputs = scheduler.scale_model_input(latents, timestep)
         if known is not None:
-            latents = known.blend_at(
-                latents, scheduler, timesteps[index + 1] if index + 1 < len(timesteps) else None
-            )
+            inputs = known.blend_input(inputs, scheduler, timestep)
+        prediction = predict(inputs, timestep, frame_indices_F)
+        options = {**(step_options or {}), **step_order(scheduler, index)}
+        latents = scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
         if on_step is not None:
             latents = on_step(index, timestep, latents)
-    return latents
+    return latents if known is None else known.blend_clean(latents)
 
 
 def unet_predictor(
@@ -210,20 +212,6 @@ def in_chunks(predict: Predict, chunk: int, halo: tuple[int, int], *, loop: bool
     return chunked
 
 
-def timesteps_for_strength(scheduler: SchedulerMixin, timesteps: Tensor, strength: float) -> Tensor:
-    """Return the last `strength` of the timesteps, for sampling that starts from a video: 1 is all
-    (SDEdit, Meng et al. 2022; rounded as in diffusers). Tell the scheduler where they begin. Raise ValueError
-    if none is left."""
-    order = getattr(scheduler, "order", 1)
-    num_steps = len(timesteps) // order
-    start = max(num_steps - int(num_steps * strength), 0) * order
-    if start >= len(timesteps):
-        raise ValueError(f"strength {strength} of {num_steps} steps leaves none; expected more of either")
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(start)
-    return timesteps[start:]
-
-
 @dataclass
 class KnownFrames:
     """Frames or regions of a clip that are given (blended latent diffusion, Avrahami et al. 2023).
@@ -243,11 +231,16 @@ class KnownFrames:
         """Return the known latents at the noise level of a timestep `(1,)`, to start from."""
         return scheduler.add_noise(self.latents.expand_as(self.noise), self.noise, timestep)
 
-    def blend_at(self, latents: Tensor, scheduler: SchedulerMixin, timestep: Tensor | None) -> Tensor:
-        """Blend the known latents, at the noise level of `timestep` (None: clean), into `latents`."""
+    def blend_input(self, inputs: Tensor, scheduler: SchedulerMixin, timestep: Tensor) -> Tensor:
+        """Blend the known latents, at the noise level of a timestep, into the input of the network."""
         if self.mask is None:
-            return latents
-        known = self.latents.expand_as(latents)
-        if timestep is not None:
-            known = scheduler.add_noise(known, self.noise, timestep.reshape(1))
-        return torch.lerp(known, latents, self.mask)
+            return inputs
+        signal, noise = input_scales(scheduler, timestep)
+        known = (self.latents * signal + self.noise * noise).to(inputs)
+        return torch.lerp(known, inputs, self.mask)
+
+    def blend_clean(self, latents: Tensor) -> Tensor:
+        """Blend the known latents into the result."""
+        return (
+            latents if self.mask is None else torch.lerp(self.latents.expand_as(latents), latents, self.mask)
+        )

@@ -10,6 +10,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from latent_shift.pipelines.schedulers import last_alpha
+
 Filter = Literal["butterworth", "gaussian", "ideal"]
 
 
@@ -59,10 +61,10 @@ class FreeInit:
         Args:
             latents: `(B, C, F, h, w)` result of the last iteration.
             initial_noise, fresh_noise: standard normal, of the same shape.
-            scheduler: whose `alphas_cumprod` and `init_noise_sigma` scale the result.
+            scheduler: whose noise levels and `init_noise_sigma` scale the result.
         """
-        alpha = scheduler.alphas_cumprod[-1].to(latents.device, torch.float32)
-        noisy = alpha.sqrt() * latents.float() + (1 - alpha).sqrt() * initial_noise.float()
+        alpha = last_alpha(scheduler)
+        noisy = alpha**0.5 * latents.float() + (1 - alpha) ** 0.5 * initial_noise.float()
         dims = (-3, -2, -1)
         low_pass = self._low_pass(latents.shape[-3:]).to(latents.device)
         spectrum, noise_spectrum = (

@@ -6,11 +6,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import diffusers
 from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
 from torch import Tensor
 
 from latent_shift.pipelines.denoise import Condition, check_guider
+from latent_shift.runtime import silenced
 
 
 def make_guider(
@@ -33,12 +33,8 @@ def make_guider(
         check_guider(guider)
         return copy.deepcopy(guider)
     scale = default if scale is None else scale
-    logger = diffusers.utils.logging.get_logger("diffusers.guiders.guider_utils")
-    disabled, logger.disabled = logger.disabled, True  # it calls guiders experimental each time one is made
-    try:
+    with silenced("diffusers.guiders.guider_utils"):  # it calls guiders experimental each time one is made
         return ClassifierFreeGuidance(scale, rescale, enabled=scale > 1)
-    finally:
-        logger.disabled = disabled
 
 
 def make_conditions(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
 from latent_shift.models.loading import (
     one_line_errors,
@@ -29,6 +27,7 @@ from latent_shift.pipelines.catalog import (
     part_class,
     read_index,
 )
+from latent_shift.pipelines.schedulers import make_scheduler
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline, LatentShiftXLPipeline
 from latent_shift.runtime import resolve_device
 
@@ -104,21 +103,3 @@ def _open_folder(
         return pipeline.from_pretrained(
             path, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True, **parts
         )  # fmt: skip
-
-
-def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
-    """Return diffusers' scheduler of a name ("DDIM", "EulerDiscrete", ...) with the settings of `like`.
-
-    Raises:
-        ValueError: an unknown name; the message names the nearest.
-    """
-    classes = [
-        attribute
-        for attribute in dir(diffusers)
-        if attribute.endswith("Scheduler") and not attribute.startswith("Flax")
-    ]
-    known = {attribute.removesuffix("Scheduler"): attribute for attribute in classes}
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-        raise ValueError(f"unknown scheduler {name!r}; did you mean {' or '.join(nearest) or 'DDIM'}?")
-    return getattr(diffusers, known[name]).from_config(like.config)

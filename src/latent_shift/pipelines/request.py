@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from latent_shift.models.prompt_syntax import parse_prompt
+from latent_shift.pipelines.limits import check_numbers
+from latent_shift.pipelines.schedulers import check_scheduler, make_scheduler
 from latent_shift.runtime import seed
 from latent_shift.video import read, to_uint8
 
@@ -47,7 +50,7 @@ class Request:
     """What to generate. None leaves a number to the model.
 
     Args:
-        prompt: text; "(words:1.4)" weighs words.
+        prompt: text; "(words:1.4)" weights words, see `models/prompt_syntax.py`.
         then: frame -> text that the prompt has become there.
         negative_prompt: text to guide away from.
         num_frames: frames; 1 is an image.
@@ -98,6 +101,15 @@ class Request:
             for name in ("loop", "shared_noise", "noise_correlation", "chunk", "then"):
                 if getattr(self, name) not in (None, False, {}):
                     raise ValueError(f"{name} has no effect on one frame; expected num_frames of 2 or more")
+        check_numbers(
+            **{name: getattr(self, name) for name in _CALL_ARGUMENTS if name not in ("negative_prompt", "loop")}, fps=self.fps
+        )  # fmt: skip
+        if isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must be a whole number from -2^63 to 2^64 - 1, got {self.seed}")
+        for prompt in (self.prompt, *self.then.values(), self.negative_prompt or ""):
+            parse_prompt(prompt)
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler)
         if self.halo is not None and self.chunk is None:
             raise ValueError("halo has no effect without chunk")
         if self.free_init is not None and self.free_init < 2:
@@ -133,8 +145,6 @@ def generate_clip(
     Raises:
         ValueError: a file that cannot be read, or a request that does not fit the model.
     """
-    from latent_shift.pipelines.loading import make_scheduler
-
     pipe = copy.copy(pipe)
     pipe.scheduler = (
         make_scheduler(request.scheduler, pipe.scheduler)

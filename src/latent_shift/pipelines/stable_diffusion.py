@@ -6,6 +6,7 @@ with one more entry in model_index.json.
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
 import torch
@@ -24,6 +25,9 @@ from transformers import (
 )
 
 from latent_shift.pipelines.clip_pipeline import CALL_DEFAULTS, ClipPipeline, LatentShiftOutput
+from latent_shift.runtime import silenced
+
+log = logging.getLogger("latent_shift")
 
 __all__ = ["LatentShiftOutput", "LatentShiftPipeline", "LatentShiftXLPipeline"]
 
@@ -80,13 +84,21 @@ class LatentShiftPipeline(ClipPipeline, StableDiffusionPipeline):
         )  # fmt: skip
         return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
 
-    def postprocess_pixels(self, pixels_N3HW: Tensor, dtype: torch.dtype) -> Tensor:
-        """Run the safety checker, and blacken the frames that it refuses, as diffusers' image pipeline
-        does."""
-        pixels_N3HW, flagged = self.run_safety_checker(pixels_N3HW, self._execution_device, dtype)
-        if flagged is not None:
-            pixels_N3HW[torch.tensor(flagged)] = -1
-        return pixels_N3HW
+    def postprocess_pixels(self, pixels_N3HW: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[bool] | None]:
+        """Run the safety checker, and blacken the frames that it refuses, as diffusers' image pipeline does;
+        return the pixels and which frames these are (None without a checker)."""
+        with silenced("diffusers.pipelines.stable_diffusion.safety_checker"):
+            pixels_N3HW, flagged = self.run_safety_checker(pixels_N3HW, self._execution_device, dtype)
+        if flagged is None:
+            return pixels_N3HW, None
+        flagged = [bool(flag) for flag in flagged]
+        pixels_N3HW[torch.tensor(flagged)] = -1
+        if any(flagged):
+            log.warning(
+                "the safety checker blackened %d of %d frames, in which it detected NSFW content; try another prompt or seed",
+                sum(flagged), len(flagged),
+            )  # fmt: skip
+        return pixels_N3HW, flagged
 
 
 class LatentShiftXLPipeline(ClipPipeline, StableDiffusionXLPipeline):
@@ -173,6 +185,7 @@ class LatentShiftXLPipeline(ClipPipeline, StableDiffusionXLPipeline):
         )
         return ids.to(self._execution_device).repeat(len(text_embeds), 1)
 
-    def postprocess_pixels(self, pixels_N3HW: Tensor, dtype: torch.dtype) -> Tensor:
+    def postprocess_pixels(self, pixels_N3HW: Tensor, dtype: torch.dtype) -> tuple[Tensor, None]:
         """Add the watermark, if there is one."""
-        return pixels_N3HW if self.watermark is None else self.watermark.apply_watermark(pixels_N3HW)
+        watermark = self.watermark
+        return pixels_N3HW if watermark is None else watermark.apply_watermark(pixels_N3HW), None

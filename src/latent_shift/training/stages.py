@@ -22,6 +22,7 @@ from latent_shift.diffusion import correlated_noise, draw_timesteps, schedule_of
 from latent_shift.models import autoencoder, sizes
 from latent_shift.models.autoencoder import downscale_factor, load_autoencoder
 from latent_shift.models.loading import open_network, open_text_encoder, open_tokenizer
+from latent_shift.models.prompt_syntax import escape_prompt
 from latent_shift.pipelines.lora import add_lora, save_lora
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 from latent_shift.runtime import dtype_of, seed
@@ -235,7 +236,7 @@ class DenoiserStage:
         held_out = self.store.select(splits=self.store.splits - {"train"})
         held_out = rng.choice(held_out, size=min(4, len(held_out)), replace=False)
         prompts = [
-            caption_at_rate(records[index].texts[0], self.store.info["fps"], self.stride)
+            escape_prompt(caption_at_rate(records[index].texts[0], self.store.info["fps"], self.stride))
             for index in (*training, *held_out)
         ]
         pipe = self.build_pipeline().to(self.model.device)

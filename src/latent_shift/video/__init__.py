@@ -6,7 +6,7 @@ containers, Pillow the animations and stills; both packages include their codecs
 
 from latent_shift.video.frame_file import FrameFile, Frames, collect
 from latent_shift.video.metadata import read_metadata
-from latent_shift.video.pixels import to_frames, to_mask, to_uint8
+from latent_shift.video.pixels import to_frames, to_masks, to_uint8
 from latent_shift.video.reader import (
     IMAGE_SUFFIXES,
     SUFFIXES,
@@ -38,7 +38,7 @@ __all__ = [
     "save_video",
     "side_by_side",
     "to_frames",
-    "to_mask",
+    "to_masks",
     "to_uint8",
     "write",
 ]

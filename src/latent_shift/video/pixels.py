@@ -29,9 +29,9 @@ def to_frames(clip: Clip) -> np.ndarray:
 
     Args:
         clip: F images of any mode, or one. Or an array or tensor, or a list of F of them, with the channels
-            last or first: `(F, H, W, C)`, `(F, C, H, W)`, `(H, W, C)`, `(C, H, W)` or `(H, W)`, also as a batch
-            of one clip, where C is 1 (grey), 3 (RGB) or 4 (RGBA, shown on white). Integers are in 0..255,
-            uint16 in 0..65535, floats in [0, 1] or 0..255.
+            last or first: `(F, H, W, C)`, `(F, C, H, W)`, `(C, F, H, W)`, `(H, W, C)`, `(C, H, W)`, `(F, H, W)`
+            or `(H, W)`, also as a batch of one clip, where C is 1 (grey), 3 (RGB) or 4 (RGBA, shown on white).
+            Integers are in 0..255, uint16 in 0..65535, floats in [0, 1] or 0..255.
 
     Raises:
         ValueError: another shape or range, NaN, or infinity; the message says what to do.
@@ -49,24 +49,39 @@ def to_frames(clip: Clip) -> np.ndarray:
     return frames
 
 
-def to_mask(mask: Clip) -> np.ndarray:
-    """Convert a mask in any usual form to `(F, H, W) float32` in [0, 1].
+def to_masks(mask: Clip, num_frames: int) -> np.ndarray:
+    """Convert a mask in any usual form to `(1 or F, H, W) float32` in [0, 1].
 
     Args:
         mask: one or F images of any mode, or arrays or tensors `(H, W)`, `(F, H, W)`, or with channels as in
-            `to_frames`. Booleans, integers that are all 0 or 1, integers in 0..255, or floats in [0, 1] or
-            0..255.
+            `to_frames`; colours count by their mean. Booleans, integers that are all 0 or 1, and what
+            `to_frames` takes.
+        num_frames: F, which tells `(F, H, W)` from `(C, H, W)`.
 
     Raises:
-        ValueError, TypeError: as `to_frames`.
+        ValueError, TypeError: as `to_frames`, and for transparency, which may mean either.
     """
+    if _has_transparency(mask):
+        raise ValueError("expected black and white, got transparency; pass its alpha channel alone")
     values = _to_array(mask)
-    if values.dtype.kind in "iu" and values.size and values.max() <= 1:
+    if values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() <= 1:
         values = values.astype(bool)
-    if values.ndim == 3 and 1 not in (values.shape[0], values.shape[-1]) and not {3, 4} & {values.shape[-1]}:
-        values = values[..., None]  # F masks without channels
+    if values.ndim == 3:
+        first, last = len(values) in (3, 4), values.shape[-1] in (1, 3, 4)
+        has_channels = first and len(values) != num_frames if _is_tensor(mask) else last
+        values = values if has_channels else values[..., None]
     frames = _to_unit_range(_channels_last(values, prefer_first=_is_tensor(mask)))
-    return frames[..., :3].mean(axis=-1, dtype=np.float32) / (255 if frames.dtype == np.uint8 else 1)
+    if frames.shape[-1] == 4:
+        raise ValueError("expected black and white, got four channels; pass one of them")
+    if len(frames) not in (1, num_frames):
+        raise ValueError(f"expected one mask (H, W) or {num_frames}, got {len(frames)}")
+    return frames.mean(axis=-1, dtype=np.float32) / (255 if frames.dtype == np.uint8 else 1)
+
+
+def _has_transparency(clip: Clip) -> bool:
+    if isinstance(clip, (list, tuple)):
+        return any(_has_transparency(item) for item in clip)
+    return isinstance(clip, Image.Image) and clip.has_transparency_data
 
 
 def _is_tensor(clip: Clip) -> bool:
@@ -84,7 +99,7 @@ def _to_array(clip: Clip) -> np.ndarray:
             raise ValueError(f"expected frames of one size, got {shapes}; resize them first")
         return np.stack(arrays)
     if isinstance(clip, Image.Image):
-        return np.asarray(to_rgb(clip))
+        return np.asarray(clip)[..., None] if clip.mode == "F" else np.asarray(to_rgb(clip))
     if hasattr(clip, "detach"):
         clip = clip.detach().cpu()
         # NumPy has no bfloat16
@@ -101,14 +116,16 @@ def _channels_last(values: np.ndarray, *, prefer_first: bool) -> np.ndarray:
         values = values[0]
     if values.ndim == 2:
         values = values[None, ..., None]
-    axes = [axis for axis in (-1, -3) if values.ndim in (3, 4) and values.shape[axis] in (1, 3, 4)]
+    order = (-3, -1, 0) if prefer_first else (-1, -3, 0)
+    axes = [axis for axis in order if values.ndim in (3, 4) and values.shape[axis] in (1, 3, 4)]
+    if values.ndim == 3 and not axes:  # grey frames without channels
+        values, axes = values[..., None], [-1]
     if not axes or values.size == 0:
         batch = "; pass one clip of the batch" if values.ndim == 5 else ""
         raise ValueError(
             f"expected frames (F, H, W, C) or (F, C, H, W) with C of 1, 3 or 4, got the shape {shape}{batch}"
         )
-    axis = axes[-1] if prefer_first else axes[0]
-    values = np.moveaxis(values, axis, -1)
+    values = np.moveaxis(values, axes[0], -1)
     return values[None] if values.ndim == 3 else values
 
 
@@ -126,13 +143,17 @@ def _to_unit_range(values: np.ndarray) -> np.ndarray:
     if not np.isfinite([low, high]).all():
         bad = 1 - np.isfinite(values).mean()
         raise ValueError(
-            f"{bad:.1%} of the pixels are NaN or infinite: the computation overflowed. Try bfloat16 or float32 instead of "
-            "float16, or a smaller guidance scale"
+            f"{bad:.1%} of the pixels are NaN or infinite; if a model computed them, it overflowed: try bfloat16 or float32 "
+            "instead of float16, or a smaller guidance scale"
         )
     if values.dtype.kind == "f" and low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
         return values.clip(0, 1).astype(np.float32)
-    # Floats that barely exceed 1 are not 0..255 but images of another range.
-    if low >= 0 and high <= 255 and (values.dtype.kind != "f" or high >= 2):
+    # Dark floats that are no whole numbers may have any range.
+    if (
+        low >= 0
+        and high <= 255
+        and (values.dtype.kind != "f" or high >= 128 or (values == values.round()).all())
+    ):
         return values.astype(np.float32) / 255 if values.dtype.kind == "f" else values.astype(np.uint8)
     hint = "; (clip + 1) / 2 converts from -1..1" if -1.1 <= low < 0 and high <= 1.1 else ""
     raise ValueError(f"expected pixels in 0..1 or 0..255, got {low:g} to {high:g}{hint}")

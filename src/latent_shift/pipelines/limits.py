@@ -1,0 +1,38 @@
+"""Limits of the numbers of a call, for pipelines and requests. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+_LEAST = {
+    "num_frames": 1, "height": 1, "width": 1, "num_inference_steps": 1, "num_videos_per_prompt": 1, "decode_batch_size": 1, "chunk": 1,
+    "halo": 0,
+}  # fmt: skip
+"""Whole numbers, and their least values."""
+
+_RANGES = {"guidance_scale": (-100, 100), "guidance_rescale": (0, 1), "eta": (0, 1), "shared_noise": (0, 1)}
+"""Real numbers, and their least and greatest values."""
+
+
+def check_numbers(**numbers: float | None) -> None:
+    """Raise ValueError for a number of a call, by name, that is out of its range; None is left to the
+    model."""
+    for name, number in numbers.items():
+        if number is None:
+            continue
+        if name in _LEAST:
+            whole = isinstance(number, Integral) and not isinstance(number, bool)
+            if not whole or number < _LEAST[name]:
+                kind = "" if whole else "a whole number, "
+                raise ValueError(f"{name} must be {kind}{_LEAST[name]} or more, got {number}")
+        elif not isinstance(number, Real) or not math.isfinite(number):
+            raise ValueError(f"{name} must be a finite number, got {number}")
+        elif name == "noise_correlation" and not 0 <= number < 1:
+            raise ValueError(f"noise_correlation must be from 0 to below 1, got {number}")
+        elif name == "strength" and not 0 < number <= 1:
+            raise ValueError(f"expected strength above 0 and up to 1, not {number}")
+        elif name == "fps" and number <= 0:
+            raise ValueError(f"fps must be above 0, got {number}")
+        elif name in _RANGES and not _RANGES[name][0] <= number <= _RANGES[name][1]:
+            raise ValueError(f"{name} must be from {_RANGES[name][0]} to {_RANGES[name][1]}, got {number:g}")

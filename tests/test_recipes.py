@@ -200,7 +200,7 @@ def test_measuring_prepares_the_frames_alone(run_script):
         assert "data pack data/emoji data/emoji-128 --size 128" in pack_command
         assert "data/emoji-128" in measure_command
     (command,) = run_script("benchmark.py", "peers")
-    assert command.endswith("bench peers -o docs/results/peers.json")
+    assert command.endswith("bench peers -o docs/results/peers.json --force")
 
 
 def test_compare_image_and_seeds_encode_no_pixels(run_script):

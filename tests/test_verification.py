@@ -115,7 +115,8 @@ def test_bench_measures_prints_table(tmp_path):
     assert set(found["measures"]) == set(sensitivity.DEGRADATIONS)
     assert found["data"]["clips"] == 6
     refused = CliRunner().invoke(
-        main.app, ["bench", "measures", str(tmp_path / "packed"), "--num", "6", "--weights", "c3d=nowhere"]
+        main.app,
+        ["bench", "measures", str(tmp_path / "packed"), "--trust-weights", "--weights", f"c3d={tmp_path}"],
     )
     assert "c3d: no measure here uses it; expected i3d, inception, videomae" in str(refused.exception)
     energy = found["measures"]["freeze"]["motion_energy"]

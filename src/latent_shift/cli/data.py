@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+import latent_shift
+from latent_shift.cli import outputs
 from latent_shift.cli.terminal import Progress
 from latent_shift.runtime import quiet_libraries
 
@@ -27,7 +29,7 @@ Frames = Annotated[
     int, typer.Option(min=1, help="minimum number of frames per clip; shorter ones are reported")
 ]
 
-Force = Annotated[
+FolderForce = Annotated[
     bool,
     typer.Option("--force", help="write into a folder that holds something else; its other files are kept"),
 ]
@@ -81,7 +83,7 @@ def pack(
     shard_mb: Annotated[float, typer.Option(min=0.001, help="size of a shard in megabytes")] = 64,
     frames: Frames = 16,
     workers: Workers = 2,
-    force: Force = False,
+    force: FolderForce = False,
 ) -> None:
     """Decode every clip once into shards of frames. A packed data set in the output folder is replaced once the
     new one is complete."""
@@ -147,6 +149,7 @@ def preview(
         typer.Option(help="split to sample from, may be repeated; default: train"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    force: outputs.Force = False,
 ) -> None:
     """Draw a contact sheet of different clips with their whole captions. Every concept is equally likely, as in
     training."""
@@ -156,7 +159,7 @@ def preview(
     from latent_shift.data import preview as previews
     from latent_shift.data.records import escape
 
-    video.check_output(out)
+    outputs.check_outputs([out], suffixes=video.OUTPUT_SUFFIXES, inputs=[store], force=force)
     opened, splits = latents.open_store(store), tuple(split or ["train"])
     sheet, captions = previews.preview(
         opened,
@@ -169,4 +172,8 @@ def preview(
     )
     print("\n".join(map(escape, captions)))
     print(f"{len(captions)} of {len(opened.records)} clips")
-    print(video.write(sheet[None], out))
+    settings = {"data_set": store, "rows": len(captions), "columns": columns, "splits": splits, "seed": seed}
+    metadata = {"latent_shift": latent_shift.__version__} | {
+        key: str(value) for key, value in settings.items()
+    }
+    outputs.write_all(sheet[None], [out], fps=1, metadata=metadata)

@@ -225,7 +225,7 @@ def _generate_one(job: _Job, pipe: ClipPipeline, context: typer.Context) -> None
     from latent_shift.pipelines.request import generate_clip
 
     request, start = job.request, time.monotonic()
-    with Progress(request.prompt[:40]) as progress:
+    with Progress(request.prompt[:40], say_time=False) as progress:
         clip = generate_clip(request, pipe, on_step=progress)
     seconds = duration(time.monotonic() - start)
     print(f"{len(clip.frames)} frames in {seconds} on {outputs.device_name(pipe.device)}", file=sys.stderr)

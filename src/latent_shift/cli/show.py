@@ -22,7 +22,8 @@ def show(
         raise ValueError(
             f"{file}: says nothing of how it was made; expected a file that latent-shift wrote, unchanged"
         )
-    command = metadata.pop("command")
+    command = metadata.pop("command", None)
     for name, value in metadata.items():
         print(f"{name:24} {value}")
-    print(f"{command} -o {shlex.quote(f'{file.stem}-again{file.suffix}')}")
+    if command:
+        print(f"{command} -o {shlex.quote(f'{file.stem}-again{file.suffix}')}")

@@ -25,11 +25,16 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """The progress of one piece of work: a bar on a terminal, elsewhere a line every `LINE_SECONDS`; calling
-    it sets (done, total)."""
+    """The progress of one piece of work: a bar on a terminal, elsewhere a line every `LINE_SECONDS` and one with the
+    time at the end; calling it sets (done, total).
 
-    def __init__(self, label: str):
-        self.label = label
+    Args:
+        label: what is done.
+        say_time: False leaves out the line at the end.
+    """
+
+    def __init__(self, label: str, *, say_time: bool = True):
+        self.label, self.say_time, self.done = label, say_time, 0
         self.bar = _Bar(label)
         self.started_at = self.printed_at = time.monotonic()
 
@@ -37,10 +42,14 @@ class Progress:
         self.bar.progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.bar.progress.stop()
+        if self.say_time and self.done and error is None and not self.bar.is_shown:
+            seconds = duration(time.monotonic() - self.started_at)
+            print(f"{self.label}: {self.done} in {seconds}", file=sys.stderr, flush=True)
 
     def __call__(self, done: int, total: int | None) -> None:
+        self.done = done
         self.bar.update(done, total=total)
         now = time.monotonic()
         if self.bar.is_shown or now - self.printed_at < LINE_SECONDS:

@@ -201,7 +201,7 @@ def prepare_reference(comparison: Comparison, *, num: int = 8) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for k, number in enumerate(comparison.protocol.cluster_ids[:num]):
         if not (path := folder / f"{k:06}.png").exists():
-            _save_clip(comparison.real_clip(number), path)
+            video.write(comparison.real_clip(number), path)
 
 
 def generate_clips(
@@ -226,7 +226,7 @@ def generate_clips(
                 f"{system.name} generates clips of {clips.shape[1]} frames, protocol {protocol.name} has {protocol.num_frames}"
             )
         for k, clip in zip(batch, clips, strict=True):
-            _save_clip(clip, folder / "clips" / f"{k:06}.png")
+            video.write(clip, folder / "clips" / f"{k:06}.png")
         if progress:
             progress(start + len(batch), len(missing))
 
@@ -245,7 +245,7 @@ def generate_stills(system: System, protocol: Protocol, folder: Path, *, num: in
         if not (path := folder / f"{k:06}.png").exists():
             prompt = escape_prompt(prompt)
             still = system.pipe(prompt, num_frames=1, generator=seed(k), return_dict=False, **options)[0][0]
-            _save_clip(to_uint8(still), path)
+            video.write(to_uint8(still), path)
 
 
 def _wait_for_clips(folder: Path, num: int) -> None:
@@ -253,12 +253,6 @@ def _wait_for_clips(folder: Path, num: int) -> None:
     too."""
     while not all((folder / f"{k:06}.png").exists() for k in range(num)):
         time.sleep(1)
-
-
-def _save_clip(clip: np.ndarray, path: Path) -> None:
-    """Write a clip atomically, so that an existing file is complete."""
-    with atomic_path(path, suffix=path.suffix) as partial:
-        video.write(clip, partial)
 
 
 class SavedClips:

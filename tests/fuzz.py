@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -618,7 +618,8 @@ def folders(rng: np.random.Generator, world: World, folder: Path) -> Trial:
             )
 
     def wrong(result: Result) -> str:
-        return "the good file is named" if "good.webp: " in result.output.replace("._good.webp: ", "") else ""
+        skipped = [line for line in result.output.splitlines() if line.startswith("good.webp: ")]
+        return "".join(line for line in skipped if not line.endswith("(kept)"))
 
     return Trial(["data", "check", "data", "--workers", "1"], wrong, report=True)
 
@@ -859,16 +860,23 @@ def try_input(kind: str, number: int, start: int, world: World) -> tuple[str, st
 
 
 def fuzz(
-    world: World, kinds: list[str], num: int, *, start: int = 0, first: int = 0, workers: int = 1
+    world: World,
+    kinds: list[str],
+    num: int,
+    *,
+    start: int = 0,
+    first: int = 0,
+    workers: int = 1,
+    show: Sequence[str] = BAD,
 ) -> dict[str, Counter[str]]:
-    """Try `num` inputs of the kinds in turn, print the bad outcomes, and return how often each outcome came."""
+    """Try `num` inputs of the kinds in turn, print those with an outcome in `show`, and return how often each outcome came."""
     inputs = [(kinds[k % len(kinds)], first + k // len(kinds)) for k in range(num)]
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     with ThreadPoolExecutor(workers) as pool:
         tried = pool.map(lambda item: try_input(*item, start, world), inputs)
         for (kind, number), (outcome, said, result) in zip(inputs, tried, strict=True):
             counts[kind][outcome] += 1
-            if outcome in BAD:
+            if outcome in show:
                 print(f"{outcome}: --only {kind} --first {number} --seed {start}: {said}", flush=True)
             if num == 1:
                 print(result.output, result.errors, outcome, said, sep="\n")
@@ -883,6 +891,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input of each kind")
     parser.add_argument("--only", nargs="*", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument(
+        "--show", nargs="*", choices=OUTCOMES, default=BAD, help="outcomes whose inputs are printed"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     quiet_libraries()
@@ -896,6 +907,7 @@ def main() -> None:
             start=arguments.seed,
             first=arguments.first,
             workers=arguments.workers,
+            show=arguments.show,
         )
     rows = [
         [kind, str(count.total()), *(str(count[outcome]) for outcome in OUTCOMES)]

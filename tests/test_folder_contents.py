@@ -271,6 +271,7 @@ def test_archives_and_loose_files_beside_each_other(folder):
     (folder / "sub").mkdir()
     tar(folder / "sub" / "x.tar", {"a.webp": b"x", "a.txt": b"x"})
     assert outcomes(folder)["sub/x.tar"].startswith("skipped: an archive beside loose files")
+    (folder / "good.txt").unlink()
     (folder / "sub" / "x.tar").rename(folder / "x.tar")
     found = outcomes(folder)
     assert found[f"{folder}/x.tar/a.webp"] == "read"

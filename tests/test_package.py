@@ -226,3 +226,21 @@ def test_continuous_integration_runs_test_files_that_exist():
     files = set(re.findall(r"tests/\w+\.py", workflow))
     assert files
     assert all((root / file).is_file() for file in files)
+
+
+def test_former_modules_lead_to_the_present_ones():
+    from latent_shift import former_names, models
+    from latent_shift.models import sizes
+
+    with pytest.warns(
+        FutureWarning, match=r"latent_shift.zoo.scheduler is now latent_shift.pipelines.*make_scheduler"
+    ):
+        from latent_shift.zoo import scheduler
+    assert scheduler.__name__ == "make_scheduler" and models.unet is sizes.unet
+    for module, places in former_names._PLACES.items():
+        for place in places:
+            assert f"latent_shift.{place}" in MODULES
+        with pytest.raises(ImportError, match="cannot import name 'absent'"):
+            exec(f"from latent_shift.{module} import absent")
+    with pytest.raises(ModuleNotFoundError):
+        import latent_shift.absent  # noqa: F401

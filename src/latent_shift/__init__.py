@@ -10,8 +10,11 @@ along time.
 Names are imported when first used: `import latent_shift` itself imports neither torch nor diffusers.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from latent_shift.former_names import FormerNames
 
 _MODULES = {
     "Shift": "shift",
@@ -45,6 +48,9 @@ if TYPE_CHECKING:
     from latent_shift.shift import temporal_shift as temporal_shift
     from latent_shift.video import load_video as load_video
     from latent_shift.video import save_video as save_video
+
+
+sys.meta_path.append(FormerNames())
 
 
 def __getattr__(name: str):

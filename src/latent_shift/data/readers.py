@@ -111,13 +111,16 @@ def _read_folder(folder: Path) -> Iterator[tuple[Record, Media]]:
     top_level = {file.name: file for file in files if file.parent == folder}
     table = next((top_level[name] for name in ("metadata.jsonl", "metadata.csv") if name in top_level), None)
     shards = [file for file in files if file.name.lower().endswith(TAR_SUFFIXES)]
-    has_media = any(file.suffix.lower() in video.SUFFIXES for file in files)
+    captions = {file.with_suffix("") for file in files if file.suffix.lower() == ".txt"}
+    has_clips = any(
+        file.suffix.lower() in video.SUFFIXES and file.with_suffix("") in captions for file in files
+    )
     used: set[Path]
     if table:
         clips = read_table(table)
         used = {table}
         reason = f"is not listed in {table.name}"
-    elif shards and (not has_media or any(shard.parent == folder for shard in shards)):
+    elif shards and not has_clips:
         clips = read_shards(map(str, shards))
         used = set(shards)
         reason = "lies beside shards, which are read instead"

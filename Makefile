@@ -18,7 +18,7 @@ or install the CUDA build all the same:                                  make CU
 endef
 export NO_CPU_TORCH
 
-.PHONY: setup demo check test test-slow faults docs format clean
+.PHONY: setup demo check test test-slow faults fuzz docs format clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,8 +51,13 @@ test-slow: $(VENV)/.dev
 
 # What is lost by kills, full disks, Ctrl-C and second processes, as tables.
 faults: $(VENV)/.dev
-	$(BIN)/python tests/faults.py 50
-	$(BIN)/python tests/command_faults.py
+	$(BIN)/python tests/faults.py 50 -o docs/results/faults.json
+	$(BIN)/python tests/command_faults.py -o docs/results/command-faults.json
+
+# 10,000 bad inputs of every kind, and what becomes of each. An hour on two cores; NUM=300 tries fewer.
+NUM ?= 10000
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --num $(NUM) $(if $(filter 10000,$(NUM)),-o docs/results/fuzz.json)
 
 # The documentation as a site in site/; a broken link or reference is an error.
 docs: $(VENV)/.dev

@@ -348,6 +348,28 @@ def whole_commands() -> str:
     return markdown_table(["whole command", "seconds"], rows)
 
 
+def bad_inputs() -> str:
+    """Tabulate `make fuzz`."""
+    outcomes = read_result("fuzz")["outcomes"]
+    names = list(next(iter(outcomes.values())))
+    total = {name: sum(count[name] for count in outcomes.values()) for name in names}
+    rows = [
+        [kind.replace("_", " "), *(f"{number:,}" for number in (sum(count.values()), *count.values()))]
+        for kind, count in {**outcomes, "all": total}.items()
+    ]
+    return markdown_table(["input", "tried", *names], rows)
+
+
+def faults_of_training() -> str:
+    """Tabulate `tests/faults.py 50`."""
+    return markdown_table(["fault", "lost"], read_result("faults")["rows"])
+
+
+def faults_of_commands() -> str:
+    """Tabulate `tests/command_faults.py`."""
+    return markdown_table(["command", "fault", "lost"], read_result("command-faults")["rows"])
+
+
 def time_and_ratio(timing: dict[str, Any], unit: str = "s") -> str:
     """Return a time, and its ratio to Latent-Shift's in brackets."""
     if "cannot" in timing:
@@ -471,6 +493,9 @@ TABLES: dict[str, Callable[[], str]] = {
         peers,
         long_clips,
         training_memory,
+        bad_inputs,
+        faults_of_training,
+        faults_of_commands,
     )
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

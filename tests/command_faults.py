@@ -7,6 +7,7 @@ whole under the names of results.
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
 import signal
@@ -23,8 +24,10 @@ import torch
 from conftest import forkserver, make_media, make_texts
 from test_modes import sd
 
+from latent_shift.benchmark.hardware import machine
 from latent_shift.cli.main import INTERRUPTED, main
 from latent_shift.data.pack import pack
+from latent_shift.files import write_json
 from latent_shift.folders import LOCK, MARKER
 from latent_shift.models import sizes
 from latent_shift.runtime import quiet_libraries
@@ -227,15 +230,24 @@ def inflict(fault: Callable, command: Command, folder: Path) -> tuple[str, list[
     return done, find_differences(folder / "fault", whole)
 
 
-def print_table() -> None:
+def run_all() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--output", type=Path, help="a .json file for the table")
+    arguments = parser.parse_args()
     quiet_libraries()
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         commands = prepare(Path(folder))
         print("| command | fault | lost |\n|---|---|---|", flush=True)
         for name, fault in CASES:
             done, lost = inflict(fault, commands[name], Path(folder) / f"{name}-{fault.__name__}")
-            print(f"| `{name}` | {done} | {', '.join(lost) or 'nothing'} |", flush=True)
+            rows.append([f"`{name}`", done, ", ".join(lost) or "nothing"])
+            print("| " + " | ".join(rows[-1]) + " |", flush=True)
+    if arguments.output:
+        write_json({**machine(), "rows": rows}, arguments.output)
 
 
 if __name__ == "__main__":
-    print_table()
+    run_all()

@@ -7,6 +7,7 @@ last checkpoint are compared, bit for bit, with those of an undisturbed run.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -23,9 +24,11 @@ import numpy as np
 import torch
 from conftest import forkserver, make_media, make_texts, tiny_config
 
+from latent_shift.benchmark.hardware import machine
 from latent_shift.config import Config
 from latent_shift.data.encode import encode
 from latent_shift.data.pack import pack
+from latent_shift.files import write_json
 from latent_shift.models import sizes
 from latent_shift.runtime import quiet_libraries
 from latent_shift.training import checkpoint
@@ -287,20 +290,27 @@ FAULTS: list[Callable[[Config, Path, int], str]] = [
 ]  # fmt: skip
 
 
-def main(kills: int) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kills", type=int, nargs="?", default=50, help="kills at random moments")
+    parser.add_argument("-o", "--output", type=Path, help="a .json file for the table")
+    arguments = parser.parse_args()
     quiet_libraries()
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         config, runs = prepare(Path(folder)), Path(folder)
         run_to_end(config, runs / "whole")
         print("| fault | lost |\n|---|---|", flush=True)
         for fault in FAULTS:
-            done = fault(config, runs / fault.__name__, kills)
+            done = fault(config, runs / fault.__name__, arguments.kills)
             whole = runs / ("latents" if fault is encoding_killed else "whole")
-            print(
-                f"| {done} | {', '.join(find_differences(runs / fault.__name__, whole)) or 'nothing'} |",
-                flush=True,
-            )
+            rows.append([done, ", ".join(find_differences(runs / fault.__name__, whole)) or "nothing"])
+            print("| " + " | ".join(rows[-1]) + " |", flush=True)
+    if arguments.output:
+        write_json({**machine(), "rows": rows}, arguments.output)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 50)
+    main()

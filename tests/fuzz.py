@@ -1,6 +1,6 @@
 """Bad input of every kind: run the command on it and count what happens.
 
-    python tests/fuzz.py                                   # 10,000 inputs; prints a table of outcomes
+    make fuzz                                              # 10,000 inputs; writes docs/results/fuzz.json
     python tests/fuzz.py --num 600 --seed 7 --only films
     python tests/fuzz.py --only films --first 118 --num 1  # one of them again, with all that the command says
 
@@ -41,11 +41,12 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_shift import video
+from latent_shift.benchmark.hardware import machine
 from latent_shift.cli.main import main as command
 from latent_shift.config import Config, dump
 from latent_shift.data.encode import encode
 from latent_shift.data.pack import pack
-from latent_shift.files import markdown_table
+from latent_shift.files import markdown_table, write_json
 from latent_shift.models import sizes
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 from latent_shift.runtime import quiet_libraries, seed
@@ -448,8 +449,8 @@ def _damaged_beside_good(folder: Path, name: str, content: bytes) -> Trial:
         path.with_suffix(".txt").write_text("a square")
 
     def wrong(result: Result) -> str:
-        if "good." in result.output:
-            return "the good file is named"
+        if skipped := [line for line in result.output.splitlines() if line.startswith("good.")]:
+            return skipped[0]
         return "" if name in result.output or result.status == 0 else "the damaged file is not named"
 
     return Trial(["data", "check", "data", "--workers", "1"], wrong, report=True)
@@ -794,6 +795,7 @@ def _run_child(run: list[Any] | Callable[[], object], folder: Path, output: int,
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(errors, 2)
+        sys.stdout, sys.stderr = (open(number, "w", errors="replace", closefd=False) for number in (1, 2))
         if callable(run):
             run()
         else:
@@ -895,6 +897,7 @@ def main() -> None:
         "--show", nargs="*", choices=OUTCOMES, default=BAD, help="outcomes whose inputs are printed"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("-o", "--output", type=Path, help="a .json file for the numbers of the table")
     arguments = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
@@ -909,13 +912,15 @@ def main() -> None:
             workers=arguments.workers,
             show=arguments.show,
         )
+    total = sum(counts.values(), Counter())
     rows = [
         [kind, str(count.total()), *(str(count[outcome]) for outcome in OUTCOMES)]
-        for kind, count in counts.items()
+        for kind, count in [*counts.items(), ("all", total)]
     ]
-    total = sum(counts.values(), Counter())
-    rows.append(["all", str(total.total()), *(str(total[outcome]) for outcome in OUTCOMES)])
     print(markdown_table(["input", "tried", *OUTCOMES], rows))
+    if arguments.output:
+        outcomes = {kind: {outcome: count[outcome] for outcome in OUTCOMES} for kind, count in counts.items()}
+        write_json({**machine(), "seed": arguments.seed, "outcomes": outcomes}, arguments.output)
     sys.exit(any(total[outcome] for outcome in BAD))
 
 

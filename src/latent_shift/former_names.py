@@ -29,7 +29,7 @@ _PLACES = {
     "extractors": ("evaluation.features",),
 }
 """Former module to the modules that hold its names now."""
-_NAMES = {"scheduler": "make_scheduler", "without_weights": "plain_prompt"}
+_NAMES = {"add_lora": "load_lora", "scheduler": "make_scheduler", "without_weights": "plain_prompt"}
 """Former name of a function to its name."""
 
 

@@ -25,9 +25,9 @@ def check_numbers(**numbers: float | None) -> None:
             whole = isinstance(number, Integral) and not isinstance(number, bool)
             if not whole or number < _LEAST[name]:
                 kind = "" if whole else "a whole number, "
-                raise ValueError(f"{name} must be {kind}{_LEAST[name]} or more, got {number}")
+                raise ValueError(f"{name} must be {kind}{_LEAST[name]} or more, got {number!r}")
         elif not isinstance(number, Real) or not math.isfinite(number):
-            raise ValueError(f"{name} must be a finite number, got {number}")
+            raise ValueError(f"{name} must be a finite number, got {number!r}")
         elif name == "noise_correlation" and not 0 <= number < 1:
             raise ValueError(f"noise_correlation must be from 0 to below 1, got {number}")
         elif name == "strength" and not 0 < number <= 1:

@@ -180,6 +180,7 @@ def test_make_targets_and_scripts_exist(name):
     assert all(
         (ROOT / path).exists() for path in re.findall(r"`((?:recipes|tests|docs)/[\w./-]+\.\w+)`", page)
     )
+    assert all((ROOT / "tests" / test).exists() for test in re.findall(r"`(test_\w+\.py)`", page))
 
 
 def anchors(page: str) -> set[str]:

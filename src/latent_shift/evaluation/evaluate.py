@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from latent_shift import folders, runtime, video
 from latent_shift.evaluation import statistics
@@ -264,14 +263,8 @@ class SavedClips:
     def __call__(self, k: int) -> np.ndarray:
         path = self.folder / f"{k:06}.png"
         try:
-            strip = np.asarray(Image.open(path))
-            return np.stack(np.split(strip, self.num_frames, axis=1))
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            IndexError,
-        ) as error:  # Pillow raises each for damaged pictures
+            return np.stack(np.split(video.load_video(path)[0], self.num_frames, axis=1))
+        except (ValueError, FileNotFoundError) as error:
             raise ValueError(
                 f"{path}: expected a row of {self.num_frames} frames; {error}: delete it to have it generated again"
             ) from error

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 from pydantic import BaseModel, model_validator
 
 from latent_shift import video
@@ -193,7 +192,7 @@ def _add_clip(
     clip = _enlarge(SavedClips(column.folder / "clips", num_frames)(k))
     name = f"clips/{section}-{column.folder.name}-{k:03}"
     video.write(clip, out / f"{name}.mp4", fps=column.result["system"]["fps"])
-    Image.fromarray(clip[0]).save(out / f"{name}.png")
+    video.write(clip[:1], out / f"{name}.png")
     return {"source": f"{name}.mp4", "poster": f"{name}.png", "label": f"{prompt}, {column.name}"}
 
 
@@ -203,7 +202,7 @@ def _add_still(system: Column, k: int, out: Path, prompt: str) -> dict[str, str]
     if not path.exists():
         return None
     name = f"clips/stills-{system.folder.name}-{k:03}.png"
-    Image.fromarray(_enlarge(np.asarray(Image.open(path))[None])[0]).save(out / name)
+    video.write(_enlarge(video.load_video(path)), out / name)
     return {"source": name, "label": f"{prompt}, one frame by {system.name}"}
 
 

@@ -227,7 +227,7 @@ def test_show_prints_the_command_that_makes_a_file_again(suffix, video_model, he
     assert shown["sha256"] == f"{weights.name}: {sha256(weights)}"
     assert "torch: " in shown["versions"] and "diffusers: " in shown["versions"]
     program, *again = shlex.split(command)
-    assert program == "latent-shift" and again[-2:] == ["-o", f"clip-again{suffix}"]
+    assert program == "latent-shift" and again[:3] == ["generate", "-o", f"clip-again{suffix}"]
     run(*again)
     assert np.array_equal(video.read(f"clip-again{suffix}")[0], video.read(file)[0])
     assert run("show", f"clip-again{suffix}").splitlines()[:-1] == lines
@@ -247,8 +247,26 @@ def test_show_repeats_a_sheet(video_model, here):
     run("sheet", "prompts.txt", "sheet.png", "-m", video_model, "--steps", 1, "--columns", 3)
     *lines, command = run("show", "sheet.png").splitlines()
     assert "red; blue" in "\n".join(lines)
-    run(*shlex.split(command)[1:-2], "again.png")
-    assert Path("again.png").read_bytes() == Path("sheet.png").read_bytes()
+    run(*shlex.split(command)[1:])
+    assert Path("sheet-again.png").read_bytes() == Path("sheet.png").read_bytes()
+
+
+def test_show_repeats_a_prompt_that_begins_with_a_dash(video_model, here):
+    run("generate", "-m", video_model, "--steps", 1, "--num-frames", 2, "-o", "dash.webp", "--", "-o")
+    run(*shlex.split(run("show", "dash.webp").splitlines()[-1])[1:])
+    assert Path("dash-again.webp").read_bytes() == Path("dash.webp").read_bytes()
+
+
+def test_write_all_leaves_no_reserved_file_when_interrupted(here, monkeypatch):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        outputs.write_all(
+            np.zeros((1, 8, 8, 3), np.uint8), [outputs.reserve(here / "a.png")], fps=8, metadata={}
+        )
+    assert not list(here.iterdir())
 
 
 def test_show_refuses_files_of_others(here):

@@ -602,7 +602,7 @@ def test_restore_names_a_checkpoint_that_is_damaged_inside(latents, tmp_path):
     for name in ("model.safetensors", "optimizer.bin"):
         whole = (newest / name).read_bytes()
         (newest / name).write_bytes(bytes(len(whole)))
-        with pytest.raises(ValueError, match="delete it to resume from the one before") as error:
+        with pytest.raises(ValueError, match="move it away to resume from the one before") as error:
             train(config, tmp_path)
         assert newest.name in str(error.value) and "\n" not in str(error.value)
         (newest / name).write_bytes(whole)

@@ -280,6 +280,7 @@ def sheet(
     from latent_shift.pipelines.request import Request, generate_clip
 
     pipe = load(model, device=device, variant=variant, prediction=prediction)
+    hashes = outputs.hash_inputs(model, [prompts])
     pipe.set_progress_bar_config(disable=True)
     clips: list[Clip] = []
     with Progress("clips") as progress:
@@ -289,7 +290,7 @@ def sheet(
             progress(len(clips), len(lines))
     command = outputs.repeat_command(context, files=None, force=None)
     settings = {**clips[0].settings, "prompt": lines}
-    metadata = outputs.describe(command, settings, model=model, files=[prompts])
+    metadata = outputs.describe(command, settings, model=model, hashes=hashes)
     frames = [clip.frames for clip in clips]
     for path in files:
         if path.suffix.lower() == ".png":

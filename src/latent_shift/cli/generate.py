@@ -151,11 +151,12 @@ def generate(
     if lora:
         load_lora(pipe, lora)
     pipe.set_progress_bar_config(disable=True)
+    hashes = outputs.hash_inputs(model, [*request.files.values(), lora])
     failed = 0
     for job in jobs:
         try:
-            _generate_one(job, pipe, context)
-        except (ValueError, RuntimeError) as error:  # of this prompt, perhaps
+            _generate_one(job, pipe, context, hashes)
+        except (ValueError, RuntimeError, OSError) as error:  # of this prompt, perhaps
             if len(jobs) == 1:
                 raise
             failed += 1
@@ -220,7 +221,7 @@ def _check_outputs(
             outputs.check_writable(job.default_file(".mp4"))
 
 
-def _generate_one(job: _Job, pipe: ClipPipeline, context: typer.Context) -> None:
+def _generate_one(job: _Job, pipe: ClipPipeline, context: typer.Context, hashes: dict[str, str]) -> None:
     """Generate a clip and write its files, all that can be written."""
     from latent_shift.pipelines.request import generate_clip
 
@@ -235,7 +236,7 @@ def _generate_one(job: _Job, pipe: ClipPipeline, context: typer.Context) -> None
         command,
         {**clip.settings, "dtype": str(pipe.dtype).removeprefix("torch.")},
         model=context.params["model"],
-        files=[*request.files.values(), context.params["lora"]],
+        hashes=hashes,
     )
     suffix = ".png" if len(clip.frames) == 1 else ".mp4"
     outputs.write_all(

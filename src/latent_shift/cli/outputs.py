@@ -49,7 +49,7 @@ def check_outputs(
             raise ValueError(
                 f"{path}: expected one of {' '.join(suffixes)}, got {path.suffix or 'no suffix'!r}"
             )
-        if path in paths[:number]:
+        if path.resolve() in [other.resolve() for other in paths[:number]]:
             raise ValueError(f"{path}: given twice; expected different outputs")
         if path.is_dir():
             raise ValueError(f"{path}: is a folder; expected the name of a file")
@@ -59,6 +59,8 @@ def check_outputs(
             raise ValueError(
                 f"{path}: exists, and is not known as latent-shift's; choose another name, or use --force"
             )
+        if path.exists() and not os.access(path, os.W_OK):
+            raise ValueError(f"{path}: is write-protected; choose another name")
         check_writable(path)
 
 
@@ -86,8 +88,6 @@ def check_writable(path: Path) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise ValueError(f"{path}: {folder} is a file; expected a folder")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"{path}: is write-protected; choose another name")
     # Permissions, read-only disks and too long names show when a file is made.
     probe = folder / f".{path.name}.{os.getpid()}.partial{path.suffix}"
     try:
@@ -137,9 +137,10 @@ def write_all(frames: np.ndarray, paths: Sequence[Path], *, fps: float, metadata
         try:
             print(write(frames, path, fps=fps, metadata=metadata), flush=True)
         except (OSError, ValueError) as error:
+            errors.append(error)
+        finally:
             if path.exists() and path.stat().st_size == 0:  # reserved
                 path.unlink()
-            errors.append(error)
     if errors:
         raise errors[0]
 
@@ -169,8 +170,29 @@ def repeat_command(context: typer.Context, **changes: Any) -> list[str]:
     return ["latent-shift", str(context.info_name), *words]
 
 
+def with_output(command: Sequence[str], path: Path) -> list[str]:
+    """Return a command of `repeat_command` that writes to a file."""
+    name = f"./{path}" if str(path).startswith("-") else str(path)
+    if command[1] == "sheet":  # takes its outputs as arguments
+        return [*command, name]
+    return [*command[:2], "-o", name, *command[2:]]
+
+
+def hash_inputs(model: str, files: Iterable[Path | None] = ()) -> dict[str, str]:
+    """Return the SHA-256 of the weights of a model's U-Net and of other inputs, by their names. Of a Hub id nothing is
+    known here."""
+    from latent_shift.files import sha256
+    from latent_shift.pipelines import catalog
+
+    weights = [Path(model)] if Path(model).is_file() else []
+    if not weights and not catalog.on_hub(model):
+        weights = sorted((catalog.folder(model) / "unet").glob("*.safetensors"))
+    hashes = {path.name: sha256(path) for path in weights}
+    return hashes | {str(path): sha256(path) for path in files if path is not None}
+
+
 def describe(
-    command: Sequence[str], settings: dict[str, Any], *, model: str, files: Iterable[Path | None] = ()
+    command: Sequence[str], settings: dict[str, Any], *, model: str, hashes: dict[str, str]
 ) -> dict[str, str]:
     """Return the metadata of a result: the version, the command that makes it again, and its settings.
 
@@ -179,22 +201,18 @@ def describe(
     Args:
         command: as `repeat_command` returns it.
         settings: name to value.
-        model: a name, folder, file or Hub id. A folder is known by the weights of its U-Net; of a Hub id
-            nothing is known here.
-        files: other inputs.
+        model: a name, folder, file or Hub id.
+        hashes: of the inputs, as `hash_inputs` returns them.
     """
     import diffusers
     import torch
 
-    from latent_shift.files import sha256
-
-    inputs = [*_weights(model), *(path for path in files if path is not None)]
     values = {
         "latent_shift": latent_shift.__version__,
         "command": shlex.join(command),
         "model": model,
         **settings,
-        "sha256": {path.name: sha256(path) for path in inputs},
+        "sha256": hashes,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -211,15 +229,6 @@ def _to_text(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(map(str, value))
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
-
-
-def _weights(model: str) -> list[Path]:
-    """Return the files with the weights of a model's U-Net."""
-    from latent_shift.pipelines import catalog
-
-    if Path(model).is_file():
-        return [Path(model)]
-    return [] if catalog.on_hub(model) else sorted((catalog.folder(model) / "unet").glob("*.safetensors"))
 
 
 def device_name(device: torch.device) -> str:

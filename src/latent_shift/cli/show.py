@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from latent_shift.cli import outputs
+
 
 def show(
     file: Annotated[
@@ -26,4 +28,5 @@ def show(
     for name, value in metadata.items():
         print(f"{name:24} {value}")
     if command:
-        print(f"{command} -o {shlex.quote(f'{file.stem}-again{file.suffix}')}")
+        again = Path(f"{file.stem}-again{file.suffix}")
+        print(shlex.join(outputs.with_output(shlex.split(command), again)))

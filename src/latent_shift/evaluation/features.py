@@ -334,7 +334,7 @@ def _load_folder(network_class: Any, folder: str | Path, kind: str, *, trust: bo
         _check_safe(folder)
     with one_line_errors(folder, SOURCES[kind]):
         network, info = network_class.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, use_safetensors=None if trust else True
+            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, use_safetensors=None if trust else True
         )  # fmt: skip
     if info["missing_keys"]:
         raise ValueError(
@@ -397,7 +397,7 @@ def _load_processor(folder: str | Path):
     from transformers import AutoImageProcessor
 
     with one_line_errors(folder, "an image processor"):
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _preprocess(processor, clip: Tensor) -> Tensor:

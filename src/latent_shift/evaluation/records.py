@@ -86,11 +86,14 @@ class SystemSchema(_Schema):
     title: str
     parameters: Annotated[float, Field(ge=0)]
     fps: Annotated[float, Field(gt=0)]
+    num_inference_steps: Annotated[int, Field(ge=1)]
+    guidance_scale: float
 
 
 class ProtocolSchema(_Schema):
     protocol: str
     complete: bool
+    clips: Annotated[int, Field(ge=1)]
     num_frames: Annotated[int, Field(ge=1)]
     fps: Annotated[float, Field(gt=0)] | None
 

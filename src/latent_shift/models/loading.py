@@ -35,10 +35,12 @@ def one_line_errors(path: str | Path, kind: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, torch.OutOfMemoryError) as error:
-        if isinstance(error, ValueError) and str(path) not in str(error):
-            raise ValueError(f"{path}: cannot be opened as {kind} ({_first_line(error)})") from error
+    except torch.OutOfMemoryError:
         raise
+    except ValueError as error:
+        if str(path) in str(error) and "\n" not in str(error).strip():
+            raise
+        raise ValueError(f"{path}: cannot be opened as {kind} ({_first_line(error)})") from error
     except Exception as error:
         raise ValueError(
             f"{path}: cannot be opened as {kind} ({type(error).__name__}: {_first_line(error)})"
@@ -99,7 +101,8 @@ def open_text_encoder(
     variant = resolve_variant(path, variant)
     with one_line_errors(path, class_name):
         encoder, info = encoder_class.from_pretrained(
-            path, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True, local_files_only=True
+            path, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True, local_files_only=True,
+            trust_remote_code=False,
         )  # fmt: skip
     _check_complete(encoder, info["missing_keys"], path)
     return encoder
@@ -129,7 +132,7 @@ def open_tokenizer(path: Path, encoder: PreTrainedModel | None = None) -> PreTra
     """
     check_tokenizer(path)
     with one_line_errors(path, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         num_tokens, last_id = len(tokenizer), max(tokenizer.get_vocab().values(), default=0)
         num_special = len(tokenizer.all_special_ids)
     config = getattr(encoder, "config", None)

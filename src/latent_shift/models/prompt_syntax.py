@@ -51,7 +51,8 @@ def parse_prompt(prompt: str) -> list[Segment]:
                 raise ValueError(f"prompt: brackets are nested more than {_MAX_DEPTH} deep")
         elif piece in _PARTNER and outer and outer[-1][0] == _PARTNER[piece]:
             _, before = outer.pop()
-            segments = before + _weigh_group(_merge(segments), piece)
+            before += _weigh_group(_merge(segments), piece)
+            segments = before
         else:
             segments.append((piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, 1.0))
     while outer:

@@ -350,7 +350,7 @@ def _check_kind(path: Path, index: dict) -> None:
         _check_channels([unet.get("in_channels", 4)], vae.get("latent_channels", 4))
         if unet.get("out_channels", 4) != unet.get("in_channels", 4):
             raise ValueError(
-                f"its U-Net returns {unet['out_channels']} channels, expected those of its latents"
+                f"its U-Net returns {unet.get('out_channels', 4)} channels, expected those of its latents"
             )
         for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
             if unet.get(key) is not None:

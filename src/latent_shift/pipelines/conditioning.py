@@ -42,6 +42,8 @@ def to_pictures(
             if name == "mask":
                 pictures[name] = media.to_masks(value, len(pictures["video"]))
             elif (latents := _given_latents(pipe, value, height, width)) is not None:
+                if not bool(latents.isfinite().all()):
+                    raise ValueError("holds NaN or infinite numbers")
                 pictures[name] = latents
             elif name == "video" and not isinstance(value, (list, tuple)) and getattr(value, "ndim", 2) == 2:
                 raise ValueError("expected a video, got one picture")

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor, nn
 
 
+class NotFiniteError(RuntimeError):
+    """Latents or pixels are NaN or infinite."""
+
+
 def check_finite(pipe, values: Tensor, name: str) -> None:
-    """Raise RuntimeError for values that are not all finite; the message names the reason.
+    """Raise NotFiniteError for values that are not all finite; the message names the reason.
 
     Args:
         pipe: the pipeline whose networks computed them.
@@ -15,7 +19,7 @@ def check_finite(pipe, values: Tensor, name: str) -> None:
         name: what they are, a plural.
     """
     if not bool(values.isfinite().all()):
-        raise RuntimeError(f"{name} are NaN or infinite: {_reason(pipe, values)}")
+        raise NotFiniteError(f"{name} are NaN or infinite: {_reason(pipe, values)}")
 
 
 def _reason(pipe, values: Tensor) -> str:

@@ -93,11 +93,12 @@ def _open_folder(
         name = f"text_encoder{suffix}"
         encoder = open_text_encoder(path / name, index[name][1], dtype=dtype, variant=variant)
         parts |= {name: encoder, f"tokenizer{suffix}": open_tokenizer(path / f"tokenizer{suffix}", encoder)}
-    if (
-        part_class(path, index, "feature_extractor") == "CLIPFeatureExtractor"
-    ):  # its name before transformers 5
-        extractor = transformers.CLIPImageProcessor.from_pretrained(path / "feature_extractor")
-        parts["feature_extractor"] = extractor
+    if part_class(path, index, "feature_extractor") is not None:
+        with one_line_errors(path / "feature_extractor", "the image processor of a safety checker"):
+            # Files from before transformers 5 have the name CLIPFeatureExtractor for it.
+            parts["feature_extractor"] = transformers.CLIPImageProcessor.from_pretrained(
+                path / "feature_extractor", local_files_only=True
+            )
     pipeline = LatentShiftXLPipeline if "text_encoder_2" in index else LatentShiftPipeline
     with one_line_errors(path, pipeline.__name__):
         return pipeline.from_pretrained(

@@ -94,9 +94,6 @@ class Request:
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}")
         if self.num_frames == 1:
             for name in ("loop", "shared_noise", "noise_correlation", "chunk", "then"):
                 if getattr(self, name) not in (None, False, {}):
@@ -238,7 +235,6 @@ def _read_pictures(pipe: ClipPipeline, request: Request) -> dict[str, Any]:
         video, _ = read(request.video, fps=fps, size=size, num_frames=request.num_frames)
         pictures |= {"video": video, "num_frames": None}
     if request.mask is not None:
-        mask = read(request.mask, fps=fps, size=size)[0].mean(axis=-1) / 255
-        num_frames = len(video) if request.video is not None else len(mask)
-        pictures["mask"] = mask[0] if len(mask) == 1 else mask[:num_frames]
+        most = request.num_frames or (1 if request.video is None else len(video) + 1)
+        pictures["mask"], _ = read(request.mask, fps=fps, size=size, num_frames=most)
     return pictures

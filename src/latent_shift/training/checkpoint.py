@@ -223,7 +223,10 @@ def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[fl
             # The run had another precision before.
             if accelerator.scaler is not None and not (folder / "scaler.pt").exists():
                 torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
-            with one_line_errors(folder, "a checkpoint of this run: delete it to resume from the one before"):
+            with one_line_errors(
+                folder,
+                "a checkpoint with these settings; if it is damaged, move it away to resume from the one before",
+            ):
                 accelerator.load_state(str(folder))
             state = _read_state(folder)
             return state.step, state.seen

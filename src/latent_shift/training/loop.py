@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from latent_shift.config import Config, dump
+from latent_shift.data.shards import without_secrets
 from latent_shift.files import move_files, write_text
 from latent_shift.folders import check_own, output_folder
 from latent_shift.models import sizes
@@ -83,7 +84,7 @@ def train(
         try:
             if rank() == 0:
                 # From here on the folder alone is enough to resume.
-                write_text(run / "config.toml", dump(config))
+                write_text(run / "config.toml", dump(_without_secrets(config)))
             prepared = prepare.prepare(config, run, device=resolve_device(), progress=progress)
             if on_prepared and rank() == 0:
                 on_prepared(prepared)
@@ -92,6 +93,12 @@ def train(
             if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
                 raise
             raise RuntimeError(f"out of memory: {suggest_smaller_settings(config)} ({error})") from error
+
+
+def _without_secrets(config: Config) -> Config:
+    """Return the settings without passwords and signatures in the address of the data, as they may be passed on."""
+    data = config.data.model_copy(update={"path": without_secrets(config.data.path)})
+    return config.model_copy(update={"data": data})
 
 
 @dataclass
@@ -399,7 +406,7 @@ def create_state(config: Config, prepared: prepare.Prepared, run: Path) -> Train
     if config.train.tracker:
         # TensorBoard's project is a folder in the run folder, and it takes no nested settings.
         project, settings = (
-            ("latent-shift", config.model_dump())
+            ("latent-shift", _without_secrets(config).model_dump())
             if config.train.tracker == "wandb"
             else ("tensorboard", None)
         )

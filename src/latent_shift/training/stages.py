@@ -5,6 +5,7 @@ Shapes: B clips of F frames; C channels and h x w of the latents; L tokens, D wi
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from latent_shift.models import autoencoder, sizes
 from latent_shift.models.autoencoder import downscale_factor, load_autoencoder
 from latent_shift.models.loading import open_network, open_text_encoder, open_tokenizer
 from latent_shift.models.prompt_syntax import escape_prompt
+from latent_shift.pipelines.diagnosis import NotFiniteError
 from latent_shift.pipelines.lora import add_lora, save_lora
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 from latent_shift.runtime import dtype_of, seed
@@ -31,6 +33,8 @@ from latent_shift.training import checks
 from latent_shift.training.objectives import AutoencoderObjective, DenoisingObjective
 from latent_shift.training.prepare import Prepared
 from latent_shift.video import to_uint8
+
+log = logging.getLogger("latent_shift")
 
 
 class Stage(Protocol):
@@ -245,13 +249,18 @@ class DenoiserStage:
             row % len(prompts) for row in range(rank, -(-len(prompts) // world_size) * world_size, world_size)
         ]
         # One by one: a batch of clips with guidance would need more memory than the training.
-        return {
-            row: to_uint8(pipe(prompts[row], generator=seed(0), decode_batch_size=1).frames[0])
-            for row in rows
-        }
+        samples = {}
+        for row in rows:
+            try:
+                samples[row] = to_uint8(pipe(prompts[row], generator=seed(0), decode_batch_size=1).frames[0])
+            except NotFiniteError as error:  # is no reason to end the training
+                log.warning("no sample of %r: %s", prompts[row], error)
+        return samples
 
     def write_samples(self, samples: dict[int, np.ndarray], folder: Path, step: int) -> None:
         """Write a PNG with a row of frames for each clip, and a WebP with the clips side by side."""
+        if not samples:
+            return
         clips = np.stack([samples[row] for row in sorted(samples)])
         tiles = clips[:, :: max(1, clips.shape[1] // 8)]
         sheet = video.montage(

@@ -184,6 +184,28 @@ def test_load_takes_old_names_of_attention_and_positions(model, copied):
     np.testing.assert_array_equal(sample(load(copied, device="cpu")), expected)
 
 
+def test_load_runs_no_code_of_a_folder(copied, monkeypatch):
+    """transformers would ask on standard input whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for folder in ("tokenizer", "text_encoder"):
+        (copied / folder / "evil.py").write_text(f"open({str(copied / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    edit(
+        copied / "tokenizer" / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["evil.Evil", None]},
+        tokenizer_class="Evil",
+    )
+    assert "tokenizer" in refusal(copied)
+    assert not (copied / "ran").exists()
+
+
+def test_load_names_a_damaged_feature_extractor(copied):
+    edit(copied / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+    assert "feature_extractor: cannot be opened as the image processor of a safety checker" in refusal(copied)
+    (copied / "feature_extractor").mkdir()
+    (copied / "feature_extractor" / "preprocessor_config.json").write_text("[]")
+    assert "feature_extractor" in refusal(copied)
+
+
 @pytest.mark.parametrize("missing", ["tokenizer.json", "merges.txt"])
 def test_load_refuses_a_tokenizer_without_vocabulary(missing, copied):
     """transformers opens it, and every prompt is the same."""

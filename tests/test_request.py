@@ -60,6 +60,14 @@ def test_generate_clip_reads_pictures_at_the_size_of_the_clip(texts, tmp_path):
         height=40,
     )
     assert generate_clip(request, pipe).frames.shape == (4, 40, 64, 3)
+    for num_frames in (3, 7):
+        masks = np.eye(num_frames, dtype=np.uint8)[:, None, :, None] * 255
+        video.write(masks.repeat(64, 1).repeat(3, 3), tmp_path / "masks.webp")
+        wrong = Request(prompt="red", video=tmp_path / "clip.webp", mask=tmp_path / "masks.webp")
+        with pytest.raises(
+            ValueError, match=rf"mask: expected one mask \(H, W\) or 5, got {min(num_frames, 6)}"
+        ):
+            generate_clip(wrong, pipe)
 
 
 @pytest.mark.parametrize(

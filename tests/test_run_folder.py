@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 
 from latent_shift.config import dump
 from latent_shift.folders import MARKER, read_kind
+from latent_shift.pipelines.diagnosis import NotFiniteError
 from latent_shift.training import checkpoint, stages
-from latent_shift.training.loop import train
+from latent_shift.training.loop import _without_secrets, train
 
 EVERY_STEP = {"checkpoint_minutes": 1e-9, "keep_checkpoints": 1}
 
@@ -147,6 +148,20 @@ def test_train_that_learned_nothing_ends_with_an_error(latents, tmp_path, spoil)
         with pytest.raises(RuntimeError, match=message):
             train(config(latents, steps=4, log_every=2), tmp_path / "run")
         assert not (tmp_path / "run" / "model").exists()
+
+
+def test_train_goes_on_after_a_sample_that_overflows(latents, tmp_path, monkeypatch, caplog):
+    def overflow(*arguments, **options):
+        raise NotFiniteError("the sampled latents are NaN or infinite")
+
+    monkeypatch.setattr(stages.LatentShiftPipeline, "__call__", overflow)
+    assert train(config(latents, sample_every=1), tmp_path / "run") == tmp_path / "run" / "model"
+    assert "the sampled latents are NaN" in caplog.text and "no sample of" in caplog.text
+
+
+def test_config_of_a_run_holds_no_signature():
+    secret = tiny_config("video", "https://me:password@host/{0..3}.tar?sig=1")
+    assert _without_secrets(secret).data.path == "https://host/{0..3}.tar"
 
 
 def test_train_exports_a_run_whose_last_steps_were_skipped(latents, tmp_path, spoil):

@@ -40,8 +40,11 @@ class Command(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _exit("interrupted", INTERRUPTED)
+        except (KeyboardInterrupt, Exception) as error:
+            # A module in C that is being imported turns an interrupt into an error of its own.
+            if isinstance(error, KeyboardInterrupt) or signal.getsignal(signal.SIGINT) is _end_at_once:
+                _exit("interrupted", INTERRUPTED)
+            raise
 
 
 def _require_finite_numbers(command: Any) -> None:
@@ -103,6 +106,12 @@ def main() -> None:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            # After an interrupt in code that a C module ran, Python would end with another status.
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)
+        raise
     except OSError as error:
         _exit(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except (ValueError, RuntimeError, MemoryError) as error:
@@ -111,8 +120,12 @@ def main() -> None:
 
 def _interrupt(*_: object) -> NoReturn:
     """End the command on a first Ctrl-C; on a second one at once, without waiting for workers."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    signal.signal(signal.SIGINT, _end_at_once)
     raise KeyboardInterrupt
+
+
+def _end_at_once(*_: object) -> NoReturn:
+    os._exit(INTERRUPTED)
 
 
 def _exit(message: str, status: int = 1) -> NoReturn:

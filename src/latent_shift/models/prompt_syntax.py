@@ -31,9 +31,12 @@ def parse_prompt(prompt: str) -> list[Segment]:
     """Return the words of a prompt and their weights, in order.
 
     Raises:
-        ValueError: a weight that is no number or out of range, or syntax of other programs that would be
-            read as words (`<lora:name:0.8>`, `[from:to:0.5]`).
+        ValueError: a weight that is no number or out of range, syntax of other programs that would be read as
+            words (`<lora:name:0.8>`, `[from:to:0.5]`), or half of a surrogate pair, which is no letter.
     """
+    broken = re.search(r"[\ud800-\udfff]", prompt)
+    if broken:
+        raise ValueError(f"prompt: expected text in Unicode, got {broken[0]!r} at position {broken.start()}")
     tag = _TAG.search(prompt)
     if tag:
         raise ValueError(

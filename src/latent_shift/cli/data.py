@@ -159,7 +159,7 @@ def preview(
     from latent_shift.data import preview as previews
     from latent_shift.data.records import escape
 
-    outputs.check_outputs([out], suffixes=video.OUTPUT_SUFFIXES, inputs=[store], force=force)
+    replaced = outputs.check_outputs([out], suffixes=video.OUTPUT_SUFFIXES, inputs=[store], force=force)
     opened, splits = latents.open_store(store), tuple(split or ["train"])
     sheet, captions = previews.preview(
         opened,
@@ -176,4 +176,4 @@ def preview(
     metadata = {"latent_shift": latent_shift.__version__} | {
         key: str(value) for key, value in settings.items()
     }
-    outputs.write_all(sheet[None], [out], fps=1, metadata=metadata)
+    outputs.write_all(sheet[None], [out], fps=1, metadata=metadata, replaced=replaced)

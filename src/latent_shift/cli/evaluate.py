@@ -271,7 +271,9 @@ def sheet(
     from latent_shift import video
     from latent_shift.pipelines import catalog
 
-    outputs.check_outputs(files, suffixes=video.OUTPUT_SUFFIXES, inputs=[prompts, Path(model)], force=force)
+    replaced = outputs.check_outputs(
+        files, suffixes=video.OUTPUT_SUFFIXES, inputs=[prompts, Path(model)], force=force
+    )
     lines = outputs.read_prompts(prompts)
     catalog.check_model(model, variant=variant, prediction=prediction)
     skip_packages(catalog.unused_packages(model))
@@ -297,4 +299,4 @@ def sheet(
             picture = video.labelled_rows(frames, lines, columns=columns)[None]
         else:
             picture = video.side_by_side(frames, columns=columns)
-        outputs.write_all(picture, [path], fps=clips[0].fps, metadata=metadata)
+        outputs.write_all(picture, [path], fps=clips[0].fps, metadata=metadata, replaced=replaced)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -139,7 +139,7 @@ def generate(
     )  # fmt: skip
     jobs = _plan(request, lines, num, output or [], numbered=prompts is not None)
     inputs = [*request.files.values(), prompts, lora, Path(model)]
-    _check_outputs(jobs, fps, inputs=inputs, force=force)
+    replaced = _check_outputs(jobs, fps, inputs=inputs, force=force)
     catalog.check_model(model, variant=variant, prediction=prediction)
 
     skip_packages(catalog.unused_packages(model, lora=lora is not None, scheduler=scheduler))
@@ -155,7 +155,7 @@ def generate(
     failed = 0
     for job in jobs:
         try:
-            _generate_one(job, pipe, context, hashes)
+            _generate_one(job, pipe, context, hashes, replaced)
         except (ValueError, RuntimeError, OSError) as error:  # of this prompt, perhaps
             if len(jobs) == 1:
                 raise
@@ -204,8 +204,8 @@ def _plan(request: Request, prompts: list[str], num: int, files: list[Path], *, 
 
 def _check_outputs(
     jobs: list[_Job], fps: float | None, *, inputs: Iterable[Path | None], force: bool
-) -> None:
-    """Check all files before the first clip is generated."""
+) -> set[Path]:
+    """Check all files before the first clip is generated; return those that will be replaced."""
     from latent_shift.video import OUTPUT_SUFFIXES, check_output
 
     files = [path for job in jobs for path in job.files]
@@ -213,15 +213,18 @@ def _check_outputs(
         raise ValueError(
             "--fps has no effect on a .png, which is a strip of frames; expected another output, or no --fps"
         )
-    outputs.check_outputs(files, suffixes=OUTPUT_SUFFIXES, inputs=inputs, force=force)
+    replaced = outputs.check_outputs(files, suffixes=OUTPUT_SUFFIXES, inputs=inputs, force=force)
     for path in files:
         check_output(path, fps=8 if fps is None else fps)
     for job in jobs:
         if not job.files:
             outputs.check_writable(job.default_file(".mp4"))
+    return replaced
 
 
-def _generate_one(job: _Job, pipe: ClipPipeline, context: typer.Context, hashes: dict[str, str]) -> None:
+def _generate_one(
+    job: _Job, pipe: ClipPipeline, context: typer.Context, hashes: dict[str, str], replaced: Collection[Path]
+) -> None:
     """Generate a clip and write its files, all that can be written."""
     from latent_shift.pipelines.request import generate_clip
 
@@ -239,12 +242,11 @@ def _generate_one(job: _Job, pipe: ClipPipeline, context: typer.Context, hashes:
         hashes=hashes,
     )
     suffix = ".png" if len(clip.frames) == 1 else ".mp4"
-    outputs.write_all(
-        clip.frames,
-        job.files or [outputs.reserve(job.default_file(suffix))],
-        fps=clip.fps,
-        metadata=metadata,
-    )
+    files = job.files
+    if not files:
+        files = [outputs.reserve(job.default_file(suffix))]
+        replaced = files
+    outputs.write_all(clip.frames, files, fps=clip.fps, metadata=metadata, replaced=replaced)
 
 
 def _later_prompts(items: list[str]) -> dict[int, str]:

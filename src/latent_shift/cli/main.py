@@ -6,6 +6,7 @@ transformers takes seconds.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import signal
@@ -102,6 +103,9 @@ def options(
 def main() -> None:
     """Run the command; an expected error is printed as one line."""
     set_passive_waiting()
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be Unicode
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
         signal.signal(signal.SIGINT, _interrupt)
     try:

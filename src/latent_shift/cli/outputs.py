@@ -10,7 +10,8 @@ import itertools
 import os
 import platform
 import shlex
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Collection, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,7 @@ Force = Annotated[
 
 def check_outputs(
     paths: Sequence[Path], *, suffixes: Sequence[str], inputs: Iterable[Path | None] = (), force: bool = False
-) -> None:
+) -> set[Path]:
     """Check that files can be written without a loss, so that errors come before the work.
 
     Args:
@@ -38,6 +39,9 @@ def check_outputs(
         suffixes: those that can be written.
         inputs: files that the command reads.
         force: replace files that latent-shift did not write; inputs are never replaced.
+
+    Returns:
+        Those that exist and will be replaced.
 
     Raises:
         ValueError: another suffix, a name given twice, a folder of that name, a file where a folder must be,
@@ -62,6 +66,7 @@ def check_outputs(
         if path.exists() and not os.access(path, os.W_OK):
             raise ValueError(f"{path}: is write-protected; choose another name")
         check_writable(path)
+    return {path for path in paths if path.exists()}
 
 
 def _is_own(path: Path) -> bool:
@@ -127,20 +132,39 @@ def reserve(path: Path) -> Path:
     raise AssertionError
 
 
-def write_all(frames: np.ndarray, paths: Sequence[Path], *, fps: float, metadata: dict[str, str]) -> None:
+def write_all(
+    frames: np.ndarray,
+    paths: Sequence[Path],
+    *,
+    fps: float,
+    metadata: dict[str, str],
+    replaced: Collection[Path],
+) -> None:
     """Write frames to several files and print their names. One that fails does not keep the others from being
-    written; the error comes after them."""
+    written; the error comes after them.
+
+    Args:
+        frames: `(F, H, W, 3) uint8`.
+        paths: the files. Where one is not in `replaced` and exists, because another program wrote it during the
+            work, the name gets a number.
+        fps, metadata: see `video.write`.
+        replaced: files that may be replaced.
+    """
     from latent_shift.video import write
 
     errors = []
     for path in paths:
+        target = path
         try:
-            print(write(frames, path, fps=fps, metadata=metadata), flush=True)
+            target = path if path in replaced else reserve(path)
+            if target != path:
+                print(f"latent-shift: {path}: was written by another program meanwhile", file=sys.stderr)
+            print(write(frames, target, fps=fps, metadata=metadata), flush=True)
         except (OSError, ValueError) as error:
             errors.append(error)
         finally:
-            if path.exists() and path.stat().st_size == 0:  # reserved
-                path.unlink()
+            if target.exists() and target.stat().st_size == 0:  # reserved
+                target.unlink()
     if errors:
         raise errors[0]
 
@@ -173,7 +197,7 @@ def repeat_command(context: typer.Context, **changes: Any) -> list[str]:
 def with_output(command: Sequence[str], path: Path) -> list[str]:
     """Return a command of `repeat_command` that writes to a file."""
     name = f"./{path}" if str(path).startswith("-") else str(path)
-    if command[1] == "sheet":  # takes its outputs as arguments
+    if command[1:2] == ["sheet"]:  # takes its outputs as arguments
         return [*command, name]
     return [*command[:2], "-o", name, *command[2:]]
 

@@ -17,6 +17,7 @@ def show(
     ],
 ) -> None:
     """Print the settings of a generated clip or sheet, and the command that makes it again."""
+    from latent_shift.data.records import escape
     from latent_shift.video import read_metadata
 
     metadata = dict(read_metadata(file))
@@ -26,7 +27,7 @@ def show(
         )
     command = metadata.pop("command", None)
     for name, value in metadata.items():
-        print(f"{name:24} {value}")
-    if command:
+        print(f"{escape(name):24} {escape(value)}")
+    if command and shlex.split(command)[:1] == ["latent-shift"]:
         again = Path(f"{file.stem}-again{file.suffix}")
         print(shlex.join(outputs.with_output(shlex.split(command), again)))

@@ -96,6 +96,7 @@ def _run(words: list[str], folder: Path, file_bytes: int | None) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))

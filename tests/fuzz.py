@@ -43,6 +43,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from latent_shift import video
 from latent_shift.benchmark.hardware import machine
 from latent_shift.cli.main import main as command
+from latent_shift.cli.terminal import Progress
 from latent_shift.config import Config, dump
 from latent_shift.data.encode import encode
 from latent_shift.data.pack import pack
@@ -876,15 +877,18 @@ def fuzz(
     """Try `num` inputs of the kinds in turn, print those with an outcome in `show`, and return how often each outcome came."""
     inputs = [(kinds[k % len(kinds)], first + k // len(kinds)) for k in range(num)]
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, Progress("bad inputs") as progress:
         tried = pool.map(lambda item: try_input(*item, start, world), inputs)
-        for (kind, number), (outcome, said, result) in zip(inputs, tried, strict=True):
+        for done, ((kind, number), (outcome, said, result)) in enumerate(
+            zip(inputs, tried, strict=True), start=1
+        ):
             counts[kind][outcome] += 1
             said = said.encode(errors="backslashreplace").decode()
             if outcome in show:
                 print(f"{outcome}: --only {kind} --first {number} --seed {start}: {said}", flush=True)
             if num == 1:
                 print(result.output, result.errors, outcome, said, sep="\n")
+            progress(done, num)
     return counts
 
 

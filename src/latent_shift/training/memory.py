@@ -128,13 +128,13 @@ def estimate(
             unet.enable_gradient_checkpointing()
         clean = torch.empty(clips, config.data.num_frames, *latents)
         text = torch.empty(clips, text_length, unet.config.cross_attention_dim)
-        num_batches = min(config.optim.accumulate, 2)
         with live, attention_kernel(device, noise=clean):
-            # From the second batch on, the gradients of the first take memory too.
-            for _ in range(num_batches):
-                with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
-                    loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)
-                loss.backward()
+            if config.optim.accumulate > 1:  # the gradients of earlier batches take memory too
+                for parameter in unet.parameters():
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
+                loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)
+            loss.backward()
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
     num_shards = world_size() if config.train.shard else 1
     return Estimate(
@@ -142,7 +142,7 @@ def estimate(
         optimizer=trained * (2 if config.optim.optimizer == "adamw8bit" else 8) // num_shards,
         averaged=trained * 4 // num_shards,
         step=live.peak,
-        flops=live.flops // num_batches * config.optim.accumulate,
+        flops=live.flops * config.optim.accumulate,
     )
 
 

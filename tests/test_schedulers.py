@@ -18,7 +18,7 @@ from diffusers import (
 )
 from test_modes import sd
 
-from latent_shift.pipelines import clip_pipeline, conditioning
+from latent_shift.pipelines import clip_pipeline, conditioning, schedulers
 from latent_shift.pipelines.request import Request
 from latent_shift.pipelines.schedulers import EDM_SCHEDULERS, SCHEDULERS, check_scheduler, make_scheduler
 from latent_shift.runtime import seed
@@ -261,3 +261,9 @@ def test_make_scheduler_keeps_the_noise_schedule(model):
         scheduler = make_scheduler(name, model)
         torch.testing.assert_close(scheduler.alphas_cumprod, model.alphas_cumprod, atol=1e-6, rtol=1e-4)
         assert scheduler.config.prediction_type == model.config.prediction_type
+
+
+def test_check_scheduler_names_a_package_that_is_missing(monkeypatch):
+    monkeypatch.setattr(schedulers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"scheduler 'LMSDiscrete' needs SciPy: pip install scipy"):
+        Request(prompt="red", scheduler="LMSDiscrete")

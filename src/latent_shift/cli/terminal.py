@@ -39,11 +39,11 @@ class Progress:
         self.started_at = self.printed_at = time.monotonic()
 
     def __enter__(self) -> Progress:
-        self.bar.progress.start()
+        self.bar.start()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self.bar.progress.stop()
+        self.bar.stop()
         if self.say_time and self.done and error is None and not self.bar.is_shown:
             seconds = duration(time.monotonic() - self.started_at)
             print(f"{self.label}: {self.done} in {seconds}", file=sys.stderr, flush=True)
@@ -80,11 +80,11 @@ class TrainingProgress:
         )
 
     def __enter__(self) -> TrainingProgress:
-        self.bar.progress.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.progress.stop()
+        self.bar.stop()
 
     def __call__(self, row: dict) -> None:
         speed = f"{row['clips_per_s']:.1f} clips/s  waited {duration(row['data_wait_s'])}"
@@ -104,6 +104,14 @@ class _Bar:
         self.is_shown = sys.stderr.isatty()
         self.progress = progress.Progress(*columns, disable=not self.is_shown, console=Console(stderr=True))
         self.task = self.progress.add_task(label, total=total, status="")
+
+    def start(self) -> None:
+        if self.is_shown:
+            self.progress.start()
+
+    def stop(self) -> None:
+        if self.is_shown:
+            self.progress.stop()
 
     def update(self, done: int, **fields: object) -> None:
         self.progress.update(self.task, completed=done, **fields)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def check_scheduler(name: str) -> None:
     """Raise ValueError for a name that is not in `SCHEDULERS` or `EDM_SCHEDULERS`; the message gives the
     reason, or the nearest names."""
     if name in SCHEDULERS or name in EDM_SCHEDULERS:
+        if name == "LMSDiscrete" and find_spec("scipy") is None:
+            raise ValueError(f"scheduler {name!r} needs SciPy: pip install scipy")
         return
     for reason, names in _UNSUITABLE.items():
         if name in names:

@@ -451,8 +451,12 @@ def test_collect_keeps_long_clips_in_a_file(tmp_path, monkeypatch):
     assert isinstance(video.collect(iter(frames), tmp_path / "new"), np.ndarray)
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr("latent_shift.video.frame_file.MAX_MEMORY_BYTES", 5 * frames[0].nbytes)
-    collected = video.collect(iter(frames), tmp_path / "new")
+    flushed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: flushed.append(os.fstat(number).st_size))
+        collected = video.collect(iter(frames), tmp_path / "new")
     assert isinstance(collected, video.FrameFile)
+    assert flushed == [collected.path.stat().st_size]
     assert collected.shape == frames.shape
     assert np.array_equal(np.load(collected.path), frames)
     assert np.array_equal(collected[3:9:2], frames[3:9:2])

@@ -1,6 +1,8 @@
 """Stills and animations as phones, cameras and editors store them, read as a browser shows them."""
 
 import io
+import resource
+import struct
 import warnings
 
 import numpy as np
@@ -186,3 +188,64 @@ def test_read_answers_damaged_files_with_frames_or_a_value_error(tmp_path, suffi
 
 def test_limits_are_those_of_the_documentation():
     assert (limits.MAX_PIXELS, limits.MAX_FRAME_SECONDS, limits.MAX_BYTES) == (2**27, 60, 2**34)
+
+
+def linear_profile() -> bytes:
+    """Return the profile "Linear sRGB built-in": that of linear light, under a name with sRGB in it."""
+    body = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    start = body.index(b"para\0\0\0\0\0\3") + 12  # the curve y = (a x + b) ** g, or c x below d
+    return body[:start] + struct.pack(">5i", 1 << 16, 1 << 16, 0, 1 << 16, 0) + body[start + 20 :]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_read_decides_by_the_colours_of_a_profile_and_not_by_its_name(tmp_path, mode):
+    Image.new("RGB", (8, 8), (128, 20, 0)).convert(mode).save(
+        tmp_path / "a.png", icc_profile=linear_profile()
+    )
+    linear = np.array([128, 20, 0]) / 255
+    expected = 255 * np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    np.testing.assert_allclose(video.read(tmp_path / "a.png")[0][0, 4, 4], expected, atol=1)
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png", "a.jpg"])
+def test_read_refuses_pictures_of_many_bytes_before_it_reads_them(tmp_path, name):
+    """Pillow reads a WebP and AVIF as a whole; such a file with holes takes no space on the disk."""
+    path = tmp_path / name
+    Image.new("RGB", (8, 8)).save(path)
+    with path.open("r+b") as file:
+        file.truncate(3 * 2**30)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(
+        ValueError, match=f"{name}: cannot be decoded: a picture of 3.0 GiB; expected at most 1 GiB"
+    ):
+        video.read(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**19  # KiB
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.png"])
+def test_read_does_not_take_an_error_of_ours_for_a_bad_file(tmp_path, monkeypatch, name):
+    path = video.write(np.zeros((3, 16, 16, 3), np.uint8), tmp_path / name)
+    monkeypatch.setattr("latent_shift.video.reader._crop_and_resize", lambda image, size: image[0])
+    with pytest.raises(TypeError, match="not subscriptable"):
+        video.read(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
+        ({"fps": 0}, "fps must be above 0 and finite, got 0"),
+        ({"fps": -3}, "got -3; None keeps every frame"),
+        ({"fps": float("nan")}, "got nan"),
+        ({"fps": float("inf")}, "got inf"),
+        ({"size": 0}, r"size must be a number of pixels above 0 or a list of \(height, width\), got 0"),
+        ({"size": []}, r"got \[\]"),
+        ({"size": [(8, -8)]}, r"got \[\(8, -8\)\]"),
+        ({"size": 100_000}, "frames of 100000x100000 pixels; expected at most 134217728"),
+    ],
+)
+def test_read_checks_its_arguments(tmp_path, options, message):
+    path = video.write(np.zeros((3, 16, 16, 3), np.uint8), tmp_path / "a.gif")
+    for function in (video.read, video.iterate):  # at the call, before the first frame
+        with pytest.raises(ValueError, match=message):
+            function(path, **options)

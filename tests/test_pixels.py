@@ -42,6 +42,8 @@ OPAQUE = np.concatenate([CLIP, np.full((5, 16, 24, 1), 255, np.uint8)], axis=-1)
         CLIP[None],
         FIRST[None] / 255,
         [FIRST[0], *FIRST[1:]],
+        [IMAGES[0], *CLIP[1:4].astype(np.int64), FIRST[4].permute(1, 2, 0)],
+        [CLIP[0] / 255, *(CLIP[1:] / np.float32(255))],
         OPAQUE,
         torch.from_numpy(OPAQUE).permute(0, 3, 1, 2),
         CLIP[:, ::-1][:, ::-1],
@@ -105,6 +107,13 @@ def with_value(value: float) -> np.ndarray:
         (CLIP.astype(complex), TypeError, "expected numbers, got an array of complex128"),
         ([], ValueError, "expected one frame or more, got an empty list"),
         ([CLIP[0], CLIP[1, :8]], ValueError, r"expected frames of one size, got \(16, 24, 3\), \(8, 24, 3\)"),
+        (
+            [CLIP[0], CLIP[1] / 255],
+            ValueError,
+            "expected frames of one dtype, got float64, uint8; convert them first",
+        ),
+        ([CLIP[0], CLIP[1].astype(np.uint16)], ValueError, "got uint16, uint8"),
+        ([FIRST[0], FIRST[1].bool()], ValueError, "got bool, uint8"),
         (
             CLIP[None].repeat(2, 0),
             ValueError,

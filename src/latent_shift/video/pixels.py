@@ -97,6 +97,9 @@ def _to_array(clip: Clip) -> np.ndarray:
         if len({array.shape for array in arrays}) > 1:
             shapes = ", ".join(sorted({str(array.shape) for array in arrays}))
             raise ValueError(f"expected frames of one size, got {shapes}; resize them first")
+        if len({_number_kind(array) for array in arrays}) > 1:
+            dtypes = ", ".join(sorted({str(array.dtype) for array in arrays}))
+            raise ValueError(f"expected frames of one dtype, got {dtypes}; convert them first")
         return np.stack(arrays)
     if isinstance(clip, Image.Image):
         return np.asarray(clip)[..., None] if clip.mode == "F" else np.asarray(to_rgb(clip))
@@ -107,6 +110,11 @@ def _to_array(clip: Clip) -> np.ndarray:
     if isinstance(clip, np.ndarray) and clip.dtype != object:
         return clip
     raise TypeError(f"expected images, an array or a tensor, got {type(clip).__name__}")
+
+
+def _number_kind(array: np.ndarray) -> str:
+    """Return what decides on the range of the pixels: `np.stack` would mix them."""
+    return "int" if array.dtype.kind in "iu" and array.dtype != np.uint16 else array.dtype.kind
 
 
 def _channels_last(values: np.ndarray, *, prefer_first: bool) -> np.ndarray:

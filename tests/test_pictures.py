@@ -4,6 +4,7 @@ import io
 import resource
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -129,6 +130,143 @@ def test_read_skips_the_default_image_of_an_animated_png(tmp_path):
     read, rate = video.read(tmp_path / "a.png")
     assert (len(read), rate) == (2, 5.0)
     assert read[:, 0, 0].tolist() == [[0, 128, 0], [0, 0, 255]]
+
+
+def png_bytes(header: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Return a PNG of chunks, each a kind and its content."""
+    body = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), *chunks, (b"IEND", b"")):
+        body += struct.pack(">I", len(content)) + kind + content
+        body += struct.pack(">I", zlib.crc32(kind + content))
+    return body
+
+
+def pixel_bytes(pixels: np.ndarray) -> bytes:
+    return zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels))
+
+
+@pytest.mark.parametrize(("depth", "value"), [(1, 1), (2, 1), (4, 9), (8, 200)])
+def test_read_grey_of_few_bits_with_a_transparent_value(depth, value):
+    """Pillow compares the value at the depth of the file with pixels of 8 bits."""
+    levels = np.array([0, value, 2**depth - 1, 0] * 2)
+    bits = "".join(format(level, f"0{depth}b") for level in levels)
+    pixels = np.frombuffer(int(bits, 2).to_bytes(depth, "big"), np.uint8)[None]
+    content = png_bytes(
+        struct.pack(">2I5B", 8, 1, depth, 0, 0, 0, 0), (b"tRNS", struct.pack(">H", value)), (b"IDAT", pixel_bytes(pixels))
+    )  # fmt: skip
+    frames, _ = video.read("a.png", content=content, background=(0, 250, 0))
+    grey = (levels * 255 // (2**depth - 1))[:, None].repeat(3, 1)
+    assert np.array_equal(frames[0, 0], np.where(levels[:, None] == value, (0, 250, 0), grey))
+
+
+def test_read_16_bit_colours_with_a_transparent_one():
+    pixels = np.array([[(1000, 2000, 3000), (40000, 30000, 20000)]], ">u2")
+    content = png_bytes(
+        struct.pack(">2I5B", 2, 1, 16, 2, 0, 0, 0), (b"tRNS", struct.pack(">3H", 1000, 2000, 3000)),
+        (b"IDAT", pixel_bytes(pixels)),
+    )  # fmt: skip
+    frames, _ = video.read("a.png", content=content, background=(0, 250, 0))
+    assert np.abs(frames[0, 0].astype(int) - [(0, 250, 0), (156, 117, 78)]).max() <= 1
+
+
+def random_boxes(rng, count: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
+    """Return `(top, left, height, width)` of the part of each frame; the first may be smaller than the canvas."""
+    boxes = []
+    for _ in range(count):
+        rows, columns = rng.integers(1, 8, 2)
+        boxes.append((rng.integers(height - rows + 1), rng.integers(width - columns + 1), rows, columns))
+    return [tuple(map(int, box)) for box in boxes]
+
+
+BACKGROUND = (1, 250, 3)
+
+
+def composed(height: int, width: int, parts) -> np.ndarray:
+    """Return the frames of an animation as the formats define them, in floats.
+
+    Args:
+        parts: top, left, RGBA pixels, whether they are blended, and the disposal: 1 clears, 2 restores.
+    """
+    canvas, frames = np.zeros((height, width, 4)), []
+    for top, left, rgba, blends, disposal in parts:
+        before = canvas.copy()
+        region = canvas[top : top + rgba.shape[0], left : left + rgba.shape[1]]
+        if blends:
+            alpha, below = rgba[..., 3:] / 255, region[..., 3:] / 255 * (1 - rgba[..., 3:] / 255)
+            color = (rgba[..., :3] * alpha + region[..., :3] * below) / np.maximum(alpha + below, 1e-9)
+            rgba = np.concatenate([color, 255 * (alpha + below)], axis=-1)
+        region[:] = rgba
+        alpha = canvas[..., 3:] / 255
+        frames.append(canvas[..., :3] * alpha + np.array(BACKGROUND) * (1 - alpha))
+        if disposal == 1:
+            region[:] = 0
+        elif disposal == 2:
+            canvas = before
+    return np.stack(frames)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_read_composes_animated_png(mode, seed):
+    rng = np.random.default_rng(seed)
+    colors = np.concatenate([rng.integers(0, 256, (256, 3)), rng.choice([0, 128, 255], (256, 1))], axis=-1)
+    chunks, parts, sequence = [(b"acTL", struct.pack(">2I", 6, 0))], [], iter(range(99))
+    if mode == "P":
+        chunks += [
+            (b"PLTE", colors[:, :3].astype(np.uint8).tobytes()),
+            (b"tRNS", colors[:, 3].astype(np.uint8).tobytes()),
+        ]
+    for index, (top, left, rows, columns) in enumerate([(0, 0, 10, 12), *random_boxes(rng, 5, 10, 12)]):
+        blends, disposal = rng.integers(2), rng.integers(3)
+        indices = rng.integers(0, 256, (rows, columns), np.uint8)
+        rgba = colors[indices]
+        if mode == "LA":
+            rgba = rgba[..., [0, 0, 0, 3]]
+        pixels = {"RGBA": rgba, "LA": rgba[..., 2:], "P": indices}[mode].astype(np.uint8)
+        control = struct.pack(">5I2H2B", next(sequence), columns, rows, left, top, 1, 0, disposal, blends)
+        chunks.append((b"fcTL", control))
+        data = pixel_bytes(pixels)
+        chunks.append((b"fdAT", struct.pack(">I", next(sequence)) + data) if index else (b"IDAT", data))
+        parts.append((top, left, rgba, blends, disposal))
+    kind = {"RGBA": 6, "LA": 4, "P": 3}[mode]
+    content = png_bytes(struct.pack(">2I5B", 12, 10, 8, kind, 0, 0, 0), *chunks)
+    frames, rate = video.read("a.png", content=content, background=BACKGROUND)
+    assert rate == pytest.approx(100)  # a delay of 1 / 0 is 0.01 s
+    np.testing.assert_allclose(frames, composed(10, 12, parts), atol=2)
+
+
+def gif_pixels(indices: np.ndarray) -> bytes:
+    """Return LZW data of 8 colours without compression: a code to clear the table before it grows."""
+    codes = [code for start in range(0, indices.size, 6) for code in (8, *indices.ravel()[start : start + 6])]
+    number = sum(int(code) << 4 * position for position, code in enumerate([*codes, 9]))
+    data = number.to_bytes(len(codes) // 2 + 1, "little")
+    blocks = [data[start : start + 255] for start in range(0, len(data), 255)]
+    return b"\3" + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_read_composes_gif(seed):
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(0, 256, (8, 3))
+    body, parts = (
+        b"GIF89a" + struct.pack("<2H3B", 12, 10, 0x82, seed % 8, 0) + bytes(shared.ravel().tolist()),
+        [],
+    )
+    for top, left, rows, columns in random_boxes(rng, 6, 10, 12):
+        indices, disposal = rng.integers(0, 8, (rows, columns)), rng.integers(4)
+        transparent = rng.choice([-1, rng.integers(8)])
+        colors = rng.choice([shared, rng.integers(0, 256, (8, 3))])
+        body += b"!\xf9\4" + struct.pack("<BHBx", disposal << 2 | (transparent >= 0), 10, max(transparent, 0))
+        body += b"," + struct.pack("<4HB", left, top, columns, rows, 0x82) + bytes(colors.ravel().tolist())
+        body += gif_pixels(indices)
+        alpha = np.where(indices == transparent, 0, 255)[..., None]
+        parts.append(
+            (top, left, np.concatenate([colors[indices], alpha], axis=-1), True, max(0, disposal - 1))
+        )
+    for content in (body, body + b";"):  # some programs leave out the trailer
+        frames, rate = video.read("a.gif", content=content, background=BACKGROUND)
+        assert rate == pytest.approx(10)
+        assert np.array_equal(frames, composed(10, 12, parts))
 
 
 def test_read_limits_pictures(tmp_path, monkeypatch):

@@ -10,12 +10,16 @@ from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
+from latent_shift.video import animations
 from latent_shift.video.limits import MAX_PICTURE_BYTES, LimitedFile, TimeLimit, check_size
 from latent_shift.video.opening import DecodeError, items, library_errors
 
 FORMATS = ("PNG", "GIF", "JPEG", "MPO", "WEBP", "AVIF")
 """Formats of Pillow that may be opened, recognized by content. AVIF needs Pillow 11.3."""
+_GREY_LEVELS = {"L;2": 3, "L;4": 15}
+"""Mode of the pixels in the file -> the level of white."""
 
 
 def open_picture(file: LimitedFile) -> Image.Image | None:
@@ -45,24 +49,67 @@ def open_picture(file: LimitedFile) -> Image.Image | None:
 
 
 def decode(
-    image: Image.Image, limit: TimeLimit, *, background: tuple[int, int, int]
+    file: LimitedFile, image: Image.Image, limit: TimeLimit, *, background: tuple[int, int, int]
 ) -> Iterator[tuple[Callable[[], Image.Image], float]]:
     """Yield, for each frame, a function that returns it as an upright RGB image, and the seconds that it is
-    on screen."""
-    for index, frame in enumerate(items(ImageSequence.Iterator(image))):
+    on screen.
+
+    Args:
+        file, image: the file, and the picture in it from `open_picture`.
+        background: RGB colour behind transparent pixels.
+    """
+    if image.format == "GIF" or (image.format == "PNG" and getattr(image, "is_animated", False)):
+        frames = _compose(file, image)
+    else:
+        frames = _load_each(image)
+    for frame, seconds in frames:
         limit.check()
-        with library_errors():
-            # The first picture of an animated PNG may be one for programs that cannot show animations.
-            if index == 0 and getattr(image, "default_image", False) and getattr(image, "n_frames", 1) > 1:
-                continue
-            frame.load()
-        check_size(*frame.size)
-        seconds = frame.info.get("duration", 100) / 1000
         if seconds == 0 or (seconds < 0.02 and image.format == "GIF"):
             seconds = 0.1  # browsers show such frames for a tenth of a second
         yield partial(to_rgb, frame, background), seconds
         if image.format in ("JPEG", "MPO"):
             return  # the other pictures of a phone's photo are previews, depths and gains
+
+
+def _load_each(image: Image.Image) -> Iterator[tuple[Image.Image, float]]:
+    for frame in items(ImageSequence.Iterator(image)):
+        _load(frame)
+        yield frame, frame.info.get("duration", 100) / 1000
+
+
+def _load(image: Image.Image) -> None:
+    check_size(*image.size)
+    with library_errors():
+        _scale_transparent_colour(image)
+        image.load()
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Pillow leaves the transparent colour of a PNG at the bit depth of the file, unlike the pixels."""
+    colour = image.info.get("transparency")
+    if not isinstance(image, PngImageFile) or colour is None or not image.tile:
+        return
+    mode = image.tile[0][3]
+    if mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    elif mode in _GREY_LEVELS:
+        image.info["transparency"] = colour * 255 // _GREY_LEVELS[mode]
+
+
+def _compose(file: LimitedFile, image: Image.Image) -> Iterator[tuple[Image.Image, float]]:
+    """Yield the frames of a PNG or GIF and their seconds; see `animations`."""
+    parts = animations.split_gif(file) if image.format == "GIF" else animations.split_png(file)
+    for frame, seconds in animations.compose(parts, image.size, _open_rgba):
+        frame.info = {key: image.info[key] for key in ("icc_profile", "exif") if key in image.info}
+        yield frame, seconds
+
+
+def _open_rgba(content: bytes) -> Image.Image:
+    with warnings.catch_warnings(), library_errors():
+        warnings.simplefilter("ignore")  # of many pixels
+        image = Image.open(io.BytesIO(content), formats=["PNG", "GIF"])
+        _load(image)
+        return (_from_16_bits(image) if image.mode.startswith("I") else image).convert("RGBA")
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
@@ -113,7 +160,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target_mode)
     if mode not in ("RGB", "RGBA"):
         return transform
-    grid = np.stack(np.meshgrid(*[np.arange(0, 256, 15, np.uint8)] * 3), axis=-1).reshape(18, -1, 3)
+    grid = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), axis=-1).reshape(18, -1, 3)
     colours = Image.fromarray(grid).convert(mode)
     converted = np.asarray(ImageCms.applyTransform(colours, transform)).astype(int)
     return transform if np.abs(converted - np.asarray(colours)).max() > 1 else None

@@ -159,7 +159,7 @@ def _read(
             if image is None:
                 frames = films.decode(file, limit, background=background)
             else:
-                frames = pictures.decode(image, limit, background=background)
+                frames = pictures.decode(file, image, limit, background=background)
             return (yield from _resample(count(frames), limit, fps=fps, size=size, num_frames=num_frames))
         except DecodeError as error:
             after = f" after {num_decoded} frames" if num_decoded else ""

@@ -92,6 +92,29 @@ def test_read_keeps_the_times_of_variable_rate(tmp_path, name):
     assert [round(frame.mean() / 10) for frame in frames] == shown
 
 
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.wmv", "wmv2"), ("a.ts", "libx264")],
+)
+def test_read_takes_a_video_that_starts_late(tmp_path, name, codec):
+    """In recordings with sound: in some containers the length counts from 0, so that the file looks truncated."""
+    path = encode(tmp_path / name, counting_clip(8), codec, times=[k + 100 for k in range(8)])
+    frames, rate = video.read(path)
+    assert (len(frames), rate) == (8, pytest.approx(25))
+
+
+@pytest.mark.parametrize("bf", [0, 3])
+def test_read_keeps_to_the_edit_list(tmp_path, bf):
+    """Phones cut videos by an edit list alone."""
+    path = encode(tmp_path / "a.mp4", counting_clip(20), options={"bf": str(bf)})
+    body = bytearray(path.read_bytes())
+    start = body.index(b"elst") + 12
+    _, delay = struct.unpack(">Ii", body[start : start + 8])
+    body[start : start + 8] = struct.pack(">Ii", 400, delay + 5 * 512)  # 0.4 s from frame 5 on
+    path.write_bytes(body)
+    assert [round(frame.mean() / 10) for frame in video.read(path)[0]] == list(range(5, 15))
+
+
 def display_to_signal(rgb, transfer: int) -> np.ndarray:
     """Return the PQ or HLG signal in BT.2020 of an SDR colour whose white is at 203 cd/m2, after BT.2100."""
     linear = (np.asarray(rgb, float) / 255) ** 2.4

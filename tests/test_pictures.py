@@ -8,8 +8,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 from PIL.PngImagePlugin import PngInfo
+from test_films import display_to_signal
 
 from latent_shift import video
 from latent_shift.video import limits, pictures
@@ -343,6 +344,84 @@ def test_read_decides_by_the_colours_of_a_profile_and_not_by_its_name(tmp_path, 
     linear = np.array([128, 20, 0]) / 255
     expected = 255 * np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     np.testing.assert_allclose(video.read(tmp_path / "a.png")[0][0, 4, 4], expected, atol=1)
+
+
+def grey_profile() -> bytes:
+    """Return a profile of grey in linear light."""
+    white = struct.pack(">3i", 63190, 65536, 54061)
+    tags = {
+        b"wtpt": b"XYZ \0\0\0\0" + white,
+        b"kTRC": b"curv\0\0\0\0" + struct.pack(">IH2x", 1, 256),
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"grey\0" + bytes(83),
+    }
+    table, body = struct.pack(">I", 3), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">2I", 168 + len(body), len(content))
+        body += content
+    head = struct.pack(
+        ">I4sI4s4s4s12x4s28x", 168 + len(body), b"", 0x02100000, b"mntr", b"GRAY", b"XYZ ", b"acsp"
+    )
+    return (head + white).ljust(128, b"\0") + table + body
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "RGB"])
+def test_read_converts_colours_beside_transparency(tmp_path, mode):
+    """A transparent colour is one of the file, not one after its profile; Pillow loses the alpha channel of grey."""
+    image = Image.new("RGB", (8, 8), (128, 128, 128))
+    image.paste((9, 9, 9), (0, 0, 4, 8))
+    transparency = {"LA": None, "L": 9, "I;16": 9 * 257, "RGB": (9, 9, 9)}[mode]
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257)
+    elif mode == "LA":
+        image = Image.merge(
+            "LA", (image.convert("L"), image.convert("L").point(lambda level: 255 * (level > 9)))
+        )
+    options = {} if transparency is None else {"transparency": transparency}
+    profile = linear_profile() if mode == "RGB" else grey_profile()
+    image.convert(mode).save(tmp_path / "a.png", icc_profile=profile, **options)
+    frame = video.read(tmp_path / "a.png", background=(0, 250, 0))[0][0]
+    assert frame[0, 0].tolist() == [0, 250, 0]
+    assert np.abs(frame[0, 7].astype(int) - 188).max() <= 1
+
+
+def test_read_converts_colours_by_the_codes_or_gamma_of_a_png():
+    """Screenshots in HDR and wide gamut have codes of H.273; renderings in linear light have a gamma."""
+    header, data = (
+        struct.pack(">2I5B", 2, 2, 8, 2, 0, 0, 0),
+        pixel_bytes(np.full((2, 2, 3), (180, 100, 100), np.uint8)),
+    )
+    for chunk, expected in (
+        ((b"gAMA", struct.pack(">I", 45455)), (180, 100, 100)),
+        ((b"gAMA", struct.pack(">I", 100000)), (218, 168, 168)),
+        ((b"cICP", bytes([1, 13, 0, 1])), (180, 100, 100)),
+        ((b"cICP", bytes([12, 13, 0, 1])), (191, 94, 97)),
+    ):
+        frames, _ = video.read("a.png", content=png_bytes(header, chunk, (b"IDAT", data)))
+        np.testing.assert_allclose(frames[0, 0, 0], expected, atol=2)
+    signal = (255 * display_to_signal((200, 120, 40), 16)).round().astype(np.uint8)
+    content = png_bytes(
+        header, (b"cICP", bytes([9, 16, 0, 1])), (b"IDAT", pixel_bytes(np.broadcast_to(signal, (2, 2, 3))))
+    )
+    np.testing.assert_allclose(video.read("a.png", content=content)[0][0, 0, 0], (200, 120, 40), atol=8)
+    with pytest.raises(ValueError, match=r"a.png: .*transfer characteristic 8 of H.273"):
+        video.read("a.png", content=png_bytes(header, (b"cICP", bytes([1, 8, 0, 1])), (b"IDAT", data)))
+
+
+def test_read_converts_hdr_and_profiles_of_avif(tmp_path):
+    """Pillow takes the colours of every AVIF for those of sRGB."""
+    if not features.check("avif"):
+        pytest.skip("AVIF needs Pillow 11.3")
+    path = tmp_path / "a.avif"
+    signal = (255 * display_to_signal((200, 120, 40), 16)).round().astype(np.uint8)
+    options = {"quality": 100, "subsampling": "4:4:4"}
+    Image.fromarray(np.broadcast_to(signal, (16, 16, 3)).copy()).save(path, **options)
+    body = bytearray(path.read_bytes())
+    start = body.index(b"colrnclx") + 8
+    body[start : start + 4] = struct.pack(">2H", 9, 16)
+    frame = video.read("a.avif", content=bytes(body))[0][0]
+    np.testing.assert_allclose(frame[8, 8], (200, 120, 40), atol=10)
+    Image.new("RGB", (16, 16), (128, 128, 128)).save(path, icc_profile=linear_profile(), **options)
+    np.testing.assert_allclose(video.read(path)[0][0, 8, 8], 188, atol=2)
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.png", "a.jpg"])

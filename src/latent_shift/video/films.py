@@ -23,6 +23,8 @@ from latent_shift.video.opening import DecodeError, items, library_errors
 
 FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "mxf")
 """Names of the demuxers of libav that may be used. "mov" is also MP4 and 3GP, "matroska" also WebM."""
+_LENGTH_FROM_ZERO = ("matroska,webm", "asf")
+"""Containers whose length counts from 0, and not from the first frame, to the end."""
 _PICTURE_BRANDS = {"heic", "heix", "heim", "heis", "mif1", "msf1", "hevc", "hevx", "avif", "avis"}
 _FULL_RANGE = 2
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
@@ -69,6 +71,8 @@ def decode(
         # of a container with sound this is the longer of both
         if not header_seconds and container.duration and len(container.streams) == 1:
             header_seconds = container.duration / av.time_base
+        if container.format.name in _LENGTH_FROM_ZERO and stream.start_time and stream.time_base:
+            header_seconds -= float(stream.start_time * stream.time_base)
         if decoded_seconds < 0.9 * header_seconds - 2 * default_duration:
             raise DecodeError(f"truncated: {decoded_seconds:.1f} s of {header_seconds:.1f} s can be decoded")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -13,6 +14,7 @@ from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 
 from latent_shift.video import animations
+from latent_shift.video.color import source_primaries, to_sdr
 from latent_shift.video.limits import MAX_PICTURE_BYTES, LimitedFile, TimeLimit, check_size
 from latent_shift.video.opening import DecodeError, items, library_errors
 
@@ -20,6 +22,8 @@ FORMATS = ("PNG", "GIF", "JPEG", "MPO", "WEBP", "AVIF")
 """Formats of Pillow that may be opened, recognized by content. AVIF needs Pillow 11.3."""
 _GREY_LEVELS = {"L;2": 3, "L;4": 15}
 """Mode of the pixels in the file -> the level of white."""
+_COLOUR_INFO = ("cicp", "icc_profile", "gamma")
+"""Keys of `Image.info`; the first that is there decides."""
 
 
 def open_picture(file: LimitedFile) -> Image.Image | None:
@@ -45,7 +49,24 @@ def open_picture(file: LimitedFile) -> Image.Image | None:
             file.seek(0)
             return None
     check_size(*image.size)
+    codes = _read_colour_codes(file, image.format)
+    if codes and not (image.format == "AVIF" and "icc_profile" in image.info):
+        image.info["cicp"] = codes
     return image
+
+
+def _read_colour_codes(file: LimitedFile, kind: str | None) -> tuple[int, int] | None:
+    """Return the primaries and transfer characteristic, codes of H.273, that a PNG or AVIF states. Pillow ignores
+    them."""
+    place = file.tell()
+    file.seek(0)
+    head = file.read(2**16)  # they are before the pixels
+    file.seek(place)
+    if kind == "PNG":
+        start = head[: head.find(b"IDAT")].find(b"\0\0\0\4cICP")
+        return (head[start + 8], head[start + 9]) if start >= 0 else None
+    start = head.find(b"colrnclx") if kind == "AVIF" else -1
+    return struct.unpack(">2H", head[start + 8 : start + 12]) if 0 <= start < len(head) - 12 else None
 
 
 def decode(
@@ -100,7 +121,7 @@ def _compose(file: LimitedFile, image: Image.Image) -> Iterator[tuple[Image.Imag
     """Yield the frames of a PNG or GIF and their seconds; see `animations`."""
     parts = animations.split_gif(file) if image.format == "GIF" else animations.split_png(file)
     for frame, seconds in animations.compose(parts, image.size, _open_rgba):
-        frame.info = {key: image.info[key] for key in ("icc_profile", "exif") if key in image.info}
+        frame.info = {key: image.info[key] for key in ("exif", "srgb", *_COLOUR_INFO) if key in image.info}
         yield frame, seconds
 
 
@@ -116,19 +137,18 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255
     """Convert an image of any mode to upright 8-bit RGB in sRGB, transparent pixels over a background."""
     with library_errors():
         image = ImageOps.exif_transpose(image)
-    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):  # 16 bits a pixel
         image = _from_16_bits(image)
     if image.mode == "La":
         image = image.convert("LA")  # from premultiplied alpha
-    if image.mode in ("P", "PA", "1", "RGBa"):
+    if image.mode in ("P", "PA", "1", "RGBa", "RGB"):  # a transparent colour is that before the conversion
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if profile:
-        image = _to_srgb(image, profile)
-    if image.has_transparency_data:
-        backdrop = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(backdrop, image.convert("RGBA"))
-    return image.convert("RGB")
+    elif image.mode == "L" and image.has_transparency_data:
+        image = image.convert("LA")
+    if image.mode not in ("LA", "RGBA"):
+        return _to_srgb(image).convert("RGB")
+    colours = _to_srgb(image.convert(image.mode.removesuffix("A"))).convert("RGB")
+    return Image.composite(colours, Image.new("RGB", image.size, background), image.getchannel("A"))
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
@@ -137,12 +157,24 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    grey.info = {key: value for key, value in image.info.items() if key != "transparency"}
     return grey
 
 
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Convert colours from an ICC profile. A damaged profile, or one for another mode, has no effect, as in
-    browsers."""
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Convert the colours of an opaque image from what its file says of them: codes of H.273, or else an ICC
+    profile, or else a gamma. A damaged profile, or one for another mode, has no effect, as in browsers."""
+    codes, profile, gamma = (image.info.get(name) for name in _COLOUR_INFO)
+    if codes:
+        primaries = source_primaries(*codes)
+        if primaries is None:
+            return image
+        pixels = np.asarray(image.convert("RGB")).astype(np.uint16) << 8
+        return Image.fromarray(to_sdr(pixels, primaries, codes[1]))
+    if not profile:
+        if not gamma or "srgb" in image.info or abs(2.2 * gamma - 1) < 0.05:
+            return image
+        return _from_gamma(image, gamma)
     try:
         transform = _srgb_transform(profile, image.mode)
         converted = image if transform is None else ImageCms.applyTransform(image, transform)
@@ -151,16 +183,21 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return converted or image
 
 
+def _from_gamma(image: Image.Image, gamma: float) -> Image.Image:
+    light = (np.arange(256) / 255) ** (1 / gamma)
+    signal = np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return image.convert("RGB").point((255 * signal).round().astype(int).tolist() * 3)
+
+
 @lru_cache
 def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return None if the profile changes no colour by more than a level: most are sRGB, and to convert a photo of
     12 megapixels takes 0.2 s."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    target_mode = "RGBA" if mode in ("LA", "RGBA") else "RGB"
-    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target_mode)
-    if mode not in ("RGB", "RGBA"):
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode != "RGB":
         return transform
     grid = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), axis=-1).reshape(18, -1, 3)
-    colours = Image.fromarray(grid).convert(mode)
+    colours = Image.fromarray(grid)
     converted = np.asarray(ImageCms.applyTransform(colours, transform)).astype(int)
     return transform if np.abs(converted - np.asarray(colours)).max() > 1 else None

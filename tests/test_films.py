@@ -1,5 +1,6 @@
 """Videos as phones, cameras, editors and broadcasters store them, read as a good player shows them."""
 
+import io
 import os
 import struct
 from fractions import Fraction
@@ -8,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from test_video import counting_clip
 
 from latent_shift import video
@@ -305,6 +307,28 @@ def test_read_turns_and_mirrors_as_the_track_header_says(tmp_path, turns, mirror
     expected = np.rot90(image[:, ::-1] if mirrored else image, -turns)
     frames, _ = video.read(path)
     assert frames.shape[1:] == expected.shape
+    assert np.abs(frames[0].astype(int) - expected).mean() < 6
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_read_takes_motion_jpeg_with_exif(tmp_path, orientation, turns):
+    """PyAV does not know this kind of side data and raises an error for all."""
+    image = np.zeros((32, 64, 3), np.uint8)
+    image[:16, 32:] = 255
+    exif, jpeg = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(image).save(jpeg, "JPEG", exif=exif)
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuvj420p"
+        for index in range(3):
+            packet = av.Packet(jpeg.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, index, index, Fraction(1, 10)
+            container.mux(packet)
+    frames, _ = video.read(path)
+    expected = np.rot90(image, turns)
+    assert frames.shape == (3, *expected.shape)
     assert np.abs(frames[0].astype(int) - expected).mean() < 6
 
 

@@ -320,9 +320,22 @@ def _scale_graph(
     return build_graph(frame, ("scale", arguments), ("format", pixel_format))
 
 
+_ROTATIONS = {
+    90: Image.Transpose.ROTATE_90,
+    -90: Image.Transpose.ROTATE_270,
+    180: Image.Transpose.ROTATE_180,
+    -180: Image.Transpose.ROTATE_180,
+}
+
+
 def _turn_upright(image: Image.Image, frame: av.VideoFrame) -> Image.Image:
     """Apply the display matrix: of its 16.16 numbers, `a b / c d` map (x, y) to (ax + cy, bx + dy)."""
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data: Any = frame.side_data.get("DISPLAYMATRIX")
+    except (
+        ValueError
+    ):  # PyAV cannot list Exif or the data of 3D video; the rotation does not tell mirrored ones
+        return image.transpose(_ROTATIONS[frame.rotation]) if frame.rotation in _ROTATIONS else image
     if data is None:
         return image
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()

@@ -105,6 +105,20 @@ def test_read_takes_a_video_that_starts_late(tmp_path, name, codec):
     assert (len(frames), rate) == (8, pytest.approx(25))
 
 
+def test_read_takes_a_recording_of_television_from_its_first_key_frame(tmp_path):
+    path = encode(tmp_path / "a.ts", counting_clip(24), options={"g": "12", "bf": "2", "sc_threshold": "0"})
+    for name, skipped in (("b.ts", 4), ("c.ts", 13)):
+        with av.open(str(path)) as whole, av.open(str(tmp_path / name), "w") as cut:
+            stream = cut.add_stream_from_template(whole.streams.video[0])
+            for index, packet in enumerate(whole.demux(video=0)):
+                if packet.dts is not None and index >= skipped:
+                    packet.stream = stream
+                    cut.mux(packet)
+    assert [round(frame.mean() / 10) for frame in video.read(tmp_path / "b.ts")[0]] == list(range(12, 24))
+    with pytest.raises(ValueError, match=r"c.ts: cannot be decoded"):
+        video.read(tmp_path / "c.ts")
+
+
 @pytest.mark.parametrize("bf", [0, 3])
 def test_read_keeps_to_the_edit_list(tmp_path, bf):
     """Phones cut videos by an edit list alone."""

@@ -25,6 +25,8 @@ FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "mxf
 """Names of the demuxers of libav that may be used. "mov" is also MP4 and 3GP, "matroska" also WebM."""
 _LENGTH_FROM_ZERO = ("matroska,webm", "asf")
 """Containers whose length counts from 0, and not from the first frame, to the end."""
+_LENGTH_MEASURED = ("mpegts", "mpeg")
+"""Containers without a length: libav gives that of the packets, of which the first may be no key frame."""
 _PICTURE_BRANDS = {"heic", "heix", "heim", "heis", "mif1", "msf1", "hevc", "hevx", "avif", "avis"}
 _FULL_RANGE = 2
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
@@ -54,7 +56,8 @@ def decode(
     """
     with open_container(file) as container:
         stream = _main_stream(container)
-        check_size(stream.width, stream.height)
+        if stream.width and stream.height:  # without a key frame there is no size
+            check_size(stream.width, stream.height)
         stream.thread_type = "AUTO"
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         converter = FrameConverter(container, stream, background)
@@ -65,6 +68,8 @@ def decode(
         for frame, duration in _deinterlace(durations):
             decoded_seconds += duration
             yield partial(converter, frame), duration
+        if container.format.name in _LENGTH_MEASURED:
+            return
         header_seconds = (
             float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
         )

@@ -63,10 +63,10 @@ def _read_colour_codes(file: LimitedFile, kind: str | None) -> tuple[int, int] |
     head = file.read(2**16)  # they are before the pixels
     file.seek(place)
     if kind == "PNG":
-        start = head[: head.find(b"IDAT")].find(b"\0\0\0\4cICP")
-        return (head[start + 8], head[start + 9]) if start >= 0 else None
-    start = head.find(b"colrnclx") if kind == "AVIF" else -1
-    return struct.unpack(">2H", head[start + 8 : start + 12]) if 0 <= start < len(head) - 12 else None
+        codes = head.partition(b"IDAT")[0].partition(b"\0\0\0\4cICP")[2]
+        return (codes[0], codes[1]) if len(codes) >= 4 else None
+    codes = head.partition(b"colrnclx")[2] if kind == "AVIF" else b""
+    return struct.unpack(">2H", codes[:4]) if len(codes) >= 4 else None
 
 
 def decode(

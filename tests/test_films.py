@@ -1,5 +1,6 @@
 """Videos as phones, cameras, editors and broadcasters store them, read as a good player shows them."""
 
+import io
 import os
 import struct
 from fractions import Fraction
@@ -8,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from test_video import counting_clip
 
 from latent_shift import video
@@ -90,6 +92,43 @@ def test_read_keeps_the_times_of_variable_rate(tmp_path, name):
     frames, _ = video.read(path, fps=25)
     shown = [max(k for k, time in enumerate(times) if time <= position) for position in range(47)]
     assert [round(frame.mean() / 10) for frame in frames] == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.wmv", "wmv2"), ("a.ts", "libx264")],
+)
+def test_read_takes_a_video_that_starts_late(tmp_path, name, codec):
+    """In recordings with sound: in some containers the length counts from 0, so that the file looks truncated."""
+    path = encode(tmp_path / name, counting_clip(8), codec, times=[k + 100 for k in range(8)])
+    frames, rate = video.read(path)
+    assert (len(frames), rate) == (8, pytest.approx(25))
+
+
+def test_read_takes_a_recording_of_television_from_its_first_key_frame(tmp_path):
+    path = encode(tmp_path / "a.ts", counting_clip(24), options={"g": "12", "bf": "2", "sc_threshold": "0"})
+    for name, skipped in (("b.ts", 4), ("c.ts", 13)):
+        with av.open(str(path)) as whole, av.open(str(tmp_path / name), "w") as cut:
+            stream = cut.add_stream_from_template(whole.streams.video[0])
+            for index, packet in enumerate(whole.demux(video=0)):
+                if packet.dts is not None and index >= skipped:
+                    packet.stream = stream
+                    cut.mux(packet)
+    assert [round(frame.mean() / 10) for frame in video.read(tmp_path / "b.ts")[0]] == list(range(12, 24))
+    with pytest.raises(ValueError, match=r"c.ts: cannot be decoded"):
+        video.read(tmp_path / "c.ts")
+
+
+@pytest.mark.parametrize("bf", [0, 3])
+def test_read_keeps_to_the_edit_list(tmp_path, bf):
+    """Phones cut videos by an edit list alone."""
+    path = encode(tmp_path / "a.mp4", counting_clip(20), options={"bf": str(bf)})
+    body = bytearray(path.read_bytes())
+    start = body.index(b"elst") + 12
+    _, delay = struct.unpack(">Ii", body[start : start + 8])
+    body[start : start + 8] = struct.pack(">Ii", 400, delay + 5 * 512)  # 0.4 s from frame 5 on
+    path.write_bytes(body)
+    assert [round(frame.mean() / 10) for frame in video.read(path)[0]] == list(range(5, 15))
 
 
 def display_to_signal(rgb, transfer: int) -> np.ndarray:
@@ -285,6 +324,28 @@ def test_read_turns_and_mirrors_as_the_track_header_says(tmp_path, turns, mirror
     assert np.abs(frames[0].astype(int) - expected).mean() < 6
 
 
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_read_takes_motion_jpeg_with_exif(tmp_path, orientation, turns):
+    """PyAV does not know this kind of side data and raises an error for all."""
+    image = np.zeros((32, 64, 3), np.uint8)
+    image[:16, 32:] = 255
+    exif, jpeg = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(image).save(jpeg, "JPEG", exif=exif)
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuvj420p"
+        for index in range(3):
+            packet = av.Packet(jpeg.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, index, index, Fraction(1, 10)
+            container.mux(packet)
+    frames, _ = video.read(path)
+    expected = np.rot90(image, turns)
+    assert frames.shape == (3, *expected.shape)
+    assert np.abs(frames[0].astype(int) - expected).mean() < 6
+
+
 def test_read_deinterlaces(tmp_path):
     """A square moves by a pixel a field: the comb between the fields goes, and no frame is lost."""
     frames = []
@@ -451,8 +512,12 @@ def test_collect_keeps_long_clips_in_a_file(tmp_path, monkeypatch):
     assert isinstance(video.collect(iter(frames), tmp_path / "new"), np.ndarray)
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr("latent_shift.video.frame_file.MAX_MEMORY_BYTES", 5 * frames[0].nbytes)
-    collected = video.collect(iter(frames), tmp_path / "new")
+    flushed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: flushed.append(os.fstat(number).st_size))
+        collected = video.collect(iter(frames), tmp_path / "new")
     assert isinstance(collected, video.FrameFile)
+    assert flushed == [collected.path.stat().st_size]
     assert collected.shape == frames.shape
     assert np.array_equal(np.load(collected.path), frames)
     assert np.array_equal(collected[3:9:2], frames[3:9:2])

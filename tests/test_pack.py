@@ -14,9 +14,10 @@ from latent_shift.cli.main import app
 from latent_shift.data.decode import aspect_sizes
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.pack import pack
-from latent_shift.data.preview import draw_text, preview
+from latent_shift.data.preview import preview
 from latent_shift.data.records import Problem, Record
 from latent_shift.data.store import Store, StoreWriter
+from latent_shift.video.sheets import draw_text
 
 
 def test_pack_keeps_line_separators_and_skips_clips_without_caption(tmp_path):

@@ -42,6 +42,9 @@ OPAQUE = np.concatenate([CLIP, np.full((5, 16, 24, 1), 255, np.uint8)], axis=-1)
         CLIP[None],
         FIRST[None] / 255,
         [FIRST[0], *FIRST[1:]],
+        [IMAGES[0], *CLIP[1:4].astype(np.int64), FIRST[4].permute(1, 2, 0)],
+        [CLIP[0] / 255, *(CLIP[1:] / np.float32(255))],
+        [*(CLIP / 1.0)],
         OPAQUE,
         torch.from_numpy(OPAQUE).permute(0, 3, 1, 2),
         CLIP[:, ::-1][:, ::-1],
@@ -55,6 +58,12 @@ def test_to_uint8_takes_usual_types_layouts_and_ranges(clip):
     assert np.abs(result.astype(int) - CLIP).max() <= (
         1 if "float16" in str(getattr(clip, "dtype", "")) else 0
     )
+
+
+def test_to_uint8_takes_black_and_white_frames_beside_others():
+    for white in (1.0, 255.0):
+        frames = [np.zeros((16, 24, 3)), np.full((16, 24, 3), white), CLIP[0] / 255 * white]
+        assert np.array_equal(video.to_uint8(frames), [CLIP[0] * 0, CLIP[0] * 0 + 255, CLIP[0]])
 
 
 def test_to_uint8_takes_single_grey_and_transparent_images():
@@ -105,6 +114,19 @@ def with_value(value: float) -> np.ndarray:
         (CLIP.astype(complex), TypeError, "expected numbers, got an array of complex128"),
         ([], ValueError, "expected one frame or more, got an empty list"),
         ([CLIP[0], CLIP[1, :8]], ValueError, r"expected frames of one size, got \(16, 24, 3\), \(8, 24, 3\)"),
+        (
+            [CLIP[0], CLIP[1] / 255],
+            ValueError,
+            "expected frames of one dtype, got float64, uint8; convert them first",
+        ),
+        ([CLIP[0], CLIP[1].astype(np.uint16)], ValueError, "got uint16, uint8"),
+        (
+            [CLIP[0] / 255, CLIP[1] / 1.0],
+            ValueError,
+            "expected frames of one range, got some in 0..1 and some above",
+        ),
+        (CLIP.astype(np.uint16), ValueError, "expected uint16 in 0..65535, got at most 255; use uint8"),
+        ([FIRST[0], FIRST[1].bool()], ValueError, "got bool, uint8"),
         (
             CLIP[None].repeat(2, 0),
             ValueError,

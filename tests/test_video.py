@@ -154,6 +154,12 @@ def test_read_refuses_truncated_files_with_a_reason(tmp_path, suffix):
     assert num_refused >= 5
 
 
+def test_captioned_rows_gives_captions_a_width_that_can_be_read():
+    sheet = video.captioned_rows([np.zeros((2, 16, 16, 3), np.uint8)], ["a few words"], columns=1)
+    assert sheet.shape == (14 + 16, 128, 3)
+    assert (sheet[14:, 16:] == 255).all()
+
+
 def test_write_gif_keeps_the_duration(tmp_path):
     """A GIF counts in hundredths of a second; a frame without a duration is shown for a tenth of a second."""
     for fps in (8, 24, 50):

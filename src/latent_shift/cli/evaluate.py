@@ -296,7 +296,7 @@ def sheet(
     frames = [clip.frames for clip in clips]
     for path in files:
         if path.suffix.lower() == ".png":
-            picture = video.labelled_rows(frames, lines, columns=columns)[None]
+            picture = video.captioned_rows(frames, lines, columns=columns)[None]
         else:
             picture = video.side_by_side(frames, columns=columns)
         outputs.write_all(picture, [path], fps=clips[0].fps, metadata=metadata, replaced=replaced)

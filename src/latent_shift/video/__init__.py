@@ -15,7 +15,7 @@ from latent_shift.video.reader import (
     load_video,
     read,
 )
-from latent_shift.video.sheets import find_cuts, frame_changes, labelled_rows, montage, side_by_side
+from latent_shift.video.sheets import captioned_rows, find_cuts, frame_changes, montage, side_by_side
 from latent_shift.video.writer import OUTPUT_SUFFIXES, check_output, save_video, write
 
 __all__ = [
@@ -25,12 +25,12 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "FrameFile",
     "Frames",
+    "captioned_rows",
     "check_output",
     "collect",
     "find_cuts",
     "frame_changes",
     "iterate",
-    "labelled_rows",
     "load_video",
     "montage",
     "read",

@@ -15,6 +15,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from latent_shift.video.opening import DecodeError
+
 SDR_WHITE = 203.0
 """Luminance of SDR white in HDR video, in cd/m2 (BT.2408)."""
 HLG_PEAK = 1000.0
@@ -49,17 +51,17 @@ def source_primaries(primaries: int, transfer: int) -> int | None:
         primaries, transfer: codes of ITU-T H.273.
 
     Raises:
-        ValueError: a colour space without a conversion here.
+        DecodeError: a colour space without a conversion here.
     """
     if transfer not in _SDR_TRANSFERS and not is_hdr(transfer):
-        raise ValueError(
+        raise DecodeError(
             f"its colours have transfer characteristic {transfer} of H.273; convert it to BT.709"
         )
     if primaries in _SDR_PRIMARIES:
         # HDR video without stated primaries has those of BT.2100
         primaries = 9 if is_hdr(transfer) and primaries in (0, 2, 3) else 1
     elif primaries not in _CHROMATICITIES:
-        raise ValueError(f"its colours have primaries {primaries} of H.273; convert it to BT.709")
+        raise DecodeError(f"its colours have primaries {primaries} of H.273; convert it to BT.709")
     return None if primaries == 1 and not is_hdr(transfer) else primaries
 
 

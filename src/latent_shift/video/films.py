@@ -19,9 +19,14 @@ from PIL import Image
 
 from latent_shift.video.color import is_hdr, source_primaries, to_sdr
 from latent_shift.video.limits import MAX_PIXELS, LimitedFile, TimeLimit, check_size
+from latent_shift.video.opening import DecodeError, items, library_errors
 
 FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "mxf")
 """Names of the demuxers of libav that may be used. "mov" is also MP4 and 3GP, "matroska" also WebM."""
+_LENGTH_FROM_ZERO = ("matroska,webm", "asf")
+"""Containers whose length counts from 0, and not from the first frame, to the end."""
+_LENGTH_MEASURED = ("mpegts", "mpeg")
+"""Containers without a length: libav gives that of the packets, of which the first may be no key frame."""
 _PICTURE_BRANDS = {"heic", "heix", "heim", "heis", "mif1", "msf1", "hevc", "hevx", "avif", "avis"}
 _FULL_RANGE = 2
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
@@ -46,13 +51,13 @@ def decode(
     seconds that it is on screen.
 
     Raises:
-        EOFError: a truncated file. Truncated files may decode without an error of the decoder, so the decoded
-            time is compared with the header.
-        ValueError: no video, or frames that cannot be shown right.
+        DecodeError: no video, frames that cannot be shown right, or a truncated file. Truncated files may
+            decode without an error of the decoder, so the decoded time is compared with the header.
     """
     with open_container(file) as container:
         stream = _main_stream(container)
-        check_size(stream.width, stream.height)
+        if stream.width and stream.height:  # without a key frame there is no size
+            check_size(stream.width, stream.height)
         stream.thread_type = "AUTO"
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         converter = FrameConverter(container, stream, background)
@@ -63,31 +68,36 @@ def decode(
         for frame, duration in _deinterlace(durations):
             decoded_seconds += duration
             yield partial(converter, frame), duration
+        if container.format.name in _LENGTH_MEASURED:
+            return
         header_seconds = (
             float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
         )
         # of a container with sound this is the longer of both
         if not header_seconds and container.duration and len(container.streams) == 1:
             header_seconds = container.duration / av.time_base
+        if container.format.name in _LENGTH_FROM_ZERO and stream.start_time and stream.time_base:
+            header_seconds -= float(stream.start_time * stream.time_base)
         if decoded_seconds < 0.9 * header_seconds - 2 * default_duration:
-            raise EOFError(f"truncated: {decoded_seconds:.1f} s of {header_seconds:.1f} s can be decoded")
+            raise DecodeError(f"truncated: {decoded_seconds:.1f} s of {header_seconds:.1f} s can be decoded")
 
 
 def open_container(file: LimitedFile) -> av.container.InputContainer:
     """Open a container of one of `FORMATS`.
 
     Raises:
-        ValueError: a picture, or another kind of file.
+        DecodeError: a picture, or another kind of file.
     """
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
-    try:
-        container = av.open(file, "r", options=options, metadata_errors="replace")
-    except av.FFmpegError as error:
-        raise ValueError(f"not a video or picture of a known format ({error.strerror})") from error
+    with library_errors():
+        try:
+            container = av.open(file, "r", options=options, metadata_errors="replace")
+        except av.FFmpegError as error:
+            raise DecodeError(f"not a video or picture of a known format ({error.strerror})") from error
     brand = container.metadata.get("major_brand", "").strip()
     if brand in _PICTURE_BRANDS:
         container.close()
-        raise ValueError(
+        raise DecodeError(
             f"a picture of the kind {brand!r}, which is not supported; convert it to JPEG or PNG"
         )
     return container
@@ -98,10 +108,10 @@ def _main_stream(container: av.container.InputContainer) -> av.VideoStream:
     pictures = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
     if not streams:
-        raise ValueError("no video, only a cover picture" if container.streams.video else "no video stream")
+        raise DecodeError("no video, only a cover picture" if container.streams.video else "no video stream")
     stream = max(streams, key=lambda stream: bool(stream.disposition & av.stream.Disposition.default))
     if stream.codec_context is None:
-        raise ValueError("its video has an unknown codec")
+        raise DecodeError("its video has an unknown codec")
     return stream
 
 
@@ -113,14 +123,16 @@ def _decode_packets(
         _ALPHA_DECODERS.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
     )
     decoder: Any = av.CodecContext.create(alpha_decoder, "r") if alpha_decoder else stream.codec_context
-    for packet in container.demux(stream):
+    for packet in items(container.demux(stream)):
         limit.check()
         if not packet.size and packet.dts is not None:
             continue  # AVI: the frame before stays on screen
-        for frame in decoder.decode(packet if packet.size else None):
+        with library_errors():
+            frames = decoder.decode(packet if packet.size else None)
+        for frame in frames:
             check_size(frame.width, frame.height)
             if frame.is_corrupt:
-                raise ValueError("a frame is damaged")
+                raise DecodeError("a frame is damaged")
             if frame.time_base is None or alpha_decoder:
                 frame.time_base = stream.time_base
             yield frame
@@ -161,7 +173,7 @@ def _deinterlace(frames: Iterable[tuple[av.VideoFrame, float]]) -> Iterator[tupl
     waiting: deque[tuple[av.VideoFrame, float]] = deque()  # in the filter, which looks one frame ahead
     for frame, duration in frames:
         if graph is not None and (frame.width, frame.height, frame.format.name) != shape:
-            yield from _flush(graph, waiting)
+            yield from _filter(graph, None, waiting)
             graph = None
         # the filter needs 3 x 4 pixels
         if graph is None and (not frame.interlaced_frame or min(frame.width, frame.height) < 4):
@@ -169,31 +181,28 @@ def _deinterlace(frames: Iterable[tuple[av.VideoFrame, float]]) -> Iterator[tupl
             continue
         if graph is None:
             shape = (frame.width, frame.height, frame.format.name)
-            graph = build_graph(frame, ("bwdif", "mode=send_frame:deint=interlaced"))
+            with library_errors():
+                graph = build_graph(frame, ("bwdif", "mode=send_frame:deint=interlaced"))
         waiting.append((frame, duration))
         frame.pts, frame.time_base = len(waiting), Fraction(1, 25)
-        graph.push(frame)
-        yield from _pull(graph, waiting)
+        yield from _filter(graph, frame, waiting)
     if graph is not None:
-        yield from _flush(graph, waiting)
+        yield from _filter(graph, None, waiting)
 
 
-def _flush(
-    graph: av.filter.Graph, waiting: deque[tuple[av.VideoFrame, float]]
+def _filter(
+    graph: av.filter.Graph, frame: av.VideoFrame | None, waiting: deque[tuple[av.VideoFrame, float]]
 ) -> Iterator[tuple[av.VideoFrame, float]]:
-    graph.push(None)
-    yield from _pull(graph, waiting)
-
-
-def _pull(
-    graph: av.filter.Graph, waiting: deque[tuple[av.VideoFrame, float]]
-) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Yield the frames that a filter has ready after one more frame, or after the last if there is none."""
+    with library_errors():
+        graph.push(frame)
     while waiting:
-        try:
-            frame = graph.vpull()
-        except (BlockingIOError, EOFError):
-            return
-        yield frame, waiting.popleft()[1]
+        with library_errors():
+            try:
+                result = graph.vpull()
+            except (BlockingIOError, EOFError):
+                return
+        yield result, waiting.popleft()[1]
 
 
 def build_graph(frame: av.VideoFrame, *filters: tuple[str, str]) -> av.filter.Graph:
@@ -219,7 +228,7 @@ class FrameConverter:
         background: RGB colour behind transparent pixels.
 
     Raises (on a call):
-        ValueError: colours, proportions or an orientation that cannot be shown right.
+        DecodeError: colours, proportions or an orientation that cannot be shown right.
     """
 
     def __init__(
@@ -244,12 +253,12 @@ class FrameConverter:
         matrix, full_range = self._matrix(frame), self._has_full_range(frame)
         primaries = source_primaries(frame.color_primaries, frame.color_trc)
         pixel_format = _PIXEL_FORMATS[has_alpha, primaries is not None]
-        graph = self._graph(
-            (frame.width, frame.height, frame.format.name), width, height, matrix, full_range, pixel_format
-        )
+        shape = (frame.width, frame.height, frame.format.name)
         frame.pts, frame.time_base = None, Fraction(1, 25)
-        graph.push(frame)
-        pixels: Any = graph.vpull().to_ndarray()
+        with library_errors():
+            graph = self._graph(shape, width, height, matrix, full_range, pixel_format)
+            graph.push(frame)
+            pixels: Any = graph.vpull().to_ndarray()
         if primaries is not None:
             rgb = to_sdr(pixels[..., :3], primaries, frame.color_trc)
             pixels = np.concatenate([rgb, (pixels[..., 3:] >> 8).astype(np.uint8)], axis=-1)
@@ -268,12 +277,12 @@ class FrameConverter:
         size = (frame.width, frame.height)
         if self.first_size is None:
             if not Fraction(1, 8) <= self.pixel_aspect <= 8:
-                raise ValueError(f"its pixels are {self.pixel_aspect} times as wide as high")
+                raise DecodeError(f"its pixels are {self.pixel_aspect} times as wide as high")
             self.first_size = size
         elif size != self.first_size:
             first_aspect, aspect = self.first_size[0] / self.first_size[1], size[0] / size[1]
             if not 0.97 < aspect / first_aspect < 1.03:
-                raise ValueError(
+                raise DecodeError(
                     f"the proportions change from {self.first_size[0]}x{self.first_size[1]} to {size[0]}x{size[1]} "
                     "pixels; cut it there"
                 )
@@ -288,7 +297,7 @@ class FrameConverter:
         if frame.format.is_rgb:
             return "bt601"  # no effect
         if frame.colorspace not in (0, 2, 3):
-            raise ValueError(f"its colours have matrix {frame.colorspace} of H.273; convert it to BT.709")
+            raise DecodeError(f"its colours have matrix {frame.colorspace} of H.273; convert it to BT.709")
         if is_hdr(frame.color_trc) or frame.color_primaries == 9:
             return "bt2020"
         return "bt709" if frame.width >= 1280 or frame.height > 576 else "bt601"
@@ -316,9 +325,22 @@ def _scale_graph(
     return build_graph(frame, ("scale", arguments), ("format", pixel_format))
 
 
+_ROTATIONS = {
+    90: Image.Transpose.ROTATE_90,
+    -90: Image.Transpose.ROTATE_270,
+    180: Image.Transpose.ROTATE_180,
+    -180: Image.Transpose.ROTATE_180,
+}
+
+
 def _turn_upright(image: Image.Image, frame: av.VideoFrame) -> Image.Image:
     """Apply the display matrix: of its 16.16 numbers, `a b / c d` map (x, y) to (ax + cy, bx + dy)."""
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data: Any = frame.side_data.get("DISPLAYMATRIX")
+    except (
+        ValueError
+    ):  # PyAV cannot list Exif or the data of 3D video; the rotation does not tell mirrored ones
+        return image.transpose(_ROTATIONS[frame.rotation]) if frame.rotation in _ROTATIONS else image
     if data is None:
         return image
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
@@ -327,7 +349,7 @@ def _turn_upright(image: Image.Image, frame: av.VideoFrame) -> Image.Image:
     elif b and c and not a and not d:
         image, horizontal, vertical = image.transpose(Image.Transpose.TRANSPOSE), c, b
     else:
-        raise ValueError("it is to be shown at an angle other than 90, 180 or 270 degrees")
+        raise DecodeError("it is to be shown at an angle other than 90, 180 or 270 degrees")
     if horizontal < 0:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if vertical < 0 else image

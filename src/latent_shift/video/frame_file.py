@@ -5,6 +5,7 @@ Shapes: F frames of H x W pixels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -85,6 +86,8 @@ def _write(frames: Iterator[np.ndarray], folder: Path) -> FrameFile:
             file.seek(0)
             # NumPy pads the header so that a longer first number fits in.
             assert _write_header(file, shape) == offset
+            file.flush()
+            os.fsync(file.fileno())
     except BaseException:
         path.unlink(missing_ok=True)
         raise

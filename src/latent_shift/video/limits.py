@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from typing import BinaryIO
 
+from latent_shift.video.opening import DecodeError
+
 MAX_PIXELS = 2**27
 """Pixels of a frame, about 11585 x 11585."""
 MAX_FRAME_SECONDS = 60.0
 """Seconds for which one frame may be repeated: a file of 100 bytes can announce years."""
+MAX_PICTURE_BYTES = 2**30
+"""Bytes of the file of a picture; Pillow reads some kinds as a whole. Videos have no such limit."""
 MAX_BYTES = 2**34
 """Bytes of frames that `read` returns. `iterate` has no such limit."""
 BASE_SECONDS = 20.0
@@ -23,9 +27,9 @@ class TimeLimit:
         self._end = time.monotonic() + BASE_SECONDS
 
     def check(self) -> None:
-        """Raise TimeoutError if the time is over."""
+        """Raise DecodeError if the time is over."""
         if time.monotonic() > self._end:
-            raise TimeoutError(
+            raise DecodeError(
                 f"takes too long: more than {BASE_SECONDS:g} s, and {SECONDS_PER_SECOND:g} s for each second of the clip"
             )
 
@@ -34,7 +38,7 @@ class TimeLimit:
 
 
 class LimitedFile:
-    """A binary file that raises TimeoutError on `read` when the time is over.
+    """A binary file that raises DecodeError on `read` when the time is over.
 
     Decoders search damaged files for a valid packet without ever returning to the caller, but they read.
     """
@@ -49,6 +53,6 @@ class LimitedFile:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise ValueError for a frame without pixels or with more than `MAX_PIXELS`."""
+    """Raise DecodeError for a frame without pixels or with more than `MAX_PIXELS`."""
     if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"frames of {width}x{height} pixels; expected at most {MAX_PIXELS} pixels")
+        raise DecodeError(f"frames of {width}x{height} pixels; expected at most {MAX_PIXELS} pixels")

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from latent_shift.video import films, pictures
 from latent_shift.video.limits import LimitedFile, TimeLimit
-from latent_shift.video.opening import DECODE_ERRORS, open_file
+from latent_shift.video.opening import DecodeError, library_errors, open_file
 
 TAG = "comment"
 _PNG_TAG = "Comment"
@@ -49,7 +49,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     with open_file(path) as opened:
         try:
             return _parse(_read_comment(LimitedFile(opened, TimeLimit())))
-        except DECODE_ERRORS as error:
+        except DecodeError as error:
             raise ValueError(f"{path}: cannot be decoded: {error}") from error
 
 
@@ -59,7 +59,8 @@ def _read_comment(file: LimitedFile) -> str | bytes | None:
         with films.open_container(file) as container:
             return {name.lower(): text for name, text in container.metadata.items()}.get(TAG)
     if image.format == "WEBP":
-        return image.getexif().get(ExifTags.Base.ImageDescription)
+        with library_errors():
+            return image.getexif().get(ExifTags.Base.ImageDescription)
     return image.info.get(TAG) or image.info.get(_PNG_TAG)
 
 

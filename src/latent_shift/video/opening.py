@@ -1,22 +1,52 @@
-"""Open the file of a video or picture, and the errors that decoders raise for what is not one."""
+"""Open the file of a video or picture, and turn the errors of the libraries that decode it into one."""
 
 from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import av
 from PIL import Image
 
-DECODE_ERRORS = (
+Item = TypeVar("Item")
+
+_LIBRARY_ERRORS = (
     OSError, av.FFmpegError, EOFError, SyntaxError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError,
     OverflowError, RuntimeError, struct.error, Image.DecompressionBombError,
 )  # fmt: skip
-"""Errors that the decoders raise for truncated or mislabelled files."""
+"""Errors that libav and Pillow raise for truncated or mislabelled files."""
+
+
+class DecodeError(ValueError):
+    """A file that cannot be decoded, or that cannot be shown right; the message is the reason."""
+
+
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Raise DecodeError for what a library raises in the block. The block calls libraries alone, so that an error
+    in our own code is not taken for a bad file."""
+    try:
+        yield
+    except DecodeError:
+        raise
+    except _LIBRARY_ERRORS as error:
+        raise DecodeError(str(error) or type(error).__name__) from error
+
+
+def items(iterable: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items of a library's iterable; its errors are raised as DecodeError."""
+    iterator = iter(iterable)
+    while True:
+        with library_errors():
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
 
 
 @contextmanager

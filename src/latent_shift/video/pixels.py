@@ -97,6 +97,14 @@ def _to_array(clip: Clip) -> np.ndarray:
         if len({array.shape for array in arrays}) > 1:
             shapes = ", ".join(sorted({str(array.shape) for array in arrays}))
             raise ValueError(f"expected frames of one size, got {shapes}; resize them first")
+        if len({_number_kind(array) for array in arrays}) > 1:
+            dtypes = ", ".join(sorted({str(array.dtype) for array in arrays}))
+            raise ValueError(f"expected frames of one dtype, got {dtypes}; convert them first")
+        ranges = {_float_range(array) for array in arrays}
+        if {1, 255} <= ranges:
+            raise ValueError(
+                "expected frames of one range, got some in 0..1 and some above; convert them first"
+            )
         return np.stack(arrays)
     if isinstance(clip, Image.Image):
         return np.asarray(clip)[..., None] if clip.mode == "F" else np.asarray(to_rgb(clip))
@@ -107,6 +115,20 @@ def _to_array(clip: Clip) -> np.ndarray:
     if isinstance(clip, np.ndarray) and clip.dtype != object:
         return clip
     raise TypeError(f"expected images, an array or a tensor, got {type(clip).__name__}")
+
+
+def _float_range(array: np.ndarray) -> int | None:
+    """Return the white level that floats can only have, 1 or 255; zeros and ones alone can have either."""
+    if array.dtype.kind != "f" or array.size == 0:
+        return None
+    if array.max() > 1 + OVERSHOOT:
+        return 255
+    return 1 if (array != array.round()).any() else None
+
+
+def _number_kind(array: np.ndarray) -> str:
+    """Return what decides on the range of the pixels: `np.stack` would mix them."""
+    return "int" if array.dtype.kind in "iu" and array.dtype != np.uint16 else array.dtype.kind
 
 
 def _channels_last(values: np.ndarray, *, prefer_first: bool) -> np.ndarray:
@@ -136,6 +158,8 @@ def _to_unit_range(values: np.ndarray) -> np.ndarray:
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
     if values.dtype == np.uint16:
+        if 0 < values.max() < 256:
+            raise ValueError(f"expected uint16 in 0..65535, got at most {values.max()}; use uint8 for 0..255")
         return values.astype(np.float32) / 65535
     if values.dtype.kind not in "iuf":
         raise TypeError(f"expected numbers, got an array of {values.dtype}")

@@ -7,6 +7,7 @@ Shapes: F frames of H x W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import chain, repeat
 from pathlib import Path
@@ -16,8 +17,15 @@ import numpy as np
 from PIL import Image
 
 from latent_shift.video import films, pictures
-from latent_shift.video.limits import MAX_BYTES, MAX_FRAME_SECONDS, SECONDS_PER_SECOND, LimitedFile, TimeLimit
-from latent_shift.video.opening import DECODE_ERRORS, open_file
+from latent_shift.video.limits import (
+    MAX_BYTES,
+    MAX_FRAME_SECONDS,
+    SECONDS_PER_SECOND,
+    LimitedFile,
+    TimeLimit,
+    check_size,
+)
+from latent_shift.video.opening import DecodeError, open_file
 
 VIDEO_SUFFIXES = {
     ".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".3gp", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv", ".ogv",
@@ -62,8 +70,9 @@ def read(
 
     Raises:
         ValueError: not a video or image, truncated, without a frame, or more than a limit in limits.py; the
-            message names the file and the reason.
+            message names the file and the reason. Or an `fps`, `size` or `num_frames` out of range.
     """
+    _check_arguments(fps, size, num_frames)
     rate = 0.0
 
     def frames() -> Iterator[np.ndarray]:
@@ -98,12 +107,29 @@ def iterate(
 ) -> Iterator[np.ndarray]:
     """Yield the `(H, W, 3) uint8` frames of `read` one by one, in memory that does not depend on their
     number."""
+    _check_arguments(fps, size, num_frames)
     return _read(path, content=content, fps=fps, size=size, background=background, num_frames=num_frames)
 
 
 def load_video(path: str | Path, *, fps: float | None = None, size: int | None = None) -> np.ndarray:
     """Read a video, animation or still as `(F, H, W, 3) uint8`; see `read`."""
     return read(path, fps=fps, size=size)[0]
+
+
+def _check_arguments(fps: float | None, size: Size, num_frames: int | None) -> None:
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps must be above 0 and finite, got {fps}; None keeps every frame")
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, got {num_frames}; None reads to the end")
+    if size is None:
+        return
+    sizes = [(size, size)] if isinstance(size, int) else size
+    if not sizes or not all(len(pair) == 2 and min(pair) > 0 for pair in sizes):
+        raise ValueError(
+            f"size must be a number of pixels above 0 or a list of (height, width), got {size}; None keeps the size"
+        )
+    for height, width in sizes:
+        check_size(width, height)
 
 
 def _read(
@@ -133,9 +159,9 @@ def _read(
             if image is None:
                 frames = films.decode(file, limit, background=background)
             else:
-                frames = pictures.decode(image, limit, background=background)
+                frames = pictures.decode(file, image, limit, background=background)
             return (yield from _resample(count(frames), limit, fps=fps, size=size, num_frames=num_frames))
-        except DECODE_ERRORS as error:
+        except DecodeError as error:
             after = f" after {num_decoded} frames" if num_decoded else ""
             raise ValueError(f"{path}: cannot be decoded{after}: {error}") from error
         except MemoryError as error:
@@ -163,7 +189,7 @@ def _resample(
     for show, duration in frames:
         num_decoded += 1
         if fps is not None and duration > MAX_FRAME_SECONDS:
-            raise ValueError(
+            raise DecodeError(
                 f"frame {num_decoded} is on screen for {duration:.0f} s; expected at most {MAX_FRAME_SECONDS:.0f} s"
             )
         count = 1 if fps is None else _num_output_frames(seconds, seconds + duration, fps)
@@ -175,7 +201,7 @@ def _resample(
             previous = image
             image, repeats = _crop_and_resize(show(), size), count
             if num_decoded > 1 and image.shape != previous.shape:
-                raise ValueError(
+                raise DecodeError(
                     f"frame {num_decoded} has the shape {image.shape}, the one before {previous.shape}"
                 )
         total = num_decoded if fps is None else seconds * fps
@@ -184,7 +210,7 @@ def _resample(
             stopped = True
             break
     if num_decoded == 0:
-        raise ValueError("has no frames")
+        raise DecodeError("has no frames")
     if num_decoded == 1:
         yield image
         return 0.0

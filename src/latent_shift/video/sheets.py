@@ -5,10 +5,15 @@ Shapes: F frames of H x W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from latent_shift.video.frame_file import Frames
+
+_LINE_HEIGHT = 14  # pixels
+_MIN_TEXT_WIDTH = 128
 
 
 def frame_changes(frames: Frames) -> np.ndarray:
@@ -50,26 +55,54 @@ def side_by_side(clips: np.ndarray | list[np.ndarray], *, columns: int) -> np.nd
     )
 
 
-def labelled_rows(
-    clips: list[np.ndarray], labels: list[str], *, columns: int, label_height: int = 14
-) -> np.ndarray:
-    """Draw a contact sheet with one row per clip.
-
-    Args:
-        clips: `(F, H, W, 3) uint8` clips; F may differ.
-        labels: text above each row.
-        columns: maximum number of frames per row, evenly spaced over the clip.
-        label_height: height of a label in pixels.
-
-    Returns:
-        `(H', W', 3) uint8`.
-    """
-    columns = min(columns, max(map(len, clips)))
+def captioned_rows(clips: Sequence[np.ndarray], captions: Sequence[str], *, columns: int) -> np.ndarray:
+    """Draw each `(F, H, W, 3) uint8` clip as a row below its whole caption; returns `(H', W', 3) uint8`."""
     rows = []
-    for clip, label in zip(clips, labels, strict=True):
+    for clip in clips:
         selected = clip[np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)]
-        row = montage(selected, columns=columns)
-        header = Image.new("RGB", (row.shape[1], label_height), "white")
-        ImageDraw.Draw(header).text((2, 1), label, fill="black")
-        rows.append(np.concatenate([np.asarray(header), row]))
-    return np.concatenate(rows)
+        rows.append(montage(selected, columns=len(selected)))
+    width = max(_MIN_TEXT_WIDTH, *(row.shape[1] for row in rows))
+    sheet = []
+    for row, caption in zip(rows, captions, strict=True):
+        padding = ((0, 0), (0, width - row.shape[1]), (0, 0))
+        sheet += [draw_text(caption, width), np.pad(row, padding, constant_values=255)]
+    return np.concatenate(sheet)
+
+
+def draw_text(text: str, width: int) -> np.ndarray:
+    """Draw a text in as many lines of `width` pixels as it needs; letters that the font lacks are written as
+    escapes. Returns `(H, W, 3) uint8`."""
+    font = _load_font()
+    text = "".join(letter if _has_letter(font, letter) else ascii(letter)[1:-1] for letter in text)
+    lines, line = [], ""
+    for letter in text:
+        if line and font.getlength(line + letter) > width - 4:
+            head, space, tail = line.rpartition(" ")  # at a space, unless the word fills the line
+            lines.append(head if space else line)
+            line = tail if space else ""
+        line += letter
+    lines.append(line)
+    image = Image.new("RGB", (width, _LINE_HEIGHT * len(lines)), "white")
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(image).text((2, 1 + _LINE_HEIGHT * number), line, fill="black", font=font)
+    return np.asarray(image)
+
+
+def _load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return a font of this machine with the letters of many languages, or Pillow's own with those of Latin-1."""
+    for name in ("DejaVuSans.ttf", "Arial Unicode.ttf", "NotoSans-Regular.ttf", "arial.ttf"):
+        try:
+            return ImageFont.truetype(name, 10)
+        except OSError:
+            continue
+    return ImageFont.load_default_imagefont()
+
+
+def _has_letter(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, letter: str) -> bool:
+    """Return whether a font has a letter, and does not draw its sign for a missing one."""
+    if letter.isspace():
+        return letter == " "
+    if isinstance(font, ImageFont.ImageFont):
+        return 0x20 < ord(letter) < 0x100
+    masks = [font.getmask(text) for text in (letter, "\uffff")]
+    return len({(mask.size, bytes(mask)) for mask in masks}) == 2

@@ -5,7 +5,6 @@ Shapes: F frames of H x W pixels.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +21,7 @@ from latent_shift.video.pixels import Clip, to_uint8
 OUTPUT_SUFFIXES = (".mp4", ".webm", ".gif", ".webp", ".png")
 MIN_FPS = 0.001
 _MAX_FPS = {".gif": 50, ".webp": 1000, ".mp4": 1000, ".webm": 1000}
+_MAX_SIDE = {".gif": 65535, ".webp": 16383, ".mp4": 16384, ".webm": 65536}
 _BT709 = 1
 _LIMITED_RANGE = 1
 
@@ -54,21 +54,18 @@ def write(
             f"expected (F, H, W, 3) uint8 frames with F > 0, got {frames.shape} {frames.dtype}; "
             "`save_video` converts other forms"
         )
+    suffix = path.suffix.lower()
+    problem = f"{path}: frames of {frames.shape[2]}x{frames.shape[1]} pixels cannot be encoded"
+    if suffix in _MAX_SIDE and max(frames.shape[1:3]) > _MAX_SIDE[suffix]:
+        raise ValueError(f"{problem}: a side of a {suffix} has at most {_MAX_SIDE[suffix]} pixels")
     path.parent.mkdir(parents=True, exist_ok=True)
-    encode = _write_video if path.suffix.lower() in (".mp4", ".webm") else _write_picture
+    encode = _write_video if suffix in (".mp4", ".webm") else _write_picture
     try:
         # libav takes what stands before a colon for a protocol, but not in a path from the root
-        with atomic_path(path.absolute(), suffix=path.suffix.lower()) as partial:
+        with atomic_path(path.absolute(), suffix=suffix) as partial:
             encode(frames, partial, fps, metadata)
-    except (
-        av.FFmpegError,
-        ValueError,
-        RuntimeError,
-        OverflowError,
-        struct.error,
-    ) as error:  # of libav and Pillow
-        size = f"{frames.shape[2]}x{frames.shape[1]}"
-        raise ValueError(f"{path}: frames of {size} pixels cannot be encoded: {error}") from error
+    except av.FFmpegError as error:
+        raise ValueError(f"{problem}: {error}") from error
     return path
 
 

@@ -524,3 +524,57 @@ def test_collect_keeps_long_clips_in_a_file(tmp_path, monkeypatch):
     assert np.array_equal(collected[np.array([0, 7, -1])], frames[[0, 7, -1]])
     assert np.array_equal(collected[5], frames[5])
     np.testing.assert_array_equal(video.frame_changes(collected), video.frame_changes(frames))
+
+
+def box(kind: bytes, *content: bytes) -> bytes:
+    body = b"".join(content)
+    return (8 + len(body)).to_bytes(4, "big") + kind + body
+
+
+def test_read_refuses_more_samples_than_bytes():
+    """libav's index would take 36 bytes for each."""
+    run = box(b"moof", box(b"traf", box(b"trun", bytes(4), (10**8).to_bytes(4, "big"), bytes(4))))
+    table = box(
+        b"moov",
+        box(
+            b"trak",
+            box(
+                b"mdia",
+                box(b"minf", box(b"stbl", box(b"stsz", bytes(4), b"\0\0\0\1", (10**8).to_bytes(4, "big")))),
+            ),
+        ),
+    )
+    for name, content in (("trun", run), ("stsz", table)):
+        content = box(b"ftyp", b"isom", bytes(4)) + content
+        with pytest.raises(
+            ValueError, match=f"a.mp4: .*announces 100000000 samples in {name}, but has {len(content)} bytes"
+        ):
+            video.read("a.mp4", content=content)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "avi", "flv", "mp4"])
+def test_read_names_half_a_film_with_sound(suffix):
+    """The length in the header is that of the longer stream."""
+    file = io.BytesIO()
+    with av.open(file, "w", format={"mkv": "matroska"}.get(suffix, suffix)) as container:
+        codec = {"webm": "libvpx", "avi": "mpeg4", "flv": "flv1"}.get(suffix, "libx264")
+        pictures = container.add_stream(codec, rate=25)
+        pictures.width = pictures.height = 64
+        pictures.pix_fmt = "yuv420p"
+        sound = container.add_stream(
+            {"webm": "libopus", "flv": "aac", "mp4": "aac"}.get(suffix, "mp2"), rate=44100
+        )
+        rng = np.random.default_rng(0)
+        for k in range(100):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (64, 64, 3), np.uint8), format="rgb24")
+            frame.pts = k
+            container.mux(pictures.encode(frame))
+            wave = av.AudioFrame.from_ndarray(np.zeros((1, 3528), np.int16), format="s16", layout="stereo")
+            wave.rate, wave.pts = 44100, 1764 * k
+            container.mux(sound.encode(wave))
+        container.mux(pictures.encode(None))
+        container.mux(sound.encode(None))
+    content = file.getvalue()
+    assert len(video.read(f"a.{suffix}", content=content)[0]) == 100
+    with pytest.raises(ValueError, match=rf"a.{suffix}: cannot be decoded"):
+        video.read(f"a.{suffix}", content=content[: len(content) // 2])

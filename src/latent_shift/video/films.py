@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from latent_shift.video.color import is_hdr, source_primaries, to_sdr
+from latent_shift.video.headers import check_header
 from latent_shift.video.limits import MAX_PIXELS, LimitedFile, TimeLimit, check_size
 from latent_shift.video.opening import DecodeError, items, library_errors
 
@@ -63,23 +64,23 @@ def decode(
         converter = FrameConverter(container, stream, background)
         default_duration = 1 / float(stream.average_rate or 25)
         decoded_seconds = 0.0
-        frames = _decode_packets(container, stream, limit)
+        packets = _PacketReader(container, stream)
+        frames = _decode_packets(packets, stream, limit)
         durations = _with_durations(frames, default_duration, from_dts=container.format.name == "avi")
         for frame, duration in _deinterlace(durations):
             decoded_seconds += duration
             yield partial(converter, frame), duration
         if container.format.name in _LENGTH_MEASURED:
             return
-        header_seconds = (
-            float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-        )
-        # of a container with sound this is the longer of both
-        if not header_seconds and container.duration and len(container.streams) == 1:
-            header_seconds = container.duration / av.time_base
-        if container.format.name in _LENGTH_FROM_ZERO and stream.start_time and stream.time_base:
-            header_seconds -= float(stream.start_time * stream.time_base)
-        if decoded_seconds < 0.9 * header_seconds - 2 * default_duration:
-            raise DecodeError(f"truncated: {decoded_seconds:.1f} s of {header_seconds:.1f} s can be decoded")
+        packets.check_complete()
+        if stream.duration and stream.time_base:
+            header_seconds = float(stream.duration * stream.time_base)
+            if container.format.name in _LENGTH_FROM_ZERO and stream.start_time:
+                header_seconds -= float(stream.start_time * stream.time_base)
+            if decoded_seconds < 0.9 * header_seconds - 2 * default_duration:
+                raise DecodeError(
+                    f"truncated: {decoded_seconds:.1f} s of {header_seconds:.1f} s can be decoded"
+                )
 
 
 def open_container(file: LimitedFile) -> av.container.InputContainer:
@@ -88,6 +89,7 @@ def open_container(file: LimitedFile) -> av.container.InputContainer:
     Raises:
         DecodeError: a picture, or another kind of file.
     """
+    check_header(file)
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     with library_errors():
         try:
@@ -115,15 +117,42 @@ def _main_stream(container: av.container.InputContainer) -> av.VideoStream:
     return stream
 
 
+class _PacketReader:
+    """Iterate over the packets of one stream, and follow those of all to tell how much of the file is there."""
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream):
+        self.container, self.stream = container, stream
+        self.end_seconds = 0.0
+
+    def __iter__(self) -> Iterator[av.Packet]:
+        for packet in items(self.container.demux()):
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is not None and packet.time_base is not None:
+                end = float((time + (packet.duration or 0)) * packet.time_base)
+                self.end_seconds = max(self.end_seconds, end)
+            if packet.stream.index == self.stream.index:  # those that flush have no `stream_index`
+                yield packet
+
+    def check_complete(self) -> None:
+        """Raise DecodeError if the packets end before the length in the header of the container."""
+        container = self.container
+        start = (
+            0.0 if container.format.name in _LENGTH_FROM_ZERO else (container.start_time or 0) / av.time_base
+        )
+        seconds, read = (container.duration or 0) / av.time_base, self.end_seconds - start
+        if read < 0.9 * seconds - 0.1:
+            raise DecodeError(f"truncated: {read:.1f} s of {seconds:.1f} s are there")
+
+
 def _decode_packets(
-    container: av.container.InputContainer, stream: av.VideoStream, limit: TimeLimit
+    packets: _PacketReader, stream: av.VideoStream, limit: TimeLimit
 ) -> Iterator[av.VideoFrame]:
     # libav's own decoders of VP8 and VP9 skip the alpha channel
     alpha_decoder = (
         _ALPHA_DECODERS.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
     )
     decoder: Any = av.CodecContext.create(alpha_decoder, "r") if alpha_decoder else stream.codec_context
-    for packet in items(container.demux(stream)):
+    for packet in packets:
         limit.check()
         if not packet.size and packet.dts is not None:
             continue  # AVI: the frame before stays on screen
@@ -238,6 +267,8 @@ class FrameConverter:
         background: tuple[int, int, int],
     ):
         self.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
+        self.codec_context = stream.codec_context
+        self.coded_aspect: Fraction | None = None
         self.background = background
         self.codec = stream.codec_context.name
         # 32-bit AVI leaves the fourth byte empty
@@ -275,6 +306,12 @@ class FrameConverter:
     def _displayed_size(self, frame: av.VideoFrame) -> tuple[int, int]:
         """Return the size of the first frame, with square pixels."""
         size = (frame.width, frame.height)
+        coded_aspect = self.codec_context.sample_aspect_ratio or Fraction(1)
+        if self.coded_aspect not in (None, coded_aspect):
+            raise DecodeError(
+                f"the shape of the pixels changes from {self.coded_aspect} to {coded_aspect}; cut it there"
+            )
+        self.coded_aspect = coded_aspect
         if self.first_size is None:
             if not Fraction(1, 8) <= self.pixel_aspect <= 8:
                 raise DecodeError(f"its pixels are {self.pixel_aspect} times as wide as high")

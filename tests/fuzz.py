@@ -795,7 +795,9 @@ def _run_child(run: list[Any] | Callable[[], object], folder: Path, output: int,
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(errors, 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", errors="replace", closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (
+            os.fdopen(number, "w", errors="replace", closefd=False) for number in (1, 2)
+        )
         if callable(run):
             run()
         else:

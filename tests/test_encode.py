@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.pack import pack
 from latent_shift.data.store import Store
+from latent_shift.data.workers import Workers
 from latent_shift.diffusion import correlated_noise
 from latent_shift.models.autoencoder import to_pixels
 from latent_shift.runtime import start_worker
@@ -293,7 +293,6 @@ def pack_step_by_step(connection, *args, **options) -> None:
         connection.send(num_done)
         connection.recv()
 
-    multiprocessing.set_start_method("fork", force=True)  # the workers are children of this process
     pack(*args, **options, progress=progress)
 
 
@@ -306,7 +305,9 @@ def test_pack_workers_end_with_their_parent(media, tmp_path):
     )
     process.start()
     assert ours.recv() == 1
-    workers = psutil.Process(process.pid).children()
+    workers = [
+        child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
+    ]
     process.kill()
     process.join()
     assert len(workers) == 2
@@ -316,13 +317,13 @@ def test_pack_workers_end_with_their_parent(media, tmp_path):
 def start_importing_worker(connection, folder: str) -> None:
     """Start a worker that never ends its imports, and send its process id."""
     sys.path.insert(0, folder)
-    worker = multiprocessing.get_context("fork").Process(target=start_worker, args=("endless", "start"))
-    worker.start()
-    connection.send(worker.pid)
-    worker.join()
+    with Workers(len, 1, initializer=start_worker, initargs=("endless", "start")) as pool:
+        (worker,) = pool._all
+        connection.send(worker.pid)
+        worker.join()
 
 
-def test_start_worker_watches_its_parent_while_it_imports(tmp_path):
+def test_worker_watches_its_parent_while_it_imports(tmp_path):
     started = tmp_path / "started"
     (tmp_path / "endless.py").write_text(
         f"import time\nopen({str(started)!r}, 'w').close()\nwhile True:\n    time.sleep(1)\n"
@@ -348,7 +349,7 @@ def test_ray_encoder_encodes_the_shard_of_a_row(shards, reference, autoencoder, 
     with encoding.single_thread():
         encoder = encoding._RayEncoder(tasks, (reference / "autoencoder", None, "cpu"))
         for index, task in enumerate(tasks):
-            assert encoder({"id": index}) == {"id": index}
+            assert encoder({"id": index}) == {"id": index, "error": ""}
             assert task.out.read_bytes() == (reference / "shards" / task.out.name).read_bytes()
 
 

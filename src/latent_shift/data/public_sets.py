@@ -16,10 +16,10 @@ from latent_shift.data.records import (
     Record,
     check_text,
     escape,
-    parse_json,
     read_text,
     unusable,
 )
+from latent_shift.files import parse_json
 
 UCF101_FILE = re.compile(r"v_([A-Za-z]+)_g\d\d_c\d\d\.avi")
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latent_shift.config import load
-from latent_shift.files import check_schema, read_json_object, write_text
+from latent_shift.files import check_schema, parse_json, read_json_object, write_text
 from latent_shift.models.loading import one_line_errors
 from latent_shift.training import fsdp
 from latent_shift.training.ema import EMA
@@ -264,8 +264,8 @@ def trim_stats(run: Path, step: int) -> float:
 def _parse_row(line: str) -> dict | None:
     """Return a row of stats.jsonl, or None for a line that a crash or another program spoilt."""
     try:
-        row = json.loads(line) if line.endswith("\n") else None
-    except json.JSONDecodeError:
+        row = parse_json(line) if line.endswith("\n") else None
+    except ValueError:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None

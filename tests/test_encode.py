@@ -261,6 +261,41 @@ def test_encode_replaces_incomplete_shards(shards, reference, autoencoder, texts
     assert read_files(tmp_path) == read_files(reference)
 
 
+def test_encode_keeps_a_shard_that_another_process_completes(
+    shards, reference, autoencoder, texts, tmp_path, monkeypatch
+):
+    """A shard that is incomplete when the work begins may be complete when its turn comes."""
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    paths = sorted((tmp_path / "shards").iterdir())
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-1])
+    inodes = {}
+
+    def complete(tasks, encoder):
+        for path in paths[1:]:
+            shutil.copy(reference / "shards" / path.name, tmp_path / "copy")
+            (tmp_path / "copy").rename(path)
+            inodes[path] = path.stat().st_ino
+        return encode_here(tasks, encoder)
+
+    encode_here = encoding._encode_here
+    monkeypatch.setattr(encoding, "_encode_here", complete)
+    encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, mirror=True)
+    assert {path: path.stat().st_ino for path in paths[1:]} == inodes
+    assert read_files(tmp_path) == read_files(reference)
+
+
+def test_encode_refuses_a_text_encoder_that_overflows(shards, autoencoder, texts, tmp_path):
+    shutil.copytree(texts, tmp_path / "texts")
+    encoder = CLIPTextModel.from_pretrained(texts / "text_encoder")
+    encoder.state_dict()["final_layer_norm.bias"].fill_(1e5)
+    encoder.save_pretrained(tmp_path / "texts" / "text_encoder")
+    with pytest.raises(
+        ValueError, match=r"embeds the caption '[^\n]*' to numbers that are not finite in float16"
+    ):
+        encode(shards, tmp_path / "out", autoencoder=autoencoder, texts=tmp_path / "texts")
+
+
 def wait_for_end(*processes: psutil.Process) -> None:
     """Return when no process runs; the orphans of this test may stay zombies. The test's timeout limits the wait."""
     for process in processes:
@@ -351,6 +386,9 @@ def test_ray_encoder_encodes_the_shard_of_a_row(shards, reference, autoencoder, 
         for index, task in enumerate(tasks):
             assert encoder({"id": index}) == {"id": index, "error": ""}
             assert task.out.read_bytes() == (reference / "shards" / task.out.name).read_bytes()
+            task.out.unlink()
+        encoder.encoder.vae.quant_conv.bias.data.fill_(float("nan"))
+        assert "numbers that are not finite" in encoder({"id": 0})["error"]
 
 
 @pytest.mark.slow  # starts two nodes and their workers; its fast twin is the test above

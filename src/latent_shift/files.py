@@ -180,7 +180,11 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError("its arrays are compressed")
         with np.load(path) as file:
-            return {name: file[name] for name in file}
+            arrays = {name: file[name] for name in file}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # numpy returns the content of a file that is no array
+                raise ValueError(f"{name} is not an array")
+        return arrays
 
 
 @contextmanager

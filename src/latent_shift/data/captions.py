@@ -123,7 +123,8 @@ class Captions:
         """Return how many captions an interrupted call has embedded, 0 if it was for others."""
         try:
             saved = read_json(progress)
-            return saved["done"] if saved["task"] == self.task and isinstance(saved["done"], int) else 0
+            num_done = saved["done"] if saved["task"] == self.task else 0
+            return num_done if isinstance(num_done, int) and 0 <= num_done <= len(self.captions) else 0
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 

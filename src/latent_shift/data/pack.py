@@ -97,7 +97,7 @@ def pack(
 @contextmanager
 def _long_clips(folder: Path) -> Iterator[Path]:
     """Yield a folder for the frames of long clips, which is removed when the block ends."""
-    long_clips = folder / ".frames"
+    long_clips = folder / ".long-clips.partial"
     shutil.rmtree(long_clips, ignore_errors=True)  # of a process that was killed
     try:
         yield long_clips

@@ -103,5 +103,14 @@ def test_workers_that_cannot_start_end_the_work(tmp_path):
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
         "RuntimeError: the worker process ended with exit status 1 while it started; "
-        'a script that uses several processes does so below `if __name__ == "__main__":`'
+        'pass workers=1, or work in a script file below `if __name__ == "__main__":`'
     )
+
+
+def test_workers_that_start_leave_interrupts_to_their_parent():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with Workers(answer, 3) as pool:
+        for process in pool._all:
+            os.kill(process.pid, signal.SIGINT)
+        assert {pool.submit(word).result()[0] for word in "abc"} == set("abc")
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

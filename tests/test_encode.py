@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.pack import pack
 from latent_shift.data.store import Store
+from latent_shift.data.workers import Workers
 from latent_shift.diffusion import correlated_noise
 from latent_shift.models.autoencoder import to_pixels
 from latent_shift.runtime import start_worker
@@ -261,6 +261,41 @@ def test_encode_replaces_incomplete_shards(shards, reference, autoencoder, texts
     assert read_files(tmp_path) == read_files(reference)
 
 
+def test_encode_keeps_a_shard_that_another_process_completes(
+    shards, reference, autoencoder, texts, tmp_path, monkeypatch
+):
+    """A shard that is incomplete when the work begins may be complete when its turn comes."""
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    paths = sorted((tmp_path / "shards").iterdir())
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-1])
+    inodes = {}
+
+    def complete(tasks, encoder):
+        for path in paths[1:]:
+            shutil.copy(reference / "shards" / path.name, tmp_path / "copy")
+            (tmp_path / "copy").rename(path)
+            inodes[path] = path.stat().st_ino
+        return encode_here(tasks, encoder)
+
+    encode_here = encoding._encode_here
+    monkeypatch.setattr(encoding, "_encode_here", complete)
+    encode(shards, tmp_path, autoencoder=autoencoder, texts=texts, mirror=True)
+    assert {path: path.stat().st_ino for path in paths[1:]} == inodes
+    assert read_files(tmp_path) == read_files(reference)
+
+
+def test_encode_refuses_a_text_encoder_that_overflows(shards, autoencoder, texts, tmp_path):
+    shutil.copytree(texts, tmp_path / "texts")
+    encoder = CLIPTextModel.from_pretrained(texts / "text_encoder")
+    encoder.state_dict()["final_layer_norm.bias"].fill_(1e5)
+    encoder.save_pretrained(tmp_path / "texts" / "text_encoder")
+    with pytest.raises(
+        ValueError, match=r"embeds the caption '[^\n]*' to numbers that are not finite in float16"
+    ):
+        encode(shards, tmp_path / "out", autoencoder=autoencoder, texts=tmp_path / "texts")
+
+
 def wait_for_end(*processes: psutil.Process) -> None:
     """Return when no process runs; the orphans of this test may stay zombies. The test's timeout limits the wait."""
     for process in processes:
@@ -293,7 +328,6 @@ def pack_step_by_step(connection, *args, **options) -> None:
         connection.send(num_done)
         connection.recv()
 
-    multiprocessing.set_start_method("fork", force=True)  # the workers are children of this process
     pack(*args, **options, progress=progress)
 
 
@@ -306,7 +340,9 @@ def test_pack_workers_end_with_their_parent(media, tmp_path):
     )
     process.start()
     assert ours.recv() == 1
-    workers = psutil.Process(process.pid).children()
+    workers = [
+        child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
+    ]
     process.kill()
     process.join()
     assert len(workers) == 2
@@ -316,13 +352,13 @@ def test_pack_workers_end_with_their_parent(media, tmp_path):
 def start_importing_worker(connection, folder: str) -> None:
     """Start a worker that never ends its imports, and send its process id."""
     sys.path.insert(0, folder)
-    worker = multiprocessing.get_context("fork").Process(target=start_worker, args=("endless", "start"))
-    worker.start()
-    connection.send(worker.pid)
-    worker.join()
+    with Workers(len, 1, initializer=start_worker, initargs=("endless", "start")) as pool:
+        (worker,) = pool._all
+        connection.send(worker.pid)
+        worker.join()
 
 
-def test_start_worker_watches_its_parent_while_it_imports(tmp_path):
+def test_worker_watches_its_parent_while_it_imports(tmp_path):
     started = tmp_path / "started"
     (tmp_path / "endless.py").write_text(
         f"import time\nopen({str(started)!r}, 'w').close()\nwhile True:\n    time.sleep(1)\n"
@@ -348,8 +384,11 @@ def test_ray_encoder_encodes_the_shard_of_a_row(shards, reference, autoencoder, 
     with encoding.single_thread():
         encoder = encoding._RayEncoder(tasks, (reference / "autoencoder", None, "cpu"))
         for index, task in enumerate(tasks):
-            assert encoder({"id": index}) == {"id": index}
+            assert encoder({"id": index}) == {"id": index, "error": ""}
             assert task.out.read_bytes() == (reference / "shards" / task.out.name).read_bytes()
+            task.out.unlink()
+        encoder.encoder.vae.quant_conv.bias.data.fill_(float("nan"))
+        assert "numbers that are not finite" in encoder({"id": 0})["error"]
 
 
 @pytest.mark.slow  # starts two nodes and their workers; its fast twin is the test above

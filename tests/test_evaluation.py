@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import traced
+from conftest import full_disk, traced
 from diffusers import DDPMScheduler
 from test_extractors import clip_folder, scripts  # noqa: F401
 from test_public_sets import msrvtt as make_msrvtt
@@ -253,6 +253,20 @@ def test_cached_rows_compute_parts_of_256_clips(system, protocol, tmp_path):
         comparison.cached_rows("squares", take, 600), [[k, k * k] for k in range(600)]
     )
     assert asked == [range(256), range(256, 512), range(256, 512), range(512, 600)]
+
+
+def test_cached_rows_on_a_full_disk_keep_the_parts(system, protocol, tmp_path):
+    comparison = Comparison(system, protocol, lambda k: k, tmp_path, tmp_path, Weights())
+    rows = np.random.default_rng(0).normal(size=(600, 10))
+    with full_disk(30_000), pytest.raises(OSError, match="the disk is full") as error:
+        comparison.cached_rows("rows", lambda numbers: rows[numbers], 600)
+    assert error.value.filename == str(tmp_path / "rows.npy") and not (tmp_path / "rows.npy").exists()
+    asked: list[range] = []
+    assert np.array_equal(comparison.cached_rows("rows", asked.append, 600), rows) and not asked
+    (tmp_path / "rows.parts").mkdir()
+    (tmp_path / "rows.npy").rename(tmp_path / "rows.parts" / "000000.npy")
+    with pytest.raises(ValueError, match=r"000000\.npy: expected .*; delete it to have it computed again"):
+        comparison.cached_rows("rows", lambda numbers: rows[numbers], 600)
 
 
 def test_clip_scores_of_another_set_have_a_cache_of_their_own(system, protocol, tmp_path, monkeypatch):

@@ -562,15 +562,16 @@ def test_read_names_half_a_film_with_sound(suffix):
         pictures.width = pictures.height = 64
         pictures.pix_fmt = "yuv420p"
         sound = container.add_stream(
-            {"webm": "libopus", "flv": "aac", "mp4": "aac"}.get(suffix, "mp2"), rate=44100
+            {"webm": "opus", "flv": "aac", "mp4": "aac"}.get(suffix, "mp2"),
+            rate=44100 if suffix == "flv" else 48000,
         )
         rng = np.random.default_rng(0)
         for k in range(100):
             frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (64, 64, 3), np.uint8), format="rgb24")
             frame.pts = k
             container.mux(pictures.encode(frame))
-            wave = av.AudioFrame.from_ndarray(np.zeros((1, 3528), np.int16), format="s16", layout="stereo")
-            wave.rate, wave.pts = 44100, 1764 * k
+            wave = av.AudioFrame.from_ndarray(np.zeros((1, 3840), np.int16), format="s16", layout="stereo")
+            wave.rate, wave.pts = 48000, 1920 * k
             container.mux(sound.encode(wave))
         container.mux(pictures.encode(None))
         container.mux(sound.encode(None))

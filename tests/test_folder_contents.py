@@ -162,6 +162,17 @@ def test_linked_folders_are_read_once(folder, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_markers_that_are_none_do_not_end_the_work(folder, tmp_path):
+    """Nobody but this package writes such a file, but a downloaded data set may hold anything."""
+    for name in ("a", "b", "c"):
+        add_clip(folder / name / "clip.webp")
+    (folder / "a" / ".latent-shift.json").mkdir()
+    (folder / "b" / ".latent-shift.json").write_text("[" * 100_000)
+    os.mkfifo(folder / "c" / ".latent-shift.json")
+    assert list(outcomes(folder).values()) == ["read"] * 4
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_special_files_are_named_and_not_opened(folder, tmp_path):
     os.mkfifo(folder / "pipe.mp4")
     os.mkfifo(folder / "good2.txt")
@@ -396,6 +407,39 @@ def test_unsorted_shards_wait_within_bounds(tmp_path, members, monkeypatch):
         for record, media in readers.read(path)
     }
     assert "sort the shard by name" in reasons["a.webp"]
+
+
+def test_files_without_content_wait_within_bounds(tmp_path, monkeypatch):
+    """A compressed shard may hold a hundred million empty files."""
+    monkeypatch.setattr(shards, "MAX_WAITING_BYTES", 100 * 1024)
+    path = tar(tmp_path / "s.tar", {f"{number}.txt": b"" for number in range(300)})
+    reasons = [media.reason for _, media in readers.read(path)]
+    assert len(reasons) == 300
+    assert 200 < sum("sort the shard by name" in reason for reason in reasons) < 300
+
+
+def test_a_sample_of_many_files_has_bounds(tmp_path, monkeypatch):
+    """Of several clips the content of one is in memory; texts are small; other files are not remembered for ever."""
+    monkeypatch.setattr(shards, "MAX_FILES", 10)
+    sample = shards._Sample("a")
+    for number in range(100):
+        sample.add(f".{number}", b"x" * 1000)
+    for suffix in (".jpg", ".mp4", ".png", ".webm", ".txt"):
+        sample.add(suffix, suffix.encode() * 1000)
+    assert (len(sample.files), sample.media_suffix) == (15, ".mp4")
+    contents = {suffix: content for suffix, content in sample.files.items() if content}
+    assert contents == {".mp4": b".mp4" * 1000, ".txt": b".txt" * 1000}
+    assert sample.num_bytes == sum(map(len, contents.values())) + 15 * (1024 + 1)
+    monkeypatch.setattr(shards, "MAX_TEXT_BYTES", 100)
+    path = tar(tmp_path / "s.tar", {"a.webp": b"x" * 200, "a.txt": b"x" * 101, "a.json": b'{"caption": "b"}'})
+    (problem, (record, media)) = readers.read(path)
+    assert problem[1].reason == "has 101 bytes, expected at most 100"
+    assert (record.texts, media) == (("b",), b"x" * 200)
+
+
+def test_shards_of_any_case_are_read(tmp_path, members):
+    path = tar(tmp_path / "S.TAR", members)
+    assert [record.texts for record, _ in readers.read(path)] == [("one",), ("two",), (), ()]
 
 
 def test_shards_take_the_video_and_not_its_thumbnail(tmp_path, folder):

@@ -1,10 +1,13 @@
 """Output folders: whose they are, and who is at work in them."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from latent_shift.files import MAX_JSON_BYTES
 from latent_shift.folders import MARKER, output_folder, read_kind
 
 
@@ -45,6 +48,33 @@ def test_output_folder_recognises_folders_from_before_the_marker(tmp_path):
     (tmp_path / "store.json").touch()
     with output_folder(tmp_path, "a store", is_own=lambda folder: (folder / "store.json").exists()):
         assert read_kind(tmp_path) == "a store"
+
+
+def test_output_folder_takes_a_folder_with_debris_of_systems(tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / ".Spotlight-V100").mkdir()
+    with output_folder(tmp_path, "clips"):
+        assert read_kind(tmp_path) == "clips"
+
+
+def damage_marker(marker: Path, kind: str) -> None:
+    if kind == "folder":
+        marker.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(marker)
+    elif kind == "circle":
+        marker.symlink_to(marker)
+    else:
+        marker.write_text({"nested": "[" * 100_000, "large": " " * (MAX_JSON_BYTES + 1)}[kind])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("kind", ["folder", "pipe", "circle", "nested", "large"])
+def test_marker_of_any_kind_is_none(kind, tmp_path):
+    damage_marker(tmp_path / MARKER, kind)
+    assert read_kind(tmp_path) is None
+    with pytest.raises(ValueError, match=r"holds \.latent-shift\.json"), output_folder(tmp_path, "clips"):
+        pass
 
 
 def test_output_folder_refuses_a_file(tmp_path):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import full_disk
 from diffusers import AutoencoderKL
 from test_video import counting_clip
 from typer.testing import CliRunner
@@ -70,7 +71,60 @@ def test_pack_writes_long_clips_through_a_file(tmp_path, monkeypatch, workers):
         assert np.array_equal(long.window(index, 0, record.num_frames), frames)
     assert len(whole.shapes) == 1
     assert len(long.shapes) == (2 if workers == 1 else 1)
-    assert not (tmp_path / "long" / ".frames").exists()
+    assert not list((tmp_path / "long").glob("*.partial"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pack_on_a_full_disk_ends_and_keeps_the_old_store(tmp_path, workers):
+    """A long clip that does not fit on the disk is not a broken clip."""
+    folder, out = tmp_path / "media", tmp_path / "store"
+    video.write(counting_clip(2), folder / "a.webp", fps=0.1)  # 160 frames of 512x512 exceed MAX_MEMORY_BYTES
+    (folder / "a.txt").write_text("a")
+    pack(folder, out, size=16, fps=8)
+    before = {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with full_disk(2**20), pytest.raises(OSError, match="the disk is full; free some space") as error:
+        pack(folder, out, size=512, fps=8, workers=workers)
+    assert str(error.value.filename).startswith(str(out))
+    assert {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_pack_does_not_take_errors_of_ours_for_broken_files(tmp_path, monkeypatch):
+    video.write(counting_clip(2), tmp_path / "a.webp", fps=8)
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr("latent_shift.data.decode.clip_flaws", lambda record: [])
+    with pytest.raises(TypeError, match="positional argument"):
+        pack(tmp_path, tmp_path / "store", size=16, fps=8)
+
+
+def test_pack_with_source_and_output_inside_each_other(tmp_path):
+    """A source is read as it was, and nothing of it is lost, also in a folder that is forced."""
+    source = tmp_path / "media"
+    video.write(counting_clip(2), source / "a.webp", fps=8)
+    (source / "a.txt").write_text("a")
+    (tmp_path / ".frames").mkdir()
+    (tmp_path / ".frames" / "mine.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out in (tmp_path, source):
+        with pytest.raises(
+            ValueError, match=r"which latent-shift did not write there; choose an empty folder"
+        ):
+            pack(source, out, size=16, fps=8)
+    with pytest.raises(ValueError, match=r"gone: no such folder"):
+        pack(tmp_path / "gone", tmp_path / "store", size=16, fps=8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: expected metadata\.jsonl .* caption in a \.txt"):
+        pack(tmp_path / "empty", tmp_path / "store", size=16, fps=8)
+    assert not (tmp_path / "store").exists()
+    for out, force in (
+        (source / "store", False),
+        (source / "store", False),
+        (tmp_path, True),
+        (source, True),
+    ):
+        problems = pack(source, out, size=16, fps=8, force=force)
+        assert {problem.outcome for problem in problems} <= {"ignored"}
+        assert [record.file_name for record in Store(out).records] == ["a.webp"]
+        assert {path: path.read_bytes() for path in before} == before
 
 
 def test_preview_shows_clips_with_their_captions(packed):

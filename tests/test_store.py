@@ -272,6 +272,31 @@ def test_store_refuses_other_values_in_store_json(packed, tmp_path, name, value)
         Store(tmp_path / "store")
 
 
+@pytest.mark.parametrize("name", ["texts", "strides", "factor", "channels"])
+@pytest.mark.parametrize("value", [None, "absent"])
+def test_store_refuses_latents_without_their_settings(latents, tmp_path, name, value):
+    shutil.copytree(latents, tmp_path / "store")
+    info = json.loads((latents / "store.json").read_text()) | {name: value}
+    if value == "absent":
+        del info[name]
+    (tmp_path / "store" / "store.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=rf"store\.json: {name}: [^\n]*; create the data set again$"):
+        open_store(tmp_path / "store")
+
+
+def test_store_json_of_others_gets_defaults(packed, latents, tmp_path):
+    for source in (packed, latents):
+        shutil.copytree(source, tmp_path / source.name)
+        info = json.loads((source / "store.json").read_text())
+        del info["fps"], info["size"]
+        (tmp_path / source.name / "store.json").write_text(json.dumps(info))
+        store = open_store(tmp_path / source.name)
+        assert (store.info["fps"], store.info["size"]) == (8, 32)
+    info = json.loads((packed / "store.json").read_text()) | {"texts": None}
+    (tmp_path / packed.name / "store.json").write_text(json.dumps(info))
+    assert type(open_store(tmp_path / packed.name)) is Store
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
 def test_store_refuses_a_store_json_that_is_none(packed, tmp_path, content):
     shutil.copytree(packed, tmp_path / "store")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 """Suffixes of files of weights that can run any program when they are opened."""
+MAX_JSON_BYTES = 64 * 2**20
+"""Maximum size of a JSON file."""
 
 
 @contextmanager
@@ -97,47 +101,108 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
     """Write a `.npy` file atomically."""
+    write_array_blocks(path, [array], array.dtype, array.shape)
+
+
+def write_array_blocks(
+    path: str | Path, blocks: Iterable[np.ndarray], dtype: np.dtype, shape: Sequence[int]
+) -> None:
+    """Write a `.npy` file atomically from blocks of rows, of which one at a time is in memory.
+
+    Args:
+        path: the file.
+        blocks: arrays of this dtype; their rows, one after the other, have the shape.
+        dtype, shape: of the whole array.
+    """
     import numpy as np
 
     with atomic_write(path) as file:
-        # `np.save` reports a full disk without saying so.
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(np.ascontiguousarray(array).data)
+        file.write(array_header(dtype, shape))
+        for block in blocks:
+            # `np.save` reports a full disk without saying so, and a growing memory map ends the process.
+            file.write(np.ascontiguousarray(block).data)
 
 
-def read_array(path: str | Path, *, mmap: bool = False) -> np.ndarray:
-    """Read a `.npy` file, or map it into memory; raise ValueError, with its name, for a damaged one."""
+def array_header(dtype: np.dtype | str, shape: Sequence[int]) -> bytes:
+    """Return the header of a `.npy` file whose rows follow it in C order.
+
+    Its length does not depend on the number of rows, so that they can be counted while they are written.
+    """
     import numpy as np
 
-    try:
-        return np.load(path, mmap_mode="r" if mmap else None)
-    except (ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path}: expected a .npy file; {error}: delete it to have it computed again"
-        ) from error
+    header = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": descr, "fortran_order": False, "shape": tuple(shape)}
+    )
+    return header.getvalue()
+
+
+def open_array(
+    path: str | Path,
+    dtype: np.dtype | str | None = None,
+    shape: Sequence[int | None] | None = None,
+    *,
+    advice: str = "delete it to have it computed again",
+) -> np.ndarray:
+    """Map a `.npy` file into memory.
+
+    Args:
+        path: the file.
+        dtype: its dtype; None allows any.
+        shape: its shape, where None stands for any number; None allows any shape.
+        advice: what to do about a damaged file, for the message.
+
+    Raises:
+        ValueError: a damaged file, or one of another dtype or shape.
+    """
+    import numpy as np
+
+    with _damage_named(path, advice):
+        array = np.lib.format.open_memmap(path, mode="r")
+    dtype = array.dtype if dtype is None else np.dtype(dtype)
+    shape = array.shape if shape is None else shape
+    matches = all(expected in (None, got) for expected, got in zip(shape, array.shape, strict=False))
+    if array.dtype != dtype or array.ndim != len(shape) or not matches:
+        expected = ", ".join("any" if side is None else str(side) for side in shape)
+        raise ValueError(f"{path}: expected ({expected}) {dtype}, got {array.shape} {array.dtype}; {advice}")
+    return array
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Read a `.npz` file; raise ValueError, with its name, for a damaged one."""
+    """Read a `.npz` file of `np.savez`; raise ValueError, with its name, for a damaged one."""
     import zipfile
-    import zlib
 
     import numpy as np
 
-    try:
+    with _damage_named(path, "delete it to have it computed again"):
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("its arrays are compressed")
         with np.load(path) as file:
-            return {name: file[name] for name in file}
+            arrays = {name: file[name] for name in file}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # numpy returns the content of a file that is no array
+                raise ValueError(f"{name} is not an array")
+        return arrays
+
+
+@contextmanager
+def _damage_named(path: str | Path, advice: str) -> Iterator[None]:
+    """Raise ValueError, with the name of a `.npy` or `.npz` file, for what numpy raises in the block. Its headers
+    may be no Python literal, or describe more than the file holds."""
+    from tokenize import TokenError
+    from zipfile import BadZipFile
+
+    try:
+        check_regular(path)
+        yield
     except (
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        AttributeError,
-    ) as error:
-        raise ValueError(
-            f"{path}: expected a .npz file; {error}: delete it to have it computed again"
-        ) from error
+        ValueError, TypeError, KeyError, EOFError, OSError, SyntaxError, OverflowError, MemoryError, RuntimeError, TokenError,
+        BadZipFile,
+    ) as error:  # fmt: skip
+        expected = f"expected a {Path(path).suffix} file"
+        raise ValueError(f"{path}: {expected}; {str(error).removeprefix(f'{path}: ')}; {advice}") from error
 
 
 def write_json(value: object, path: str | Path) -> None:
@@ -151,16 +216,63 @@ def write_json(value: object, path: str | Path) -> None:
     write_text(path, text)
 
 
-def read_json(path: str | Path) -> Any:
+def check_regular(path: str | Path) -> None:
+    """Raise ValueError for a file that must not be opened: a pipe, a socket, a device or a folder."""
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: is {describe_mode(mode)}, expected a file")
+
+
+def describe_mode(mode: int) -> str:
+    """Return what kind of file a `st_mode` stands for, such as "a pipe"."""
+    names = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return names.get(stat.S_IFMT(mode), "a special file")
+
+
+def read_bytes(path: str | Path, *, max_bytes: int | None = None) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        ValueError: a larger file, or one that is not a regular file.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    check_regular(path)
+    size = path.stat().st_size
+    if max_bytes is not None and size > max_bytes:
+        raise ValueError(f"{path}: expected at most {max_bytes} bytes of text, got {size}")
+    return path.read_bytes()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON, in UTF-8 if bytes are passed.
+
+    Raises:
+        ValueError: another encoding, not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: str | Path, *, max_bytes: int | None = MAX_JSON_BYTES) -> Any:
     """Read a UTF-8 JSON file, whatever the encoding of the locale.
 
     Raises:
-        ValueError: it is not JSON; the message names the file.
+        ValueError: it is not JSON, too large or not a regular file; the message names the file.
         OSError: it cannot be read.
     """
+    content = read_bytes(path, max_bytes=max_bytes)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return parse_json(content)
+    except ValueError as error:
         raise ValueError(f"{path}: expected a JSON file; {error}") from error
 
 
@@ -175,21 +287,24 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 def read_json_lines(path: str | Path) -> list[Any]:
     """Read a file with a JSON value in each line; raise ValueError, with the file and line, for any other."""
     values = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_bytes(path).decode(errors="replace").splitlines(), 1):
         try:
-            values.append(json.loads(line))
-        except (json.JSONDecodeError, RecursionError) as error:
+            values.append(parse_json(line))
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: expected JSON; {error}") from error
     return values
 
 
-def check_schema(value: object, schema: Any, path: str | Path) -> None:
-    """Raise ValueError of one line, with the file and the place in it, for a value that does not fit a schema of
-    pydantic: a model, a dataclass or a type."""
+def check_schema(value: object, schema: Any, path: str | Path) -> Any:
+    """Return a value as a schema of pydantic describes it: a model, a dataclass or a type.
+
+    Raises:
+        ValueError: it does not fit; the message, of one line, names the file and the place in it.
+    """
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        TypeAdapter(schema).validate_python(value)
+        return TypeAdapter(schema).validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]
         # Alternatives of a union have names of their own in the place of an error.

@@ -6,23 +6,25 @@ Everything else is somebody's: it is refused, unless the person says so.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from latent_shift.files import write_json
+from latent_shift.files import read_json, write_json
 
 MARKER = ".latent-shift.json"
 LOCK = ".lock"
-_DEBRIS = {
-    LOCK,
-    ".DS_Store",
-    "Thumbs.db",
-    "desktop.ini",
-}  # what a lock and file browsers leave in an empty folder
+_DEBRIS = re.compile(
+    r"\._.*|__MACOSX|\.DS_Store|\.Spotlight-V100|\.Trashes|\.fseventsd|\.AppleDouble"  # macOS
+    r"|Thumbs\.db|ehthumbs\.db|desktop\.ini|\$RECYCLE\.BIN|System Volume Information"  # Windows
+    r"|@eaDir|lost\+found|\.directory|\.Trash-\d+|\.nfs[0-9a-f]+"  # network drives, Linux
+    r"|\.git|\.gitattributes|\.gitignore|\.cache|\.ipynb_checkpoints"
+    r"|\.lock|\.latent-shift\.json|\..*\.partial",
+    re.IGNORECASE,
+)
 
 
 class FolderInUse(ValueError):
@@ -84,7 +86,8 @@ def check_own(
         raise ValueError(
             f"{folder}: holds {found}, expected {kind} or an empty folder; choose another, or use --force"
         )
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in _DEBRIS)
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if not is_debris(name) or name == MARKER]  # a damaged marker is foreign
     if foreign:
         raise ValueError(
             f"{folder}: holds {foreign[0]}, which latent-shift did not write there; choose an empty folder, or use --force"
@@ -94,8 +97,13 @@ def check_own(
 def read_kind(folder: Path) -> str | None:
     """Return what a folder is marked to hold, or None if it is not marked."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        marker = read_json(folder / MARKER)
+    except (OSError, ValueError):
         return None
     kind = marker.get("kind") if isinstance(marker, dict) else None
     return kind if isinstance(kind, str) else None
+
+
+def is_debris(name: str) -> bool:
+    """Return whether a file or folder was left by the operating system or a program, and holds no data."""
+    return _DEBRIS.fullmatch(name) is not None

@@ -13,7 +13,6 @@ import logging
 import multiprocessing
 import os
 import platform
-import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -201,10 +200,8 @@ def silenced(*loggers: str) -> Iterator[None]:
 
 
 def start_worker(module: str, function: str, *args: object) -> None:
-    """Initialize a worker process: watch its parent, set its allocator, silence the libraries, then call a
-    function given by name, whose imports are silent, too. Ctrl-C is the parent's affair."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_with_parent()
+    """Initialize a worker process that uses networks: set its allocator, silence the libraries, then call a function
+    given by name, whose imports are silent, too."""
     keep_freed_memory()
     quiet_libraries()
     getattr(importlib.import_module(module), function)(*args)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -21,9 +20,8 @@ import torch
 from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
-from latent_shift.data.records import parse_json
 from latent_shift.data.store import Store, caption_at_rate, text_digest
-from latent_shift.files import write_array, write_text
+from latent_shift.files import array_header, read_json, write_array, write_text
 from latent_shift.models import text
 from latent_shift.models.loading import open_text_encoder, open_tokenizer
 from latent_shift.models.parts import check_network, check_tokenizer
@@ -74,7 +72,7 @@ class Captions:
     def are_written(self, out: Path) -> bool:
         """Return whether a folder has the embeddings of these captions."""
         try:
-            return parse_json((out / "texts.json").read_text(encoding="utf-8")) == self.metadata
+            return read_json(out / "texts.json", max_bytes=None) == self.metadata
         except (OSError, ValueError):
             return False
 
@@ -96,21 +94,24 @@ class Captions:
     def _embed(self, embeddings: Path, progress: Path, batch_size: int) -> None:
         """Write the embeddings to a file in order, and the progress to another, from which an interrupted call
         with the same captions continues."""
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": "<f2", "fortran_order": False, "shape": (len(self.captions), *self.shape)}
-        )
+        header = array_header("<f2", (len(self.captions), *self.shape))
         num_done = self._num_done(progress) if embeddings.exists() else 0
         text.warn_of_cut_words(self.tokenizer, self.captions, "caption")
         with embeddings.open("r+b" if num_done else "wb") as file:
             if not num_done:
-                _allocate(file, len(header.getvalue()) + self.num_bytes)
-                file.write(header.getvalue())
-            file.seek(len(header.getvalue()) + num_done * 2 * int(np.prod(self.shape)))
+                _allocate(file, len(header) + self.num_bytes)
+                file.write(header)
+            file.seek(len(header) + num_done * 2 * int(np.prod(self.shape)))
             for num_batches, start in enumerate(range(num_done, len(self.captions), batch_size), 1):
                 batch = self.captions[start : start + batch_size]
-                embedding = text.embed(self.tokenizer, self.text_encoder, batch)
-                file.write(embedding.half().cpu().numpy().data)
+                embedding = text.embed(self.tokenizer, self.text_encoder, batch).half().cpu().numpy()
+                if not np.isfinite(embedding).all():
+                    finite = np.isfinite(embedding).all(axis=(1, 2))
+                    raise ValueError(
+                        f"{self.folder}: the text encoder embeds the caption {batch[finite.argmin()]!r:.80} to numbers that "
+                        "are not finite in float16; expected another text encoder"
+                    )
+                file.write(embedding.data)
                 if num_batches % CAPTION_SAVE_INTERVAL == 0:
                     file.flush()
                     os.fsync(file.fileno())
@@ -121,8 +122,9 @@ class Captions:
     def _num_done(self, progress: Path) -> int:
         """Return how many captions an interrupted call has embedded, 0 if it was for others."""
         try:
-            saved = parse_json(progress.read_text(encoding="utf-8"))
-            return saved["done"] if saved["task"] == self.task and isinstance(saved["done"], int) else 0
+            saved = read_json(progress)
+            num_done = saved["done"] if saved["task"] == self.task else 0
+            return num_done if isinstance(num_done, int) and 0 <= num_done <= len(self.captions) else 0
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 

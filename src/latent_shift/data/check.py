@@ -45,7 +45,8 @@ def check(
         size: also report clips that `pack` with this size enlarges or crops to less than half.
         aspects: inspect whole frames, as `pack` with this factor keeps them; None inspects the central
             squares.
-        workers: number of processes that decode.
+        workers: number of processes that decode. A script that uses several does so below
+            `if __name__ == "__main__":`.
 
     Returns:
         The numbers of clips, stills, skipped files and concepts, and the problems. A watermark is reported

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from latent_shift import video
-from latent_shift.data.records import Media, Problem, Record, check_regular
+from latent_shift.data.records import Media, Problem, Record
 from latent_shift.data.workers import WorkerDied, Workers
+from latent_shift.files import check_regular
 
 MAX_DECODE_SECONDS = 3600
 """Time after which a worker process is killed that decodes one file."""
@@ -64,6 +65,10 @@ class Decoder:
         try:
             if content is None:
                 check_regular(path)
+        except (OSError, ValueError) as error:
+            return Problem(record.file_name, _describe_error(error, path))
+        # An error of the disk on which a long clip is collected is not one of the file, and ends the work.
+        try:
             frames = video.collect(
                 video.iterate(path, content=content, fps=self.fps, size=self.sizes), self.long_clips
             )
@@ -71,13 +76,18 @@ class Decoder:
             if self.packed_sizes:
                 first, _ = video.read(path, content=content, num_frames=1)
                 flaws += size_flaws(first.shape[1], first.shape[2], self.packed_sizes)
-        except FileNotFoundError:
-            return Problem(record.file_name, "no such file")
         except ValueError as error:
-            return Problem(record.file_name, str(error).removeprefix(f"{path}: "))
-        except Exception as error:  # no file, however broken, may end the work on the others
-            return Problem(record.file_name, f"cannot be decoded: {type(error).__name__}: {error}")
+            return Problem(record.file_name, _describe_error(error, path))
         return Clip(frames, tuple(flaws))
+
+
+def _describe_error(error: OSError | ValueError, path: Path) -> str:
+    """Return why a file cannot be used, without its name."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError):
+        return f"cannot be opened: {error.strerror}"
+    return str(error).removeprefix(f"{path}: ")
 
 
 def decode_records(

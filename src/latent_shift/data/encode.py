@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import multiprocessing
 import os
 import random
@@ -31,18 +32,18 @@ import torch
 
 from latent_shift.data.captions import Captions, model_digest
 from latent_shift.data.latents import LatentStore
-from latent_shift.data.records import Record, parse_json
+from latent_shift.data.records import Record
 from latent_shift.data.store import (
+    ADVICE,
     LATENTS,
     Store,
     finish_store,
     is_complete,
-    open_array,
     open_pixel_store,
     store_folder,
 )
 from latent_shift.data.workers import WorkerDied, Workers
-from latent_shift.files import write_array, write_text
+from latent_shift.files import open_array, read_json, write_array, write_text
 from latent_shift.folders import FolderInUse
 from latent_shift.models.autoencoder import downscale_factor, load_autoencoder, posterior, to_pixels
 from latent_shift.runtime import start_worker
@@ -60,12 +61,18 @@ class ShardTask:
         pieces: (first frame, number of frames) of each clip to encode.
         mirror: whether to flip the frames horizontally.
         out: file for the latents.
+        shape: of the latents.
     """
 
     shard: Path
     pieces: tuple[tuple[int, int], ...]
     mirror: bool
     out: Path
+    shape: tuple[int, ...]
+
+    @property
+    def is_done(self) -> bool:
+        return is_complete(self.out, self.shape, "float16")
 
 
 class Encoder:
@@ -105,10 +112,11 @@ class Encoder:
         return torch.stack(posterior(self.vae, pixels), dim=1).half().cpu().numpy()
 
     def __call__(self, task: ShardTask) -> None:
-        """Write the moments of a shard to `task.out`, unless it exists."""
-        if task.out.exists():
+        """Write the moments of a shard to `task.out`, unless they are there. An incomplete file is replaced in one
+        step, so that no process deletes what another has completed."""
+        if task.is_done:
             return
-        frames = open_array(task.shard, "uint8", (None, None, None, 3))
+        frames = open_array(task.shard, "uint8", (None, None, None, 3), advice=ADVICE)
         rows = np.concatenate([np.arange(start, start + num) for start, num in task.pieces])
         batch_size = self.batch_size or max(1, 32 * 128**2 // (frames.shape[1] * frames.shape[2]))
         batches = []
@@ -124,7 +132,7 @@ class Encoder:
 
     def seconds_per_frame(self, shard: Path) -> float:
         """Measure the time to encode one frame of a shard with one thread, after a warm-up."""
-        frame = np.array(np.load(shard, mmap_mode="r")[:1])
+        frame = np.array(open_array(shard, advice=ADVICE)[:1])
         with single_thread():
             self.moments(frame)
             start = time.perf_counter()
@@ -187,7 +195,7 @@ def encode(
     job = hashlib.sha256(repr((captions.task, sorted(shapes))).encode()).hexdigest()
 
     def encode_shards(tasks: list[ShardTask], encoder_args: tuple) -> None:
-        for num_done in _encode_missing(tasks, shapes, encoder, encoder_args, workers, ray):
+        for num_done in _encode_missing(tasks, encoder, encoder_args, workers, ray):
             if progress:
                 progress(num_done, len(tasks))
 
@@ -195,7 +203,7 @@ def encode(
         with store_folder(out, LATENTS, force=force, wait=wait) as (_, stale):
             if wait and _is_finished(out, shapes):
                 return
-            _check_free_space(out, tasks, shapes, captions)
+            _check_free_space(out, tasks, captions)
             write_text(out / "job.txt", job)
             _write_autoencoder(out, encoder)
             captions.write(out, batch_size or 32)
@@ -230,12 +238,9 @@ def _is_finished(out: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
     return (out / "store.json").exists() and Store(out).shapes == shapes
 
 
-def _check_free_space(
-    out: Path, tasks: list[ShardTask], shapes: dict[str, tuple[int, ...]], captions: Captions
-) -> None:
+def _check_free_space(out: Path, tasks: list[ShardTask], captions: Captions) -> None:
     """Raise ValueError if the disk cannot hold what is missing."""
-    missing = (shapes[task.out.stem] for task in tasks if not task.out.exists())
-    needed = sum(2 * int(np.prod(shape)) for shape in missing)
+    needed = sum(2 * math.prod(task.shape) for task in tasks if not task.is_done)
     needed += 0 if captions.are_written(out) else captions.num_bytes
     free = shutil.disk_usage(out).free
     if needed > free:
@@ -248,7 +253,7 @@ def _write_autoencoder(out: Path, encoder: Encoder) -> None:
     """Copy the autoencoder, unless the store in `out` has it already."""
     store = out / "store.json"
     try:
-        is_there = parse_json(store.read_text(encoding="utf-8"))["autoencoder"] == encoder.digest
+        is_there = read_json(store)["autoencoder"] == encoder.digest
     except (OSError, ValueError, KeyError, TypeError):
         is_there = False
     if not is_there:
@@ -301,18 +306,11 @@ def _plan_shards(
                 continue
             pieces = tuple((clip.start, clip.num_frames) for clip in clips)
             name = hashlib.sha256(repr((shard, pieces, mirrored, encoder.digest)).encode()).hexdigest()[:24]
-            tasks.append(
-                ShardTask(source.paths[shard].absolute(), pieces, mirrored, out / "shards" / f"{name}.npy")
-            )
-            height, width = source.shapes[shard][1:3]
+            height, width = (side // encoder.factor for side in source.shapes[shard][1:3])
             starts = [0, *np.cumsum([num for _, num in pieces]).tolist()]
-            shapes[name] = (
-                starts[-1],
-                2,
-                encoder.channels,
-                height // encoder.factor,
-                width // encoder.factor,
-            )
+            shapes[name] = (starts[-1], 2, encoder.channels, height, width)
+            path = out / "shards" / f"{name}.npy"
+            tasks.append(ShardTask(source.paths[shard].absolute(), pieces, mirrored, path, shapes[name]))
             records += [
                 replace(clip, shard=name, start=start) for clip, start in zip(clips, starts[:-1], strict=True)
             ]
@@ -321,7 +319,6 @@ def _plan_shards(
 
 def _encode_missing(
     tasks: list[ShardTask],
-    shapes: dict[str, tuple[int, ...]],
     encoder: Encoder,
     encoder_args: tuple,
     workers: int | None,
@@ -331,18 +328,15 @@ def _encode_missing(
 
     Args:
         tasks: all shards.
-        shapes: shard name -> shape.
         encoder: encodes in this process.
         encoder_args: arguments of `Encoder` in other processes.
         workers: number of processes; None: see `encode`.
         ray: address of a Ray cluster, or None.
     """
-    missing = [task for task in tasks if not is_complete(task.out, shapes[task.out.stem], "float16")]
-    for task in missing:
-        task.out.unlink(missing_ok=True)
+    missing = [task for task in tasks if not task.is_done]
     num_done = len(tasks) - len(missing)
     if workers is None:
-        workers = _num_worthwhile_workers(missing, shapes, encoder)
+        workers = _num_worthwhile_workers(missing, encoder)
     results: Iterator[Exception | None]
     if ray:
         results = _encode_on_ray(missing, encoder_args, workers, ray)
@@ -364,15 +358,13 @@ def _encode_missing(
         )
 
 
-def _num_worthwhile_workers(
-    tasks: list[ShardTask], shapes: dict[str, tuple[int, ...]], encoder: Encoder
-) -> int:
+def _num_worthwhile_workers(tasks: list[ShardTask], encoder: Encoder) -> int:
     """Return the number of processes so that each has more work than its start takes."""
     if len(tasks) <= 1:
         return 1
     on_gpu = encoder.vae.device.type == "cuda"
     available = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
-    num_frames = sum(shapes[task.out.stem][0] for task in tasks)
+    num_frames = sum(task.shape[0] for task in tasks)
     seconds = num_frames * encoder.seconds_per_frame(tasks[0].shard)
     return max(1, min(available, len(tasks), int(seconds / WORKER_START_SECONDS)))
 
@@ -391,14 +383,12 @@ def _encode_here(tasks: list[ShardTask], encoder: Encoder) -> Iterator[Exception
 
 def _encode_in_pool(tasks: list[ShardTask], encoder_args: tuple, workers: int) -> Iterator[Exception | None]:
     """As `_encode_here`, in several processes. A shard at which a process died is tried once more."""
-    context = multiprocessing.get_context("spawn")
-    num_started = context.Value("i", 0)
+    num_started = multiprocessing.get_context("spawn").Value("i", 0)
     with Workers(
         _encode_in_worker,
         min(workers, len(tasks)),
         initializer=start_worker,
         initargs=(__name__, "_start_worker", num_started, *encoder_args),
-        context=context,
     ) as pool:
         for is_last in (False, True):
             shards = {pool.submit(task): task for task in tasks}
@@ -417,8 +407,10 @@ def _encode_in_pool(tasks: list[ShardTask], encoder_args: tuple, workers: int) -
                     yield None
 
 
-def _encode_on_ray(tasks: list[ShardTask], encoder_args: tuple, workers: int, address: str) -> Iterator[None]:
-    """Encode with Ray Data, which repeats a task elsewhere if its machine dies."""
+def _encode_on_ray(
+    tasks: list[ShardTask], encoder_args: tuple, workers: int, address: str
+) -> Iterator[Exception | None]:
+    """As `_encode_here`, with Ray Data, which repeats a task elsewhere if its machine dies."""
     import ray
 
     ray.init(address=address, log_to_driver=False)
@@ -440,8 +432,8 @@ def _encode_on_ray(tasks: list[ShardTask], encoder_args: tuple, workers: int, ad
             num_cpus=None if on_gpu else 1,
             num_gpus=1 if on_gpu else None,
         )
-        for _ in results.iter_rows():
-            yield
+        for row in results.iter_rows():
+            yield ValueError(row["error"]) if row["error"] else None
     finally:
         ray.shutdown()
 
@@ -453,8 +445,12 @@ class _RayEncoder:
         self.encoder = Encoder(*encoder_args)
 
     def __call__(self, row: dict) -> dict:
-        self.encoder(self.tasks[row["id"]])
-        return row
+        """Encode the shard of a row, and add the reason why that is impossible, or ""."""
+        try:
+            self.encoder(self.tasks[row["id"]])
+        except ValueError as error:
+            return {**row, "error": str(error)}
+        return {**row, "error": ""}
 
 
 @contextmanager

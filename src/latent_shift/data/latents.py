@@ -24,7 +24,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from latent_shift.data.sampler import BalancedSampler
-from latent_shift.data.store import Store, open_array, text_digest
+from latent_shift.data.store import ADVICE, Store, text_digest
+from latent_shift.files import open_array
 from latent_shift.models.autoencoder import decode_latents, load_autoencoder, to_frames
 
 
@@ -37,15 +38,18 @@ class LatentStore(Store):
 
     def __init__(self, folder: str | Path):
         super().__init__(folder)
-        if "texts" not in self.info:
+        if self.info["dtype"] != "float16":
             raise ValueError(
                 f"{folder}: holds pixels, not latents; `latent-shift encode` makes latents of them"
             )
-        digests = [np.array(open_array(part / "captions.npy", "uint64", (None,))) for part in self.folders]
+        digests = [
+            np.array(open_array(part / "captions.npy", "uint64", (None,), advice=ADVICE))
+            for part in self.folders
+        ]
         self._ends = np.cumsum([len(part) for part in digests])
         self._digests, self._rows = np.unique(np.concatenate(digests), return_index=True)
         self._embeddings = [
-            open_array(part / "texts.npy", "float16", (len(rows), *self.info["texts"]))
+            open_array(part / "texts.npy", "float16", (len(rows), *self.info["texts"]), advice=ADVICE)
             for part, rows in zip(self.folders, digests, strict=True)
         ]
 
@@ -146,4 +150,4 @@ class LatentStore(Store):
 def open_store(folder: str | Path) -> Store:
     """Open a store of pixels or of latents."""
     store = Store(folder)
-    return LatentStore(folder) if "texts" in store.info else store
+    return LatentStore(folder) if store.info["dtype"] == "float16" else store

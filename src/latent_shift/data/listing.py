@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections import deque
 from pathlib import Path
 
-from latent_shift.data.records import Problem, describe_mode, escape
-from latent_shift.folders import read_kind
-
-_DEBRIS = re.compile(
-    r"\._.*|__MACOSX|\.DS_Store|\.Spotlight-V100|\.Trashes|\.fseventsd|\.AppleDouble"  # macOS
-    r"|Thumbs\.db|ehthumbs\.db|desktop\.ini|\$RECYCLE\.BIN|System Volume Information"  # Windows
-    r"|@eaDir|lost\+found|\.directory|\.Trash-\d+|\.nfs[0-9a-f]+"  # network drives, Linux
-    r"|\.git|\.gitattributes|\.gitignore|\.cache|\.ipynb_checkpoints"
-    r"|\.lock|\.latent-shift\.json|\..*\.partial",
-    re.IGNORECASE,
-)
-
-
-def is_debris(name: str) -> bool:
-    """Return whether a file or folder was left by the operating system or a program, and holds no data."""
-    return _DEBRIS.fullmatch(name) is not None
+from latent_shift.data.records import Problem, escape
+from latent_shift.files import describe_mode
+from latent_shift.folders import is_debris, read_kind
 
 
 def list_files(folder: Path) -> tuple[list[Path], list[Problem]]:

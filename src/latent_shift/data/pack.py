@@ -47,7 +47,8 @@ def pack(
         split_cuts: store each scene of a clip with cuts as a clip of its own, with the same captions.
         shard_mb: size of a shard in megabytes.
         min_frames: report clips with fewer frames, unless they loop.
-        workers: number of processes that decode.
+        workers: number of processes that decode. A script that uses several does so below
+            `if __name__ == "__main__":`.
         force: also write into a folder that holds something else; see `output_folder`.
         progress: called with (number of clips done, number of clips, or None if unknown).
 
@@ -97,7 +98,7 @@ def pack(
 @contextmanager
 def _long_clips(folder: Path) -> Iterator[Path]:
     """Yield a folder for the frames of long clips, which is removed when the block ends."""
-    long_clips = folder / ".frames"
+    long_clips = folder / ".long-clips.partial"
     shutil.rmtree(long_clips, ignore_errors=True)  # of a process that was killed
     try:
         yield long_clips

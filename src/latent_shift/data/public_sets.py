@@ -16,10 +16,10 @@ from latent_shift.data.records import (
     Record,
     check_text,
     escape,
-    parse_json,
     read_text,
     unusable,
 )
+from latent_shift.files import MAX_JSON_BYTES, parse_json
 
 UCF101_FILE = re.compile(r"v_([A-Za-z]+)_g\d\d_c\d\d\.avi")
 
@@ -67,7 +67,7 @@ def load_msrvtt_annotations(file: Path) -> dict[str, list] | None:
     if not any(key in head for key in (b'"info"', b'"videos"', b'"sentences"')):
         return None
     try:
-        annotations = parse_json(read_text(file))
+        annotations = parse_json(read_text(file, max_bytes=MAX_JSON_BYTES))
     except ValueError:
         return None
     is_msrvtt = isinstance(annotations, dict) and all(

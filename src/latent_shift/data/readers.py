@@ -85,7 +85,7 @@ def read(source: str | Path) -> Iterator[tuple[Record, Media]]:
         return _read_folder(path)
     if path.suffix.lower() in (".jsonl", ".csv"):
         return iter(read_table(path))
-    if path.name.endswith(TAR_SUFFIXES) or "{" in path.name:
+    if path.name.lower().endswith(TAR_SUFFIXES) or "{" in path.name:
         return read_shards(expand_braces(str(source)))
     expected = (
         "expected a folder, a .jsonl or .csv table or .tar shards" if path.exists() else "no such folder"

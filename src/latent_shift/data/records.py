@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from latent_shift.files import read_bytes
 
 MAX_CAPTION_BYTES = 2**20
 """Maximum size of a caption file."""
@@ -93,33 +93,11 @@ def read_text(path: Path, *, max_bytes: int | None = None) -> str:
     Raises:
         ValueError: another encoding, a larger file, or one that is not a regular file.
     """
-    check_regular(path)
-    size = path.stat().st_size
-    if max_bytes is not None and size > max_bytes:
-        raise ValueError(f"{path}: expected at most {max_bytes} bytes of text, got {size}")
+    content = read_bytes(path, max_bytes=max_bytes)
     try:
-        return decode_text(path.read_bytes())
+        return decode_text(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def check_regular(path: Path) -> None:
-    """Raise ValueError for a file that must not be opened: a pipe, a socket, a device or a folder."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: is {describe_mode(mode)}, expected a file")
-
-
-def describe_mode(mode: int) -> str:
-    """Return what kind of file a `st_mode` stands for, such as "a pipe"."""
-    names = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-    }
-    return names.get(stat.S_IFMT(mode), "a special file")
 
 
 def decode_text(content: bytes) -> str:
@@ -158,15 +136,3 @@ def clean_captions(lines: Iterable[str]) -> tuple[str, ...]:
         ValueError: a caption is not text (`check_text`).
     """
     return tuple(check_text(line, "the caption").strip() for line in lines if line.strip())
-
-
-def parse_json(text: str) -> Any:
-    """Parse JSON.
-
-    Raises:
-        ValueError: not JSON, or nested too deeply.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error

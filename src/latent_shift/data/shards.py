@@ -23,21 +23,24 @@ from typing import IO, Any
 from urllib.request import urlopen
 
 from latent_shift import video
-from latent_shift.data.listing import is_debris
 from latent_shift.data.records import (
     Media,
     Record,
-    check_regular,
     clean_captions,
     decode_text,
     escape,
-    parse_json,
     unusable,
 )
+from latent_shift.files import check_regular, parse_json
+from latent_shift.folders import is_debris
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_FILE_BYTES = 512 * 2**20
 """Maximum size of a file in a shard."""
+MAX_TEXT_BYTES = 16 * 2**20
+"""Maximum size of the captions or the metadata of a clip in a shard."""
+MAX_FILES = 1000
+"""Number of files of a sample that are kept in mind beside its clip and captions."""
 MAX_HEADER_BYTES = 2**20
 """Maximum size of the headers of a file in a shard."""
 MAX_EXPANSION = 200
@@ -46,6 +49,8 @@ MAX_WAITING_BYTES = 256 * 2**20
 """Size of the incomplete samples that are in memory while their other files are searched."""
 MAX_SHARDS = 1_000_000
 """Maximum number of shards that one pattern stands for."""
+_TEXT_SUFFIXES = (".txt", ".json")
+_FILE_BYTES = 1024  # approximate memory of a file's name and entry
 _BLOCK = 10_240  # bytes that tarfile reads ahead
 
 SHARD_ERRORS = (OSError, EOFError, HTTPException, tarfile.TarError, zlib.error, ValueError, ImportError)
@@ -195,13 +200,17 @@ def _read_members(stream: _BoundedStream) -> Iterator[tuple[str, bytes | str]]:
                 continue
             if not member.isreg() or member.issparse():
                 yield member.name, "is a link, a sparse or a special file; expected its content"
-            elif size > MAX_FILE_BYTES:
-                yield member.name, f"has {size} bytes, expected at most {MAX_FILE_BYTES}"
+            elif size > (limit := _max_bytes(member.name)):
+                yield member.name, f"has {size} bytes, expected at most {limit}"
             else:
                 content = shard.extractfile(member)
                 assert content is not None
                 yield member.name, content.read()
         stream.check_end(shard.offset)  # type: ignore[attr-defined]
+
+
+def _max_bytes(name: str) -> int:
+    return MAX_TEXT_BYTES if name.lower().endswith(_TEXT_SUFFIXES) else MAX_FILE_BYTES
 
 
 @dataclass
@@ -210,10 +219,24 @@ class _Sample:
 
     key: str
     files: dict[str, bytes] = field(default_factory=dict)
+    num_bytes: int = 0
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(map(len, self.files.values()))
+    def add(self, suffix: str, content: bytes) -> int:
+        """Add a file, and return by how many bytes the sample grows; a file without content takes memory, too."""
+        others = self.num_bytes
+        is_media = suffix in video.SUFFIXES
+        if not is_media and suffix not in _TEXT_SUFFIXES:
+            if len(self.files) >= MAX_FILES:
+                return 0
+            content = b""
+        previous = self.media_suffix if is_media else None
+        self.files[suffix] = content
+        self.num_bytes += _FILE_BYTES + len(self.key) + len(content)
+        if previous is not None:  # the content of the other one is not needed
+            unused = previous if self.media_suffix == suffix else suffix
+            self.num_bytes -= len(self.files[unused])
+            self.files[unused] = b""
+        return self.num_bytes - others
 
     @property
     def is_complete(self) -> bool:
@@ -253,9 +276,7 @@ def _read_shard(url: str, file: IO[bytes]) -> Iterator[tuple[Record, Media]]:
                     num_waiting_bytes -= sample.num_bytes
                     yield _parse_sample(url, sample)
                 current = waiting.setdefault(key, _Sample(key))
-            is_needed = suffix in video.SUFFIXES or suffix in (".txt", ".json")
-            current.files[suffix] = content if is_needed else b""
-            num_waiting_bytes += len(current.files[suffix])
+            num_waiting_bytes += current.add(suffix, content)
             while num_waiting_bytes > MAX_WAITING_BYTES and len(waiting) > 1:
                 sample = waiting.pop(next(key for key in waiting if key != current.key))
                 num_waiting_bytes -= sample.num_bytes

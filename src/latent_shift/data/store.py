@@ -21,6 +21,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -30,19 +31,29 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from tokenize import TokenError
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from latent_shift.data.records import Problem, Record, parse_json
-from latent_shift.files import atomic_write, write_array, write_text
+from latent_shift.data.records import Problem, Record
+from latent_shift.files import (
+    atomic_write,
+    check_schema,
+    open_array,
+    parse_json,
+    read_json,
+    write_array,
+    write_text,
+)
 from latent_shift.folders import output_folder, read_kind
 from latent_shift.video import Frames
 
 PIXELS, LATENTS = "a data set of pixels", "a data set of latents"
 """What the folders of stores are marked to hold."""
+
+ADVICE = "create the data set again"
+"""What to do about a damaged store."""
 
 INDEX_DTYPE = np.dtype(
     [
@@ -87,11 +98,16 @@ class _Info(BaseModel):
     index_bytes: _Count
     index: Annotated[str, Field(pattern=r"^index(-[0-9a-f]{24})?$")] = "index"
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
-    # Of latents.
-    texts: Annotated[list[_Count], Field(min_length=2, max_length=2)] | None = None
-    strides: list[_Count] | None = None
-    factor: _Count | None = None
-    channels: _Count | None = None
+    size: _Count = 0  # of stores that do not say it: the side of a square as large as the largest frames
+
+
+class _LatentInfo(_Info):
+    """The content of store.json of latents."""
+
+    texts: Annotated[list[_Count], Field(min_length=2, max_length=2)]
+    strides: list[_Count]
+    factor: _Count
+    channels: _Count
 
 
 class Store:
@@ -124,7 +140,7 @@ class Store:
         indices, index_files = [], []
         for part in self.folders:
             info = _read_info(part)
-            index_files.append(part / f"{info.get('index', 'index')}.jsonl")
+            index_files.append(part / f"{info['index']}.jsonl")
             settings = {name: value for name, value in info.items() if name not in _PER_STORE_KEYS}
             self.info = self.info or settings
             for name in sorted({*settings, *self.info}):
@@ -147,10 +163,10 @@ class Store:
             if not is_complete(path, shape, self.info["dtype"]):
                 size = path.stat().st_size if path.exists() else 0
                 expected = f"expected {shape[0]} frames {shape[1:]}, got {size} bytes"
-                raise ValueError(f"{path}: {expected}; create the data set again")
+                raise ValueError(f"{path}: {expected}; {ADVICE}")
         # One open file each.
         self._open_shard = lru_cache(256)(
-            lambda name: open_array(self.paths[name], self.info["dtype"], self.shapes[name])
+            lambda name: open_array(self.paths[name], self.info["dtype"], self.shapes[name], advice=ADVICE)
         )
 
     @property
@@ -251,9 +267,7 @@ class _IndexLines(Sequence[Record]):
             if not texts or not all(isinstance(text, str) for text in (name, concept, split, *texts)):
                 raise ValueError("expected texts")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.paths[part]}: line {line[:60]!r} is damaged; create the data set again"
-            ) from error
+            raise ValueError(f"{self.paths[part]}: line {line[:60]!r} is damaged; {ADVICE}") from error
         return Record(
             name, tuple(texts), concept, split, bool(row["loop"]), self.shard_names[row["shard"]], int(row["start"]),
             int(row["num_frames"]),
@@ -297,30 +311,29 @@ def _read_info(folder: Path) -> dict:
     if not path.exists():
         hint = "`latent-shift data pack FOLDER OUT` writes one"
         raise ValueError(f"{folder}: not a packed data set (no store.json); {hint}")
+    info = read_json(path)
+    if isinstance(info, dict) and "index_bytes" not in info:
+        raise ValueError(f"{path}: was packed by an older version; pack it again")
+    is_latents = isinstance(info, dict) and info.get("dtype") == "float16"
     try:
-        info = parse_json(path.read_text(encoding="utf-8"))
-        if isinstance(info, dict) and "index_bytes" not in info:
-            raise ValueError("was packed by an older version; pack it again")
-        _Info.model_validate(info)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its content"
-        raise ValueError(f"{path}: {place}: {first['msg']}; create the data set again") from error
+        defaults = check_schema(info, _LatentInfo if is_latents else _Info, path).model_dump()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    index = folder / f"{info.get('index', 'index')}.jsonl"
+        raise ValueError(f"{error}; {ADVICE}") from error
+    info = {**defaults, **info}  # an fps of 8 stays an integer
+    sides = slice(3, 5) if is_latents else slice(1, 3)
+    largest = max(math.prod(shape[sides]) for shape in info["shards"].values())
+    info["size"] = info["size"] or info.get("factor", 1) * math.isqrt(largest)
+    index = folder / f"{info['index']}.jsonl"
     size = index.stat().st_size if index.exists() else 0
     if size != info["index_bytes"]:
-        raise ValueError(
-            f"{index}: expected {info['index_bytes']} bytes, got {size}; create the data set again"
-        )
+        raise ValueError(f"{index}: expected {info['index_bytes']} bytes, got {size}; {ADVICE}")
     return info
 
 
 def _read_index(folder: Path, info: dict) -> np.ndarray:
     """Return the index of a store, whose clips lie inside their shards."""
-    path = folder / f"{info.get('index', 'index')}.npy"
-    index = np.array(open_array(path, INDEX_DTYPE, (None,)))
+    path = folder / f"{info['index']}.npy"
+    index = np.array(open_array(path, INDEX_DTYPE, (None,), advice=ADVICE))
     num_frames = np.array([shape[0] for shape in info["shards"].values()])
     ends = index["start"].astype(np.int64) + index["num_frames"]
     if (
@@ -330,42 +343,8 @@ def _read_index(folder: Path, info: dict) -> np.ndarray:
         or not index["num_frames"].all()
         or index["line"].max() >= info["index_bytes"]
     ):
-        raise ValueError(f"{path}: does not fit store.json; create the data set again")
+        raise ValueError(f"{path}: does not fit store.json; {ADVICE}")
     return index
-
-
-def open_array(path: Path, dtype: np.dtype | str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """Map a `.npy` file into memory.
-
-    Args:
-        path: the file.
-        dtype: its dtype.
-        shape: its shape; None stands for any number.
-
-    Raises:
-        ValueError: a damaged file, or one of another dtype or shape.
-    """
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    # What numpy raises for headers that are no Python literal, or describe more than the file holds.
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        EOFError,
-        OSError,
-        SyntaxError,
-        OverflowError,
-        TokenError,
-    ) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); create the data set again") from error
-    matches = all(expected in (None, got) for expected, got in zip(shape, array.shape, strict=False))
-    if array.dtype != np.dtype(dtype) or array.ndim != len(shape) or not matches:
-        expected = ", ".join("any" if side is None else str(side) for side in shape)
-        raise ValueError(
-            f"{path}: expected ({expected}) {dtype}, got {array.shape} {array.dtype}; create the data set again"
-        )
-    return array
 
 
 @contextmanager

@@ -11,13 +11,12 @@ from typing import Any
 from latent_shift.data.records import (
     Media,
     Record,
-    check_regular,
     check_text,
     decode_text,
     escape,
-    parse_json,
     unusable,
 )
+from latent_shift.files import check_regular, parse_json
 
 _EXTRA_CELLS = "more columns"
 _COLUMNS = {"file_name", "text"}

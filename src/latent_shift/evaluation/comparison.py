@@ -18,7 +18,7 @@ from latent_shift.evaluation.features import Clip, Extractor, Weights
 from latent_shift.evaluation.records import Record
 from latent_shift.evaluation.statistics import Estimate
 from latent_shift.evaluation.systems import System
-from latent_shift.files import atomic_path, read_array, write_array
+from latent_shift.files import open_array, write_array, write_array_blocks
 
 if TYPE_CHECKING:
     from latent_shift.evaluation.protocols import Protocol
@@ -107,7 +107,7 @@ class Comparison:
                     write_array(file, compute(numbers))
             _concatenate(files, path, num)
             shutil.rmtree(parts)
-        rows = read_array(path, mmap=True)
+        rows = open_array(path)
         if len(rows) != num:
             raise ValueError(
                 f"{path}: has {len(rows)} rows, expected {num}: delete it to have it computed again"
@@ -157,13 +157,11 @@ class Comparison:
 
 
 def _concatenate(files: dict[range, Path], path: Path, num: int) -> None:
-    """Join parts into one file through a memory map: all rows together may be larger than memory."""
-    first = read_array(next(iter(files.values())), mmap=True)
-    with atomic_path(path) as partial:
-        rows = np.lib.format.open_memmap(partial, mode="w+", dtype=first.dtype, shape=(num, *first.shape[1:]))
-        for numbers, file in files.items():
-            rows[numbers.start : numbers.stop] = read_array(file)
-        rows.flush()
+    """Join parts into one file, one part at a time: all rows together may be larger than memory."""
+    first = open_array(next(iter(files.values())))
+    row_shape = first.shape[1:]
+    parts = (open_array(file, first.dtype, (len(numbers), *row_shape)) for numbers, file in files.items())
+    write_array_blocks(path, parts, first.dtype, (num, *row_shape))
 
 
 def central_square(clip: np.ndarray) -> np.ndarray:

@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from latent_shift.files import PICKLES, check_schema, read_json, read_json_object, tensor_shapes
+from latent_shift.files import (
+    MAX_JSON_BYTES,
+    PICKLES,
+    check_regular,
+    check_schema,
+    read_bytes,
+    read_json,
+    read_json_object,
+    tensor_shapes,
+)
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Depth = Annotated[int, Field(ge=1, le=1_000)]
@@ -296,13 +305,15 @@ def check_tokenizer(part: Path) -> None:
             f"{part}: has no vocabulary; expected tokenizer.json, vocab.json with merges.txt, or vocab.txt: "
             "copy or download the whole folder"
         )
-    for file in sorted(part.glob("*.json")):
-        read_json(file)
+    for file in sorted(path for path in part.iterdir() if path.exists() and not path.is_dir()):
+        check_regular(file)  # transformers would wait for a pipe
+        if file.suffix == ".json":
+            read_json(file)
     if "tokenizer.json" in names or not {"vocab.json", "merges.txt"} <= names:
         return
     tokens = read_json_object(part / "vocab.json")
     num_joined = sum(len(token.removesuffix("</w>")) > 1 and not token.startswith("<|") for token in tokens)
-    merges = (part / "merges.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    merges = read_bytes(part / "merges.txt", max_bytes=MAX_JSON_BYTES).decode(errors="replace").splitlines()
     num_merges = sum(bool(line.strip()) and not line.startswith("#version") for line in merges)
     if num_merges < num_joined // 2:
         raise ValueError(

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latent_shift.config import Lora
-from latent_shift.files import check_schema, tensor_shapes
+from latent_shift.files import check_schema, parse_json, tensor_shapes
 from latent_shift.models.loading import one_line_errors
 from latent_shift.models.parts import LoraSettings, PeftSettings, read_settings
 from latent_shift.shift import Shift, ShiftConv2d, inflate, shift_of
@@ -77,8 +77,8 @@ def _call_settings(metadata: dict[str, str], path: Path) -> dict:
     if "latent_shift" not in metadata:
         return {}
     try:
-        settings = json.loads(metadata["latent_shift"])
-    except json.JSONDecodeError as error:
+        settings = parse_json(metadata["latent_shift"])
+    except ValueError as error:
         raise ValueError(f"{path}: its header has settings that are not JSON ({error})") from error
     check_schema(settings, LoraSettings, path)
     return settings
@@ -171,7 +171,7 @@ def _add_tensors(
     config = metadata.get("lora_adapter_metadata")
     with one_line_errors(path, "a LoRA"):
         common: dict[str, Any] = dict(
-            network_alphas=alphas or None, metadata=json.loads(config) if config and not alphas else None, _pipeline=pipe,
+            network_alphas=alphas or None, metadata=parse_json(config) if config and not alphas else None, _pipeline=pipe,
         )  # fmt: skip
         if any(name.startswith("unet.") for name in tensors):
             pipe.load_lora_into_unet(tensors, unet=pipe.unet, **common)

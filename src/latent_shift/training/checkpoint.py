@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latent_shift.config import load
-from latent_shift.files import check_schema, read_json_object, write_text
+from latent_shift.files import check_schema, parse_json, read_bytes, read_json_object, write_text
 from latent_shift.models.loading import one_line_errors
 from latent_shift.training import fsdp
 from latent_shift.training.ema import EMA
@@ -247,7 +247,7 @@ def has_only_skipped_steps(run: Path) -> bool:
 def _read_stats(run: Path) -> list[dict]:
     """Return the complete lines of stats.jsonl."""
     path = run / "stats.jsonl"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = read_bytes(path).decode(errors="replace") if path.exists() else ""
     return [row for line in text.splitlines(keepends=True) if (row := _parse_row(line)) is not None]
 
 
@@ -267,8 +267,8 @@ def trim_stats(run: Path, step: int) -> float:
 def _parse_row(line: str) -> dict | None:
     """Return a row of stats.jsonl, or None for a line that a crash or another program spoilt."""
     try:
-        row = json.loads(line) if line.endswith("\n") else None
-    except json.JSONDecodeError:
+        row = parse_json(line) if line.endswith("\n") else None
+    except ValueError:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None

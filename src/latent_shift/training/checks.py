@@ -96,7 +96,7 @@ def check_source(config: Config, factor: int | None) -> None:
     """
     data, source = config.data, config.data.path
     packed = bool(find_stores(source))
-    encoded = packed and "texts" in Store(source).info
+    encoded = packed and Store(source).info["dtype"] == "float16"
     without_effect = (
         PACKING if encoded else tuple(name for name in PACKING if name != "mirror") if packed else ()
     )

@@ -89,7 +89,7 @@ def prepare(
     }
     if not find_stores(store):
         store = _pack_videos(config, folder, run / "pixels", source, open_bar)
-    if encodes and "texts" not in Store(store).info:
+    if encodes and Store(store).info["dtype"] == "uint8":
         assert folder is not None  # check_source
         store = _encode_pixels(config, store, folder, run / "latents", source, device, open_bar)
     return Prepared(store, folder, resolve_precision(config.train.precision, torch.device(device)))

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 from uuid import uuid4
 
 import numpy as np
 
-from latent_shift.files import full_disk_named
+from latent_shift.files import array_header, full_disk_named
 
 MAX_MEMORY_BYTES = 2**26
 """Bytes of frames of one clip that `collect` keeps in memory."""
@@ -79,22 +78,15 @@ def _write(frames: Iterator[np.ndarray], folder: Path) -> FrameFile:
         with full_disk_named(path), path.open("wb") as file:
             for frame in frames:
                 if not count:
-                    offset = _write_header(file, (0, *frame.shape))
+                    offset = file.write(array_header("uint8", (0, *frame.shape)))
                 file.write(np.ascontiguousarray(frame).data)
                 count += 1
                 shape = (count, *frame.shape)
             file.seek(0)
-            # NumPy pads the header so that a longer first number fits in.
-            assert _write_header(file, shape) == offset
+            file.write(array_header("uint8", shape))
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return FrameFile(path, shape, offset)
-
-
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> int:
-    """Write the header of a uint8 array and return its length."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return file.tell()

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
+from latent_shift.files import parse_json
 from latent_shift.video import films, pictures
 from latent_shift.video.limits import LimitedFile, TimeLimit
 from latent_shift.video.opening import DecodeError, library_errors, open_file
@@ -69,7 +70,7 @@ def _parse(text: str | bytes | None) -> dict[str, str]:
     if isinstance(text, bytes):
         text = text.decode("ascii", errors="replace")
     try:
-        value = json.loads(text or "")
+        value = parse_json(text or "")
     except ValueError:
         return {}
     is_ours = isinstance(value, dict) and all(isinstance(item, str) for item in value.values())

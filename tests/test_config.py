@@ -174,3 +174,14 @@ def test_load_makes_each_baseline_one_override_away(path):
             )  # fmt: skip
     with pytest.raises(ValueError, match="edge has no effect on temporal=none: leave it out"):
         load(path, ["model.edge=wrap", "model.temporal=none"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff", "codec can't decode"), (b"a = " + b"[" * 5000, "r.toml: "), (b"[data]\npath = ", "r.toml: ")],
+)
+def test_load_names_a_file_that_is_no_toml(tmp_path, content, message):
+    (tmp_path / "r.toml").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path / "r.toml")
+    assert str(error.value).startswith(f"{tmp_path / 'r.toml'}: ")

@@ -233,6 +233,7 @@ def test_tables_match_results():
     assert set(tables["PAGES"]) == {
         "README.md",
         "docs/evaluation.md",
+        "docs/reliability.md",
         "docs/results.md",
         "docs/results/archive/index.md",
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zipfile
 
 import numpy as np
@@ -133,3 +134,16 @@ def test_read_json_refuses_a_large_file_unopened(tmp_path):
         files.read_json(path)
     path.write_text(json.dumps({"a": "é"}, ensure_ascii=False), encoding="utf-8")
     assert files.read_json(path, max_bytes=None) == {"a": "é"}
+
+
+def test_full_disk_is_named_also_by_libraries_with_errors_of_their_own(tmp_path):
+    from safetensors.numpy import save_file
+
+    message = pytest.raises(OSError, match="the disk is full")
+    with full_disk(1000), message as error, files.full_disk_named(tmp_path / "model"):
+        save_file({"x": np.zeros(10**6)}, tmp_path / "a.safetensors")
+    assert error.value.filename == str(tmp_path / "model")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a").write_bytes(bytes(10**6))
+    with full_disk(1000), message, files.full_disk_named(tmp_path / "copy"):
+        shutil.copytree(tmp_path / "source", tmp_path / "copy")

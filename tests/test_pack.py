@@ -1,6 +1,7 @@
 """Clips packed into a store, and the contact sheet of a store."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -242,3 +243,16 @@ def test_data_preview_says_how_many_clips_it_shows(packed, tmp_path):
     ):
         result = CliRunner().invoke(app, [*command, *options])
         assert expected in result.output.splitlines(), result.output
+
+
+def test_pack_replaces_no_data_set_of_another_source(media, tmp_path):
+    other = shutil.copytree(media, tmp_path / "other")
+    pack(media, tmp_path / "out", size=32, fps=8)
+    pack(media, tmp_path / "out", size=32, fps=4)
+    with pytest.raises(
+        ValueError, match=rf"out: holds a data set of pixels made of {media.name}, not of other; .* --force"
+    ):
+        pack(other, tmp_path / "out", size=32, fps=8)
+    assert Store(tmp_path / "out").info["fps"] == 4
+    pack(other, tmp_path / "out", size=32, fps=8, force=True)
+    assert json.loads((tmp_path / "out" / "store.json").read_text())["source"] == "other"

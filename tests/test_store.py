@@ -161,7 +161,7 @@ def test_pack_spares_the_files_of_others_and_intact_stores(packed, media, tmp_pa
     (intact / "notes.md").write_text("mine")
     files = read_folder(intact)
     with pytest.raises(ValueError, match="none of 2 files can be used"):
-        pack(str(tmp_path / "absent-{0..1}.tar"), intact, size=32, fps=8)
+        pack(str(tmp_path / "absent-{0..1}.tar"), intact, size=32, fps=8, force=True)
     assert read_folder(intact) == files
     pack(media, intact, size=16, fps=8)
     assert (intact / "notes.md").read_text() == "mine"
@@ -218,7 +218,7 @@ def test_pack_refuses_a_folder_of_latents(media, latents, tmp_path):
 def test_two_processes_do_not_pack_into_one_folder(media, tmp_path):
     script = "import sys; from latent_shift.data.pack import pack; pack(*sys.argv[1:], size=32, fps=8)"
     command = [sys.executable, "-c", script, str(media), str(tmp_path / "store")]
-    with store_folder(tmp_path / "store", PIXELS):
+    with store_folder(tmp_path / "store", PIXELS, source="clips"):
         second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 1 and "another process is writing there" in second.stderr
     subprocess.run(command, check=True)

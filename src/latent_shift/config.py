@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from latent_shift.files import read_bytes
+
 log = logging.getLogger("latent_shift")
 
 RENAMED_KEYS = {"diffusion.independent_share": "diffusion.independent_noise_prob"}
@@ -435,8 +437,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        settings = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
-    except (OSError, tomlkit.exceptions.ParseError) as error:
+        settings = tomlkit.parse(read_bytes(path, max_bytes=2**24).decode()).unwrap()
+    except (OSError, UnicodeDecodeError, RecursionError, tomlkit.exceptions.TOMLKitError) as error:
         raise ValueError(f"{path}: {error}") from error
     _rename_keys(settings, path)
     changed = {_apply_override(settings, override) for override in overrides or []}

@@ -55,11 +55,19 @@ def full_disk_named(path: Path) -> Iterator[None]:
     """Raise an OSError that names `path` if the disk, or the quota, is full in the block."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) and error.errno else _os_error(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         message = "the disk is full; free some space, or choose a folder on another disk"
-        raise OSError(error.errno, message, str(path)) from error
+        raise OSError(number, message, getattr(error, "filename", None) or str(path)) from error
+
+
+def _os_error(error: Exception) -> int | None:
+    """Return the number of the operating system's error in the text of another one: those of safetensors and of
+    `shutil.copytree` are no plain OSErrors."""
+    match = re.search(r"(?:os error |Errno )(\d+)", str(error))
+    return int(match[1]) if match else None
 
 
 @contextmanager

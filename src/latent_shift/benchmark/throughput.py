@@ -102,7 +102,7 @@ def index(
                 caption = f"a caption of the usual length of about sixty letters, {number}"
                 writer.add(Record(f"{number // 1000:05}/{number:09}.mp4", (caption,), caption), clip.copy())
             start = time.perf_counter()
-            writer.close(dtype="float16", fps=8, size=8)
+            writer.close(dtype="float16", fps=8, size=8, texts=[1, 1], strides=[1], factor=8, channels=4)
             write_seconds += time.perf_counter() - start
         return {
             "clips": num_clips,

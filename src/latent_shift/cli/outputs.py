@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import latent_shift
+from latent_shift.files import read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +110,7 @@ def read_prompts(file: Path) -> list[str]:
         ValueError: no prompt, or text that is not UTF-8.
     """
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_bytes(file, max_bytes=2**24).decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: expected text in UTF-8, got other bytes at {error.start}") from error
     prompts = [line for line in lines if line and not line.startswith("#")]

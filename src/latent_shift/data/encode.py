@@ -43,7 +43,7 @@ from latent_shift.data.store import (
     store_folder,
 )
 from latent_shift.data.workers import WorkerDied, Workers
-from latent_shift.files import open_array, read_json, write_array, write_text
+from latent_shift.files import full_disk_named, open_array, read_json, write_array, write_text
 from latent_shift.folders import FolderInUse
 from latent_shift.models.autoencoder import downscale_factor, load_autoencoder, posterior, to_pixels
 from latent_shift.runtime import start_worker
@@ -200,16 +200,18 @@ def encode(
                 progress(num_done, len(tasks))
 
     def lead(*, wait: bool = False) -> None:
-        with store_folder(out, LATENTS, force=force, wait=wait) as (_, stale):
+        name = source.info.get("source")
+        with store_folder(out, LATENTS, source=name, force=force, wait=wait) as (_, stale):
             if wait and _is_finished(out, shapes):
                 return
             _check_free_space(out, tasks, captions)
             write_text(out / "job.txt", job)
-            _write_autoencoder(out, encoder)
-            captions.write(out, batch_size or 32)
+            with full_disk_named(out):
+                _write_autoencoder(out, encoder)
+                captions.write(out, batch_size or 32)
             encode_shards(tasks, (str(out / "autoencoder"), batch_size, str(device)))
             finish_store(
-                out, records, shapes, stale=stale, dtype="float16", fps=source.info["fps"], size=source.info["size"],
+                out, records, shapes, stale=stale, dtype="float16", source=name, fps=source.info["fps"], size=source.info["size"],
                 factor=encoder.factor, channels=encoder.channels, texts=captions.shape, strides=sorted(set(strides)),
                 autoencoder=encoder.digest, text_encoder=captions.encoder_digest,
             )  # fmt: skip

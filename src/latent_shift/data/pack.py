@@ -62,11 +62,15 @@ def pack(
     if not (fps > 0 and np.isfinite(fps)):
         raise ValueError(f"fps must be above 0, got {fps}")
     sizes = aspect_sizes(size, aspects)
+    name = Path(without_secrets(str(source))).name
     clips = read(source)
     num_clips = length_hint(clips) or None
     problems: list[Problem] = []
     num_done, num_packed, num_skipped = 0, 0, 0
-    with store_folder(out, PIXELS, force=force) as (folder, stale), _long_clips(folder) as long_clips:
+    with (
+        store_folder(out, PIXELS, source=name, force=force) as (folder, stale),
+        _long_clips(folder) as long_clips,
+    ):
         decode = Decoder(sizes, fps, min_frames, packed_sizes=sizes, long_clips=long_clips)
         writer = StoreWriter(folder, shard_mb=shard_mb)
         for record, clip in decode_records(clips, decode, workers):
@@ -90,7 +94,6 @@ def pack(
             raise ValueError(
                 f"{without_secrets(str(source))}: none of {num_skipped} files can be used{first}"
             )
-        name = Path(without_secrets(str(source))).name
         writer.close(problems=problems, stale=stale, dtype="uint8", fps=fps, size=size, source=name)
     return problems
 

@@ -349,15 +349,19 @@ def _read_index(folder: Path, info: dict) -> np.ndarray:
 
 @contextmanager
 def store_folder(
-    folder: str | Path, kind: str, *, force: bool = False, wait: bool = False
+    folder: str | Path, kind: str, *, source: str | None, force: bool = False, wait: bool = False
 ) -> Iterator[tuple[Path, list[Path]]]:
     """Create and lock a folder for a store; see `output_folder`.
 
     Args:
         folder: where the store goes.
         kind: PIXELS or LATENTS.
-        force: also take a folder that holds something else; its files are kept.
+        source: name of what the store is made of. A store of another source is not replaced.
+        force: also replace a store of another source, and take a folder that holds something else; its files are kept.
         wait: wait for another process that writes there, instead of an error.
+
+    Raises:
+        ValueError: as `output_folder`, and for a store of another source.
 
     Yields:
         The folder, and the files of the store that it held before. `finish_store` removes those that are not
@@ -373,6 +377,14 @@ def store_folder(
         foreign = [path for path in folder.iterdir() if path.name not in _STORE_FILES and path.name[0] != "."]
         return not foreign and dtype == {PIXELS: "uint8", LATENTS: "float16"}[kind]
 
+    try:
+        held = _read_info(folder).get("source")
+    except (ValueError, OSError):
+        held = None
+    if not force and None not in (held, source) and held != source:
+        raise ValueError(
+            f"{folder}: holds {kind} made of {held}, not of {source}; choose another folder, or use --force to replace it"
+        )
     was_own = folder.is_dir() and (read_kind(folder) == kind or is_unmarked_store(folder))
     with output_folder(folder, kind, force=force, is_own=is_unmarked_store, wait=wait):
         (folder / "shards").mkdir(exist_ok=True)

@@ -25,7 +25,7 @@ from latent_shift.data.pack import pack
 from latent_shift.data.records import summarize
 from latent_shift.data.shards import without_secrets
 from latent_shift.data.store import Store, find_stores
-from latent_shift.files import read_json_object, write_json
+from latent_shift.files import full_disk_named, read_json_object, write_json
 from latent_shift.models.autoencoder import downscale_factor
 from latent_shift.models.parts import read_part, variants
 from latent_shift.pipelines import catalog, loading
@@ -186,7 +186,8 @@ def _diffusers_folder(config: Config, base: Path) -> Path:
     if not plain and _claim_build(base, "model_index.json", source):
         pipe = loading.load(init, device="cpu", dtype=torch.float32, **options)
         if not isinstance(pipe, LatentShiftXLPipeline):
-            pipe.save_pretrained(base)
+            with full_disk_named(base):
+                pipe.save_pretrained(base)
     folder = loading.folder(init) if plain else base
     if not (folder / "model_index.json").exists() or (folder / "text_encoder_2").exists():
         raise ValueError(

@@ -76,7 +76,7 @@ def settings(packed, image_model, *, accumulate, steps=4, **train):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("shard", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_train_on_two_processes_equals_one_that_accumulates(shard, alone, packed, image_model, tmp_path):
     expected, run_alone = alone
     launch(settings(packed, image_model, accumulate=1, steps=2, shard=shard), tmp_path / "run")

@@ -22,6 +22,7 @@ def small(monkeypatch):
     monkeypatch.setattr(networks, "SMALL", networks.Size(SMALL, (1, 1, 1, 1), 32))
 
 
+@pytest.mark.slow  # its fast twin is test_bench_sweep_writes_json_tables_and_plots
 def test_sweep_times_every_network_for_every_load(small, monkeypatch):
     monkeypatch.setattr(sweep, "limits", lambda *_: {"flops_per_s": 1e12, "bytes_per_s": 1e10})
     result = sweep.sweep(num_frames=(1, 16, 33), sides=(16,), clips=(2,), side=16, rounds=1)

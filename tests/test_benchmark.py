@@ -107,7 +107,7 @@ def test_run_alone_has_its_own_peak_memory():
     del ballast
 
 
-@pytest.mark.slow  # starts two processes that train; its fast twin is the test above
+@pytest.mark.slow  # imports torch in another process; its fast twin is the test above
 def test_run_alone_sets_the_allocator_of_training(monkeypatch):
     monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
     assert run_alone(_mapped_blocks) in (0, None)

@@ -220,6 +220,7 @@ def test_preview_shows_every_clip_and_every_letter(tmp_path):
         assert (image[:, -1] == 255).all() and image.min() < 100  # nothing is cut at the side
     lines = [draw_text(caption, width).shape[0] // 14 for caption in captions]
     assert lines[0] == 1 and lines[1] > 6 and lines[3] > 3
+    assert draw_text("a" * 10**6, width).shape[0] < 10_000  # long texts end with the number of their letters
     assert np.array_equal(draw_text("中", width), draw_text("\\u4e2d", width))
     assert not np.array_equal(draw_text("ü", width), draw_text("\\xfc", width))
     assert sheet.shape[0] == 14 * sum(lines) + 8 + 64 + 16 + 8

@@ -50,7 +50,9 @@ if TYPE_CHECKING:
     from latent_shift.video import save_video as save_video
 
 
-sys.meta_path.append(FormerNames())
+sys.meta_path.append(
+    FormerNames()
+)  # imports of modules that no longer exist fail without it; goes with the old names
 
 
 def __getattr__(name: str):

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from latent_shift.video.frame_file import Frames
 
+MAX_LETTERS = 10_000
+"""Letters of a text that are drawn."""
 _LINE_HEIGHT = 14  # pixels
 _MIN_TEXT_WIDTH = 128
 
@@ -71,9 +73,12 @@ def captioned_rows(clips: Sequence[np.ndarray], captions: Sequence[str], *, colu
 
 def draw_text(text: str, width: int) -> np.ndarray:
     """Draw a text in as many lines of `width` pixels as it needs; letters that the font lacks are written as
-    escapes. Returns `(H, W, 3) uint8`."""
+    escapes, and of those after `MAX_LETTERS` the number. Returns `(H, W, 3) uint8`."""
     font = _load_font()
-    text = "".join(letter if _has_letter(font, letter) else ascii(letter)[1:-1] for letter in text)
+    if len(text) > MAX_LETTERS:
+        text = f"{text[:MAX_LETTERS]}... and {len(text) - MAX_LETTERS} letters"
+    written = {letter: letter if _has_letter(font, letter) else ascii(letter)[1:-1] for letter in set(text)}
+    text = "".join(written[letter] for letter in text)
     lines, line = [], ""
     for letter in text:
         if line and font.getlength(line + letter) > width - 4:

@@ -351,6 +351,8 @@ def test_pipeline_without_a_safety_checker_detects_nothing(pipe):
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number, got inf"),
         ({"guidance_scale": 1e30}, r"guidance_scale must be from -100 to 100, got 1e\+30"),
+        ({"num_videos_per_prompt": None}, "num_videos_per_prompt must be a whole number, 1 or more, got None"),
+        ({"eta": None}, "eta must be a finite number, got None"),
         ({"guidance_scale": "7"}, "guidance_scale must be a finite number, got '7'"),
         ({"guidance_rescale": 2}, "guidance_rescale must be from 0 to 1, got 2"),
         ({"eta": -1}, "eta must be from 0 to 1, got -1"),

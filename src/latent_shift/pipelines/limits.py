@@ -15,11 +15,15 @@ _RANGES = {"guidance_scale": (-100, 100), "guidance_rescale": (0, 1), "eta": (0,
 """Real numbers, and their least and greatest values."""
 
 
+_WITHOUT_DEFAULT = {"num_videos_per_prompt", "decode_batch_size", "eta", "guidance_rescale"}
+"""Numbers that a model has no default of."""
+
+
 def check_numbers(**numbers: float | None) -> None:
     """Raise ValueError for a number of a call, by name, that is out of its range; None is left to the
     model."""
     for name, number in numbers.items():
-        if number is None:
+        if number is None and name not in _WITHOUT_DEFAULT:
             continue
         if name in _LEAST:
             whole = isinstance(number, Integral) and not isinstance(number, bool)

@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from test_modes import quiet, sd, xl_components
@@ -10,6 +11,7 @@ from latent_shift.models.prompt_syntax import escape_prompt, parse_prompt, plain
 from latent_shift.pipelines.prompts import encode_prompts
 from latent_shift.pipelines.request import Request
 from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
+from latent_shift.runtime import seed
 
 LONG = "a red ball rolls over a green field"  # the tiny tokenizer reads 18 letters
 
@@ -219,11 +221,22 @@ def test_encode_captions_warns_of_the_first_and_counts_the_others(
             "prompt_embeds holds NaN or infinite numbers",
         ),
         ({"prompt_embeds": [[0.0]]}, "got list"),
+        (
+            {"prompt": {0: "red", 2: "blue"}, "negative_prompt": ["a", "b"]},
+            "expected one negative prompt beside prompts that change, got 2",
+        ),
     ],
 )
 def test_call_refuses_prompts_that_are_none(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
+
+
+def test_weights_of_the_second_negative_prompt_alone(xl):
+    """The first text encoder then reads the empty prompt."""
+    clips = [xl("a", negative_prompt_2=words, generator=seed(0)).frames for words in ("(b:-1)", "b", "(b:1)")]
+    assert np.abs(clips[0] - clips[1]).max() > 0
+    np.testing.assert_array_equal(clips[1], clips[2])
 
 
 def test_plain_prompt_is_the_words():

@@ -150,6 +150,19 @@ def test_train_that_learned_nothing_ends_with_an_error(latents, tmp_path, spoil)
         assert not (tmp_path / "run" / "model").exists()
 
 
+def test_train_keeps_a_model_without_checkpoints(latents, tmp_path):
+    """The checkpoints were deleted to save space; the model is what is left of the run."""
+    train(config(latents), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    model = tmp_path / "run" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = model.read_bytes()
+    with pytest.raises(ValueError, match="run: holds a model, but no checkpoint to go on from"):
+        train(config(latents), tmp_path / "run")
+    assert model.read_bytes() == before and len(rows_of(tmp_path / "run")) == 2
+    train(config(latents, steps=1), tmp_path / "run", force=True)
+    assert model.read_bytes() != before
+
+
 def test_train_goes_on_after_a_sample_that_overflows(latents, tmp_path, monkeypatch, caplog):
     def overflow(*arguments, **options):
         raise NotFiniteError("the sampled latents are NaN or infinite")

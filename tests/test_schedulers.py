@@ -267,3 +267,28 @@ def test_check_scheduler_names_a_package_that_is_missing(monkeypatch):
     monkeypatch.setattr(schedulers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"scheduler 'LMSDiscrete' needs SciPy: pip install scipy"):
         Request(prompt="red", scheduler="LMSDiscrete")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DPMSolverMultistep", {"use_flow_sigmas": True}), ("SASolver", {"algorithm_type": "noise_prediction"}),
+        ("DDPM", {"variance_type": "learned_range", "clip_sample": False}), ("UniPCMultistep", {"predict_x0": False}),
+        ("UniPCMultistep", {"solver_type": "bh1"}), ("LCM", {"timestep_scaling": 0.0, "clip_sample": False}),
+        ("DDIM", {"steps_offset": 500, "clip_sample": False}), ("DDIM", {"steps_offset": -1, "clip_sample": False}),
+        ("DDIM", {"rescale_betas_zero_snr": True, "clip_sample": False}),
+    ],
+)  # fmt: skip
+def test_check_own_scheduler_refuses_settings_that_sample_wrongly(name, settings):
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**settings)
+    option = next(iter(settings))
+    with pytest.raises(
+        ValueError, match=rf"scheduler '{name}' with {option}=.* leave {option} at its default"
+    ):
+        schedulers.check_own_scheduler(scheduler)
+
+
+@pytest.mark.parametrize("sigmas", [[0.1, 1, 14], [14, -1], [1000, 10, 1], [float("nan")], []])
+def test_custom_sigmas_fall_within_those_of_the_model(sigmas):
+    with pytest.raises(ValueError, match=r"expected falling sigmas from at most 14\.6"):
+        schedulers.set_timesteps(EPSILON, 10, device=torch.device("cpu"), sigmas=sigmas)

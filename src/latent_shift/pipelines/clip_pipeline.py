@@ -307,7 +307,11 @@ class ClipPipeline(DiffusionPipeline):
         ):
             raise ValueError("use_fast_sampling of FreeInit has no effect with timesteps or sigmas")
         guider = make_guider(guider, guidance_scale, guidance_rescale, self.call_defaults["guidance_scale"])
-        tensor_names = list(callback_on_step_end_tensor_inputs)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"expected callback_on_step_end as a function, got {callback_on_step_end!r:.60}")
+        if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
+            raise ValueError(f"expected cross_attention_kwargs as a dict, got {cross_attention_kwargs!r:.60}")
+        tensor_names = list(callback_on_step_end_tensor_inputs or ())
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_names = list(callback_on_step_end.tensor_inputs)
         # Callbacks and properties of diffusers' pipelines read these; sampling captures its own numbers.

@@ -172,6 +172,10 @@ def guided(conditional: Predict, both: Predict, guider: BaseGuidance, num_steps:
 
 def check_guider(guider: BaseGuidance) -> None:
     """Raise ValueError for a guider that needs more than a conditional and an unconditional prediction."""
+    if not isinstance(guider, BaseGuidance):
+        raise ValueError(
+            f"expected a guider of diffusers, such as ClassifierFreeGuidance(7.5), got {guider!r:.60}"
+        )
     two_predictions = guider._input_predictions == ["pred_cond", "pred_uncond"]
     if not two_predictions or type(guider).prepare_models is not BaseGuidance.prepare_models:
         raise ValueError(

@@ -80,7 +80,14 @@ class StepCallback:
         tensors = {"latents": latents, **self.embeds}
         arguments = {name: tensors.get(name) for name in self.tensor_names}
         scale = self.pipe._guidance_scale  # type: ignore[attr-defined]
-        changed = self.function(self.pipe, index, timestep, arguments) or {}
+        changed = self.function(self.pipe, index, timestep, arguments)
+        changed = {} if changed is None else changed
+        if not isinstance(changed, dict) or not all(
+            isinstance(changed.get(name, latents), Tensor) for name in tensors
+        ):
+            raise ValueError(
+                f"expected callback_on_step_end to return a dict of tensors, or None, got {changed!r:.80}"
+            )
         new_scale = self.pipe._guidance_scale  # type: ignore[attr-defined]
         if new_scale != scale:
             self.guider.guidance_scale = new_scale
@@ -94,4 +101,9 @@ class StepCallback:
         updated = make_conditions(self.embeds, self.image_embeds, use_guidance=len(self.conditions) > 1)
         for condition, values in zip(self.conditions, updated, strict=True):
             condition.update(values)
-        return changed.get("latents", latents)
+        result = changed.get("latents", latents)
+        if result.shape != latents.shape:
+            raise ValueError(
+                f"the callback left latents of shape {tuple(result.shape)}, expected {tuple(latents.shape)}"
+            )
+        return result

@@ -11,6 +11,9 @@ _LEAST = {
 }  # fmt: skip
 """Whole numbers, and their least values."""
 
+_MOST = {"num_frames": 100_000, "height": 8192, "width": 8192}
+"""The greatest values of some; a typing error would keep the machine busy without a sign."""
+
 _RANGES = {"guidance_scale": (-100, 100), "guidance_rescale": (0, 1), "eta": (0, 1), "shared_noise": (0, 1)}
 """Real numbers, and their least and greatest values."""
 
@@ -23,13 +26,17 @@ def check_numbers(**numbers: float | None) -> None:
     """Raise ValueError for a number of a call, by name, that is out of its range; None is left to the
     model."""
     for name, number in numbers.items():
-        if number is None and name not in _WITHOUT_DEFAULT:
+        if number is None:
+            if name in _WITHOUT_DEFAULT:
+                raise ValueError(f"{name} must be a number, got None")
             continue
         if name in _LEAST:
             whole = isinstance(number, Integral) and not isinstance(number, bool)
             if not whole or number < _LEAST[name]:
                 kind = "" if whole else "a whole number, "
                 raise ValueError(f"{name} must be {kind}{_LEAST[name]} or more, got {number!r}")
+            if number > _MOST.get(name, math.inf):
+                raise ValueError(f"{name} must be at most {_MOST[name]}, got {number}")
         elif not isinstance(number, Real) or not math.isfinite(number):
             raise ValueError(f"{name} must be a finite number, got {number!r}")
         elif name == "noise_correlation" and not 0 <= number < 1:

@@ -36,6 +36,10 @@ def encode_prompts(
         ValueError: prompts, weights or embeddings that cannot be read, or that do not fit the model.
     """
     keys, prompt = _split_schedule(prompt, num_frames)
+    if keys and isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) > 1:
+        raise ValueError(
+            f"expected one negative prompt beside prompts that change, got {len(negative_prompt)}"
+        )
     texts = {"prompt": prompt, "negative_prompt": negative_prompt}
     texts |= {name: family.get(name) for name in ("prompt_2", "negative_prompt_2")}
     parsed = _parse_texts(texts)
@@ -175,13 +179,15 @@ def _encoder_texts(pipe, prefix: str, parsed: dict[str, list]) -> list[tuple[Any
 
 def _weights(pipe, parsed: dict[str, list[list[Segment]]], prefix: str) -> Tensor | None:
     """Return the weights `(B, L, D)` of the embeddings of prompts, or None if all are 1."""
-    encoders = [entry for entry in _encoder_texts(pipe, prefix, parsed) if entry[2] in parsed]
-    if all(weight == 1 for _, _, name in encoders for prompt in parsed[name] for _, weight in prompt):
+    encoders = _encoder_texts(pipe, prefix, parsed)
+    given = [parsed[name] for _, _, name in encoders if name in parsed]
+    if all(weight == 1 for prompts in given for prompt in prompts for _, weight in prompt):
         return None
     columns = []
     for tokenizer, encoder, name in encoders:
         spell_out = partial(_spell_out, pipe, tokenizer)
-        weights_BL = torch.stack([text.token_weights(tokenizer, each, spell_out) for each in parsed[name]])
+        prompts = parsed.get(name) or [[("", 1.0)]] * max(map(len, given))
+        weights_BL = torch.stack([text.token_weights(tokenizer, prompt, spell_out) for prompt in prompts])
         columns.append(weights_BL[:, :, None].expand(-1, -1, encoder.config.hidden_size))
     return torch.cat(columns, dim=-1)
 

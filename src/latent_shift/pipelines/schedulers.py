@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,24 @@ def check_own_scheduler(scheduler: SchedulerMixin) -> None:
             raise ValueError(
                 f"scheduler {name!r} clips latents as if they were pixels; expected {option}=False in its configuration"
             )
+    unsuitable = {
+        "use_flow_sigmas": bool(config.get("use_flow_sigmas")),
+        "variance_type": config.get("variance_type") in ("learned", "learned_range"),
+        "algorithm_type": name == "SASolver" and config.algorithm_type != "data_prediction",
+        "predict_x0": not config.get("predict_x0", True),
+        "solver_type": config.get("solver_type") == "bh1",
+        "timestep_scaling": config.get("timestep_scaling", 10.0) <= 0,
+        "steps_offset": not 0 <= config.get("steps_offset", 0) <= 10,
+        # In pure noise, of which the noise says nothing about the clip.
+        "rescale_betas_zero_snr": bool(config.get("rescale_betas_zero_snr"))
+        and config.prediction_type == "epsilon",
+    }
+    for option, is_unsuitable in unsuitable.items():
+        if is_unsuitable:
+            raise ValueError(
+                f"scheduler {name!r} with {option}={config[option]!r} does not sample a model that predicts "
+                f"{config.prediction_type!r} correctly; leave {option} at its default"
+            )
     if name == "PNDM" and config.timestep_spacing == "linspace":
         raise ValueError(
             "scheduler 'PNDM' makes steps of equal length; expected timestep_spacing 'leading' or 'trailing', got 'linspace'"
@@ -164,10 +183,31 @@ def set_timesteps(
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
     check_num_steps(scheduler, num_inference_steps)
+    num_timesteps = scheduler.config.num_train_timesteps
+    _check_custom_steps("timesteps", timesteps, num_timesteps - 1)
+    _check_custom_steps(
+        "sigmas", sigmas, float(scheduler.sigmas.max()) if hasattr(scheduler, "sigmas") else math.inf
+    )
     steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device, timesteps, sigmas)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     return steps_T
+
+
+def _check_custom_steps(name: str, steps: Any, most: float) -> None:
+    """Raise ValueError for steps that are not numbers from `most` to 0, each smaller than the one before."""
+    import torch
+
+    if steps is None:
+        return
+    try:
+        values = torch.as_tensor(steps, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"expected {name} as a list of numbers, got {steps!r:.80}") from error
+    is_falling = values.ndim == 1 and len(values) > 0 and bool((values.diff() < 0).all())
+    # The greatest noise level of the model may be rounded.
+    if not is_falling or not bool(values.isfinite().all()) or values[0] > most * 1.001 or values[-1] < 0:
+        raise ValueError(f"expected falling {name} from at most {most:g} to at least 0, got {steps!r:.80}")
 
 
 def for_strength(scheduler: SchedulerMixin, strength: float) -> SchedulerMixin:

@@ -79,6 +79,15 @@ def train(
     ownership: dict[str, Any] = dict(kind=checkpoint.KIND, force=force, is_own=checkpoint.is_run)
     if rank() == 0:
         check_own(run, **ownership)
+    if (
+        not force
+        and not checkpoint.steps(run)
+        and (run / "model").is_dir()
+        and any((run / "model").iterdir())
+    ):
+        raise ValueError(
+            f"{run}: holds a model, but no checkpoint to go on from; choose another folder, or use --force to train from the start"
+        )
     checks.check_settings(config, run)
     with output_folder(run, **ownership) if rank() == 0 else nullcontext():
         try:

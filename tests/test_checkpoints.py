@@ -395,6 +395,7 @@ def lora_files() -> dict[str, dict[str, torch.Tensor]]:
         "diffusers, oldest": {f"unet.{old}.down.weight": down, f"unet.{old}.up.weight": up},
         "no prefix": {f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up},
         "peft": {f"base_model.model.{LAYER}.lora_A.weight": down, f"base_model.model.{LAYER}.lora_B.weight": up},
+        "peft's layers": {f"base_model.model.{LAYER}.lora_A.default.weight": down, f"base_model.model.{LAYER}.lora_B.default.weight": up},
         "kohya": {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up, f"{kohya}.alpha": torch.tensor(2.0)},
     }  # fmt: skip
 
@@ -409,6 +410,29 @@ def test_load_lora_adds_the_same_matrices_by_any_naming(naming, model, tmp_path)
     pipe.fuse_lora()
     down, up = lora_tensors()
     torch.testing.assert_close(pipe.unet.get_submodule(LAYER).base_layer.weight, weight + up @ down)
+
+
+@pytest.mark.parametrize(
+    ("naming", "alpha"),
+    [
+        ("diffusers", f"unet.{LAYER}.alpha"),
+        ("diffusers, older", f"unet.{LAYER}.lora.alpha"),
+        ("diffusers, oldest", f"unet.{LAYER.replace('.to_q', '.processor.to_q_lora')}.alpha"),
+        ("no prefix", f"{LAYER}.alpha"),
+        ("peft", f"base_model.model.{LAYER}.alpha"),
+        ("kohya", f"lora_unet_{LAYER.replace('.', '_')}.alpha"),
+    ],
+)
+def test_load_lora_scales_a_layer_by_its_alpha_over_its_rank(naming, alpha, model, tmp_path):
+    """An alpha of 1 and a rank of 2; the file of peft beside it, of all layers, is for those without."""
+    save_file({**lora_files()[naming], alpha: torch.tensor(1)}, tmp_path / "l.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    pipe = load(model, device="cpu")
+    weight = pipe.unet.get_submodule(LAYER).weight.clone()
+    load_lora(pipe, tmp_path / "l.safetensors")
+    pipe.fuse_lora()
+    down, up = lora_tensors()
+    torch.testing.assert_close(pipe.unet.get_submodule(LAYER).base_layer.weight, weight + up @ down / 2)
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "kohya", "peft"])
@@ -484,6 +508,45 @@ def test_load_lora_refuses_damaged_and_other_adapters(tensors, metadata, message
     with pytest.raises(ValueError, match=message) as error:
         load_lora(load(model, device="cpu"), tmp_path / "l.safetensors")
     assert "l.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "kohya", "peft's layers"])
+def test_load_lora_refuses_one_matrix_of_a_layer(naming, model, tmp_path):
+    pipe = load(model, device="cpu")
+    for half in list(lora_files()[naming])[:2]:
+        save_file({half: lora_files()[naming][half]}, tmp_path / "l.safetensors")
+        with pytest.raises(ValueError, match=r"no second matrix|KeyError|not been correctly renamed"):
+            load_lora(pipe, tmp_path / "l.safetensors")
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "kohya"])
+def test_load_lora_refuses_numbers_that_are_no_weights(naming, model, tmp_path):
+    pipe, tensors = load(model, device="cpu"), lora_files()[naming]
+    up, layer = list(tensors)[1], list(tensors)[1].partition(".lora_")[0]
+    changes = {
+        r"lora_(B|up).weight holds torch.int8; expected a LoRA of floats": {up: tensors[up].to(torch.int8)},
+        r"lora_(B|up).weight holds NaN or infinite numbers": {up: tensors[up] / 0},
+        r"alpha: expected one finite number, got nan": {f"{layer}.alpha": torch.tensor(float("nan"))},
+        r"alpha: expected one finite number, got \[1.0, 1.0\]": {f"{layer}.alpha": torch.ones(2)},
+        r"dora_scale: a DoRA; expected a LoRA": {f"{layer}.dora_scale": torch.ones(32, 1)},
+        r"lora_magnitude_vector: a DoRA": {f"{layer}.lora_magnitude_vector": torch.ones(32)},
+    }
+    for message, change in changes.items():
+        save_file({**tensors, **change}, tmp_path / "l.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_lora(pipe, tmp_path / "l.safetensors")
+
+
+def test_load_lora_refuses_matrices_of_different_ranks_and_lost_alphas(model, tmp_path):
+    pipe, tensors = load(model, device="cpu"), lora_files()["diffusers"]
+    for message, change in {
+        "is of rank 2, .* of rank 3": {f"unet.{LAYER}.lora_B.weight": torch.ones(32, 3)},
+        "x.alpha belongs to none of its matrices": {"x.alpha": torch.tensor(1.0)},
+        "of several adapters": {f"unet.{LAYER}.lora_A.b.weight": torch.ones(2, 32)},
+    }.items():
+        save_file({**tensors, **change}, tmp_path / "l.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_lora(pipe, tmp_path / "l.safetensors")
 
 
 def test_save_pretrained_merges_a_lora(model, tmp_path):

@@ -141,6 +141,33 @@ def test_load_refuses_damaged_weights(part, copied):
     )
 
 
+def quantized(name: str, weight: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors of quantized files by the name that gives them away: one weight in another dtype, or a scale."""
+    scales = ("scaled_fp8", f"{name}_scale", f"{name.removesuffix('weight')}scale_weight")
+    return {
+        name: {name: (weight * 127).to(torch.int8)},
+        **{scale: {name: weight.to(torch.float8_e4m3fn), scale: torch.ones(1)} for scale in scales},
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])
+def test_load_refuses_a_part_of_another_dtype(dtype, copied):
+    file = copied / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "encoder.conv_in.weight": tensors["encoder.conv_in.weight"].to(dtype)}, file)
+    assert "has encoder.conv_in.weight of" in refusal(copied)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_load_refuses_quantized_parts(part, copied):
+    (file,) = (copied / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = min(name for name in tensors if name.endswith("weight"))
+    for given_away, change in quantized(name, tensors[name]).items():
+        save_file({**tensors, **change}, file)
+        assert f"has {given_away} of" in refusal(copied) and "its weights are quantized" in refusal(copied)
+
+
 def test_load_refuses_a_pickled_safety_checker(copied):
     (copied / "safety_checker").mkdir()
     torch.save({}, copied / "safety_checker" / "pytorch_model.bin")
@@ -350,8 +377,11 @@ def test_load_refuses_a_file_that_lacks_tensors_or_has_others(small, tmp_path): 
         assert f"its {part} lacks 1 of" in refusal(path)
     save_file({**tensors, unet: torch.zeros(8, 8, 3, 3)}, path)
     assert "another model, or quantized" in refusal(path)
-    save_file({**tensors, unet: tensors[unet].to(torch.int8)}, path)
-    assert "torch.int8" in refusal(path)
+    for name, change in quantized(unet, tensors[unet]).items():
+        save_file({**tensors, **change}, path)
+        assert f"has {name} of" in refusal(path) and "its weights are quantized" in refusal(path)
+        with pytest.raises(ValueError, match="its weights are quantized"):
+            describe(path)
 
 
 def test_load_takes_old_names_in_a_single_file(small, tmp_path):  # noqa: F811

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_single_file import small  # noqa: F401
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from latent_shift.models import sizes
 from latent_shift.models.loading import check_types, open_tokenizer
@@ -101,6 +101,12 @@ def refusal(model, **options) -> str:
         ("tokenizer/tokenizer_config.json", {"pad_token": None}, "cannot be opened as a tokenizer"),
         ("vae/config.json", {"scaling_factor": 1e300}, "scaling_factor: Input should be less than or equal to 1000"),
         ("text_encoder/config.json", {"eos_token_id": [1, 2]}, "eos_token_id: Input should be a valid integer"),
+        ("unet/config.json", {"sample_size": 10_000}, "sample_size: Input should be less than or equal to 1024"),
+        ("vae/config.json", {"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, "latents_mean: expected 4 numbers, .* not 3"),
+        ("vae/config.json", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 5}, "latents_std: expected 4 numbers, .* not 5"),
+        ("unet/config.json", {"mid_block_type": None}, "tensors that a UNet2DConditionModel of its config.json lacks, such as mid"),
+        ("vae/config.json", {"use_post_quant_conv": False}, "have 2 tensors that a AutoencoderKL of .* lacks, such as post_quant"),
+        ("text_encoder/config.json", {"num_hidden_layers": 0}, "num_hidden_layers"),
     ],
 )  # fmt: skip
 def test_load_refuses_settings_of_other_models_and_types(file, changes, message, copied):
@@ -108,6 +114,50 @@ def test_load_refuses_settings_of_other_models_and_types(file, changes, message,
     with pytest.raises(ValueError, match=message) as error:
         load(copied, device="cpu")
     assert str(copied) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_load_refuses_tensors_that_no_layer_takes(part, copied):
+    (file,) = (copied / part).glob("*.safetensors")
+    save_file({**load_file(file), "other.weight": torch.zeros(3)}, file, metadata={"format": "pt"})
+    assert "its weights have 1 tensors that a " in refusal(copied) and "such as other.weight" in refusal(
+        copied
+    )
+
+
+def test_load_takes_a_whole_clip_for_its_text_encoder(model, copied):
+    expected = sample(load(model, device="cpu"))
+    text = CLIPTextModel.from_pretrained(copied / "text_encoder")
+    small = dict(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    clip = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=vision, projection_dim=8))
+    whole = {name: value for name, value in clip.state_dict().items() if not name.startswith("text_model.")}
+    assert {name.split(".")[0] for name in whole} == {
+        "vision_model",
+        "visual_projection",
+        "text_projection",
+        "logit_scale",
+    }
+    for name, value in text.state_dict().items():
+        whole[f"text_model.{name.removeprefix('text_model.')}"] = value
+    save_file(whole, copied / "text_encoder" / "model.safetensors")
+    np.testing.assert_array_equal(sample(load(copied, device="cpu")), expected)
+
+
+def test_a_model_without_a_size_asks_for_one(copied):
+    edit(copied / "unet" / "config.json", sample_size=None)
+    pipe = load(copied, device="cpu")
+    with pytest.raises(
+        ValueError, match=r"expected height and width \(--height, --width\): unet/config.json"
+    ):
+        pipe("red", height=32)
+    assert pipe("red", height=16, width=32).frames.shape[2:] == (16, 32, 3)
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])

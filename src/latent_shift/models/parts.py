@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from latent_shift.files import (
     MAX_JSON_BYTES,
@@ -26,7 +26,8 @@ from latent_shift.files import (
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Depth = Annotated[int, Field(ge=1, le=1_000)]
-Size = Width | Annotated[list[Width], Field(min_length=2, max_length=2)]
+Side = Annotated[int, Field(ge=1, le=1024)]
+Size = Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -60,6 +61,16 @@ class AutoencoderSettings(_Settings):
     scaling_factor: Annotated[float, Field(gt=0, le=1000)] = 1.0
     latents_mean: list[float] | None = None
     latents_std: list[Annotated[float, Field(gt=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> AutoencoderSettings:
+        for name in ("latents_mean", "latents_std"):
+            numbers = getattr(self, name)
+            if numbers is not None and len(numbers) != self.latent_channels:
+                raise ValueError(
+                    f"{name}: expected {self.latent_channels} numbers, one for each of latent_channels, not {len(numbers)}"
+                )
+        return self
 
 
 class TextEncoderSettings(_Settings):

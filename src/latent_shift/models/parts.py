@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from latent_shift.files import (
     MAX_JSON_BYTES,
@@ -62,15 +62,13 @@ class AutoencoderSettings(_Settings):
     latents_mean: list[float] | None = None
     latents_std: list[Annotated[float, Field(gt=0)]] | None = None
 
-    @model_validator(mode="after")
-    def _check_lengths(self) -> AutoencoderSettings:
-        for name in ("latents_mean", "latents_std"):
-            numbers = getattr(self, name)
-            if numbers is not None and len(numbers) != self.latent_channels:
-                raise ValueError(
-                    f"{name}: expected {self.latent_channels} numbers, one for each of latent_channels, not {len(numbers)}"
-                )
-        return self
+    @field_validator("latents_mean", "latents_std")
+    @classmethod
+    def _check_length(cls, numbers: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        num_channels = info.data.get("latent_channels")
+        if numbers is not None and num_channels is not None and len(numbers) != num_channels:
+            raise ValueError(f"expected {num_channels} numbers, one for each of latent_channels")
+        return numbers
 
 
 class TextEncoderSettings(_Settings):

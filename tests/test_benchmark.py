@@ -56,6 +56,11 @@ def test_shift_adds_no_flops_and_few_bytes():
     assert 1 < works[1].bytes / works[0].bytes < 1.02
 
 
+def test_shift_overhead_asks_for_a_size_where_the_model_has_none():
+    with pytest.raises(ValueError, match="expected size"):
+        shift_overhead(unet=sizes.unet("tiny", sample_size=None))
+
+
 @pytest.mark.slow
 def test_shift_overhead_is_a_few_percent():
     """The time of a step with the shift is within a few percent of the same U-Net frame by frame (alone: 0.4 %). The least

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_single_file import small  # noqa: F401
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from latent_shift.models import sizes
 from latent_shift.models.loading import check_types, open_tokenizer
@@ -101,6 +101,12 @@ def refusal(model, **options) -> str:
         ("tokenizer/tokenizer_config.json", {"pad_token": None}, "cannot be opened as a tokenizer"),
         ("vae/config.json", {"scaling_factor": 1e300}, "scaling_factor: Input should be less than or equal to 1000"),
         ("text_encoder/config.json", {"eos_token_id": [1, 2]}, "eos_token_id: Input should be a valid integer"),
+        ("unet/config.json", {"sample_size": 10_000}, "sample_size: Input should be less than or equal to 1024"),
+        ("vae/config.json", {"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, "latents_mean: .*expected 4 numbers"),
+        ("vae/config.json", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 5}, "latents_std: .*expected 4 numbers"),
+        ("unet/config.json", {"mid_block_type": None}, "tensors that a UNet2DConditionModel of its config.json lacks, such as mid"),
+        ("vae/config.json", {"use_post_quant_conv": False}, "have 2 tensors that a AutoencoderKL of .* lacks, such as post_quant"),
+        ("text_encoder/config.json", {"num_hidden_layers": 0}, "num_hidden_layers"),
     ],
 )  # fmt: skip
 def test_load_refuses_settings_of_other_models_and_types(file, changes, message, copied):
@@ -108,6 +114,50 @@ def test_load_refuses_settings_of_other_models_and_types(file, changes, message,
     with pytest.raises(ValueError, match=message) as error:
         load(copied, device="cpu")
     assert str(copied) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_load_refuses_tensors_that_no_layer_takes(part, copied):
+    (file,) = (copied / part).glob("*.safetensors")
+    save_file({**load_file(file), "other.weight": torch.zeros(3)}, file, metadata={"format": "pt"})
+    assert "its weights have 1 tensors that a " in refusal(copied) and "such as other.weight" in refusal(
+        copied
+    )
+
+
+def test_load_takes_a_whole_clip_for_its_text_encoder(model, copied):
+    expected = sample(load(model, device="cpu"))
+    text = CLIPTextModel.from_pretrained(copied / "text_encoder")
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    clip = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=vision, projection_dim=8))
+    whole = {name: value for name, value in clip.state_dict().items() if not name.startswith("text_model.")}
+    assert {name.split(".")[0] for name in whole} == {
+        "vision_model",
+        "visual_projection",
+        "text_projection",
+        "logit_scale",
+    }
+    for name, value in text.state_dict().items():
+        whole[f"text_model.{name.removeprefix('text_model.')}"] = value
+    save_file(whole, copied / "text_encoder" / "model.safetensors")
+    np.testing.assert_array_equal(sample(load(copied, device="cpu")), expected)
+
+
+def test_a_model_without_a_size_asks_for_one(copied):
+    edit(copied / "unet" / "config.json", sample_size=None)
+    pipe = load(copied, device="cpu")
+    with pytest.raises(
+        ValueError, match=r"expected height and width \(--height, --width\): unet/config.json"
+    ):
+        pipe("red", height=32)
+    assert pipe("red", height=16, width=32).frames.shape[2:] == (16, 32, 3)
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
@@ -139,6 +189,33 @@ def test_load_refuses_damaged_weights(part, copied):
         f"{part} has no .safetensors weights, only {file.stem}.bin (pickle files can run any program"
         in refusal(copied)
     )
+
+
+def quantized(name: str, weight: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors of quantized files by the name that gives them away: one weight in another dtype, or a scale."""
+    scales = ("scaled_fp8", f"{name}_scale", f"{name.removesuffix('weight')}scale_weight")
+    return {
+        name: {name: (weight * 127).to(torch.int8)},
+        **{scale: {name: weight.to(torch.float8_e4m3fn), scale: torch.ones(1)} for scale in scales},
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])
+def test_load_refuses_a_part_of_another_dtype(dtype, copied):
+    file = copied / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "encoder.conv_in.weight": tensors["encoder.conv_in.weight"].to(dtype)}, file)
+    assert "has encoder.conv_in.weight of" in refusal(copied)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_load_refuses_quantized_parts(part, copied):
+    (file,) = (copied / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = min(name for name in tensors if name.endswith("weight"))
+    for given_away, change in quantized(name, tensors[name]).items():
+        save_file({**tensors, **change}, file)
+        assert f"has {given_away} of" in refusal(copied) and "its weights are quantized" in refusal(copied)
 
 
 def test_load_refuses_a_pickled_safety_checker(copied):
@@ -350,8 +427,11 @@ def test_load_refuses_a_file_that_lacks_tensors_or_has_others(small, tmp_path): 
         assert f"its {part} lacks 1 of" in refusal(path)
     save_file({**tensors, unet: torch.zeros(8, 8, 3, 3)}, path)
     assert "another model, or quantized" in refusal(path)
-    save_file({**tensors, unet: tensors[unet].to(torch.int8)}, path)
-    assert "torch.int8" in refusal(path)
+    for name, change in quantized(unet, tensors[unet]).items():
+        save_file({**tensors, **change}, path)
+        assert f"has {name} of" in refusal(path) and "its weights are quantized" in refusal(path)
+        with pytest.raises(ValueError, match="its weights are quantized"):
+            describe(path)
 
 
 def test_load_takes_old_names_in_a_single_file(small, tmp_path):  # noqa: F811
@@ -395,6 +475,7 @@ def lora_files() -> dict[str, dict[str, torch.Tensor]]:
         "diffusers, oldest": {f"unet.{old}.down.weight": down, f"unet.{old}.up.weight": up},
         "no prefix": {f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up},
         "peft": {f"base_model.model.{LAYER}.lora_A.weight": down, f"base_model.model.{LAYER}.lora_B.weight": up},
+        "peft's layers": {f"base_model.model.{LAYER}.lora_A.default.weight": down, f"base_model.model.{LAYER}.lora_B.default.weight": up},
         "kohya": {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up, f"{kohya}.alpha": torch.tensor(2.0)},
     }  # fmt: skip
 
@@ -409,6 +490,29 @@ def test_load_lora_adds_the_same_matrices_by_any_naming(naming, model, tmp_path)
     pipe.fuse_lora()
     down, up = lora_tensors()
     torch.testing.assert_close(pipe.unet.get_submodule(LAYER).base_layer.weight, weight + up @ down)
+
+
+@pytest.mark.parametrize(
+    ("naming", "alpha"),
+    [
+        ("diffusers", f"unet.{LAYER}.alpha"),
+        ("diffusers, older", f"unet.{LAYER}.lora.alpha"),
+        ("diffusers, oldest", f"unet.{LAYER.replace('.to_q', '.processor.to_q_lora')}.alpha"),
+        ("no prefix", f"{LAYER}.alpha"),
+        ("peft", f"base_model.model.{LAYER}.alpha"),
+        ("kohya", f"lora_unet_{LAYER.replace('.', '_')}.alpha"),
+    ],
+)
+def test_load_lora_scales_a_layer_by_its_alpha_over_its_rank(naming, alpha, model, tmp_path):
+    """An alpha of 1 and a rank of 2; the file of peft beside it, of all layers, is for those without."""
+    save_file({**lora_files()[naming], alpha: torch.tensor(1)}, tmp_path / "l.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    pipe = load(model, device="cpu")
+    weight = pipe.unet.get_submodule(LAYER).weight.clone()
+    load_lora(pipe, tmp_path / "l.safetensors")
+    pipe.fuse_lora()
+    down, up = lora_tensors()
+    torch.testing.assert_close(pipe.unet.get_submodule(LAYER).base_layer.weight, weight + up @ down / 2)
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "kohya", "peft"])
@@ -484,6 +588,45 @@ def test_load_lora_refuses_damaged_and_other_adapters(tensors, metadata, message
     with pytest.raises(ValueError, match=message) as error:
         load_lora(load(model, device="cpu"), tmp_path / "l.safetensors")
     assert "l.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "kohya", "peft's layers"])
+def test_load_lora_refuses_one_matrix_of_a_layer(naming, model, tmp_path):
+    pipe = load(model, device="cpu")
+    for half in list(lora_files()[naming])[:2]:
+        save_file({half: lora_files()[naming][half]}, tmp_path / "l.safetensors")
+        with pytest.raises(ValueError, match=r"no second matrix|KeyError|not been correctly renamed"):
+            load_lora(pipe, tmp_path / "l.safetensors")
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "kohya"])
+def test_load_lora_refuses_numbers_that_are_no_weights(naming, model, tmp_path):
+    pipe, tensors = load(model, device="cpu"), lora_files()[naming]
+    up, layer = list(tensors)[1], list(tensors)[1].partition(".lora_")[0]
+    changes = {
+        r"lora_(B|up).weight holds torch.int8; expected a LoRA of floats": {up: tensors[up].to(torch.int8)},
+        r"lora_(B|up).weight holds NaN or infinite numbers": {up: tensors[up] / 0},
+        r"alpha: expected one finite number, got nan": {f"{layer}.alpha": torch.tensor(float("nan"))},
+        r"alpha: expected one finite number, got \[1.0, 1.0\]": {f"{layer}.alpha": torch.ones(2)},
+        r"dora_scale: a DoRA; expected a LoRA": {f"{layer}.dora_scale": torch.ones(32, 1)},
+        r"lora_magnitude_vector: a DoRA": {f"{layer}.lora_magnitude_vector": torch.ones(32)},
+    }
+    for message, change in changes.items():
+        save_file({**tensors, **change}, tmp_path / "l.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_lora(pipe, tmp_path / "l.safetensors")
+
+
+def test_load_lora_refuses_matrices_of_different_ranks_and_lost_alphas(model, tmp_path):
+    pipe, tensors = load(model, device="cpu"), lora_files()["diffusers"]
+    for message, change in {
+        "is of rank 2, .* of rank 3": {f"unet.{LAYER}.lora_B.weight": torch.ones(32, 3)},
+        "x.alpha belongs to none of its matrices": {"x.alpha": torch.tensor(1.0)},
+        "of several adapters": {f"unet.{LAYER}.lora_A.b.weight": torch.ones(2, 32)},
+    }.items():
+        save_file({**tensors, **change}, tmp_path / "l.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_lora(pipe, tmp_path / "l.safetensors")
 
 
 def test_save_pretrained_merges_a_lora(model, tmp_path):

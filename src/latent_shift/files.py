@@ -316,7 +316,9 @@ def check_schema(value: object, schema: Any, path: str | Path) -> Any:
     except ValidationError as error:
         problem = error.errors()[0]
         # Alternatives of a union have names of their own in the place of an error.
-        place = ".".join(str(part) for part in problem["loc"] if not re.search(r"[\[(]", str(part)))
+        place = ".".join(
+            str(part) for part in problem["loc"] if not re.search(r"[\[(]|^constrained-", str(part))
+        )
         got = f", got {problem['input']!r:.60}" if problem["type"] != "missing" else ""
         raise ValueError(f"{path}: {place + ': ' if place else ''}{problem['msg']}{got}") from None
 

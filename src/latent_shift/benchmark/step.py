@@ -38,7 +38,9 @@ def shift_overhead(
         The sizes, and for each of the three ways what `time_in_rounds` returns.
     """
     unet = unet or SMALL.image_unet()
-    side = size or int(unet.config.sample_size)
+    side = size or unet.config.sample_size
+    if not isinstance(side, int):
+        raise ValueError(f"expected size (--size): the U-Net has a sample_size of {side}, not one number")
     plain = deflate(copy.deepcopy(unet)).to(device).eval()
     shifted = inflate(copy.deepcopy(plain), shift_of(unet) or Shift())
     sharing = copy.deepcopy(shifted)

@@ -102,7 +102,8 @@ def training_step(
         For each step what `time_in_rounds` returns; ratios are to the image stage.
     """
     pipe = loading.load(model, device=device, dtype=torch.float32)
-    side, width = pipe.unet.config.sample_size, pipe.unet.config.cross_attention_dim
+    side = pipe.resolve_size(None, None)[0] // pipe.vae_scale_factor
+    width = pipe.unet.config.cross_attention_dim
     plain = deflate(copy.deepcopy(pipe.unet))
     settings = [
         Model.model_validate({"init": model, "temporal": name}) for name in ("shift", "none", "attention")

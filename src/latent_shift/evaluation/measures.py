@@ -323,7 +323,7 @@ def _network(comparison: Comparison, measure: Measure) -> Any:
 def _own_pipeline(comparison: Comparison) -> LatentShiftPipeline:
     pipe = comparison.system.pipe
     own = type(pipe) is LatentShiftPipeline
-    if not own or pipe.unet.config.sample_size * pipe.vae_scale_factor != comparison.protocol.size[0]:
+    if not own or pipe.unet.config.sample_size != comparison.protocol.size[0] / pipe.vae_scale_factor:
         raise MeasureUnavailable("is defined for models of this package at the protocol's size only")
     return pipe
 

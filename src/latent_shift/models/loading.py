@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def open_network(
         network, info = network_class.from_pretrained(
             path, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True, local_files_only=True
         )  # fmt: skip
-    _check_complete(network, info["missing_keys"], path)
+    _check_complete(network, info, path)
     return network
 
 
@@ -104,11 +105,12 @@ def open_text_encoder(
             path, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True, local_files_only=True,
             trust_remote_code=False,
         )  # fmt: skip
-    _check_complete(encoder, info["missing_keys"], path)
+    _check_complete(encoder, info, path)
     return encoder
 
 
-def _check_complete(network: torch.nn.Module, missing: typing.Collection[str], path: Path) -> None:
+def _check_complete(network: torch.nn.Module, info: dict[str, typing.Collection[str]], path: Path) -> None:
+    missing = info["missing_keys"]
     if missing:
         raise ValueError(
             f"{path}: its weights lack {len(missing)} of {len(network.state_dict())} tensors of a "
@@ -118,6 +120,18 @@ def _check_complete(network: torch.nn.Module, missing: typing.Collection[str], p
     other = next((name for name, value in network.named_parameters() if not value.is_floating_point()), None)
     if other and not quantized:
         raise ValueError(f"{path}: {other} holds whole numbers, expected weights that are not quantized")
+    unexpected = [name for name in info["unexpected_keys"] if not _HARMLESS.search(name)]
+    if unexpected and not quantized:
+        raise ValueError(
+            f"{path}: its weights have {len(unexpected)} tensors that a {type(network).__name__} of its config.json "
+            f"lacks, such as {min(unexpected)}: one of the two files is of another model"
+        )
+
+
+_HARMLESS = re.compile(
+    r"(^|\.)position_ids$|^(vision_model|visual_projection|text_projection|logit_scale)(\.|$)"
+)
+"""Tensors that old files and whole CLIP models have beside those of a text encoder."""
 
 
 def open_tokenizer(path: Path, encoder: PreTrainedModel | None = None) -> PreTrainedTokenizerBase:

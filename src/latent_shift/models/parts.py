@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from latent_shift.files import (
     MAX_JSON_BYTES,
@@ -26,7 +26,8 @@ from latent_shift.files import (
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Depth = Annotated[int, Field(ge=1, le=1_000)]
-Size = Width | Annotated[list[Width], Field(min_length=2, max_length=2)]
+Side = Annotated[int, Field(ge=1, le=1024)]
+Size = Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -60,6 +61,14 @@ class AutoencoderSettings(_Settings):
     scaling_factor: Annotated[float, Field(gt=0, le=1000)] = 1.0
     latents_mean: list[float] | None = None
     latents_std: list[Annotated[float, Field(gt=0)]] | None = None
+
+    @field_validator("latents_mean", "latents_std")
+    @classmethod
+    def _check_length(cls, numbers: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        num_channels = info.data.get("latent_channels")
+        if numbers is not None and num_channels is not None and len(numbers) != num_channels:
+            raise ValueError(f"expected {num_channels} numbers, one for each of latent_channels")
+        return numbers
 
 
 class TextEncoderSettings(_Settings):
@@ -261,6 +270,31 @@ def part_shapes(part: Path, variant: str | None = None) -> dict[str, tuple[int, 
     return {name: shape for file in files for name, shape in tensor_shapes(file).items()}
 
 
+def check_not_quantized(path: Path) -> None:
+    """Check, by the header of a `.safetensors` file, that its weights are floats that mean what they say.
+
+    The libraries cast whole numbers to floats and leave out the scales of ComfyUI's "scaled fp8".
+
+    Raises:
+        ValueError: whole or complex numbers, bits, or scales; the message names the tensor.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        for name in sorted(file.keys()):
+            dtype = file.get_slice(name).get_dtype()
+            if _SCALES.search(name) or (name.endswith(("weight", "bias")) and dtype not in _FLOATS):
+                raise ValueError(
+                    f"{path}: has {name} of {dtype}: its weights are quantized; expected float16, bfloat16 or float32"
+                )
+
+
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_SCALES = re.compile(
+    r"(?:^|\.)(?:scaled_fp8|scale_weight|scale_input|weight_scale(?:_\d)?|input_scale|comfy_quant)$"
+)
+
+
 def check_network(part: Path, variant: str | None = None, *, kind: str | None = None) -> None:
     """Check the settings of one network and the headers of its weights.
 
@@ -278,6 +312,9 @@ def check_network(part: Path, variant: str | None = None, *, kind: str | None = 
     if (kind or part.name) not in SCHEMAS:
         return
     settings = read_part(part, kind)
+    if settings.get("quantization_config") is None:
+        for file in weight_files(part, resolve_variant(part, variant)):
+            check_not_quantized(file)
     num_layers = settings.get("num_hidden_layers") or max(_depths(settings.get("layers_per_block", 1)))
     if num_layers > num_tensors and settings.get("_class_name") != "PixelSpace":
         raise ValueError(

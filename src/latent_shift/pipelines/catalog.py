@@ -21,6 +21,7 @@ from latent_shift.models.parts import (
     NETWORKS,
     IndexSettings,
     check_network,
+    check_not_quantized,
     check_tokenizer,
     part_shapes,
     read_part,
@@ -231,9 +232,11 @@ def identify_file(path: str | Path) -> str:
     it is instead."""
     tensors = tensor_shapes(path)
     try:
-        return identify(tensors)
+        family = identify(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    check_not_quantized(Path(path))
+    return family
 
 
 def file_prediction(path: str | Path) -> str | None:

@@ -541,6 +541,12 @@ class ClipPipeline(DiffusionPipeline):
     def resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width in pixels; None stands for the size the U-Net was trained at."""
         size = self.unet.config.sample_size
+        if size is None:
+            if height is None or width is None:
+                raise ValueError(
+                    "expected height and width (--height, --width): unet/config.json of this model has no sample_size"
+                )
+            return height, width
         rows, columns = (size, size) if isinstance(size, int) else size
         factor = self.vae_scale_factor
         return rows * factor if height is None else height, columns * factor if width is None else width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,9 +52,13 @@ def load_lora(pipe: ClipPipeline, path: str | Path) -> None:
     others = {name for name in names if any(part in name for part in ("hada_", "lokr_", "oft_", "boft_"))}
     if others:
         raise ValueError(f"{path}: holds {min(others)}: a LoHa, LoKr or OFT of LyCORIS; expected a LoRA")
+    magnitudes = [name for name in names if "dora_scale" in name or "lora_magnitude_vector" in name]
+    if magnitudes:
+        raise ValueError(f"{path}: holds {min(magnitudes)}: a DoRA; expected a LoRA")
+    _check_numbers(tensors, path)
     tensors, alphas = _diffusers_names(pipe, tensors, path)
     with one_line_errors(path, "a LoRA"):
-        fitting_names = _fitting_names(pipe, tensors)
+        fitting_names = _fitting_names(pipe, tensors, path)
     fitting = {name: tensors[name] for name in fitting_names}
     if not fitting:
         raise ValueError(
@@ -84,6 +89,19 @@ def _call_settings(metadata: dict[str, str], path: Path) -> dict:
     return settings
 
 
+def _check_numbers(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith(".alpha"):
+            if tensor.numel() != 1 or tensor.is_complex() or not tensor.isfinite().all():
+                raise ValueError(f"{path}: {name}: expected one finite number, got {tensor.tolist()!r:.60}")
+        elif not tensor.is_floating_point():
+            raise ValueError(
+                f"{path}: {name} holds {tensor.dtype}; expected a LoRA of floats, not a quantized one"
+            )
+        elif not tensor.float().isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite numbers: the file is damaged")
+
+
 def _diffusers_names(
     pipe: ClipPipeline, tensors: dict[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -100,19 +118,40 @@ def _diffusers_names(
         texts = {name: tensor for name, tensor in renamed.items() if not name.startswith("unet.")}
         renamed = {name: renamed[name] for name in renamed.keys() - texts.keys()} | _peft_names(texts)
     layers = {name for name, _ in pipe.unet.named_children()}
+    layer_alphas = {
+        name.removesuffix(".alpha"): tensor.item()
+        for name, tensor in tensors.items()
+        if name.endswith(".alpha") and name not in kohya
+    }
+    unused = set(layer_alphas)
     for name, tensor in tensors.items():
-        if name in kohya:
+        if name in kohya or name.endswith(".alpha"):
             continue
-        short = name.removeprefix("base_model.model.")
+        short = _ADAPTER.sub(r"\1", name.removeprefix("base_model.model."))
         if short.split(".")[0] in layers:
             short = f"unet.{short}"
         elif short.startswith(("text_model.", "encoder.layers.")):
             short = f"text_encoder.{short}"
-        renamed[short] = tensor * _peft_scale(path) if ".lora_B" in name and short != name else tensor
+        if short in renamed:
+            raise ValueError(f"{path}: holds {short} of several adapters; expected one LoRA")
+        scale, up = 1.0, _UP.fullmatch(name)
+        if up and not {up[1], up[2]}.isdisjoint(layer_alphas):
+            alpha_name = up[1] if up[1] in layer_alphas else up[2]
+            scale = layer_alphas[alpha_name] / tensor.shape[1]
+            unused.discard(alpha_name)
+        elif ".lora_B" in name and short != name:
+            scale = _peft_scale(path)
+        renamed[short] = tensor if scale == 1 else tensor.float() * scale
+    if unused:
+        raise ValueError(f"{path}: {min(unused)}.alpha belongs to none of its matrices; expected a LoRA")
     return renamed, alphas or {}
 
 
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_ADAPTER = re.compile(r"(\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)")
+"""Ends with the name of an adapter, which peft leaves in the names of its layers: `.lora_A.default.weight`."""
+_UP = re.compile(r"((.+?)(?:[._]lora(?:_linear_layer)?)?)\.(?:lora_B(?:\.[^.]+)?|lora_up|up)\.weight")
+"""The name of the second matrix of a layer. Its alpha has the stem of the first group or of the second."""
 
 
 def _peft_scale(path: Path) -> float:
@@ -125,9 +164,10 @@ def _peft_scale(path: Path) -> float:
     return settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def _fitting_names(pipe: ClipPipeline, tensors: dict[str, Tensor]) -> set[str]:
-    """Return the names of tensors that fit a layer of the pipeline's networks: rows or columns as wide as it."""
-    fitting = set()
+def _fitting_names(pipe: ClipPipeline, tensors: dict[str, Tensor], path: Path) -> set[str]:
+    """Return the names of the pairs of matrices that fit a layer of the pipeline's networks: rows and columns as
+    wide as it. Raise ValueError for a matrix of such a layer whose other half is missing or has another rank."""
+    fitting: set[str] = set()
     for part in ("unet", "text_encoder", "text_encoder_2"):
         network = getattr(pipe, part, None)
         if network is None:
@@ -140,18 +180,23 @@ def _fitting_names(pipe: ClipPipeline, tensors: dict[str, Tensor]) -> set[str]:
         names = [name for name in tensors if name.startswith(f"{part}.")]
         inside = {name.removeprefix(f"{part}."): tensors[name] for name in names}
         keys = convert_unet_state_dict_to_peft(inside) if part == "unet" else _peft_names(inside)
+        pairs: dict[str, dict[str, str]] = {}
         for name, key in zip(names, keys, strict=True):
             layer, _, rest = key.removeprefix("text_model.").partition(".lora_")
-            shape, size = layers.get(layer), tensors[name].shape
-            if (
-                shape
-                and len(size) > 1
-                and (
-                    (rest.startswith("A") and size[1] == shape[1])
-                    or (rest.startswith("B") and size[0] == shape[0])
+            if layer in layers and rest in ("A.weight", "B.weight"):
+                pairs.setdefault(layer, {})[rest[0]] = name
+        for layer, pair in pairs.items():
+            if len(pair) < 2:
+                (name,) = pair.values()
+                raise ValueError(f"{path}: {name} has no second matrix; expected two for each layer")
+            down, up = (tensors[pair[half]].shape for half in "AB")
+            if min(len(down), len(up)) < 2 or down[1] != layers[layer][1] or up[0] != layers[layer][0]:
+                continue
+            if down[0] != up[1] or not down[0]:
+                raise ValueError(
+                    f"{path}: {pair['A']} is of rank {down[0]}, {pair['B']} of rank {up[1]}; expected the same, 1 or more"
                 )
-            ):
-                fitting.add(name)
+            fitting.update(pair.values())
     return fitting
 
 

@@ -51,8 +51,9 @@ def atomic_path(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
 
 
 @contextmanager
-def full_disk_named(path: Path) -> Iterator[None]:
-    """Raise an OSError that names `path` if the disk, or the quota, is full in the block."""
+def full_disk_named(path: Path, *, keep_name: bool = False) -> Iterator[None]:
+    """Raise an OSError that names `path` if the disk, or the quota, is full in the block; with `keep_name`, the file
+    that the error itself names, if it does."""
     try:
         yield
     except Exception as error:
@@ -60,7 +61,9 @@ def full_disk_named(path: Path) -> Iterator[None]:
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         message = "the disk is full; free some space, or choose a folder on another disk"
-        raise OSError(number, message, getattr(error, "filename", None) or str(path)) from error
+        raise OSError(
+            number, message, (getattr(error, "filename", None) if keep_name else None) or str(path)
+        ) from error
 
 
 def _os_error(error: Exception) -> int | None:

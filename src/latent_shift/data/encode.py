@@ -206,7 +206,7 @@ def encode(
                 return
             _check_free_space(out, tasks, captions)
             write_text(out / "job.txt", job)
-            with full_disk_named(out):
+            with full_disk_named(out, keep_name=True):
                 _write_autoencoder(out, encoder)
                 captions.write(out, batch_size or 32)
             encode_shards(tasks, (str(out / "autoencoder"), batch_size, str(device)))

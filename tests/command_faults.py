@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from conftest import forkserver, make_media, make_texts
+from conftest import enter_process, forkserver, make_media, make_texts
 from test_modes import sd
 
 from latent_shift.benchmark.hardware import machine
@@ -90,16 +89,8 @@ def start(words: list[str], folder: Path, file_bytes: int | None = None) -> Base
 
 
 def _run(words: list[str], folder: Path, file_bytes: int | None) -> None:
-    os.setpgrp()  # Ctrl-C reaches a command and its workers
     os.chdir(folder)
-    log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    if file_bytes:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    enter_process(folder.with_suffix(".log"), file_bytes)
     sys.argv = ["latent-shift", *words]
     main()
 

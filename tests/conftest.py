@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,21 @@ def alike(a, b) -> bool:
 
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
+
+
+def enter_process(log: Path, file_bytes: int | None) -> None:
+    """Set up a process of its own for a fault: its output goes to a log, and its files have at most `file_bytes`."""
+    import resource
+
+    os.setpgrp()  # Ctrl-C reaches a command and its workers
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if file_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
 
 @contextmanager

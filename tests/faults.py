@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import forkserver, make_media, make_texts, tiny_config
+from conftest import enter_process, forkserver, make_media, make_texts, tiny_config
 
 from latent_shift.benchmark.hardware import machine
 from latent_shift.config import Config
@@ -57,16 +56,8 @@ def start_run(config: Config, run: Path, file_bytes: int | None = None) -> BaseP
 
 def _train(config: Config, run: Path, file_bytes: int | None) -> None:
     """Run `latent-shift train` with its output in `run.log` and files of at most `file_bytes`."""
-    os.setpgrp()
     run.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    if file_bytes:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    enter_process(run.with_suffix(".log"), file_bytes)
     try:
         train(config, run)
     except (ValueError, OSError, RuntimeError) as error:  # as the command does

@@ -371,7 +371,7 @@ def test_load_survives_random_damage(model, copied):
 
 
 def test_measure_prediction_tells_noise_from_v(small):  # noqa: F811
-    """A network of SD 2's layout that has learnt to predict the noise at the last timestep, where it is the input."""
+    """A network of SD 2's layout trained to predict the noise at the last timestep, where it is the input."""
     torch.manual_seed(0)
     pipe = single_file.blank("sd2")
     assert single_file.measure_prediction(pipe) == "v_prediction"

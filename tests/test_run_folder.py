@@ -127,11 +127,11 @@ def spoil(monkeypatch):
     def spoil(numbers):
         count = iter(range(1000))
 
-        def spoilt(*args, **options):
+        def draw_damaged(*args, **options):
             first, *rest = draw(*args, **options)
             return (first * torch.nan if next(count) in numbers else first, *rest)
 
-        monkeypatch.setattr(stages.DenoiserStage, "draw_batch", spoilt)
+        monkeypatch.setattr(stages.DenoiserStage, "draw_batch", draw_damaged)
 
     return spoil
 

@@ -210,7 +210,7 @@ def _prepare_process(output: Path | None, *, force: bool) -> None:
 
 
 def _check_plots(folder: Path, *, force: bool) -> None:
-    """Check before the measurements that plots can be drawn and written."""
+    """Check before the measurements that plots can be made and written."""
     if not find_spec("matplotlib"):
         raise ValueError("--plots needs the extra: pip install 'latent-shift-video[report]'")
     outputs.check_writable(folder / "sweep-plot.svg")

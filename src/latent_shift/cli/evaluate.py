@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latent_shift.cli import outputs
+from latent_shift.cli.generate import Prediction, Variant
 from latent_shift.cli.terminal import Progress
 from latent_shift.files import write_json
 from latent_shift.runtime import quiet_libraries, skip_packages
@@ -257,13 +258,8 @@ def sheet(
     ] = 8,
     steps: Steps = None,
     guidance: Guidance = None,
-    prediction: Annotated[
-        str | None,
-        typer.Option(help="epsilon or v_prediction: what the model predicts, if it does not say so"),
-    ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="variant of the weights in a folder, such as fp16")
-    ] = None,
+    prediction: Prediction = None,
+    variant: Variant = None,
     device: Device = None,
     force: outputs.Force = False,
 ) -> None:

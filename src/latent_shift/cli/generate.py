@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from latent_shift.pipelines.request import Request
 
 
+Prediction = Annotated[
+    str | None, typer.Option(help="epsilon or v_prediction: what the model predicts, if it does not say so")
+]
+Variant = Annotated[str | None, typer.Option(help="variant of the weights in a folder, such as fp16")]
+
+
 def generate(
     context: typer.Context,
     prompt: Annotated[
@@ -114,13 +120,8 @@ def generate(
     lora: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="a LoRA file (.safetensors)")
     ] = None,
-    prediction: Annotated[
-        str | None,
-        typer.Option(help="epsilon or v_prediction: what the model predicts, if it does not say so"),
-    ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="variant of the weights in a folder, such as fp16")
-    ] = None,
+    prediction: Prediction = None,
+    variant: Variant = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     force: outputs.Force = False,
 ) -> None:

@@ -128,7 +128,7 @@ def check_own_scheduler(scheduler: SchedulerMixin) -> None:
         "solver_type": config.get("solver_type") == "bh1",
         "timestep_scaling": config.get("timestep_scaling", 10.0) <= 0,
         "steps_offset": not 0 <= config.get("steps_offset", 0) <= 10,
-        # In pure noise, of which the noise says nothing about the clip.
+        # The first input is pure noise, from which a prediction of the noise says nothing about the clip.
         "rescale_betas_zero_snr": bool(config.get("rescale_betas_zero_snr"))
         and config.prediction_type == "epsilon",
     }

@@ -265,7 +265,7 @@ def trim_stats(run: Path, step: int) -> float:
 
 
 def _parse_row(line: str) -> dict | None:
-    """Return a row of stats.jsonl, or None for a line that a crash or another program spoilt."""
+    """Return a row of stats.jsonl, or None for a line that a crash or another program damaged."""
     try:
         row = parse_json(line) if line.endswith("\n") else None
     except ValueError:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from latent_shift.video.frame_file import Frames
 
 MAX_LETTERS = 10_000
-"""Letters of a text that are drawn."""
+"""Maximum number of letters of a text in a sheet."""
 _LINE_HEIGHT = 14  # pixels
 _MIN_TEXT_WIDTH = 128
 

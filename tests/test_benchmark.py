@@ -30,7 +30,14 @@ from latent_shift.training import memory
 
 # In bf16 where a CPU has units for it: without them this takes minutes.
 @pytest.mark.parametrize(
-    "options", [{}, {"dtype": torch.bfloat16 if has_bf16_units() else torch.float32, "channels_last": True}]
+    "options",
+    [
+        {},
+        pytest.param(
+            {"dtype": torch.bfloat16 if has_bf16_units() else torch.float32, "channels_last": True},
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_against_peers_times_networks_of_the_same_widths(options):
     result = step.against_peers(num_frames=2, text_length=8, rounds=1, **options)

@@ -18,7 +18,8 @@ from latent_shift.data.latents import LatentStore
 from latent_shift.data.pack import pack
 from latent_shift.data.preview import preview
 from latent_shift.data.records import Problem, Record
-from latent_shift.data.store import Store, StoreWriter
+from latent_shift.data.store import Store
+from latent_shift.data.store_writer import StoreWriter
 from latent_shift.video.sheets import draw_text
 
 

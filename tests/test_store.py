@@ -16,7 +16,8 @@ from latent_shift.data.latents import LatentStore, open_store
 from latent_shift.data.pack import pack
 from latent_shift.data.records import Record
 from latent_shift.data.sampler import BalancedSampler
-from latent_shift.data.store import PIXELS, Store, StoreWriter, store_folder
+from latent_shift.data.store import Store
+from latent_shift.data.store_writer import PIXELS, StoreWriter, store_folder
 from latent_shift.training import prepare
 from latent_shift.training.stages import DenoiserStage
 

@@ -14,7 +14,8 @@ from latent_shift.benchmark.timing import run_alone
 from latent_shift.data.encode import encode
 from latent_shift.data.readers import Record
 from latent_shift.data.sampler import BalancedSampler
-from latent_shift.data.store import Store, StoreWriter
+from latent_shift.data.store import Store
+from latent_shift.data.store_writer import StoreWriter
 from latent_shift.pipelines import loading
 from latent_shift.runtime import peak_memory_gib
 

@@ -21,7 +21,7 @@ from latent_shift.benchmark.timing import time_in_rounds
 from latent_shift.config import Model
 from latent_shift.data.encode import encode
 from latent_shift.data.readers import Record
-from latent_shift.data.store import StoreWriter
+from latent_shift.data.store_writer import StoreWriter
 from latent_shift.diffusion import noise_schedule
 from latent_shift.files import check_schema, read_json_lines, tensor_shapes
 from latent_shift.models import sizes

@@ -33,15 +33,8 @@ import torch
 from latent_shift.data.captions import Captions, model_digest
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.records import Record
-from latent_shift.data.store import (
-    ADVICE,
-    LATENTS,
-    Store,
-    finish_store,
-    is_complete,
-    open_pixel_store,
-    store_folder,
-)
+from latent_shift.data.store import ADVICE, Store, is_complete, open_pixel_store
+from latent_shift.data.store_writer import LATENTS, finish_store, store_folder
 from latent_shift.data.workers import WorkerDied, Workers
 from latent_shift.files import full_disk_named, open_array, read_json, write_array, write_text
 from latent_shift.folders import FolderInUse

@@ -16,7 +16,7 @@ from latent_shift.data.decode import Decoder, aspect_sizes, decode_records
 from latent_shift.data.readers import read
 from latent_shift.data.records import Problem
 from latent_shift.data.shards import without_secrets
-from latent_shift.data.store import PIXELS, StoreWriter, store_folder
+from latent_shift.data.store_writer import PIXELS, StoreWriter, store_folder
 
 
 def pack(

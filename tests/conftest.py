@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +64,34 @@ def enter_process(log: Path, file_bytes: int | None) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+
+def launch(function: Callable[..., object], *args: object, processes: int = 2) -> None:
+    """Call a function in several processes, with the variables that torchrun sets."""
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    workers = [
+        forkserver.Process(
+            target=_call_as_rank, args=({**variables, "RANK": str(k), "LOCAL_RANK": str(k)}, function, args)
+        )
+        for k in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(240)
+    assert [worker.exitcode for worker in workers] == [0] * processes
+
+
+def _call_as_rank(variables: dict[str, str], function: Callable[..., object], args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= variables
+    function(*args)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @contextmanager
@@ -160,6 +190,8 @@ def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
         "optim": {"steps": steps, "lr": 1e-3, "warmup_steps": 1},
         "train": {"precision": "no", "log_every": 1, "sample_every": 1000},
     }
+    if stage != "autoencoder":
+        tables["train"]["sample_steps"] = 2
     for name, values in sections.items():
         tables[name] = values if name == "model" else {**tables.get(name, {}), **values}
     return Config.model_validate({"stage": stage, **tables})

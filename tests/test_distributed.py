@@ -2,13 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import forkserver, tiny_config
+from conftest import free_port, launch, tiny_config
 from safetensors.torch import load_file
 
 from latent_shift.config import dump
@@ -16,41 +15,21 @@ from latent_shift.training import checkpoint
 from latent_shift.training.loop import train
 
 
-def launch(config, run, *, processes=2):
-    """Train in several processes, with the variables that torchrun sets; return the lines of stats.jsonl."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    workers = [
-        forkserver.Process(
-            target=train_as_rank, args=(config, run, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        )
-        for rank in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(240)
-    assert [worker.exitcode for worker in workers] == [0] * processes
-    return read_stats(run)
+def train_in_turn(configs, run, ports):
+    """Train by one recipe after the other in the same run, each time with a process group of its own."""
+    for config, port in zip(configs, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        train(config, run)
 
 
-def train_as_rank(config, run, variables):
-    torch.set_num_threads(1)
-    os.environ |= variables
-    train(config, run)
-
-
-def launch_by_torchrun(config, run):
-    """Run `latent-shift train` on two processes of torchrun; return the lines of stats.jsonl."""
+def train_by_torchrun(config, run):
+    """Run `latent-shift train` on two processes of torchrun."""
     recipe = run.with_suffix(".toml")
     recipe.write_text(dump(config))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     command = [sys.executable, *torchrun, "latent_shift", "train", str(recipe), "--run", str(run)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
-    return read_stats(run)
 
 
 def read_stats(run):
@@ -79,10 +58,13 @@ def settings(packed, image_model, *, accumulate, steps=4, **train):
 @pytest.mark.parametrize("shard", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_train_on_two_processes_equals_one_that_accumulates(shard, alone, packed, image_model, tmp_path):
     expected, run_alone = alone
-    launch(settings(packed, image_model, accumulate=1, steps=2, shard=shard), tmp_path / "run")
-    # The run resumes, once by the command under torchrun.
-    resume = launch if shard else launch_by_torchrun
-    rows = resume(settings(packed, image_model, accumulate=1, shard=shard), tmp_path / "run")
+    first, whole = (settings(packed, image_model, accumulate=1, steps=steps, shard=shard) for steps in (2, 4))
+    if shard:  # the run resumes in the same processes: their first sharded step takes 10 s
+        launch(train_in_turn, [first, whole], tmp_path / "run", [free_port(), free_port()])
+    else:  # it resumes by the command under torchrun
+        launch(train, first, tmp_path / "run")
+        train_by_torchrun(whole, tmp_path / "run")
+    rows = read_stats(tmp_path / "run")
     for row, other in zip(rows, expected, strict=True):
         for name in ("loss", "mse", "grad_norm", *(["val_loss"] if "val_loss" in other else [])):
             assert row[name] == pytest.approx(other[name], rel=1e-4), name

@@ -2,20 +2,20 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import full_disk, traced
+from conftest import enter_process, full_disk, launch, traced
 from diffusers import DDPMScheduler
 from test_extractors import clip_folder, scripts  # noqa: F401
 from test_public_sets import msrvtt as make_msrvtt
 from test_public_sets import ucf101 as make_ucf101
 
 from latent_shift import video
+from latent_shift.cli.main import main
 from latent_shift.data.pack import pack
 from latent_shift.data.store import Store
 from latent_shift.diffusion import correlated_noise
@@ -345,27 +345,20 @@ def test_records_of_real_clips_have_no_seeds_and_size(system, protocol, tmp_path
 
 
 @pytest.mark.timeout(300)
+def run_command(words, log):
+    enter_process(log, None)
+    sys.argv = ["latent-shift", *words]
+    main()
+
+
 def test_eval_command_shares_clips_among_processes(packed, video_model, tmp_path):
-    torchrun = [
-        sys.executable,
-        *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "latent_shift"],
-    ]
-    options = [
-        "-m",
-        f"a={video_model}",
-        "-m",
-        f"b={video_model}",
-        "--num-frames",
-        4,
-        "--steps",
-        1,
-        "--batch-size",
-        1,
-    ]
-    command = [*torchrun, "eval", packed, *options, "--out", tmp_path / "evals", "-o", tmp_path / "out.json"]
-    process = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("protocol own: 3 clips of 4 frames") == 1  # one process prints it
+    models = ["-m", f"a={video_model}", "-m", f"b={video_model}"]
+    options = ["--num-frames", "4", "--steps", "1", "--batch-size", "1"]
+    outputs = ["--out", str(tmp_path / "evals"), "-o", str(tmp_path / "out.json")]
+    launch(run_command, ["eval", str(packed), *models, *options, *outputs], tmp_path / "log")
+    assert (tmp_path / "log").read_text().count(
+        "protocol own: 3 clips of 4 frames"
+    ) == 1  # one process prints it
     first, second = json.loads((tmp_path / "out.json").read_text())
     assert values(first) == values(second)
     assert len(list((tmp_path / "evals").glob("?/clips/*.png"))) == 6

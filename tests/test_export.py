@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from test_shift import inputs, tiny_unet
+from test_shift import inputs, smallest_unet
 
 from latent_shift.shift import Shift, frames, inflate
 from latent_shift.training.loop import train
@@ -16,7 +16,7 @@ def test_onnx_export_accepts_any_number_of_frames(edge, tmp_path):
     """Exported at four frames with the whole batch as one clip; run at four and at seven."""
     import onnxruntime
 
-    unet = inflate(tiny_unet(), Shift(edge=edge))
+    unet = inflate(smallest_unet(), Shift(edge=edge))
     path = tmp_path / "unet.onnx"
     free = torch.export.Dim("frames", min=2, max=1024)
     with frames(unet, -1):

@@ -74,7 +74,7 @@ OTHERS: dict[str, tuple] = {
     "train.precision": ("image", "bf16", {}),
     "train.log_every": ("image", 2, {}),
     "train.sample_every": ("image", 1, {}),
-    "train.sample_steps": ("image", 2, {}),
+    "train.sample_steps": ("image", 3, {}),
     "train.sample_guidance": ("image", 2.0, {}),
     "train.sample_shared_noise": ("video", 0.5, {}),
     "train.sample_noise_correlation": ("video", 0.5, {}),

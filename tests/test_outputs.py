@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -264,7 +265,7 @@ def test_write_all_leaves_no_reserved_file_when_interrupted(here, monkeypatch):
 
     monkeypatch.setattr(video, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        outputs.write_all(np.zeros((1, 8, 8, 3), np.uint8), [here / "a.png"], fps=8, metadata={}, replaced=())
+        outputs.write_all(np.zeros((1, 8, 8, 3), np.uint8), [here / "a.png"], fps=8, metadata={}, replaced={})
     assert not list(here.iterdir())
 
 
@@ -331,12 +332,18 @@ def test_json_outputs_are_replaced_with_force_alone(video_model, here):
 def test_write_all_keeps_a_file_that_appeared_during_the_work(here, capsys):
     frames = np.zeros((1, 8, 8, 3), np.uint8)
     Path("a.png").write_text("a photo")
-    outputs.write_all(frames, [Path("a.png")], fps=8, metadata={}, replaced=())
+    outputs.write_all(frames, [Path("a.png")], fps=8, metadata={}, replaced={})
     captured = capsys.readouterr()
     assert Path("a.png").read_text() == "a photo" and captured.out == "a-2.png\n"
     assert "a.png: was written by another program meanwhile" in captured.err
-    outputs.write_all(frames, [Path("a.png")], fps=8, metadata={}, replaced=[Path("a.png")])
+    replaced = outputs.check_outputs([Path("a.png")], suffixes=[".png"], force=True)
+    outputs.write_all(frames, [Path("a.png")], fps=8, metadata={"latent_shift": "1"}, replaced=replaced)
     assert len(video.read("a.png")[0]) == 1
+    # One that was latent-shift's own, and is another program's now.
+    replaced = outputs.check_outputs([Path("a.png")], suffixes=[".png"])
+    Path("a.png").write_text("a thesis")
+    outputs.write_all(frames, [Path("a.png")], fps=8, metadata={}, replaced=replaced)
+    assert Path("a.png").read_text() == "a thesis" and Path("a-3.png").exists()
 
 
 def test_show_prints_foreign_metadata_escaped(here):
@@ -361,3 +368,30 @@ def test_names_that_are_no_unicode_are_printed(video_model, here, monkeypatch):
         main.main()
     output.flush()
     assert end.value.code == 0 and output.buffer.getvalue() == b"\\udcff.gif\n"
+
+
+def test_write_all_writes_through_a_link(here):
+    frames = np.zeros((1, 8, 8, 3), np.uint8)
+    video.write(frames, "a.png", metadata={"latent_shift": "1"})
+    Path("link.png").symlink_to("a.png")
+    replaced = outputs.check_outputs([Path("link.png")], suffixes=[".png"])
+    outputs.write_all(frames + 9, [Path("link.png")], fps=8, metadata={}, replaced=replaced)
+    assert Path("link.png").is_symlink() and video.read("a.png")[0].max() == 9
+
+
+def test_check_outputs_of_many_files_is_quick(here):
+    start = time.monotonic()
+    outputs.check_outputs([Path(f"{number}.png") for number in range(5000)], suffixes=[".png"])
+    assert time.monotonic() - start < 3  # 28 s for 2,000 where each was compared with all others
+
+
+def test_generate_refuses_what_would_have_no_effect(here):
+    command = ("generate", "fire", "-o", "a.png")
+    assert "frame 0 has the prompt itself" in fail(*command, "--then", "0:water")
+    assert "frame 8 given twice" in fail(*command, "--then", "8:water", "--then", "8:ice")
+    assert "100000" in fail(*command, "-n", 1_000_000)
+    assert "does not have it" in fail(*command, "--device", "xpu")
+    assert "does not have it" in fail(*command, "--device", "meta")
+    Path("prompts.txt").write_text("fire\nice\n")
+    several = fail("generate", "--prompts", "prompts.txt", "-n", 60_000)
+    assert "2 prompts with 60000 seeds are 120000 clips; expected at most 100000" in several

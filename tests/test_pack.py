@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from latent_shift import video
 from latent_shift.cli.main import app
 from latent_shift.data.decode import aspect_sizes
+from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.pack import pack
 from latent_shift.data.preview import preview
@@ -106,11 +107,11 @@ def test_pack_with_source_and_output_inside_each_other(tmp_path):
     (tmp_path / ".frames").mkdir()
     (tmp_path / ".frames" / "mine.txt").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for out in (tmp_path, source):
-        with pytest.raises(
-            ValueError, match=r"which latent-shift did not write there; choose an empty folder"
-        ):
-            pack(source, out, size=16, fps=8)
+    with pytest.raises(ValueError, match=r"which latent-shift did not write there; choose an empty folder"):
+        pack(source, tmp_path, size=16, fps=8)
+    for force in (False, True):
+        with pytest.raises(ValueError, match="media: is also the input; choose another folder"):
+            pack(source, source / ".." / "media", size=16, fps=8, force=force)
     with pytest.raises(ValueError, match=r"gone: no such folder"):
         pack(tmp_path / "gone", tmp_path / "store", size=16, fps=8)
     (tmp_path / "empty").mkdir()
@@ -121,7 +122,6 @@ def test_pack_with_source_and_output_inside_each_other(tmp_path):
         (source / "store", False),
         (source / "store", False),
         (tmp_path, True),
-        (source, True),
     ):
         problems = pack(source, out, size=16, fps=8, force=force)
         assert {problem.outcome for problem in problems} <= {"ignored"}
@@ -258,3 +258,39 @@ def test_pack_replaces_no_data_set_of_another_source(media, tmp_path):
     assert Store(tmp_path / "out").info["fps"] == 4
     pack(other, tmp_path / "out", size=32, fps=8, force=True)
     assert json.loads((tmp_path / "out" / "store.json").read_text())["source"] == "other"
+
+
+def test_pack_and_encode_keep_stores_of_folders_of_the_same_name(autoencoder, texts, tmp_path):
+    for parent, value in (("a", 0), ("b", 99)):
+        video.write(counting_clip(2) + np.uint8(value), tmp_path / parent / "clips" / "x.webp", fps=8)
+        (tmp_path / parent / "clips" / "x.txt").write_text("x")
+        pack(tmp_path / parent / "clips", tmp_path / parent / "packed", size=16, fps=8)
+    with pytest.raises(ValueError, match="holds a data set of pixels made of another source called clips"):
+        pack(tmp_path / "b" / "clips", tmp_path / "a" / "packed", size=16, fps=8)
+    pack(tmp_path / "a" / "clips", tmp_path / "a" / "packed", size=16, fps=4)  # again, with other settings
+    models = {"autoencoder": autoencoder, "texts": texts}
+    encode(tmp_path / "a" / "packed", tmp_path / "latents", **models)
+    with pytest.raises(ValueError, match="holds a data set of latents made of another source called clips"):
+        encode(tmp_path / "b" / "packed", tmp_path / "latents", **models)
+    encode(tmp_path / "b" / "packed", tmp_path / "latents", **models, force=True)
+
+
+def test_pack_keeps_a_list_of_problems_that_is_not_its_own(tmp_path):
+    video.write(counting_clip(2), tmp_path / "clips" / "x.webp", fps=8)
+    (tmp_path / "clips" / "x.txt").write_text("x")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "problems.txt").write_text("mine")
+    pack(tmp_path / "clips", out, size=16, fps=8, force=True)
+    with pytest.raises(ValueError, match=r"problems\.txt: latent-shift did not write it"):
+        pack(tmp_path / "clips", out, size=16, fps=8)
+    assert (out / "problems.txt").read_text() == "mine"
+    (out / "problems.txt").unlink()
+    (tmp_path / "clips" / "y.webp").write_bytes(b"cut")
+    (tmp_path / "clips" / "y.txt").write_text("y")
+    pack(tmp_path / "clips", out, size=16, fps=8)
+    assert "y.webp" in (out / "problems.txt").read_text()
+    (tmp_path / "clips" / "y.webp").unlink()
+    (tmp_path / "clips" / "y.txt").unlink()
+    pack(tmp_path / "clips", out, size=16, fps=8)
+    assert not (out / "problems.txt").exists()  # its own, of before

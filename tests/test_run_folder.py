@@ -226,3 +226,18 @@ def test_command_ends_with_130_and_one_line_on_ctrl_c(tmp_path):
     _, errors = process.communicate()
     assert (process.returncode, errors.splitlines()[-1]) == (130, "latent-shift: interrupted")
     assert "Traceback" not in errors
+
+
+def test_settings_of_a_run_that_has_ended_are_refused_and_its_comments_stay(latents, tmp_path):
+    train(tiny_config("image", latents, steps=2), tmp_path)
+    recipe = tmp_path / "config.toml"
+    recipe.write_text(f"# my notes\n{recipe.read_text()}")
+    train(tiny_config("image", latents, steps=2), tmp_path)  # exports it again
+    optim = {"steps": 2, "lr": 0.5, "warmup_steps": 1}
+    with pytest.raises(ValueError, match=r"has ended, so another optim\.lr would have no effect"):
+        train(tiny_config("image", latents, optim=optim), tmp_path)
+    assert recipe.read_text().startswith("# my notes\n")
+    train(tiny_config("image", latents, steps=2, train={"sample_guidance": 4.0}), tmp_path)
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["latent_shift"]["guidance_scale"] == 4
+    train(tiny_config("image", latents, optim={**optim, "steps": 3}), tmp_path)

@@ -36,11 +36,13 @@ def atomic_path(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
     so and names `path`.
 
     Args:
-        path: the file to write; one that exists is replaced.
+        path: the file to write; one that exists is replaced. A link stays one, and its target is written.
         suffix: of the partial file, for writers that choose a format by it. None by default, so that no
             search for `*.npy` finds it.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial{suffix}")
     try:
         with full_disk_named(path):

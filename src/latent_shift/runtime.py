@@ -63,6 +63,13 @@ def resolve_device(name: str | torch.device | None = None) -> torch.device:
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device {device}: this machine, or this build of PyTorch, has no MPS; expected cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        try:
+            torch.empty(1, device=device).item()
+        except (AssertionError, RuntimeError, ImportError) as error:
+            raise ValueError(
+                f"device {device}: this machine, or this build of PyTorch, does not have it; expected cpu, cuda or mps"
+            ) from error
     return device
 
 

@@ -213,7 +213,7 @@ def _check_plots(folder: Path, *, force: bool) -> None:
     """Check before the measurements that plots can be made and written."""
     if not find_spec("matplotlib"):
         raise ValueError("--plots needs the extra: pip install 'latent-shift-video[report]'")
-    outputs.check_writable(folder / "sweep-plot.svg")
+    outputs.check_writable([folder / "sweep-plot.svg"])
     if (existing := sorted(folder.glob("sweep-*.svg"))) and not force:
         raise ValueError(f"{existing[0]}: exists; choose another folder for --plots, or use --force")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +24,8 @@ Prediction = Annotated[
     str | None, typer.Option(help="epsilon or v_prediction: what the model predicts, if it does not say so")
 ]
 Variant = Annotated[str | None, typer.Option(help="variant of the weights in a folder, such as fp16")]
+MAX_CLIPS = 100_000
+"""Most clips of one command."""
 
 
 def generate(
@@ -62,7 +64,10 @@ def generate(
     width: Annotated[int | None, typer.Option(min=8, help="width in pixels")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same clip")] = 0,
     num: Annotated[
-        int, typer.Option("--num", "-n", min=1, help="clips of each prompt, with this seed and the next ones")
+        int,
+        typer.Option(
+            "--num", "-n", min=1, max=MAX_CLIPS, help="clips of each prompt, with this seed and the next ones"
+        ),
     ] = 1,
     shared_noise: Annotated[
         float | None,
@@ -194,6 +199,10 @@ def _read_prompts(words: list[str], file: Path | None) -> list[str]:
 def _plan(request: Request, prompts: list[str], num: int, files: list[Path], *, numbered: bool) -> list[_Job]:
     """Return the clips of a command. Where there are several, the names of files that were given get the
     number of the prompt and the seed."""
+    if len(prompts) * num > MAX_CLIPS:
+        raise ValueError(
+            f"{len(prompts)} prompts with {num} seeds are {len(prompts) * num} clips; expected at most {MAX_CLIPS}"
+        )
     jobs = []
     for number, prompt in enumerate(prompts, start=1):
         for seed in range(request.seed, request.seed + num):
@@ -205,7 +214,7 @@ def _plan(request: Request, prompts: list[str], num: int, files: list[Path], *, 
 
 def _check_outputs(
     jobs: list[_Job], fps: float | None, *, inputs: Iterable[Path | None], force: bool
-) -> set[Path]:
+) -> dict[Path, outputs.FileState]:
     """Check all files before the first clip is generated; return those that will be replaced."""
     from latent_shift.video import OUTPUT_SUFFIXES, check_output
 
@@ -217,14 +226,16 @@ def _check_outputs(
     replaced = outputs.check_outputs(files, suffixes=OUTPUT_SUFFIXES, inputs=inputs, force=force)
     for path in files:
         check_output(path, fps=8 if fps is None else fps)
-    for job in jobs:
-        if not job.files:
-            outputs.check_writable(job.default_file(".mp4"))
+    outputs.check_writable(job.default_file(".mp4") for job in jobs if not job.files)
     return replaced
 
 
 def _generate_one(
-    job: _Job, pipe: ClipPipeline, context: typer.Context, hashes: dict[str, str], replaced: Collection[Path]
+    job: _Job,
+    pipe: ClipPipeline,
+    context: typer.Context,
+    hashes: dict[str, str],
+    replaced: Mapping[Path, outputs.FileState],
 ) -> None:
     """Generate a clip and write its files, all that can be written."""
     from latent_shift.pipelines.request import generate_clip
@@ -246,7 +257,7 @@ def _generate_one(
     files = job.files
     if not files:
         files = [outputs.reserve(job.default_file(suffix))]
-        replaced = files
+        replaced = {files[0]: outputs.file_state(files[0])}
     outputs.write_all(clip.frames, files, fps=clip.fps, metadata=metadata, replaced=replaced)
 
 
@@ -257,5 +268,11 @@ def _later_prompts(items: list[str]) -> dict[int, str]:
         frame, separator, text = item.partition(":")
         if not separator or not frame.isdecimal():
             raise ValueError(f"--then: expected FRAME:PROMPT, such as '8:a lion', got {item!r}")
+        if int(frame) == 0:
+            raise ValueError(f"--then {item}: frame 0 has the prompt itself; expected 1 or more")
+        if int(frame) in prompts:
+            raise ValueError(
+                f"--then: frame {int(frame)} given twice; expected one prompt from each frame on"
+            )
         prompts[int(frame)] = text.strip()
     return prompts

@@ -11,7 +11,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+FileState = tuple[int, int, int]
+"""What changes when a file is written: its number on the disk, time and size."""
 Force = Annotated[
     bool, typer.Option("--force", help="also replace files that latent-shift does not know as its own")
 ]
@@ -32,7 +34,7 @@ Force = Annotated[
 
 def check_outputs(
     paths: Sequence[Path], *, suffixes: Sequence[str], inputs: Iterable[Path | None] = (), force: bool = False
-) -> set[Path]:
+) -> dict[Path, FileState]:
     """Check that files can be written without a loss, so that errors come before the work.
 
     Args:
@@ -42,20 +44,22 @@ def check_outputs(
         force: replace files that latent-shift did not write; inputs are never replaced.
 
     Returns:
-        Those that exist and will be replaced.
+        Those that exist and will be replaced, as they are now.
 
     Raises:
         ValueError: another suffix, a name given twice, a folder of that name, a file where a folder must be,
             no permission, an input, or somebody's file.
     """
     sources = [path for path in inputs if path is not None and path.exists()]
-    for number, path in enumerate(paths):
+    resolved: set[Path] = set()
+    for path in paths:
         if path.suffix.lower() not in suffixes:
             raise ValueError(
                 f"{path}: expected one of {' '.join(suffixes)}, got {path.suffix or 'no suffix'!r}"
             )
-        if path.resolve() in [other.resolve() for other in paths[:number]]:
+        if (target := path.resolve()) in resolved:
             raise ValueError(f"{path}: given twice; expected different outputs")
+        resolved.add(target)
         if path.is_dir():
             raise ValueError(f"{path}: is a folder; expected the name of a file")
         if path.exists() and any(path.samefile(source) for source in sources):
@@ -66,8 +70,14 @@ def check_outputs(
             )
         if path.exists() and not os.access(path, os.W_OK):
             raise ValueError(f"{path}: is write-protected; choose another name")
-        check_writable(path)
-    return {path for path in paths if path.exists()}
+    check_writable(paths)
+    return {path: file_state(path) for path in paths if path.exists()}
+
+
+def file_state(path: Path) -> FileState:
+    """Return the state of a file, to know later whether another program wrote it."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _is_own(path: Path) -> bool:
@@ -87,8 +97,17 @@ def check_json(path: Path | None, *, force: bool = False) -> None:
         check_outputs([path], suffixes=(".json",), force=force)
 
 
-def check_writable(path: Path) -> None:
-    """Raise ValueError where a file of this name cannot be made."""
+def check_writable(paths: Iterable[Path]) -> None:
+    """Raise ValueError where files of these names cannot be made: of each folder, the longest name."""
+    longest: dict[Path, Path] = {}
+    for path in paths:
+        if len(path.name) >= len(longest.get(path.parent, path).name):
+            longest[path.parent] = path
+    for path in longest.values():
+        _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
     folder = path.parent
     while not os.path.lexists(folder):
         folder = folder.parent
@@ -139,17 +158,16 @@ def write_all(
     *,
     fps: float,
     metadata: dict[str, str],
-    replaced: Collection[Path],
+    replaced: Mapping[Path, FileState],
 ) -> None:
     """Write frames to several files and print their names. One that fails does not keep the others from being
     written; the error comes after them.
 
     Args:
         frames: `(F, H, W, 3) uint8`.
-        paths: the files. Where one is not in `replaced` and exists, because another program wrote it during the
-            work, the name gets a number.
+        paths: the files. Where another program wrote one during the work, the name gets a number.
         fps, metadata: see `video.write`.
-        replaced: files that may be replaced.
+        replaced: files that may be replaced, as they were before the work.
     """
     from latent_shift.video import write
 
@@ -157,7 +175,8 @@ def write_all(
     for path in paths:
         target = path
         try:
-            target = path if path in replaced else reserve(path)
+            is_unchanged = path in replaced and path.exists() and file_state(path) == replaced[path]
+            target = path if is_unchanged else reserve(path)
             if target != path:
                 print(f"latent-shift: {path}: was written by another program meanwhile", file=sys.stderr)
             print(write(frames, target, fps=fps, metadata=metadata), flush=True)

@@ -33,7 +33,7 @@ import torch
 from latent_shift.data.captions import Captions, model_digest
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.records import Record
-from latent_shift.data.store import ADVICE, Store, is_complete, open_pixel_store
+from latent_shift.data.store import ADVICE, Store, is_complete, open_pixel_store, read_info
 from latent_shift.data.store_writer import LATENTS, finish_store, store_folder
 from latent_shift.data.workers import WorkerDied, Workers
 from latent_shift.files import full_disk_named, open_array, read_json, write_array, write_text
@@ -193,8 +193,11 @@ def encode(
                 progress(num_done, len(tasks))
 
     def lead(*, wait: bool = False) -> None:
-        name = source.info.get("source")
-        with store_folder(out, LATENTS, source=name, force=force, wait=wait) as (_, stale):
+        name, source_id = _source_of(source)
+        with store_folder(out, LATENTS, source=name, source_id=source_id, force=force, wait=wait) as (
+            _,
+            stale,
+        ):
             if wait and _is_finished(out, shapes):
                 return
             _check_free_space(out, tasks, captions)
@@ -204,7 +207,7 @@ def encode(
                 captions.write(out, batch_size or 32)
             encode_shards(tasks, (str(out / "autoencoder"), batch_size, str(device)))
             finish_store(
-                out, records, shapes, stale=stale, dtype="float16", source=name, fps=source.info["fps"], size=source.info["size"],
+                out, records, shapes, stale=stale, dtype="float16", source=name, source_id=source_id, fps=source.info["fps"], size=source.info["size"],
                 factor=encoder.factor, channels=encoder.channels, texts=captions.shape, strides=sorted(set(strides)),
                 autoencoder=encoder.digest, text_encoder=captions.encoder_digest,
             )  # fmt: skip
@@ -218,6 +221,17 @@ def encode(
         encode_shards(random.sample(tasks, len(tasks)), (str(autoencoder), batch_size, str(device)))
         lead(wait=True)
     return LatentStore(out)
+
+
+def _source_of(source: Store) -> tuple[str | None, str | None]:
+    """Return what the stores of pixels were made of, as `store_folder` takes it."""
+    infos = [read_info(folder) for folder in source.folders]
+    names, ids = ([info[key] for info in infos if info.get(key)] for key in ("source", "source_id"))
+    if len(ids) < len(infos):  # some are of an earlier version
+        return None, None
+    if len(infos) == 1:
+        return names[0], ids[0]
+    return ", ".join(names), hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
 
 
 def _is_same_job(out: Path, job: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,13 +63,15 @@ def pack(
     if not (fps > 0 and np.isfinite(fps)):
         raise ValueError(f"fps must be above 0, got {fps}")
     sizes = aspect_sizes(size, aspects)
-    name = Path(without_secrets(str(source))).name
+    if Path(source).exists() and Path(source).resolve() == Path(out).resolve():
+        raise ValueError(f"{out}: is also the input; choose another folder for the packed clips")
+    name, source_id = Path(without_secrets(str(source))).name, _source_id(source)
     clips = read(source)
     num_clips = length_hint(clips) or None
     problems: list[Problem] = []
     num_done, num_packed, num_skipped = 0, 0, 0
     with (
-        store_folder(out, PIXELS, source=name, force=force) as (folder, stale),
+        store_folder(out, PIXELS, source=name, source_id=source_id, force=force) as (folder, stale),
         _long_clips(folder) as long_clips,
     ):
         decode = Decoder(sizes, fps, min_frames, packed_sizes=sizes, long_clips=long_clips)
@@ -94,8 +97,22 @@ def pack(
             raise ValueError(
                 f"{without_secrets(str(source))}: none of {num_skipped} files can be used{first}"
             )
-        writer.close(problems=problems, stale=stale, dtype="uint8", fps=fps, size=size, source=name)
+        writer.close(
+            problems=problems,
+            stale=stale,
+            dtype="uint8",
+            fps=fps,
+            size=size,
+            source=name,
+            source_id=source_id,
+        )
     return problems
+
+
+def _source_id(source: str | Path) -> str:
+    """Return a hash of where a source lies, which tells folders of the same name apart and names no path."""
+    place = str(Path(source).resolve()) if Path(source).exists() else without_secrets(str(source))
+    return hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 @contextmanager

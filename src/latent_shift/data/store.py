@@ -57,6 +57,8 @@ _PER_STORE_KEYS = (
     "index",
     "index_bytes",
     "source",
+    "source_id",
+    "problems",
     "splits",
 )  # the other keys are equal in all parts
 

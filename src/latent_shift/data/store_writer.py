@@ -36,7 +36,13 @@ _INDEX_FILE = re.compile(r"index(-[0-9a-f]{24})?\.(jsonl|npy)|problems\.txt")
 
 @contextmanager
 def store_folder(
-    folder: str | Path, kind: str, *, source: str | None, force: bool = False, wait: bool = False
+    folder: str | Path,
+    kind: str,
+    *,
+    source: str | None,
+    source_id: str | None = None,
+    force: bool = False,
+    wait: bool = False,
 ) -> Iterator[tuple[Path, list[Path]]]:
     """Create and lock a folder for a store; see `output_folder`.
 
@@ -44,11 +50,12 @@ def store_folder(
         folder: where the store goes.
         kind: PIXELS or LATENTS.
         source: name of what the store is made of. A store of another source is not replaced.
+        source_id: tells sources of the same name apart.
         force: also replace a store of another source, and take a folder that holds something else; its files are kept.
         wait: wait for another process that writes there, instead of an error.
 
     Raises:
-        ValueError: as `output_folder`, and for a store of another source.
+        ValueError: as `output_folder`, and for a store of another source, or a problems.txt of somebody else.
 
     Yields:
         The folder, and the files of the store that it held before. `finish_store` removes those that are not
@@ -65,12 +72,16 @@ def store_folder(
         return not foreign and dtype == {PIXELS: "uint8", LATENTS: "float16"}[kind]
 
     try:
-        held = read_info(folder).get("source")
+        held = read_info(folder)
     except (ValueError, OSError):
-        held = None
-    if not force and None not in (held, source) and held != source:
+        held = {}
+    if not force:
+        _check_same_source(folder, kind, held, source, source_id)
+    # A folder that was taken with --force may hold a list of problems of its owner's.
+    has_own_problems = held.get("problems", True)
+    if not force and held and not has_own_problems and (folder / "problems.txt").exists():
         raise ValueError(
-            f"{folder}: holds {kind} made of {held}, not of {source}; choose another folder, or use --force to replace it"
+            f"{folder}/problems.txt: latent-shift did not write it; choose another folder, or use --force to replace it"
         )
     was_own = folder.is_dir() and (read_kind(folder) == kind or is_unmarked_store(folder))
     with output_folder(folder, kind, force=force, is_own=is_unmarked_store, wait=wait):
@@ -82,9 +93,21 @@ def store_folder(
                 path
                 for name, place in candidates.items()
                 for path in place.iterdir()
-                if name.fullmatch(path.name)
+                if name.fullmatch(path.name) and (has_own_problems or path.name != "problems.txt")
             ],
         )
+
+
+def _check_same_source(
+    folder: Path, kind: str, held: dict, source: str | None, source_id: str | None
+) -> None:
+    """Raise ValueError if a store is known to be made of another source."""
+    advice = "choose another folder, or use --force to replace it"
+    name, held_id = held.get("source"), held.get("source_id")
+    if None not in (name, source) and name != source:
+        raise ValueError(f"{folder}: holds {kind} made of {name}, not of {source}; {advice}")
+    if None not in (held_id, source_id) and held_id != source_id:
+        raise ValueError(f"{folder}: holds {kind} made of another source called {name}; {advice}")
 
 
 class StoreWriter:
@@ -186,10 +209,17 @@ def finish_store(
             file.write(_index_line(record))
         index_bytes = file.tell()
     write_array(folder / f"{name}.npy", np.array(rows, INDEX_DTYPE))
-    if lines := [f"{problem}\n" for problem in problems]:
+    lines = [f"{problem}\n" for problem in problems]
+    info = {
+        **info,
+        "splits": sorted(splits),
+        "problems": len(lines),
+        "index": name,
+        "index_bytes": index_bytes,
+    }
+    write_text(folder / "store.json", json.dumps({**info, "shards": shapes}, indent=1))
+    if lines:  # after store.json, which says whose it is
         write_text(folder / "problems.txt", "".join(lines))
-    info = {**info, "splits": sorted(splits), "index": name, "index_bytes": index_bytes, "shards": shapes}
-    write_text(folder / "store.json", json.dumps(info, indent=1))
     current = {f"{name}.jsonl", f"{name}.npy", *(f"{shard}.npy" for shard in shapes)}
     current |= {"problems.txt"} if lines else set()
     for path in stale:

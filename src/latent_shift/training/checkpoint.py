@@ -71,7 +71,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
             raise  # out of memory
-        complete = [folder.name for folder in steps(run) if _find_corruption(folder) is None]
+        complete = [folder.name for folder in steps(run) if find_corruption(folder) is None]
         remaining = (
             f"{complete[-1]} is complete, and the same command resumes from it"
             if complete
@@ -82,7 +82,7 @@ def save(
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
-        newest = [folder for folder in steps(run) if folder <= target and _find_corruption(folder) is None][
+        newest = [folder for folder in steps(run) if folder <= target and find_corruption(folder) is None][
             -keep:
         ]
         for folder in steps(run):
@@ -118,7 +118,7 @@ def _read_state(folder: Path) -> State:
     return State(**state)
 
 
-def _find_corruption(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     try:
         state = _read_state(folder)
@@ -219,7 +219,7 @@ def restore(accelerator: Accelerator, run: Path) -> tuple[int, dict[str, list[fl
     """
     problems = []
     for folder in reversed(steps(run)):
-        if (problem := _find_corruption(folder)) is None:
+        if (problem := find_corruption(folder)) is None:
             # The run had another precision before.
             if accelerator.scaler is not None and not (folder / "scaler.pt").exists():
                 torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")

@@ -79,6 +79,32 @@ def check_same_run(config: Config, run: Path) -> None:
             raise ValueError(
                 f"{run} holds a run with another {', '.join(changed)}; choose another folder with --run"
             )
+        _check_has_effect(config, run)
+
+
+def _check_has_effect(config: Config, run: Path) -> None:
+    """Raise ValueError for settings that differ from those of a run that has ended: what is left is to export it again,
+    with the settings of sampling."""
+    newest = checkpoint.steps(run)[-1]
+    if int(newest.name.removeprefix("step-")) < config.optim.steps or checkpoint.find_corruption(newest):
+        return
+    before, now = _flatten(load(run / "config.toml")), _flatten(config)
+    changed = [
+        name
+        for name in now
+        if now[name] != before[name] and not name.startswith(("train.sample_", "data.path"))
+    ]
+    if changed:
+        raise ValueError(
+            f"{run}: has ended, so another {', '.join(changed)} would have no effect; choose another folder with --run, or "
+            "train on with a larger optim.steps"
+        )
+
+
+def _flatten(config: Config) -> dict[str, object]:
+    """Return all settings by their full names."""
+    tables = {table: values for table, values in config.model_dump().items() if isinstance(values, dict)}
+    return {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
 
 
 # Data: the source before it is packed or encoded, then the store.

@@ -31,7 +31,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from latent_shift.config import Config, dump
+from latent_shift.config import Config, dump, load
 from latent_shift.data.shards import without_secrets
 from latent_shift.files import move_files, write_text
 from latent_shift.folders import check_own, output_folder
@@ -92,8 +92,7 @@ def train(
     with output_folder(run, **ownership) if rank() == 0 else nullcontext():
         try:
             if rank() == 0:
-                # From here on the folder alone is enough to resume.
-                write_text(run / "config.toml", dump(_without_secrets(config)))
+                _write_config(config, run)
             prepared = prepare.prepare(config, run, device=resolve_device(), progress=progress)
             if on_prepared and rank() == 0:
                 on_prepared(prepared)
@@ -102,6 +101,18 @@ def train(
             if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
                 raise
             raise RuntimeError(f"out of memory: {suggest_smaller_settings(config)} ({error})") from error
+
+
+def _write_config(config: Config, run: Path) -> None:
+    """Write the settings, so that from here on the folder alone is enough to resume. A file that has them already stays,
+    with its comments."""
+    path, config = run / "config.toml", _without_secrets(config)
+    try:
+        if load(path) == config:
+            return
+    except (OSError, ValueError):
+        pass
+    write_text(path, dump(config))
 
 
 def _without_secrets(config: Config) -> Config:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import latent_shift as ls
-from latent_shift.cli import main
+from latent_shift.cli import main, train
 from latent_shift.data.pack import pack
 from latent_shift.pipelines import loading
 
@@ -98,6 +98,8 @@ def tiny_emoji(video_model, tmp_path, monkeypatch):
 )
 def test_commands_run(name, least, media, image_model, tiny_emoji, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # An estimate takes as long as the short trainings here; test_finetune.py has it.
+    monkeypatch.setattr(train, "_print_estimate", lambda *_: None)
     shutil.copytree(ROOT / "recipes", "recipes")
     shutil.copytree(media, "my-videos")
     shutil.copytree(image_model, "my-checkpoint")

@@ -13,7 +13,22 @@ def prepared(tmp_path_factory):
     return config, folder
 
 
-@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.__name__)
+TWINS = {  # fault of the slow tier -> what the fast tier has in its place
+    "killed_in_the_middle": "killed_while_it_saves",
+    "killed_at_random_moments": "killed_while_it_saves",
+    "asked_to_stop": "interrupted",
+    "cut_statistics": "cut_checkpoint",
+    "other_settings": "test_train.py::test_check_same_run_refuses_another_run",
+}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, id=fault.__name__, marks=[pytest.mark.slow] * (fault.__name__ in TWINS))
+        for fault in faults.FAULTS
+    ],
+)
 def test_fault_loses_nothing(fault, prepared, tmp_path):
     config, folder = prepared
     fault(config, tmp_path / "run", 2)

@@ -471,18 +471,14 @@ def test_read_shows_the_background_behind_transparent_colours_of_a_film(tmp_path
     assert frames[:, 16, [0, 40]].tolist() == [[[0, 0, 250], [0, 200, 0]]] * 3
 
 
-@pytest.mark.parametrize(("codec", "name"), [("msrle", "a.avi"), ("qtrle", "a.mov"), ("smc", "a.mov")])
+@pytest.mark.parametrize(("codec", "name"), [("msrle", "a.avi"), ("smc", "a.mov"), ("rawvideo", "b.avi")])
 def test_read_shows_opaque_palettes(tmp_path, codec, name):
-    pix_fmt = "rgb24" if codec == "qtrle" else "pal8"
     palette = np.full((256, 4), (255, 200, 0, 0), np.uint8)
-    indices = np.zeros((32, 32), np.uint8)
-    pixels = palette[indices][..., 1:] if codec == "qtrle" else (indices, palette)
-    frames = [av.VideoFrame.from_ndarray(pixels, format=pix_fmt) for _ in range(3)]
-    assert video.read(encode(tmp_path / name, frames, codec, pix_fmt=pix_fmt))[0][-1, 0, 0].tolist() == [
-        200,
-        0,
-        0,
+    frames = [
+        av.VideoFrame.from_ndarray((np.zeros((32, 32), np.uint8), palette), format="pal8") for _ in range(3)
     ]
+    path = encode(tmp_path / name, frames, codec, pix_fmt="pal8")
+    assert video.read(path)[0][-1, 0, 0].tolist() == [200, 0, 0]
 
 
 @pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
@@ -703,6 +699,14 @@ def test_read_refuses_more_samples_than_bytes():
             ValueError, match=f"a.mp4: .*announces 100000000 samples in {name}, but has {len(content)} bytes"
         ):
             video.read("a.mp4", content=content)
+
+
+def test_read_refuses_boxes_in_boxes_without_end():
+    content = b""
+    for _ in range(3000):
+        content = box(b"moov", content)
+    with pytest.raises(ValueError, match=r"a.mp4: cannot be decoded: not a video"):
+        video.read("a.mp4", content=content)
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "webm", "avi", "flv", "mp4"])

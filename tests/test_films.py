@@ -131,6 +131,125 @@ def test_read_keeps_to_the_edit_list(tmp_path, bf):
     assert [round(frame.mean() / 10) for frame in video.read(path)[0]] == list(range(5, 15))
 
 
+def with_box(path: Path, *parents: bytes, box: bytes) -> Path:
+    """Add a box to the last one in `parents`, or replace the box of its kind there, in an MP4 with the header last."""
+    body = bytearray(path.read_bytes())
+    start, sizes = 0, []
+    for parent in parents:
+        start = body.index(parent, start)
+        sizes.append(start - 4)
+    end = sizes[-1] + int.from_bytes(body[sizes[-1] : sizes[-1] + 4], "big")
+    old = body.find(box[4:8], start, end) - 4
+    length = int.from_bytes(body[old : old + 4], "big") if old > 0 else 0
+    place = old if old > 0 else end
+    body[place : place + length] = box
+    for position in sizes:
+        size = int.from_bytes(body[position : position + 4], "big") + len(box) - length
+        body[position : position + 4] = size.to_bytes(4, "big")
+    path.write_bytes(body)
+    return path
+
+
+SAMPLE_ENTRY = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd")
+
+
+@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        ([(400, 4, 1), (200, 0, 1)], [4, 5, 6, 7, 0, 1]),
+        ([(500, -1, 1), (800, 0, 1)], list(range(8))),
+        ([(400, 0, 2)], "plays a part at 2 times the speed"),
+        ([(800, 0, 0.5)], "plays a part at 0.5 times the speed"),
+        ([(800, 0, 0)], "plays a part at 0 times the speed"),
+        ([(200, 0, 1), (500, -1, 1), (200, 2, 1)], "has a pause after its first part"),
+        ([(500, -1, 1)], "shows no part of it"),
+    ],
+)
+def test_read_follows_the_edit_list_or_names_what_it_cannot(tmp_path, version, edits, expected):
+    path = encode(tmp_path / "a.mp4", counting_clip(8), rate=10, options={"bf": "0", "g": "1"})
+    with av.open(str(path)) as container:
+        ticks = round(0.1 / container.streams[0].time_base)
+    entries = [
+        struct.pack(">Qqi" if version else ">Iii", time, max(frame * ticks, -1), round(rate * 65536))
+        for time, frame, rate in edits
+    ]
+    elst = box(b"elst", bytes([version, 0, 0, 0]), struct.pack(">I", len(edits)), *entries)
+    with_box(path, b"moov", b"trak", b"edts", box=elst)
+    if isinstance(expected, str):
+        with pytest.raises(
+            ValueError, match=f"a.mp4: cannot be decoded: its edit list {expected}; export it"
+        ):
+            video.read(path)
+    else:
+        assert [round(frame.mean() / 10) for frame in video.read(path)[0]] == expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "rows", "columns"),
+    [
+        ((32, 1, 16, 1, 0, 1, 0, 1), slice(24, 40), slice(64, 96)),
+        ((81, 2, 15, 1, -15, 2, 9, 2), slice(29, 44), slice(52, 93)),
+        ((160, 1, 66, 1, 0, 1, 0, 1), slice(None), slice(None)),
+    ],
+)
+def test_read_crops_to_the_clean_aperture(tmp_path, numbers, rows, columns):
+    image = bars()
+    image[30:] = 255 - image[30:]
+    path = encode(tmp_path / "a.mp4", [image] * 2, "libx264rgb", pix_fmt="rgb24", options={"qp": "0"})
+    with_box(path, *SAMPLE_ENTRY, b"avc1", box=box(b"clap", struct.pack(">4IiIiI", *numbers)))
+    assert np.array_equal(video.read(path)[0][1], image[rows, columns])
+
+
+def test_read_takes_the_shape_of_the_pixels_beside_a_clean_aperture(tmp_path):
+    for aspect, width in ((None, 32), (Fraction(3, 2), 48)):
+        path = encode(tmp_path / "a.mp4", [bars()] * 2, aspect=aspect)
+        body = bytearray(path.read_bytes())
+        start = body.index(b"tkhd") + 80
+        body[start : start + 8] = struct.pack(">2I", 32 << 16, 16 << 16)  # of what is shown
+        path.write_bytes(body)
+        clap = struct.pack(">4IiIiI", 32, 1, 16, 1, 0, 1, 0, 1)
+        with_box(path, *SAMPLE_ENTRY, b"avc1", box=box(b"clap", clap))
+        assert video.read(path)[0].shape == (2, 16, width, 3)
+
+
+def test_read_refuses_a_clean_aperture_outside(tmp_path):
+    path = encode(tmp_path / "a.mp4", [bars()] * 2)
+    with_box(
+        path, *SAMPLE_ENTRY, b"avc1", box=box(b"clap", struct.pack(">4IiIiI", 32, 1, 16, 1, 200, 1, 0, 1))
+    )
+    with pytest.raises(ValueError, match=r"its clean aperture \(clap\) is outside its 160x64 pixels"):
+        video.read(path)
+    with_box(path, *SAMPLE_ENTRY, b"avc1", box=box(b"clap", bytes(32)))
+    with pytest.raises(ValueError, match="the box clap in its header is damaged"):
+        video.read(path)
+
+
+@pytest.mark.parametrize(("profile", "compatibility", "right"), [(5, 0, False), (10, 0, False), (8, 4, True)])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_read_refuses_dolby_vision_without_a_usual_picture(tmp_path, suffix, profile, compatibility, right):
+    """Its colours are in a space of its own, which libav shows in green and violet."""
+    path = encode(tmp_path / "a.mp4", counting_clip(3))
+    numbers = struct.pack(">2BHB", 1, 0, profile << 9 | 5, compatibility << 4)
+    kind = b"dvcC" if profile <= 7 else b"dvvC"
+    with_box(path, *SAMPLE_ENTRY, b"avc1", box=box(kind, numbers, bytes(19)))
+    if suffix == "mkv":
+        with av.open(str(path)) as source, av.open(str(tmp_path / "b.mkv"), "w") as copy:
+            stream = copy.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    copy.mux(packet)
+        path = tmp_path / "b.mkv"
+    if right:
+        assert len(video.read(path)[0]) == 3
+    else:
+        with pytest.raises(
+            ValueError, match=f"Dolby Vision profile {profile}, .*; convert it to HDR10 or SDR"
+        ):
+            video.read(path)
+
+
 def display_to_signal(rgb, transfer: int) -> np.ndarray:
     """Return the PQ or HLG signal in BT.2020 of an SDR colour whose white is at 203 cd/m2, after BT.2100."""
     linear = (np.asarray(rgb, float) / 255) ** 2.4
@@ -324,6 +443,44 @@ def test_read_turns_and_mirrors_as_the_track_header_says(tmp_path, turns, mirror
     assert np.abs(frames[0].astype(int) - expected).mean() < 6
 
 
+def film_of(picture: bytes, path: Path, codec: str, pix_fmt: str) -> Path:
+    """Write a film whose three frames are a file of a picture of 64x32 pixels."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, pix_fmt
+        for index in range(3):
+            packet = av.Packet(picture)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, index, index, Fraction(1, 10)
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB"])
+@pytest.mark.parametrize("suffix", ["mov", "avi"])
+def test_read_shows_the_background_behind_transparent_colours_of_a_film(tmp_path, suffix, mode):
+    """In a palette, alpha is no component of the pixels."""
+    picture = Image.new("P", (64, 32), 0)
+    picture.putpalette([200, 0, 0, 0, 200, 0])
+    picture.paste(1, (32, 0, 64, 32))
+    content = io.BytesIO()
+    transparent = bytes([0, 255]) if mode == "P" else (200, 0, 0)
+    picture.convert(mode).save(content, "PNG", transparency=transparent)
+    path = film_of(content.getvalue(), tmp_path / f"a.{suffix}", "png", "rgb24")
+    frames, _ = video.read(path, background=(0, 0, 250))
+    assert frames.shape == (3, 32, 64, 3)
+    assert frames[:, 16, [0, 40]].tolist() == [[[0, 0, 250], [0, 200, 0]]] * 3
+
+
+@pytest.mark.parametrize(("codec", "name"), [("msrle", "a.avi"), ("smc", "a.mov"), ("rawvideo", "b.avi")])
+def test_read_shows_opaque_palettes(tmp_path, codec, name):
+    palette = np.full((256, 4), (255, 200, 0, 0), np.uint8)
+    frames = [
+        av.VideoFrame.from_ndarray((np.zeros((32, 32), np.uint8), palette), format="pal8") for _ in range(3)
+    ]
+    path = encode(tmp_path / name, frames, codec, pix_fmt="pal8")
+    assert video.read(path)[0][-1, 0, 0].tolist() == [200, 0, 0]
+
+
 @pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
 def test_read_takes_motion_jpeg_with_exif(tmp_path, orientation, turns):
     """PyAV does not know this kind of side data and raises an error for all."""
@@ -332,15 +489,7 @@ def test_read_takes_motion_jpeg_with_exif(tmp_path, orientation, turns):
     exif, jpeg = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
     Image.fromarray(image).save(jpeg, "JPEG", exif=exif)
-    path = tmp_path / "a.avi"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mjpeg", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuvj420p"
-        for index in range(3):
-            packet = av.Packet(jpeg.getvalue())
-            packet.stream, packet.pts, packet.dts, packet.time_base = stream, index, index, Fraction(1, 10)
-            container.mux(packet)
-    frames, _ = video.read(path)
+    frames, _ = video.read(film_of(jpeg.getvalue(), tmp_path / "a.avi", "mjpeg", "yuvj420p"))
     expected = np.rot90(image, turns)
     assert frames.shape == (3, *expected.shape)
     assert np.abs(frames[0].astype(int) - expected).mean() < 6
@@ -550,6 +699,14 @@ def test_read_refuses_more_samples_than_bytes():
             ValueError, match=f"a.mp4: .*announces 100000000 samples in {name}, but has {len(content)} bytes"
         ):
             video.read("a.mp4", content=content)
+
+
+def test_read_refuses_boxes_in_boxes_without_end():
+    content = b""
+    for _ in range(3000):
+        content = box(b"moov", content)
+    with pytest.raises(ValueError, match=r"a.mp4: cannot be decoded: not a video"):
+        video.read("a.mp4", content=content)
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "webm", "avi", "flv", "mp4"])

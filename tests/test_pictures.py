@@ -170,6 +170,53 @@ def test_read_16_bit_colours_with_a_transparent_one():
     assert np.abs(frames[0, 0].astype(int) - [(0, 250, 0), (156, 117, 78)]).max() <= 1
 
 
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("kind", [b"eXIf", b"iTXt"])
+def test_read_turns_an_animated_png_as_its_exif_or_xmp_says(kind, place):
+    """Also where it follows the frames."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<rdf:Description tiff:Orientation="6"/>'
+    orientation = [(kind, exif.tobytes()[6:] if kind == b"eXIf" else xmp)]
+    control, data = struct.pack(">5I2H2B", 0, 40, 24, 0, 0, 1, 10, 0, 0), pixel_bytes(corner_image())
+    chunks = [
+        (b"acTL", struct.pack(">2I", 2, 0)), (b"fcTL", control), (b"IDAT", data),
+        (b"fcTL", b"\0\0\0\1" + control[4:]), (b"fdAT", b"\0\0\0\2" + data),
+    ]  # fmt: skip
+    chunks = orientation + chunks if place == "before" else chunks + orientation
+    frames, rate = video.read(
+        "a.png", content=png_bytes(struct.pack(">2I5B", 40, 24, 8, 2, 0, 0, 0), *chunks)
+    )
+    assert (len(frames), rate) == (2, 10)
+    assert np.array_equal(frames[1], np.rot90(corner_image(), -1))
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "WEBP", "PNG", "JPEG", "GIF"])
+@pytest.mark.parametrize("fraction", [0.5, 0.97])
+def test_read_says_that_a_cut_picture_is_cut(kind, fraction):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    file = io.BytesIO()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    image.save(
+        file, kind, **({} if kind == "JPEG" else {"save_all": True, "append_images": [image.rotate(90)]})
+    )
+    content = file.getvalue()[: int(fraction * file.tell())]
+    with pytest.raises(ValueError, match=r"a.bin: cannot be decoded.*truncated"):
+        video.read("a.bin", content=content)
+
+
+def test_read_prints_no_warnings_of_pillow():
+    """Two values of an orientation: the first counts."""
+    exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">3HI2H", 1, 0x112, 3, 2, 6, 3) + bytes(4)
+    file = io.BytesIO()
+    Image.fromarray(corner_image()).save(file, "JPEG", exif=exif)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert video.read("a.jpg", content=file.getvalue())[0].shape == (1, 40, 24, 3)
+    assert not caught
+
+
 def random_boxes(rng, count: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
     """Return `(top, left, height, width)` of the part of each frame; the first may be smaller than the canvas."""
     boxes = []

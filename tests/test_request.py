@@ -70,6 +70,17 @@ def test_generate_clip_reads_pictures_at_the_size_of_the_clip(texts, tmp_path):
             generate_clip(wrong, pipe)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
+@pytest.mark.parametrize("name", ["image", "last_image"])
+def test_generate_clip_refuses_several_frames_for_one(texts, tmp_path, name, suffix):
+    video.write(np.zeros((1, 32, 32, 3), np.uint8), tmp_path / "image.png")
+    clip = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    path = video.write(clip, tmp_path / f"clip{suffix}")
+    request = Request(prompt="red", **{"image": tmp_path / "image.png", name: path})
+    with pytest.raises(ValueError, match=f"clip{suffix}: has several frames; expected a picture for {name};"):
+        generate_clip(request, sd(texts))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

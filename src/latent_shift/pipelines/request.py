@@ -198,8 +198,19 @@ def _settings(request: Request, pipe: ClipPipeline, *, num_frames: int) -> dict[
 
 def _resolve_size(pipe: ClipPipeline, request: Request) -> tuple[int, int]:
     """Return height and width of the clip: a request's own; else the shape of its video, with as many pixels
-    as the model was trained on; else the model's. Log which files are cut to that shape."""
-    shapes = {path: read(path, num_frames=1)[0].shape[1:3] for path in request.files.values()}
+    as the model was trained on; else the model's. Log which files are cut to that shape.
+
+    Raises:
+        ValueError: a film or animation for one frame.
+    """
+    shapes = {}
+    for name, path in request.files.items():
+        frames, fps = read(path, num_frames=1)
+        shapes[path] = frames.shape[1:3]
+        if name in ("image", "last_image") and fps:
+            raise ValueError(
+                f"{path}: has several frames; expected a picture for {name}; pass a film as video"
+            )
     height, width = request.height, request.width
     if request.video is not None:
         aspect, factor = shapes[request.video][0] / shapes[request.video][1], pipe.vae_scale_factor

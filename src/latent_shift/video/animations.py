@@ -104,6 +104,23 @@ def split_png(file: LimitedFile) -> Iterator[Part]:
         raise DecodeError(f"truncated: {num_parts} of {num_frames} frames")
 
 
+def without_pixels(file: LimitedFile) -> bytes:
+    """Return a PNG of one grey pixel with the texts and the Exif of a PNG."""
+    file.seek(len(_PNG_HEAD))
+    chunks = b""
+    while len(head := file.read(8)) == 8:
+        size, kind = struct.unpack(">I4s", head)
+        if kind == b"IEND":
+            break
+        if kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+            file.seek(file.tell() - 8)
+            chunks += _chunk(*_read_chunk(file))
+        else:
+            file.seek(file.tell() + size + 4)
+    header = _chunk(b"IHDR", struct.pack(">2I5B", 1, 1, 8, 0, 0, 0, 0))
+    return _PNG_HEAD + header + chunks + _chunk(b"IDAT", zlib.compress(bytes(2))) + _chunk(b"IEND", b"")
+
+
 _CHUNK_SIZES = {b"IHDR": 13, b"acTL": 8, b"fcTL": 26}
 
 

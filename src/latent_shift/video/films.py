@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache, partial
+from itertools import dropwhile
 from typing import Any
 
 import av
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from latent_shift.video.color import is_hdr, source_primaries, to_sdr
-from latent_shift.video.headers import check_header
+from latent_shift.video.headers import Track, check_dolby_vision, read_header
 from latent_shift.video.limits import MAX_PIXELS, LimitedFile, TimeLimit, check_size
 from latent_shift.video.opening import DecodeError, items, library_errors
 
@@ -55,13 +56,17 @@ def decode(
         DecodeError: no video, frames that cannot be shown right, or a truncated file. Truncated files may
             decode without an error of the decoder, so the decoded time is compared with the header.
     """
-    with open_container(file) as container:
+    container, tracks = open_container(file)
+    with container:
         stream = _main_stream(container)
+        track = tracks.get(stream.id, Track())
+        check_dolby_vision(track.dolby_vision)
+        _check_edits(track)
         if stream.width and stream.height:  # without a key frame there is no size
             check_size(stream.width, stream.height)
         stream.thread_type = "AUTO"
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-        converter = FrameConverter(container, stream, background)
+        converter = FrameConverter(container, stream, track, background)
         default_duration = 1 / float(stream.average_rate or 25)
         decoded_seconds = 0.0
         packets = _PacketReader(container, stream)
@@ -83,13 +88,13 @@ def decode(
                 )
 
 
-def open_container(file: LimitedFile) -> av.container.InputContainer:
-    """Open a container of one of `FORMATS`.
+def open_container(file: LimitedFile) -> tuple[av.container.InputContainer, dict[int, Track]]:
+    """Open a container of one of `FORMATS`, and return it with the tracks of `read_header`.
 
     Raises:
         DecodeError: a picture, or another kind of file.
     """
-    check_header(file)
+    tracks = read_header(file)
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     with library_errors():
         try:
@@ -102,7 +107,7 @@ def open_container(file: LimitedFile) -> av.container.InputContainer:
         raise DecodeError(
             f"a picture of the kind {brand!r}, which is not supported; convert it to JPEG or PNG"
         )
-    return container
+    return container, tracks
 
 
 def _main_stream(container: av.container.InputContainer) -> av.VideoStream:
@@ -115,6 +120,18 @@ def _main_stream(container: av.container.InputContainer) -> av.VideoStream:
     if stream.codec_context is None:
         raise DecodeError("its video has an unknown codec")
     return stream
+
+
+def _check_edits(track: Track) -> None:
+    """Raise DecodeError for an edit list that libav does not follow: it plays at rate 1, without pauses."""
+    parts = list(dropwhile(lambda edit: edit[0] < 0, track.edits))
+    if track.edits and not parts:
+        raise DecodeError("its edit list shows no part of it; export it anew")
+    for time, rate in parts:
+        if time < 0:
+            raise DecodeError("its edit list has a pause after its first part; export it anew")
+        if rate != 1:
+            raise DecodeError(f"its edit list plays a part at {rate:g} times the speed; export it anew")
 
 
 class _PacketReader:
@@ -253,7 +270,7 @@ class FrameConverter:
     the first.
 
     Args:
-        container, stream: of the frames.
+        container, stream, track: of the frames.
         background: RGB colour behind transparent pixels.
 
     Raises (on a call):
@@ -264,9 +281,13 @@ class FrameConverter:
         self,
         container: av.container.InputContainer,
         stream: av.VideoStream,
+        track: Track,
         background: tuple[int, int, int],
     ):
         self.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
+        self.aperture = track.aperture
+        if self.aperture and not track.has_pixel_aspect and track.size == self.aperture[:2]:
+            self.pixel_aspect = Fraction(1)  # libav takes the size of the track for that of whole frames
         self.codec_context = stream.codec_context
         self.coded_aspect: Fraction | None = None
         self.background = background
@@ -274,12 +295,13 @@ class FrameConverter:
         # 32-bit AVI leaves the fourth byte empty
         self.ignores_alpha = container.format.name == "avi" and self.codec == "rawvideo"
         self.first_size: tuple[int, int] | None = None
+        self.crop: tuple[int, int, int, int] | None = None
         self._graph = lru_cache(1)(_scale_graph)
 
     def __call__(self, frame: av.VideoFrame) -> Image.Image:
         width, height = self._displayed_size(frame)
-        has_alpha = (
-            any(component.is_alpha for component in frame.format.components) and not self.ignores_alpha
+        has_alpha = not self.ignores_alpha and (
+            frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
         )
         matrix, full_range = self._matrix(frame), self._has_full_range(frame)
         primaries = source_primaries(frame.color_primaries, frame.color_trc)
@@ -287,7 +309,7 @@ class FrameConverter:
         shape = (frame.width, frame.height, frame.format.name)
         frame.pts, frame.time_base = None, Fraction(1, 25)
         with library_errors():
-            graph = self._graph(shape, width, height, matrix, full_range, pixel_format)
+            graph = self._graph(shape, width, height, matrix, full_range, pixel_format, self.crop)
             graph.push(frame)
             pixels: Any = graph.vpull().to_ndarray()
         if primaries is not None:
@@ -304,7 +326,7 @@ class FrameConverter:
         return _turn_upright(image, frame)
 
     def _displayed_size(self, frame: av.VideoFrame) -> tuple[int, int]:
-        """Return the size of the first frame, with square pixels."""
+        """Return the size of what is shown of the first frame, with square pixels."""
         size = (frame.width, frame.height)
         coded_aspect = self.codec_context.sample_aspect_ratio or Fraction(1)
         if self.coded_aspect not in (None, coded_aspect):
@@ -316,6 +338,10 @@ class FrameConverter:
             if not Fraction(1, 8) <= self.pixel_aspect <= 8:
                 raise DecodeError(f"its pixels are {self.pixel_aspect} times as wide as high")
             self.first_size = size
+            if self.aperture is not None:
+                self.crop = _aperture_box(self.aperture, *size)
+        elif size != self.first_size and self.crop is not None:
+            raise DecodeError("its frames are cropped (clap), and their size changes; cut it there")
         elif size != self.first_size:
             first_aspect, aspect = self.first_size[0] / self.first_size[1], size[0] / size[1]
             if not 0.97 < aspect / first_aspect < 1.03:
@@ -323,7 +349,8 @@ class FrameConverter:
                     f"the proportions change from {self.first_size[0]}x{self.first_size[1]} to {size[0]}x{size[1]} "
                     "pixels; cut it there"
                 )
-        width, height = max(1, round(self.first_size[0] * self.pixel_aspect)), self.first_size[1]
+        shown_width, height = self.first_size if self.crop is None else self.crop[:2]
+        width = max(1, round(shown_width * self.pixel_aspect))
         check_size(width, height)
         return width, height
 
@@ -350,16 +377,46 @@ class FrameConverter:
         )
 
 
+def _aperture_box(
+    aperture: tuple[Fraction, Fraction, Fraction, Fraction], width: int, height: int
+) -> tuple[int, int, int, int] | None:
+    """Return width, height, left and top of a clean aperture in whole pixels of a frame, or None if it is all."""
+    aperture_width, aperture_height, right, down = aperture
+    lefts = [(width - aperture_width) / 2 + right, (width + aperture_width) / 2 + right]
+    tops = [(height - aperture_height) / 2 + down, (height + aperture_height) / 2 + down]
+    left, end = (min(max(round(edge), 0), width) for edge in lefts)
+    top, bottom = (min(max(round(edge), 0), height) for edge in tops)
+    if left >= end or top >= bottom:
+        raise DecodeError(f"its clean aperture (clap) is outside its {width}x{height} pixels")
+    box = (end - left, bottom - top, left, top)
+    return None if box == (width, height, 0, 0) else box
+
+
 def _scale_graph(
-    shape: tuple[int, int, str], width: int, height: int, matrix: str, full_range: bool, pixel_format: str
+    shape: tuple[int, int, str],
+    width: int,
+    height: int,
+    matrix: str,
+    full_range: bool,
+    pixel_format: str,
+    crop: tuple[int, int, int, int] | None,
 ) -> av.filter.Graph:
     frame = av.VideoFrame(*shape)
+    if crop is not None:  # after the conversion, which has one colour a pixel
+        shown_size, (width, height) = (width, height), shape[:2]
     in_range = "full" if full_range else "tv"
     # To packed 8 bits, "bilinear" alone is exact only for the formats of most videos; white would lack 2 levels.
     is_fast = (frame.width, frame.height) == (width, height) and frame.format.name in _FAST_FORMATS
     flags = "bilinear" if is_fast or "16" in pixel_format else "bilinear+accurate_rnd+full_chroma_int"
     arguments = f"{width}:{height}:in_color_matrix={matrix}:in_range={in_range}:out_range=full:flags={flags}"
-    return build_graph(frame, ("scale", arguments), ("format", pixel_format))
+    filters = [("scale", arguments), ("format", pixel_format)]
+    if crop is not None:
+        filters += [
+            ("crop", "{}:{}:{}:{}".format(*crop)),
+            ("scale", "{}:{}:flags=bilinear".format(*shown_size)),
+        ]
+        filters.append(("format", pixel_format))
+    return build_graph(frame, *filters)
 
 
 _ROTATIONS = {

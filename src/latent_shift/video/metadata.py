@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from latent_shift.files import parse_json
 from latent_shift.video import films, pictures
 from latent_shift.video.limits import LimitedFile, TimeLimit
-from latent_shift.video.opening import DecodeError, library_errors, open_file
+from latent_shift.video.opening import DecodeError, open_file, pillow_errors
 
 TAG = "comment"
 _PNG_TAG = "Comment"
@@ -57,10 +57,11 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def _read_comment(file: LimitedFile) -> str | bytes | None:
     image = pictures.open_picture(file)
     if image is None:
-        with films.open_container(file) as container:
+        container, _ = films.open_container(file)
+        with container:
             return {name.lower(): text for name, text in container.metadata.items()}.get(TAG)
     if image.format == "WEBP":
-        with library_errors():
+        with pillow_errors():
             return image.getexif().get(ExifTags.Base.ImageDescription)
     return image.info.get(TAG) or image.info.get(_PNG_TAG)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,15 @@ def library_errors() -> Iterator[None]:
         raise
     except _LIBRARY_ERRORS as error:
         raise DecodeError(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def pillow_errors() -> Iterator[None]:
+    """Do as `library_errors`, and ignore warnings: of many pixels, for which we have a limit, and of metadata that
+    Pillow skips."""
+    with library_errors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def items(iterable: Iterable[Item]) -> Iterator[Item]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
@@ -16,7 +15,7 @@ from PIL.PngImagePlugin import PngImageFile
 from latent_shift.video import animations
 from latent_shift.video.color import source_primaries, to_sdr
 from latent_shift.video.limits import MAX_PICTURE_BYTES, LimitedFile, TimeLimit, check_size
-from latent_shift.video.opening import DecodeError, items, library_errors
+from latent_shift.video.opening import DecodeError, items, pillow_errors
 
 FORMATS = ("PNG", "GIF", "JPEG", "MPO", "WEBP", "AVIF")
 """Formats of Pillow that may be opened, recognized by content. AVIF needs Pillow 11.3."""
@@ -41,12 +40,19 @@ def open_picture(file: LimitedFile) -> Image.Image | None:
     if size > MAX_PICTURE_BYTES and any(accept and accept(head) for accept in accepts):
         limit = MAX_PICTURE_BYTES / 2**30
         raise DecodeError(f"a picture of {size / 2**30:.1f} GiB; expected at most {limit:g} GiB")
-    with warnings.catch_warnings(), library_errors():
-        warnings.simplefilter("ignore")  # of many pixels, for which we have a limit, and of damaged previews
+    with pillow_errors():
         try:
             image = Image.open(cast(BinaryIO, file), formats=formats)
-        except UnidentifiedImageError:
+        except OSError as error:
             file.seek(0)
+            # ISO/IEC 23008-12: files of these two general brands may hold other pictures than AVIF
+            kinds = [
+                name for name, accept in zip(formats, accepts, strict=True) if accept and accept(head) is True
+            ]
+            if kinds and head[4:12] not in (b"ftypmif1", b"ftypmsf1"):
+                raise DecodeError(f"a damaged or truncated {kinds[0]}") from error
+            if not isinstance(error, UnidentifiedImageError):
+                raise
             return None
     check_size(*image.size)
     codes = _read_colour_codes(file, image.format)
@@ -100,7 +106,7 @@ def _load_each(image: Image.Image) -> Iterator[tuple[Image.Image, float]]:
 
 def _load(image: Image.Image) -> None:
     check_size(*image.size)
-    with library_errors():
+    with pillow_errors():
         _scale_transparent_colour(image)
         image.load()
 
@@ -119,15 +125,28 @@ def _scale_transparent_colour(image: Image.Image) -> None:
 
 def _compose(file: LimitedFile, image: Image.Image) -> Iterator[tuple[Image.Image, float]]:
     """Yield the frames of a PNG or GIF and their seconds; see `animations`."""
-    parts = animations.split_gif(file) if image.format == "GIF" else animations.split_png(file)
+    info: dict[Any, Any] = {key: image.info[key] for key in ("srgb", *_COLOUR_INFO) if key in image.info}
+    if image.format == "GIF":
+        parts = animations.split_gif(file)
+    else:
+        info |= _read_orientation(file)
+        parts = animations.split_png(file)
     for frame, seconds in animations.compose(parts, image.size, _open_rgba):
-        frame.info = {key: image.info[key] for key in ("exif", "srgb", *_COLOUR_INFO) if key in image.info}
+        frame.info = dict(info)
         yield frame, seconds
 
 
+def _read_orientation(file: LimitedFile) -> dict[str, Any]:
+    """Return the items of `Image.info` that hold the orientation of an animated PNG. They may follow the frames."""
+    with pillow_errors():
+        image = Image.open(io.BytesIO(animations.without_pixels(file)), formats=["PNG"])
+        image.load()
+    names = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+    return {name: image.info[name] for name in names if name in image.info}
+
+
 def _open_rgba(content: bytes) -> Image.Image:
-    with warnings.catch_warnings(), library_errors():
-        warnings.simplefilter("ignore")  # of many pixels
+    with pillow_errors():
         image = Image.open(io.BytesIO(content), formats=["PNG", "GIF"])
         _load(image)
         return (_from_16_bits(image) if image.mode.startswith("I") else image).convert("RGBA")
@@ -135,7 +154,7 @@ def _open_rgba(content: bytes) -> Image.Image:
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Convert an image of any mode to upright 8-bit RGB in sRGB, transparent pixels over a background."""
-    with library_errors():
+    with pillow_errors():
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel
         image = _from_16_bits(image)

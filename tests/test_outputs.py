@@ -361,3 +361,9 @@ def test_names_that_are_no_unicode_are_printed(video_model, here, monkeypatch):
         main.main()
     output.flush()
     assert end.value.code == 0 and output.buffer.getvalue() == b"\\udcff.gif\n"
+
+
+def test_read_prompts_ends_them_at_line_ends_alone(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("red\u2028heart\r\nblue\x0ctree\rgreen\n".encode())
+    assert outputs.read_prompts(prompts) == ["red\u2028heart", "blue\x0ctree", "green"]

@@ -137,8 +137,15 @@ def test_callback_can_interrupt(pipe):
     assert steps == [0]
 
 
-def test_negative_prompt_is_ignored_without_guidance(pipe):
-    assert torch.equal(clip(pipe, guidance_scale=1.0), clip(pipe, guidance_scale=1.0, negative_prompt="blue"))
+def test_negative_prompt_is_refused_without_guidance(pipe):
+    with pytest.raises(
+        ValueError, match="negative_prompt has no effect without guidance; expected guidance_scale above 1"
+    ):
+        clip(pipe, guidance_scale=1.0, negative_prompt="blue")
+    for empty in (None, "", [""]):
+        assert torch.equal(
+            clip(pipe, guidance_scale=1.0), clip(pipe, guidance_scale=1.0, negative_prompt=empty)
+        )
     assert not torch.equal(clip(pipe), clip(pipe, negative_prompt="blue"))
     assert not torch.equal(clip(pipe), clip(pipe, guidance_scale=1.0))
 

@@ -121,6 +121,8 @@ def test_ip_adapter_conditions_every_frame(pipe):
     for value in (embeds[0], embeds * 2, [0]):
         with pytest.raises(ValueError, match="expected ip_adapter_image_embeds as a list of 1 tensors"):
             clip(pipe, ip_adapter_image_embeds=value)
+    with pytest.raises(ValueError, match="expected ip_adapter_image for the IP-Adapter of the model"):
+        clip(pipe)
     with pytest.raises(ValueError, match="expected ip_adapter_image or ip_adapter_image_embeds, not both"):
         clip(pipe, ip_adapter_image=picture, ip_adapter_image_embeds=embeds)
     shown = clip(pipe, ip_adapter_image=picture)

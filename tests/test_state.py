@@ -339,6 +339,10 @@ def test_not_finite_clips_are_blamed_on_noise_levels_without_signal(texts):
     values = torch.tensor([float("nan")])
     with pytest.raises(NotFiniteError, match=r"noise levels \(trained_betas, beta_end\) leave no signal"):
         check_finite(pipe, values, "the latents")
+    for betas in (0.1, [0.1]):
+        pipe.scheduler = DDIMScheduler(trained_betas=betas, clip_sample=False)
+        with pytest.raises(ValueError, match="needs trained_betas for each of its 1000 timesteps, got"):
+            pipe("red")
     zero_snr = dict(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     for options in ({}, zero_snr):
         pipe.scheduler = DDIMScheduler(beta_schedule="scaled_linear", **options)

@@ -457,6 +457,7 @@ class ClipPipeline(DiffusionPipeline):
         guider = make_guider(None, guidance_scale, guidance_rescale, self.call_defaults["guidance_scale"])
         self._guidance_scale = guider.guidance_scale
         use_guidance, device = self.do_classifier_free_guidance, self._execution_device
+        check_image_prompts(self, None, None)
         check_effects(
             guided=use_guidance,
             negative_prompt=negative_prompt,

@@ -76,11 +76,15 @@ def check_family_arguments(pipe, family: dict[str, Any]) -> None:
 
 def check_image_prompts(pipe, images: Pictures, image_embeds: Any) -> None:
     """Raise ValueError for the arguments of an IP-Adapter that the model does not have, or that contradict
-    each other."""
+    each other, and for an adapter without its picture."""
+    adapters = getattr(pipe.unet.encoder_hid_proj, "image_projection_layers", None)
     if images is None and image_embeds is None:
+        if adapters is not None:
+            raise ValueError(
+                "expected ip_adapter_image for the IP-Adapter of the model, or pipe.unload_ip_adapter() before"
+            )
         return
     name = "ip_adapter_image" if images is not None else "ip_adapter_image_embeds"
-    adapters = getattr(pipe.unet.encoder_hid_proj, "image_projection_layers", None)
     if adapters is None:
         raise ValueError(f"{name} has no effect without an IP-Adapter; call pipe.load_ip_adapter(...) first")
     if images is not None and image_embeds is not None:

@@ -95,6 +95,13 @@ def models_with_lora_on_conv2():
 def test_ip_adapter_conditions_every_frame(pipe):
     """A picture beside the words: every frame of the clip sees it."""
     before = clip(pipe)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    embeds = [torch.zeros(2, 1, 16)]
+    for arguments in ({"ip_adapter_image": picture}, {"ip_adapter_image_embeds": embeds}):
+        with pytest.raises(
+            ValueError, match=r"has no effect without an IP-Adapter; call pipe.load_ip_adapter"
+        ):
+            clip(pipe, **arguments)
     torch.manual_seed(2)
     config = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16, projection_dim=16)  # fmt: skip
     pipe.register_modules(
@@ -111,7 +118,13 @@ def test_ip_adapter_conditions_every_frame(pipe):
                 adapter[f"{key}.to_{part}_ip.weight"] = torch.randn(channels, width) * 0.2
     projection = {"proj.weight": torch.randn(4 * width, 16), "proj.bias": torch.zeros(4 * width), "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}  # fmt: skip
     pipe.load_ip_adapter({"image_proj": projection, "ip_adapter": adapter}, subfolder="", weight_name="")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    for value in (embeds[0], embeds * 2, [0]):
+        with pytest.raises(ValueError, match="expected ip_adapter_image_embeds as a list of 1 tensors"):
+            clip(pipe, ip_adapter_image_embeds=value)
+    with pytest.raises(ValueError, match="expected ip_adapter_image for the IP-Adapter of the model"):
+        clip(pipe)
+    with pytest.raises(ValueError, match="expected ip_adapter_image or ip_adapter_image_embeds, not both"):
+        clip(pipe, ip_adapter_image=picture, ip_adapter_image_embeds=embeds)
     shown = clip(pipe, ip_adapter_image=picture)
     assert not torch.allclose(shown, before)
     pipe.set_ip_adapter_scale(0.0)

@@ -137,8 +137,13 @@ def test_callback_can_interrupt(pipe):
     assert steps == [0]
 
 
-def test_negative_prompt_is_ignored_without_guidance(pipe):
-    assert torch.equal(clip(pipe, guidance_scale=1.0), clip(pipe, guidance_scale=1.0, negative_prompt="blue"))
+def test_negative_prompt_is_ignored_with_a_warning_without_guidance(pipe, caplog):
+    plain = clip(pipe, guidance_scale=1.0)
+    for empty in (None, "", [""]):
+        assert torch.equal(plain, clip(pipe, guidance_scale=1.0, negative_prompt=empty))
+    assert "no effect" not in caplog.text
+    assert torch.equal(plain, clip(pipe, guidance_scale=1.0, negative_prompt="blue"))
+    assert "negative_prompt has no effect without guidance" in caplog.text
     assert not torch.equal(clip(pipe), clip(pipe, negative_prompt="blue"))
     assert not torch.equal(clip(pipe), clip(pipe, guidance_scale=1.0))
 

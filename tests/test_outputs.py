@@ -395,3 +395,9 @@ def test_generate_refuses_what_would_have_no_effect(here):
     Path("prompts.txt").write_text("fire\nice\n")
     several = fail("generate", "--prompts", "prompts.txt", "-n", 60_000)
     assert "2 prompts with 60000 seeds are 120000 clips; expected at most 100000" in several
+
+
+def test_read_prompts_ends_them_at_line_ends_alone(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("red\u2028heart\r\nblue\x0ctree\rgreen\n".encode())
+    assert outputs.read_prompts(prompts) == ["red\u2028heart", "blue\x0ctree", "green"]

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import tomlkit
@@ -158,6 +159,17 @@ def test_resolve_device_refuses_what_is_not_there():
         with pytest.raises(ValueError, match=rf"device '?{name}'?: .*expected (cpu|cuda)"):
             runtime.resolve_device(name)
     assert runtime.resolve_device("cpu").type == "cpu"
+
+
+def test_seed_takes_whole_numbers():
+    expected = torch.randn(3, generator=runtime.seed(3))
+    for number in (np.int64(3), np.uint8(3), torch.tensor(3)):
+        assert torch.equal(torch.randn(3, generator=runtime.seed(number)), expected)
+    runtime.seed(-(2**63))
+    runtime.seed(2**64 - 1)
+    for number in ("a", 1.5, None, True, [3], np.float32(3), 2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match=r"seed must be a whole number from -2\^63 to 2\^64 - 1, got "):
+            runtime.seed(number)
 
 
 def test_catalog_describes_with_the_defaults_of_the_pipeline():

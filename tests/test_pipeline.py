@@ -1,5 +1,7 @@
 """The pipeline: diffusers' own numbers for one frame, and clips that are what was asked for."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -289,6 +291,41 @@ def test_wrong_calls_are_rejected(pipe, texts, tmp_path):
         LatentShiftPipeline(**components(texts), latent_shift={"nmu_frames": 4})
     with pytest.raises(ValueError, match="did you mean 'emoji'"):
         load("emojis")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"halo": 1}, "halo has no effect without chunk"),
+        ({"num_frames": 1, "loop": True}, "loop has no effect on one frame"),
+        ({"num_frames": 1, "chunk": 1}, "chunk has no effect on one frame"),
+        ({"num_frames": 1, "shared_noise": 0.9}, "shared_noise has no effect on one frame"),
+        (
+            {"latents": torch.zeros(1, 4, 4, 4, 4), "shared_noise": 0.9},
+            "shared_noise has no effect beside latents",
+        ),
+        ({"loop": "no"}, "loop must be True or False, got 'no'"),
+        ({"return_dict": "no"}, "return_dict must be True or False, got 'no'"),
+    ],
+)
+def test_calls_refuse_options_without_effect(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe("red", **arguments)
+
+
+def test_options_at_their_defaults_and_those_of_the_model_are_no_mistake(pipe):
+    pipe.call_defaults |= {"shared_noise": 0.5, "noise_correlation": 0.5, "guidance_scale": 1.0}
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(type(pipe).__call__).parameters.items()
+        if parameter.default is not parameter.empty and name != "prompt"
+    }
+    zeros = {"loop": False, "chunk": None, "shared_noise": 0, "noise_correlation": 0.0, "negative_prompt": ""}
+    for options in ({}, zeros):
+        for others in ({"num_frames": 1}, {"latents": torch.zeros(1, 4, 4, 4, 4)}):
+            assert (
+                pipe("red", **{**defaults, **options, **others, "num_inference_steps": 1}).frames is not None
+            )
 
 
 def test_safety_checker_blackens_refused_frames(texts, caplog):

@@ -236,8 +236,14 @@ def test_write_takes_names_with_a_colon(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("suffix", "fps", "message"),
     [
-        (".mp4", float("nan"), "fps must be above 0, got nan"),
-        (".mp4", float("inf"), r"a \.mp4 shows at most 1000 frames a second, got inf; choose another rate"),
+        (".mp4", float("nan"), "fps must be above 0 and finite, got nan"),
+        (".mp4", float("inf"), "fps must be above 0 and finite, got inf"),
+        (".png", float("inf"), "fps must be above 0 and finite, got inf"),
+        (".gif", 0, "fps must be above 0 and finite, got 0"),
+        (".mp4", -8, "fps must be above 0 and finite, got -8"),
+        (".mp4", "8", "fps must be above 0 and finite, got '8'"),
+        (".mp4", None, "fps must be above 0 and finite, got None"),
+        (".mp4", True, "fps must be above 0 and finite, got True"),
         (".webp", 2000, r"a \.webp shows at most 1000 frames a second, got 2000"),
         (".webm", 1e-6, r"a \.webm shows at least 0.001 frames a second, got 1e-06"),
     ],

@@ -130,6 +130,79 @@ def test_read_csv_keeps_commas_and_line_breaks_in_captions(tmp_path):
     assert "2 more columns than the header; a comma in a caption needs quotes" in problem.reason
 
 
+@pytest.mark.parametrize(
+    ("loop", "expected"),
+    [(word, True) for word in ("1", "1.0", "True ", "Y", "on", "t", " YES")]
+    + [(word, False) for word in ("0", "0.0", "False", "n", "OFF", "f", "no ", "", " ")],
+)
+def test_read_csv_takes_usual_spellings_of_loop(tmp_path, loop, expected):
+    (tmp_path / "list.csv").write_text(f"file_name,text,loop\na.mp4,x,{loop}\n")
+    ((record, media),) = readers.read(tmp_path / "list.csv")
+    assert (record.loop, media) == (expected, tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("loop", ["2", "maybe", "nan"])
+def test_read_csv_names_the_row_of_another_loop(tmp_path, loop):
+    (tmp_path / "list.csv").write_text(f"file_name,text,loop\na.mp4,x,{loop}\n")
+    ((_, problem),) = readers.read(tmp_path / "list.csv")
+    assert problem.file_name == "list.csv:2"
+    assert "loop must be true or false" in problem.reason
+
+
+def test_read_tables_refuse_a_column_twice(tmp_path):
+    table = tmp_path / "list.csv"
+    for header in ("file_name,text,text", "file_name, text,split,text ", "file_name,text,split,split"):
+        table.write_text(f"{header}\na.mp4,x,y,z\n")
+        with pytest.raises(ValueError, match=r"list.csv: has 2 columns (text|split); expected one, rename"):
+            readers.read(table)
+    table.write_text("file_name,text,,\na.mp4,x,,\n")  # a spreadsheet's empty columns
+    ((record, _),) = readers.read(table)
+    assert record.texts == ("x",)
+    rows = tmp_path / "list.jsonl"
+    rows.write_text('{"file_name": "a.mp4", "text": "x", "text": "y"}\n')
+    ((_, problem),) = readers.read(rows)
+    assert "'text' comes 2 times; expected it once" in problem.reason
+
+
+def test_read_tables_strip_names_and_say_what_is_in_two_splits(tmp_path):
+    table = tmp_path / "metadata.csv"
+    table.write_text(
+        "file_name ,text,split,concept\na.mp4 ,x,train ,cat \na.mp4,x,val,\n./a.mp4,y,train,\nb.mp4,x,Train,\nc.mp4,x,Train,\n"
+    )
+    clips = list(readers.read(table))
+    assert clips[0] == (readers.Record("a.mp4", ("x",), "cat", "train"), tmp_path / "a.mp4")
+    assert [media for _, media in clips[5:]] == [
+        Problem("a.mp4", "in split val, also in split train; a held-out clip must be in one split alone", "kept"),
+        Problem("metadata.csv", "split Train differs from split train in capitals alone, and is another split", "kept"),
+    ]  # fmt: skip
+    assert readers.find_splits(table) == {"train", "val", "Train"}
+    video.write(counting_clip(16), tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "a.mp4").read_bytes())
+    counts, problems = check(tmp_path)
+    assert counts == {"clips": 4, "stills": 0, "skipped": 1, "concepts": 3}
+    assert Problem("a.mp4", "duplicate of a.mp4 in split train", "kept") in problems
+    assert Problem("b.mp4", "duplicate of a.mp4 in split train", "kept") in problems
+    assert pack(tmp_path, tmp_path / "store", size=16, fps=8)[-2:] == [media for _, media in clips[5:]]
+
+
+SEPARATORS = "a\u2028b\u2029c\x0bd\x0ce\x85f\x1cg"
+
+
+def test_captions_end_at_line_ends_alone(tmp_path, clip):
+    """`str.splitlines` would make seven captions of one."""
+    folder = tmp_path / "media"
+    (folder / "clip.txt").write_bytes(f"{SEPARATORS}\r\ntwo\rthree\n\n".encode())
+    expected = (SEPARATORS, "two", "three")
+    ((record, _),) = readers.read(folder)
+    assert record.texts == expected
+    shard = write_shard(tmp_path / "0.tar", {"0": {".mp4": clip, ".txt": (folder / "clip.txt").read_bytes()}})
+    ((record, _),) = readers.read(shard)
+    assert record.texts == expected
+    row = json.dumps({"file_name": "a.mp4", "text": SEPARATORS}, ensure_ascii=False)
+    (tmp_path / "list.jsonl").write_bytes(f"{row}\r\n\r{row}\r".encode())
+    assert [record.texts for record, _ in readers.read(tmp_path / "list.jsonl")] == [(SEPARATORS,)] * 2
+
+
 def test_read_refuses_other_files(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"")
     with pytest.raises(
@@ -199,6 +272,21 @@ def test_read_shards(shards, tmp_path):
     store = Store(tmp_path / "store")
     assert [record.texts[0] for record in store.records] == ["a counter", "counting", "loud"]
     assert store.num_frames == 3 * 16
+
+
+def test_read_shards_names_the_second_clip_of_a_sample(tmp_path, clip):
+    path = write_shard(
+        tmp_path / "0.tar",
+        {
+            "x": {".mp4": clip, ".webm": clip, ".jpg": b"a thumbnail", ".txt": b"red"},
+            "y": {".png": b"", ".jpg": b"", ".txt": b"blue"},
+        },
+    )
+    reason = "a second clip of its sample; {} is read"
+    assert [(record.file_name.removeprefix(f"{path}/"), media) for record, media in readers.read(path)] == [
+        ("x.mp4", clip), ("x.webm", Problem(f"{path}/x.webm", reason.format("x.mp4"))),
+        ("y.png", b""), ("y.jpg", Problem(f"{path}/y.jpg", reason.format("y.png"))),
+    ]  # fmt: skip
 
 
 def test_read_shards_from_urls_with_ranges(shards):
@@ -314,7 +402,10 @@ def test_read_ucf101_as_unpacked(tmp_path):
     stands.unlink()
     assert check(tmp_path, min_frames=2) == (
         {"clips": 3, "stills": 0, "skipped": 0, "concepts": 2},
-        [Problem(record.file_name, f"duplicate of {clips[0].file_name}", "kept") for record in clips[1:]],
+        [
+            Problem(record.file_name, f"duplicate of {clips[0].file_name} in split test", "kept")
+            for record in clips[1:]
+        ],
     )
     other = tmp_path / "UCF-101" / "Sleeping" / "v_Sleeping_g01_c01.avi"
     other.parent.mkdir()

@@ -120,3 +120,9 @@ def test_generate_clip_in_two_threads_gives_each_its_clip(texts):
     for clip, value in zip(clips, expected * 3, strict=True):
         assert np.array_equal(clip, value)
     assert type(pipe.scheduler) is DDIMScheduler
+
+
+@pytest.mark.parametrize("scale", [-7.0, 0.5])
+def test_request_refuses_guidance_without_effect(scale):
+    with pytest.raises(ValueError, match=f"guidance_scale={scale:g} has no effect; expected above 1"):
+        Request("fire", guidance_scale=scale)

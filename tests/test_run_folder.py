@@ -30,6 +30,15 @@ def rows_of(run):
     return [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
 
 
+def test_train_says_what_to_do_with_checkpoints_without_settings(latents, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step-00000009").mkdir(parents=True)
+    (tmp_path / "run" / "stats.jsonl").write_text('{"step": 9}\n')
+    with pytest.raises(
+        ValueError, match=r"run: holds checkpoints but no config.toml, .*; choose another folder with --run"
+    ):
+        train(config(latents), tmp_path / "run", force=True)
+
+
 def test_train_refuses_a_folder_of_somebody(latents, tmp_path):
     """A project with names that a run has, too."""
     project = tmp_path / "project"

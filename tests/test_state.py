@@ -25,9 +25,11 @@ from diffusers.guiders import (
     PerturbedAttentionGuidance,
 )
 from test_modes import CLIP, sd, xl_components
+from transformers import BertConfig, BertModel
 
 from latent_shift.models import sizes
 from latent_shift.pipelines.denoise import guided
+from latent_shift.pipelines.diagnosis import NotFiniteError, check_finite
 from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
 from latent_shift.runtime import seed
 from latent_shift.shift import Shift, deflate, frames, inflate, reach, shift_of, streaming, temporal_shift
@@ -315,6 +317,39 @@ def test_clip_skip_takes_an_earlier_layer(texts):
         skipped,
         pipe(prompt_embeds=expected, guidance_scale=1.0, latents=latents, output_type="latent").frames,
     )
+
+
+def test_clip_skip_is_refused_by_a_text_encoder_of_another_kind(texts):
+    """The emoji model has a BERT, whose layers have no common norm."""
+    pipe = sd(texts)
+    pipe.text_encoder = BertModel(
+        BertConfig(
+            vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
+        )
+    )
+    with pytest.raises(
+        ValueError, match="clip_skip needs a text encoder of CLIP, got BertModel; leave it out"
+    ):
+        pipe("red", clip_skip=1)
+
+
+def test_not_finite_clips_are_blamed_on_noise_levels_without_signal(texts):
+    pipe = sd(texts)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, trained_betas=[0.1] * 1000)
+    values = torch.tensor([float("nan")])
+    with pytest.raises(NotFiniteError, match=r"noise levels \(trained_betas, beta_end\) leave no signal"):
+        check_finite(pipe, values, "the latents")
+    for betas in (0.1, [0.1]):
+        pipe.scheduler = DDIMScheduler(trained_betas=betas, clip_sample=False)
+        with pytest.raises(ValueError, match="needs trained_betas for each of its 1000 timesteps, got"):
+            pipe("red")
+    zero_snr = dict(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    for options in ({}, zero_snr):
+        pipe.scheduler = DDIMScheduler(beta_schedule="scaled_linear", **options)
+        with pytest.raises(
+            NotFiniteError, match="guidance scale or the weight of words is probably too large"
+        ):
+            check_finite(pipe, values, "the latents")
 
 
 def test_save_pretrained_writes_a_folder_for_generic_loaders(texts, tmp_path):

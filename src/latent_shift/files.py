@@ -13,6 +13,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -263,16 +264,37 @@ def read_bytes(path: str | Path, *, max_bytes: int | None = None) -> bytes:
     return path.read_bytes()
 
 
-def parse_json(text: str | bytes) -> Any:
+def split_lines(text: str) -> list[str]:
+    r"""Return the lines of a text, which end with \n, \r\n or \r.
+
+    `str.splitlines` would also split at form feeds and Unicode's line separators, which occur in captions.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
     """Parse JSON, in UTF-8 if bytes are passed.
 
     Raises:
-        ValueError: another encoding, not JSON, or nested too deeply.
+        ValueError: another encoding, not JSON, nested too deeply, or with `unique_keys` an object that has a
+            key twice, of which Python takes the last.
     """
     try:
-        return json.loads(text.decode() if isinstance(text, bytes) else text)
+        return json.loads(
+            text.decode() if isinstance(text, bytes) else text,
+            object_pairs_hook=_object_of if unique_keys else None,
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; raise ValueError for a key that comes twice."""
+    counts = Counter(key for key, _ in pairs)
+    if repeated := [key for key, count in counts.items() if count > 1]:
+        raise ValueError(f"{repeated[0]!r} comes {counts[repeated[0]]} times; expected it once")
+    return dict(pairs)
 
 
 def read_json(path: str | Path, *, max_bytes: int | None = MAX_JSON_BYTES) -> Any:
@@ -300,7 +322,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 def read_json_lines(path: str | Path) -> list[Any]:
     """Read a file with a JSON value in each line; raise ValueError, with the file and line, for any other."""
     values = []
-    for number, line in enumerate(read_bytes(path).decode(errors="replace").splitlines(), 1):
+    for number, line in enumerate(split_lines(read_bytes(path).decode(errors="replace")), 1):
         try:
             values.append(parse_json(line))
         except ValueError as error:

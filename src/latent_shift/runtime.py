@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import logging
 import multiprocessing
+import operator
 import os
 import platform
 import sys
@@ -113,10 +114,25 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def seed(number: int) -> torch.Generator:
-    """Return a seeded CPU generator: the same number gives the same noise on every device."""
+    """Return a seeded CPU generator: the same number gives the same noise on every device.
+
+    Raises:
+        ValueError: not a whole number from -2^63 to 2^64 - 1.
+    """
     import torch
 
-    return torch.Generator().manual_seed(number)
+    return torch.Generator().manual_seed(check_seed(number))
+
+
+def check_seed(number: object) -> int:
+    """Return a seed as an integer; raise ValueError for one that torch does not take, and for a bool."""
+    try:
+        integer = operator.index(number)  # type: ignore[arg-type]  # also of NumPy's and torch's integers
+    except TypeError:
+        integer = None
+    if isinstance(number, bool) or integer is None or not -(2**63) <= integer < 2**64:
+        raise ValueError(f"seed must be a whole number from -2^63 to 2^64 - 1, got {number!r:.60}")
+    return integer
 
 
 def skip_packages(names: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import latent_shift
-from latent_shift.files import read_bytes
+from latent_shift.files import read_bytes, split_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,9 +129,10 @@ def read_prompts(file: Path) -> list[str]:
         ValueError: no prompt, or text that is not UTF-8.
     """
     try:
-        lines = [line.strip() for line in read_bytes(file, max_bytes=2**24).decode("utf-8-sig").splitlines()]
+        text = read_bytes(file, max_bytes=2**24).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: expected text in UTF-8, got other bytes at {error.start}") from error
+    lines = [line.strip() for line in split_lines(text)]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{file}: holds no prompt; expected one a line")

@@ -18,7 +18,7 @@ from PIL import Image
 from latent_shift import video
 from latent_shift.data.decode import Decoder, aspect_sizes, decode_records
 from latent_shift.data.readers import read
-from latent_shift.data.records import Problem
+from latent_shift.data.records import Problem, Record
 from latent_shift.data.shards import without_secrets
 
 ANALYSIS_SIZE = 128
@@ -55,8 +55,7 @@ def check(
     Raises:
         ValueError: no clips in any layout.
     """
-    if not (fps > 0 and np.isfinite(fps)):
-        raise ValueError(f"fps must be above 0, got {fps}")
+    video.check_fps(fps)
     sizes = aspect_sizes(ANALYSIS_SIZE if aspects is None else max(ANALYSIS_SIZE, 2 * aspects), aspects)
     decode = Decoder(sizes, fps, min_frames, aspect_sizes(size, aspects) if size is not None else None)
     counts: Counter[str] = Counter(clips=0, stills=0, skipped=0)
@@ -75,8 +74,11 @@ def check(
             concepts.add(record.concept)
             counts["clips" if len(clip.frames) > 1 else "stills"] += 1
             problems += [Problem(record.file_name, flaw, "kept") for flaw in clip.flaws]
-            if original := duplicates.find_or_add(thumbnail(clip.frames), record.file_name):
-                problems.append(Problem(record.file_name, f"duplicate of {original}", "kept"))
+            if original := duplicates.find_or_add(thumbnail(clip.frames), record):
+                place = f" in split {original.split}" if original.split != record.split else ""
+                problems.append(
+                    Problem(record.file_name, f"duplicate of {original.file_name}{place}", "kept")
+                )
             # Reservoir sampling: every clip is equally likely to be among those in which a watermark is searched.
             num_seen = counts["clips"] + counts["stills"]
             slot = num_seen - 1 if num_seen <= MAX_OVERLAY_SAMPLES else int(rng.integers(num_seen))
@@ -117,24 +119,24 @@ class _DuplicateFinder:
     """
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.records: list[Record] = []
         self.subset = np.random.default_rng(0).choice(864, 64, replace=False)
         self.subsets_ND = np.empty((0, 64), np.uint8)
         self.thumbnails_ND = np.empty((0, 864), np.uint8)
 
-    def find_or_add(self, thumbnail: np.ndarray, name: str) -> str | None:
-        """Return the name of an earlier clip that looks the same, or add this one and return None."""
-        num = len(self.names)
+    def find_or_add(self, thumbnail: np.ndarray, record: Record) -> Record | None:
+        """Return the record of an earlier clip that looks the same, or add this one and return None."""
+        num = len(self.records)
         subset = thumbnail[self.subset]
         candidates = np.flatnonzero(_is_near(self.subsets_ND[:num], subset))
         matches = candidates[_is_near(self.thumbnails_ND[candidates], thumbnail)]
         if len(matches):
-            return self.names[matches[0]]
+            return self.records[matches[0]]
         if num == len(self.subsets_ND):  # double the capacity
             added = max(1024, num)
             self.subsets_ND = np.concatenate([self.subsets_ND, np.empty((added, 64), np.uint8)])
             self.thumbnails_ND = np.concatenate([self.thumbnails_ND, np.empty((added, 864), np.uint8)])
-        self.names.append(name)
+        self.records.append(record)
         self.subsets_ND[num] = subset
         self.thumbnails_ND[num] = thumbnail
         return None

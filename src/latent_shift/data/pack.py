@@ -10,8 +10,6 @@ from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
 
-import numpy as np
-
 from latent_shift import video
 from latent_shift.data.decode import Decoder, aspect_sizes, decode_records
 from latent_shift.data.readers import read
@@ -60,8 +58,7 @@ def pack(
     Raises:
         ValueError: no clips in any layout, no usable clip, or `out` holds something else or is in use.
     """
-    if not (fps > 0 and np.isfinite(fps)):
-        raise ValueError(f"fps must be above 0, got {fps}")
+    video.check_fps(fps)
     sizes = aspect_sizes(size, aspects)
     if Path(source).exists() and Path(source).resolve() == Path(out).resolve():
         raise ValueError(f"{out}: is also the input; choose another folder for the packed clips")

@@ -19,7 +19,7 @@ from latent_shift.data.records import (
     read_text,
     unusable,
 )
-from latent_shift.files import MAX_JSON_BYTES, parse_json
+from latent_shift.files import MAX_JSON_BYTES, parse_json, split_lines
 
 UCF101_FILE = re.compile(r"v_([A-Za-z]+)_g\d\d_c\d\d\.avi")
 
@@ -42,7 +42,7 @@ def read_ucf101(folder: Path, files: Sequence[Path]) -> tuple[list[tuple[Record,
     lists = {file for file in files if re.fullmatch(r"(train|test)list\d\d\.txt|classInd\.txt", file.name)}
     for split in ("train", "test"):
         for table in sorted(file for file in lists if file.name == f"{split}list01.txt"):
-            lines = (line.split() for line in read_text(table).splitlines())
+            lines = (line.split() for line in split_lines(read_text(table)))
             splits |= {PurePosixPath(words[0]).name: split for words in lines if words}
     classes = {action.lower(): action for action in sentences}  # one class has other capitals in file names
     clips: list[tuple[Record, Media]] = []

@@ -45,6 +45,7 @@ from latent_shift.data.records import (
 )
 from latent_shift.data.shards import TAR_SUFFIXES, expand_braces, is_address, read_shards
 from latent_shift.data.tables import read_table
+from latent_shift.files import split_lines
 
 __all__ = ["Media", "Problem", "Record", "expand_braces", "find_splits", "read", "ucf101_sentences"]
 
@@ -161,8 +162,7 @@ def _read_captioned_files(folder: Path, files: list[Path]) -> tuple[list[tuple[R
         if caption_file := captions.get(path.with_suffix("")):
             used.add(caption_file)
             try:
-                lines = read_text(caption_file, max_bytes=MAX_CAPTION_BYTES).splitlines()
-                texts = clean_captions(lines)
+                texts = clean_captions(split_lines(read_text(caption_file, max_bytes=MAX_CAPTION_BYTES)))
             except (ValueError, OSError) as error:
                 clips.append(unusable(name, _without_folder(error, folder)))
                 continue

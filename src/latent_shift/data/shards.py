@@ -31,7 +31,7 @@ from latent_shift.data.records import (
     escape,
     unusable,
 )
-from latent_shift.files import check_regular, parse_json
+from latent_shift.files import check_regular, parse_json, split_lines
 from latent_shift.folders import is_debris
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -274,41 +274,49 @@ def _read_shard(url: str, file: IO[bytes]) -> Iterator[tuple[Record, Media]]:
                 for done in dict.fromkeys(complete):
                     sample = waiting.pop(done)
                     num_waiting_bytes -= sample.num_bytes
-                    yield _parse_sample(url, sample)
+                    yield from _parse_sample(url, sample)
                 current = waiting.setdefault(key, _Sample(key))
             num_waiting_bytes += current.add(suffix, content)
             while num_waiting_bytes > MAX_WAITING_BYTES and len(waiting) > 1:
                 sample = waiting.pop(next(key for key in waiting if key != current.key))
                 num_waiting_bytes -= sample.num_bytes
-                yield _give_up(url, sample)
+                yield from _give_up(url, sample)
     except SHARD_ERRORS as error:
         failure = error
         if not (current.is_complete and ".txt" in current.files):
             waiting.pop(current.key, None)  # its other files may be in the part that cannot be read
     for sample in waiting.values():
-        yield _parse_sample(url, sample)
+        yield from _parse_sample(url, sample)
     if failure is not None:
         raise failure
 
 
-def _give_up(url: str, sample: _Sample) -> tuple[Record, Media]:
-    record, media = _parse_sample(url, sample)
-    if isinstance(media, bytes) and record.texts:
-        return record, media
-    reason = f"its other files do not follow within {MAX_WAITING_BYTES} bytes; sort the shard by name"
-    return unusable(record.file_name, reason)
+def _give_up(url: str, sample: _Sample) -> Iterator[tuple[Record, Media]]:
+    (record, media), *others = _parse_sample(url, sample)
+    if not isinstance(media, bytes) or not record.texts:
+        reason = f"its other files do not follow within {MAX_WAITING_BYTES} bytes; sort the shard by name"
+        record, media = unusable(record.file_name, reason)
+    yield from [(record, media), *others]
 
 
-def _parse_sample(url: str, sample: _Sample) -> tuple[Record, Media]:
+def _parse_sample(url: str, sample: _Sample) -> Iterator[tuple[Record, Media]]:
+    """Yield the clip of a sample, and then its other media, which are skipped; a picture beside a video is no
+    clip."""
     suffix, files = sample.media_suffix, sample.files
     name = escape(f"{url}/{sample.key}")
     if suffix is None:
-        return unusable(name, f"no media among {', '.join(files)}")
+        yield unusable(name, f"no media among {', '.join(files)}")
+        return
     try:
         texts = _captions(files)
+        concept = texts[0] if texts else escape(sample.key)
+        yield Record(name + suffix, texts, concept=concept), files[suffix]
     except ValueError as error:
-        return unusable(name + suffix, error)
-    return Record(name + suffix, texts, concept=texts[0] if texts else escape(sample.key)), files[suffix]
+        yield unusable(name + suffix, error)
+    rivals = video.VIDEO_SUFFIXES if suffix in video.VIDEO_SUFFIXES else video.SUFFIXES
+    for other in files:
+        if other in rivals and other != suffix:
+            yield unusable(name + other, f"a second clip of its sample; {sample.key}{suffix} is read")
 
 
 def _captions(files: dict[str, bytes]) -> tuple[str, ...]:
@@ -317,7 +325,7 @@ def _captions(files: dict[str, bytes]) -> tuple[str, ...]:
     Raises:
         ValueError: one of them is not text, or not JSON.
     """
-    if ".txt" in files and (texts := clean_captions(decode_text(files[".txt"]).splitlines())):
+    if ".txt" in files and (texts := clean_captions(split_lines(decode_text(files[".txt"])))):
         return texts
     if ".json" not in files:
         return ()

@@ -21,6 +21,7 @@ from latent_shift.files import (
     read_bytes,
     read_json,
     read_json_object,
+    split_lines,
     tensor_shapes,
 )
 
@@ -350,8 +351,8 @@ def check_tokenizer(part: Path) -> None:
         return
     tokens = read_json_object(part / "vocab.json")
     num_joined = sum(len(token.removesuffix("</w>")) > 1 and not token.startswith("<|") for token in tokens)
-    merges = read_bytes(part / "merges.txt", max_bytes=MAX_JSON_BYTES).decode(errors="replace").splitlines()
-    num_merges = sum(bool(line.strip()) and not line.startswith("#version") for line in merges)
+    merges = read_bytes(part / "merges.txt", max_bytes=MAX_JSON_BYTES).decode(errors="replace")
+    num_merges = sum(bool(line.strip()) and not line.startswith("#version") for line in split_lines(merges))
     if num_merges < num_joined // 2:
         raise ValueError(
             f"{part}: merges.txt has {num_merges} merges for {num_joined} tokens of vocab.json: it is cut short"

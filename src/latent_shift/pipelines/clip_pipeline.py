@@ -32,6 +32,7 @@ from latent_shift.diffusion import ar1_step
 from latent_shift.pipelines.conditioning import (
     Pictures,
     check_family_arguments,
+    check_image_prompts,
     decode_clips,
     known_frames,
     resolve_num_frames,
@@ -48,7 +49,7 @@ from latent_shift.pipelines.denoise import (
 from latent_shift.pipelines.diagnosis import check_finite
 from latent_shift.pipelines.free_init import Filter, FreeInit
 from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
-from latent_shift.pipelines.limits import check_numbers
+from latent_shift.pipelines.limits import check_effects, check_numbers
 from latent_shift.pipelines.lora import has_lora, merged
 from latent_shift.pipelines.noise import check_generator, check_latents, draw_noise
 from latent_shift.pipelines.prompts import encode_prompts
@@ -243,7 +244,7 @@ class ClipPipeline(DiffusionPipeline):
             guider: a guider of diffusers instead of guidance_scale and guidance_rescale:
                 `ClassifierFreeGuidance(7.5, start=0.1, stop=0.8)` guides in an interval of the steps,
                 `AdaptiveProjectedGuidance(...)` in another way.
-            negative_prompt: text to guide away from; "" if None. Words can be weighted.
+            negative_prompt: text to guide away from; "" if None. Words can be weighted. Needs guidance.
             num_videos_per_prompt: clips for each prompt.
             eta: eta of DDIM; other schedulers ignore it, as in diffusers.
             generator: one generator, or one for each clip.
@@ -277,12 +278,15 @@ class ClipPipeline(DiffusionPipeline):
                 their `negative_` counterparts.
 
         Raises:
-            ValueError: arguments that contradict each other or do not fit the model.
+            ValueError: arguments that contradict each other, have no effect or do not fit the model.
             TypeError: an unknown argument.
         """
         # 1. Check the arguments and resolve defaults.
         check_family_arguments(self, family)
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)
+        motion = dict(
+            shared_noise=shared_noise, noise_correlation=noise_correlation, loop=loop, chunk=chunk, halo=halo
+        )
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self.resolve_size(height, width)
         check_numbers(
@@ -320,6 +324,12 @@ class ClipPipeline(DiffusionPipeline):
         self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
         device = self._execution_device
         use_guidance = custom_guider or self.do_classifier_free_guidance
+        check_effects(
+            num_frames=num_frames, has_latents=latents is not None, guided=use_guidance, **motion, return_dict=return_dict,
+            negative_prompt=negative_prompt, negative_prompt_2=family.get("negative_prompt_2"),
+            negative_prompt_embeds=negative_prompt_embeds,
+        )  # fmt: skip
+        check_image_prompts(self, ip_adapter_image, ip_adapter_image_embeds)
 
         # 2. Encode prompts and image prompts.
         embeds = encode_prompts(
@@ -447,6 +457,12 @@ class ClipPipeline(DiffusionPipeline):
         guider = make_guider(None, guidance_scale, guidance_rescale, self.call_defaults["guidance_scale"])
         self._guidance_scale = guider.guidance_scale
         use_guidance, device = self.do_classifier_free_guidance, self._execution_device
+        check_image_prompts(self, None, None)
+        check_effects(
+            guided=use_guidance,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=family.get("negative_prompt_2"),
+        )
         scheduler = copy.deepcopy(self.scheduler)
         step_options = self.prepare_extra_step_kwargs(generator, eta)
         embeds = encode_prompts(

@@ -74,6 +74,37 @@ def check_family_arguments(pipe, family: dict[str, Any]) -> None:
         raise TypeError(f"{type(pipe).__name__} has no argument {name!r}{hint}")
 
 
+def check_image_prompts(pipe, images: Pictures, image_embeds: Any) -> None:
+    """Raise ValueError for the arguments of an IP-Adapter that the model does not have, or that contradict
+    each other, and for an adapter without its picture."""
+    adapters = getattr(pipe.unet.encoder_hid_proj, "image_projection_layers", None)
+    if images is None and image_embeds is None:
+        if adapters is not None:
+            raise ValueError(
+                "expected ip_adapter_image for the IP-Adapter of the model, or pipe.unload_ip_adapter() before"
+            )
+        return
+    name = "ip_adapter_image" if images is not None else "ip_adapter_image_embeds"
+    if adapters is None:
+        raise ValueError(f"{name} has no effect without an IP-Adapter; call pipe.load_ip_adapter(...) first")
+    if images is not None and image_embeds is not None:
+        raise ValueError("expected ip_adapter_image or ip_adapter_image_embeds, not both")
+    if images is not None and pipe.image_encoder is None:
+        raise ValueError(
+            "ip_adapter_image needs an image_encoder, which the model lacks; pass ip_adapter_image_embeds"
+        )
+    if image_embeds is None:
+        return
+    is_list = isinstance(image_embeds, (list, tuple)) and all(
+        isinstance(embeds, Tensor) for embeds in image_embeds
+    )
+    if not is_list or len(image_embeds) != len(adapters):
+        got = f"{len(image_embeds)} tensors" if is_list else type(image_embeds).__name__
+        raise ValueError(
+            f"expected ip_adapter_image_embeds as a list of {len(adapters)} tensors, one an adapter, got {got}"
+        )
+
+
 def resolve_num_frames(
     pipe, num_frames: int | None, *, image, last_image, video, mask, strength, loop: bool
 ) -> int:

@@ -28,6 +28,12 @@ def _reason(pipe, values: Tensor) -> str:
             for weight_name, weight in part.named_parameters():
                 if weight.is_floating_point() and not bool(weight.isfinite().all()):
                     return f"the weights of {part_name} are damaged, {weight_name} is not finite; load or train the model again"
+    signal = getattr(pipe.scheduler, "alphas_cumprod", None)
+    if signal is not None and float(signal[len(signal) // 2]) < 1e-6:  # of Stable Diffusion: 0.28
+        return (
+            "the scheduler's noise levels (trained_betas, beta_end) leave no signal in half of the timesteps; use those that the "
+            "model was trained with"
+        )
     dtypes = {part.dtype for part in (pipe.unet, pipe.vae)} & {torch.float16, torch.bfloat16}
     if dtypes:
         dtype = str(dtypes.pop()).removeprefix("torch.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from numbers import Integral, Real
+from typing import Any
 
 _LEAST = {
     "num_frames": 1, "height": 1, "width": 1, "num_inference_steps": 1, "num_videos_per_prompt": 1, "decode_batch_size": 1, "chunk": 1,
@@ -20,6 +22,49 @@ _RANGES = {"guidance_scale": (-100, 100), "guidance_rescale": (0, 1), "eta": (0,
 
 _WITHOUT_DEFAULT = {"num_videos_per_prompt", "decode_batch_size", "eta", "guidance_rescale"}
 """Numbers that a model has no default of."""
+
+
+log = logging.getLogger("latent_shift")
+
+_MOTION_OPTIONS = ("loop", "shared_noise", "noise_correlation", "chunk", "then")
+"""Options that have no effect on one frame."""
+
+
+def check_effects(
+    *, num_frames: int | None = None, has_latents: bool = False, guided: bool = True, **options: Any
+) -> None:
+    """Raise ValueError for an option of a call, by name, that has no effect beside the others. A negative prompt without
+    guidance gives a warning: diffusers ignores it, and scripts pass one always.
+
+    Args:
+        num_frames: frames of a clip; None: unknown, but several.
+        has_latents: whether the call brings its own noise.
+        guided: whether a negative prompt is used.
+        options: as the caller passed them; None, False, 0 and nothing are as good as left out, except for
+            `halo`.
+    """
+    for name in ("loop", "return_dict"):
+        if not isinstance(options.get(name, False), bool):
+            raise ValueError(f"{name} must be True or False, got {options[name]!r:.60}")
+    passed = {name for name, value in options.items() if value is not None and _is_something(value)}
+    for name in _MOTION_OPTIONS:
+        if num_frames == 1 and name in passed:
+            raise ValueError(f"{name} has no effect on one frame; expected num_frames of 2 or more")
+    if options.get("halo") is not None and options.get("chunk") is None:
+        raise ValueError("halo has no effect without chunk")
+    for name in ("shared_noise", "noise_correlation"):
+        if has_latents and name in passed:
+            raise ValueError(f"{name} has no effect beside latents; expected one of them")
+    for name in options:
+        if name.startswith("negative_prompt") and name in passed and not guided:
+            log.warning("%s has no effect without guidance; expected guidance_scale above 1", name)
+
+
+def _is_something(value: Any) -> bool:
+    """Return whether a value is more than nothing: not 0, and not only empty texts."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_something, value))
+    return bool(value) if isinstance(value, (str, dict, Real)) else True
 
 
 def check_numbers(**numbers: float | None) -> None:

@@ -130,6 +130,13 @@ def _check_clip_skip(pipe, clip_skip: int | None) -> None:
     for encoder in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
         if encoder is None:
             continue
+        # Stable Diffusion 1 and 2 normalize the earlier layer as the last one.
+        if not hasattr(pipe, "text_encoder_2") and not hasattr(
+            getattr(encoder, "text_model", encoder), "final_layer_norm"
+        ):
+            raise ValueError(
+                f"clip_skip needs a text encoder of CLIP, got {type(encoder).__name__}; leave it out"
+            )
         # Stable Diffusion XL reads the layer before the last.
         most = encoder.config.num_hidden_layers - hasattr(pipe, "text_encoder_2")
         if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from latent_shift.models.prompt_syntax import parse_prompt
-from latent_shift.pipelines.limits import check_numbers
+from latent_shift.pipelines.limits import check_effects, check_numbers
 from latent_shift.pipelines.schedulers import check_scheduler, make_scheduler
-from latent_shift.runtime import seed
+from latent_shift.runtime import check_seed, seed
 from latent_shift.video import read, to_uint8
 
 if TYPE_CHECKING:
@@ -94,21 +94,22 @@ class Request:
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
-        if self.num_frames == 1:
-            for name in ("loop", "shared_noise", "noise_correlation", "chunk", "then"):
-                if getattr(self, name) not in (None, False, {}):
-                    raise ValueError(f"{name} has no effect on one frame; expected num_frames of 2 or more")
+        check_effects(
+            num_frames=self.num_frames, loop=self.loop, shared_noise=self.shared_noise, noise_correlation=self.noise_correlation,
+            chunk=self.chunk, halo=self.halo, then=self.then,
+        )  # fmt: skip
         check_numbers(
             **{name: getattr(self, name) for name in _CALL_ARGUMENTS if name not in ("negative_prompt", "loop")}, fps=self.fps
         )  # fmt: skip
-        if isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed must be a whole number from -2^63 to 2^64 - 1, got {self.seed}")
+        check_seed(self.seed)
+        if self.guidance_scale is not None and self.guidance_scale not in (0, 1) and self.guidance_scale < 1:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale:g} has no effect; expected above 1, or 1 for no guidance"
+            )
         for prompt in (self.prompt, *self.then.values(), self.negative_prompt or ""):
             parse_prompt(prompt)
         if self.scheduler is not None:
             check_scheduler(self.scheduler)
-        if self.halo is not None and self.chunk is None:
-            raise ValueError("halo has no effect without chunk")
         if self.free_init is not None and self.free_init < 2:
             raise ValueError(
                 f"free_init must be 2 or more, got {self.free_init}; leave it out to sample once"
@@ -155,7 +156,6 @@ def generate_clip(
         guidance_scale = pipe.call_defaults["guidance_scale"]
     if request.negative_prompt and guidance_scale <= 1:
         raise ValueError("negative_prompt has no effect without guidance; expected guidance_scale above 1")
-
     height, width = _resolve_size(pipe, request)
     request = replace(request, height=height, width=width)
 

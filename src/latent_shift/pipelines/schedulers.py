@@ -115,6 +115,11 @@ def check_own_scheduler(scheduler: SchedulerMixin) -> None:
             f"scheduler {name!r} cannot sample a model that predicts {config.prediction_type!r}; expected "
             f"{' or '.join(predictions)}"
         )
+    betas, num_timesteps = config.get("trained_betas"), config.num_train_timesteps
+    if betas is not None and not (hasattr(betas, "__len__") and len(betas) == num_timesteps):
+        raise ValueError(
+            f"scheduler {name!r} needs trained_betas for each of its {num_timesteps} timesteps, got {betas!r:.60}"
+        )
     for option in ("clip_sample", "thresholding"):
         if config.get(option):
             raise ValueError(

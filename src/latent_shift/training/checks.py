@@ -73,6 +73,10 @@ def check_settings(config: Config, run: Path) -> None:
 def check_same_run(config: Config, run: Path) -> None:
     """Raise ValueError if the folder `run` has checkpoints of a run with another `Config.identity`."""
     if checkpoint.steps(run):
+        if not (run / "config.toml").exists():
+            raise ValueError(
+                f"{run}: holds checkpoints but no config.toml, so their settings are unknown; choose another folder with --run"
+            )
         before, now = load(run / "config.toml").identity(), config.identity()
         changed = [name for name, value in before.items() if now[name] != value]
         if changed:

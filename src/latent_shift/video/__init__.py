@@ -5,6 +5,7 @@ containers, Pillow the animations and stills; both packages include their codecs
 """
 
 from latent_shift.video.frame_file import FrameFile, Frames, collect
+from latent_shift.video.limits import check_fps
 from latent_shift.video.metadata import read_metadata
 from latent_shift.video.pixels import to_frames, to_masks, to_uint8
 from latent_shift.video.reader import (
@@ -26,6 +27,7 @@ __all__ = [
     "FrameFile",
     "Frames",
     "captioned_rows",
+    "check_fps",
     "check_output",
     "collect",
     "find_cuts",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from numbers import Real
 from typing import BinaryIO
 
 from latent_shift.video.opening import DecodeError
@@ -50,6 +52,12 @@ class LimitedFile:
     def read(self, size: int = -1) -> bytes:
         self._limit.check()
         return self._file.read(size)
+
+
+def check_fps(fps: float, hint: str = "") -> None:
+    """Raise ValueError for a frame rate that is not a finite number above 0."""
+    if not isinstance(fps, Real) or isinstance(fps, bool) or not 0 < fps < math.inf:
+        raise ValueError(f"fps must be above 0 and finite, got {fps!r:.60}{hint}")
 
 
 def check_size(width: int, height: int) -> None:

@@ -7,7 +7,6 @@ Shapes: F frames of H x W pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import chain, repeat
 from pathlib import Path
@@ -23,6 +22,7 @@ from latent_shift.video.limits import (
     SECONDS_PER_SECOND,
     LimitedFile,
     TimeLimit,
+    check_fps,
     check_size,
 )
 from latent_shift.video.opening import DecodeError, open_file
@@ -117,8 +117,8 @@ def load_video(path: str | Path, *, fps: float | None = None, size: int | None =
 
 
 def _check_arguments(fps: float | None, size: Size, num_frames: int | None) -> None:
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"fps must be above 0 and finite, got {fps}; None keeps every frame")
+    if fps is not None:
+        check_fps(fps, "; None keeps every frame")
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}; None reads to the end")
     if size is None:

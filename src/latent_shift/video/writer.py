@@ -16,6 +16,7 @@ from PIL import Image
 from latent_shift.files import atomic_path
 from latent_shift.video import metadata as file_metadata
 from latent_shift.video.films import build_graph
+from latent_shift.video.limits import check_fps
 from latent_shift.video.pixels import Clip, to_uint8
 
 OUTPUT_SUFFIXES = (".mp4", ".webm", ".gif", ".webp", ".png")
@@ -81,8 +82,7 @@ def check_output(path: str | Path, *, fps: float = 8) -> Path:
         raise ValueError(
             f"{path}: expected one of {' '.join(OUTPUT_SUFFIXES)}, got {path.suffix or 'no suffix'!r}"
         )
-    if not fps > 0:
-        raise ValueError(f"fps must be above 0, got {fps}")
+    check_fps(fps)
     if suffix in _MAX_FPS and not MIN_FPS <= fps <= _MAX_FPS[suffix]:
         bound = f"least {MIN_FPS}" if fps < MIN_FPS else f"most {_MAX_FPS[suffix]}"
         raise ValueError(
@@ -142,7 +142,7 @@ def _write_video(frames: np.ndarray, path: Path, fps: float, metadata: Mapping[s
     with av.open(str(path), "w", options={"movflags": "+faststart"} if mp4 else {}) as container:
         if metadata:
             container.metadata[file_metadata.TAG] = file_metadata.dump(metadata)
-        rate = Fraction(fps).limit_denominator(1001)
+        rate = Fraction(float(fps)).limit_denominator(1001)
         stream = container.add_stream("libx264" if mp4 else "libvpx-vp9", rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -19,10 +19,10 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from conftest import make_media, make_texts, tiny_config
 from diffusers import DDIMScheduler
 from limited_process import Result, run_process
 from PIL import Image
+from tiny import make_media, make_texts, tiny_config
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_shift import video

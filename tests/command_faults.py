@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from conftest import enter_process, forkserver, make_media, make_texts
 from test_modes import sd
+from tiny import enter_process, forkserver, make_media, make_texts
 
 from latent_shift.benchmark.hardware import machine
 from latent_shift.cli.main import INTERRUPTED, main

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import enter_process, forkserver, make_media, make_texts, tiny_config
+from tiny import enter_process, forkserver, make_media, make_texts, tiny_config
 
 from latent_shift.benchmark.hardware import machine
 from latent_shift.config import Config

@@ -9,12 +9,12 @@ import platform
 import numpy as np
 import pytest
 import torch
-from conftest import traced
 from test_cli import run
 from test_finetune import RECIPE
+from tiny import traced
 
 from latent_shift.benchmark import memory as benchmark_memory
-from latent_shift.benchmark import networks, step
+from latent_shift.benchmark import networks, step, throughput
 from latent_shift.benchmark.memory import _long_clip, long_clips, training_memory
 from latent_shift.benchmark.roofline import Work
 from latent_shift.benchmark.step import shift_overhead
@@ -237,7 +237,10 @@ def test_resuming_returns_times(video_model):
     assert all(value > 0 for value in found.values())
 
 
-def test_index_returns_times():
+def test_index_returns_times(monkeypatch):
+    monkeypatch.setattr(
+        throughput, "run_alone", lambda function, *args: function(*args)
+    )  # which a test above has
     found = index(300, num_frames=2, clips_a_shard=50, clips_a_part=200)
     assert (found["clips"], found["parts"], found["shards"]) == (300, 2, 6)
     assert all(value >= 0 for value in found.values())

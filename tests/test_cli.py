@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from conftest import tiny_config
+from tiny import tiny_config
 from typer.testing import CliRunner
 
 from latent_shift import config, video
@@ -172,6 +172,7 @@ def test_generate_writes_an_image_for_one_frame_and_warns_of_truncation(video_mo
     assert video.read(result.stdout.strip())[0].shape == (1, 32, 32, 3)
 
 
+@pytest.mark.slow  # its fast twins are the commands of docs/training.md (test_docs.py)
 def test_command_leads_from_media_to_evaluation(media, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "3 clips, 1 stills, 0 skipped, 3 concepts, 0 with problems" in run("data", "check", media)

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import free_port, launch, tiny_config
 from safetensors.torch import load_file
+from tiny import free_port, launch, tiny_config
 
 from latent_shift.config import dump
 from latent_shift.training import checkpoint

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import ROUNDING, tiny_config
 from safetensors.torch import load_file, save_file
+from tiny import ROUNDING, tiny_config
 from torch import nn
 
 from latent_shift.training import checkpoint

@@ -10,8 +10,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import forkserver
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from tiny import forkserver
 from transformers import CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 

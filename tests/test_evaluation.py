@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import enter_process, full_disk, launch, traced
 from diffusers import DDPMScheduler
 from test_extractors import clip_folder, scripts  # noqa: F401
 from test_public_sets import msrvtt as make_msrvtt
 from test_public_sets import ucf101 as make_ucf101
+from tiny import enter_process, full_disk, launch, traced
 
 from latent_shift import video
 from latent_shift.cli.main import main
@@ -395,6 +395,7 @@ def test_add_paired_differences_compares_the_same_clips(system, protocol, video_
     assert reasons == [*same["skipped"].items(), ("denoising of more guided", "there is a reason")]
 
 
+@pytest.mark.slow  # its fast twin is train.compile in test_settings.py
 def test_open_system_compiled_generates_the_same_clips(system, protocol, video_model, tmp_path, monkeypatch):
     graphs: list = []
     monkeypatch.setattr(torch.nn.Module, "compile", traced(graphs))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
 from test_shift import inputs, smallest_unet
+from tiny import tiny_config
 
 from latent_shift.shift import Shift, frames, inflate
 from latent_shift.training.loop import train

@@ -40,6 +40,7 @@ def test_fault_loses_nothing(fault, prepared, tmp_path):
     )
 
 
+@pytest.mark.slow  # trains another model; its fast twin is below
 def test_find_differences_reports_another_run(prepared, tmp_path):
     config, folder = prepared
     other = config.model_copy(update={"train": config.train.model_copy(update={"seed": 1})})

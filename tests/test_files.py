@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import full_disk
+from tiny import full_disk
 
 from latent_shift import files
 

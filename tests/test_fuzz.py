@@ -1,22 +1,44 @@
 """Bad input of every kind of bad_inputs.py, a few of each: no traceback, no hang, no memory, nothing wrong in silence."""
 
+import io
 import mmap
 import os
 import signal
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import fuzz
 import limited_process
 import pytest
 from bad_inputs import KINDS, Trial, World
 from limited_process import run_process
+from tiny import forkserver
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("world"))
+def pool(tmp_path_factory):
+    """A small process to fork the tries from: this one may hold gigabytes by now, and a fork copies their page tables."""
+    with forkserver.Pool(1, make_world, (tmp_path_factory.mktemp("world"),)) as pool:
+        yield pool
+
+
+def make_world(folder: Path) -> None:
+    global world
+    world = World(folder)
+
+
+def try_kind(kind: str, num: int) -> tuple[Counter[str], str]:
+    """Return the outcomes of a kind's inputs, and what is printed of the bad ones."""
+    with redirect_stdout(io.StringIO()) as output:
+        counts = fuzz.fuzz(world, [kind], num, start=1)[kind]
+    return counts, output.getvalue()
+
+
+def try_prompt(number: int) -> str:
+    return fuzz.try_input("prompts", number, 0, world)[1]
 
 
 NUM = dict.fromkeys(KINDS, 26) | {
@@ -35,9 +57,9 @@ def test_numbers_of_inputs_add_up():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bad_input_is_refused_or_read_right(kind, world, capsys):
-    counts = fuzz.fuzz(world, [kind], NUM[kind], start=1)[kind]
-    assert not counts.keys() & set(fuzz.BAD), capsys.readouterr().out
+def test_bad_input_is_refused_or_read_right(kind, pool):
+    counts, output = pool.apply(try_kind, (kind, NUM[kind]))
+    assert not counts.keys() & set(fuzz.BAD), output
     assert counts.total() == NUM[kind]
 
 
@@ -71,6 +93,6 @@ def test_a_hang_is_stopped(tmp_path, monkeypatch):
     assert fuzz.outcome_of(Trial([]), result)[0] == "hang"
 
 
-def test_inputs_follow_from_seed_and_number(world):
-    tried = [fuzz.try_input("prompts", number, 0, world)[:2] for number in (3, 3, 4)]
-    assert Counter(words.partition(" -- ")[2] for _, words in tried).most_common()[0][1] == 2
+def test_inputs_follow_from_seed_and_number(pool):
+    words = pool.map(try_prompt, (3, 3, 4))
+    assert Counter(word.partition(" -- ")[2] for word in words).most_common()[0][1] == 2

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROUNDING, tiny_config
 from diffusers import UNet2DConditionModel
+from tiny import ROUNDING, tiny_config
 
 import latent_shift as ls
 from latent_shift.models import sizes
@@ -104,7 +104,7 @@ def test_deflate_refuses_a_network_with_temporal_layers(network):
     call(network, torch.randn(4, 4, 4, 4), 4)  # and it still works
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_latent_vdm_trains_saves_and_generates(checkpointing, latents, image_model, tmp_path):
     options = {"gradient_checkpointing": checkpointing, "sample_every": 2, "sample_steps": 1}
     rows = []

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import tiny_config
 from safetensors.torch import load_file
+from tiny import tiny_config
 
 from latent_shift.training import checkpoint, optimizer, stages
 from latent_shift.training.loop import train

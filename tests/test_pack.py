@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import full_disk
 from diffusers import AutoencoderKL
 from test_video import counting_clip
+from tiny import full_disk
 from typer.testing import CliRunner
 
 from latent_shift import video

@@ -83,7 +83,12 @@ def msrvtt(folder, split="train", wordings=1):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "write_data"), [("ucf101", ucf101), ("webvid-sd15", webvid), ("webvid-sd15", msrvtt)]
+    ("recipe", "write_data"),
+    [
+        ("ucf101", ucf101),
+        pytest.param("webvid-sd15", webvid, marks=pytest.mark.slow),
+        ("webvid-sd15", msrvtt),
+    ],
 )
 def test_train_runs_the_recipe_of_a_public_data_set(recipe, write_data, checkpoint, tmp_path):  # noqa: F811
     (tmp_path / "data").mkdir()

@@ -125,4 +125,4 @@ def test_generate_clip_in_two_threads_gives_each_its_clip(texts):
 @pytest.mark.parametrize("scale", [-7.0, 0.5])
 def test_request_refuses_guidance_without_effect(scale):
     with pytest.raises(ValueError, match=f"guidance_scale={scale:g} has no effect; expected above 1"):
-        Request("fire", guidance_scale=scale)
+        Request(prompt="fire", guidance_scale=scale)

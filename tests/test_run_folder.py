@@ -10,8 +10,8 @@ import threading
 
 import pytest
 import torch
-from conftest import tiny_config
 from safetensors import SafetensorError
+from tiny import tiny_config
 
 from latent_shift.config import dump
 from latent_shift.folders import MARKER, read_kind

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_config, traced
 from safetensors.torch import load_file
+from tiny import tiny_config, traced
 from torch import nn
 
 from latent_shift import config

@@ -86,7 +86,7 @@ def test_tokenizer_is_clip():
     assert single_file.tokenizer("!")("", padding="max_length").input_ids == [49406, 49407, *[0] * 75]
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("name", [pytest.param("sd1", marks=pytest.mark.slow), "sd2", "sdxl"])
 def test_open_file_equals_the_model_it_was_made_from(name, small, tmp_path):
     torch.manual_seed(0)
     pipe = single_file.blank(name)

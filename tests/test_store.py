@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import tiny_config
+from tiny import tiny_config
 
 from latent_shift import video
 from latent_shift.data.encode import encode

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROUNDING, alike, stage_of, tiny_config, traced
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import ROUNDING, alike, stage_of, tiny_config, traced
 
 from latent_shift import runtime, video
 from latent_shift.config import dump, load
@@ -241,22 +242,34 @@ def test_train_step_averages_accumulated_batches(latents, tmp_path):
     assert rows[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
+def averages(run) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.steps(run)[-1] / "average.safetensors")
+
+
+def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def two_steps(latents, tmp_path_factory):
+    """A run of two steps, and the averages of one of three; resumed, the first ends like the second."""
+    folder = tmp_path_factory.mktemp("steps")
+    for name, steps in (("two", 2), ("three", 3)):
+        train(tiny_config("image", latents, steps=steps), folder / name)
+    shutil.copytree(folder / "two", folder / "resumed")
+    train(tiny_config("image", latents, steps=3), folder / "resumed")
+    assert not differ(averages(folder / "resumed"), averages(folder / "three"))
+    return folder / "two", averages(folder / "three")
+
+
 @pytest.mark.parametrize("key", ["lr", "weight_decay", "beta2", "grad_clip", "ema"])
-def test_optimizer_settings_apply_from_the_first_step_and_after_resuming(key, latents, tmp_path):
+def test_optimizer_settings_apply_from_the_first_step_and_after_resuming(key, two_steps, latents, tmp_path):
+    two, plain = two_steps
     changed = {"lr": 5e-4, "weight_decay": 0.5, "beta2": 0.5, "grad_clip": 1e-3, "ema": 0.0}[key]
-
-    def averages(run: str, steps: int, optim: dict) -> dict[str, torch.Tensor]:
-        train(tiny_config("image", latents, steps=steps, optim=optim), tmp_path / run)
-        return load_file(checkpoint.steps(tmp_path / run)[-1] / "average.safetensors")
-
-    def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-        return any(not torch.equal(a[name], b[name]) for name in a)
-
-    plain = averages("plain", 3, {})
-    assert differ(averages("whole", 3, {key: changed}), plain)
-    assert not differ(averages("parts", 2, {}), averages("again", 2, {}))
-    assert differ(averages("parts", 3, {key: changed}), plain)
-    assert not differ(averages("again", 3, {}), plain)
+    shutil.copytree(two, tmp_path / "resumed")
+    for name in ("whole", "resumed"):
+        train(tiny_config("image", latents, steps=3, optim={key: changed}), tmp_path / name)
+        assert differ(averages(tmp_path / name), plain)
 
 
 def test_train_in_bf16_or_with_checkpointing_gives_the_same_losses(latents, tmp_path, monkeypatch):

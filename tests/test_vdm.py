@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import stage_of, tiny_config
+from tiny import stage_of, tiny_config
 
 from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore

@@ -51,15 +51,19 @@ class Work(TorchDispatchMode):
 
 
 def limits(
-    device: str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: float = 0.3
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    seconds: float = 0.3,
+    num_bytes: int = 2**30,
 ) -> dict[str, float]:
-    """Measure the limits of a machine for about `seconds` each.
+    """Measure the limits of a machine for about `seconds` each, with copies of `num_bytes`: more than any cache holds.
 
     Returns:
         `flops_per_s`, the rate of large matrix products, and `bytes_per_s`, the bytes read and written a
-        second in copies of 1 GiB.
+        second in the copies.
     """
-    source = torch.ones(2**30 // dtype.itemsize, device=device, dtype=dtype)
+    source = torch.ones(num_bytes // dtype.itemsize, device=device, dtype=dtype)
     target = torch.empty_like(source)
     num, start = 0, 0.0
     while num == 0 or time.perf_counter() - start < seconds:

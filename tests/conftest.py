@@ -3,7 +3,12 @@
 Nothing here imports torch before a test needs it: the process that shares the tests out never does.
 """
 
+import signal
+
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ faults: $(VENV)/.dev
 	$(BIN)/python tests/faults.py 50 -o docs/results/faults.json
 	$(BIN)/python tests/command_faults.py -o docs/results/command-faults.json
 
-# 10,000 bad inputs of every kind, and what becomes of each. An hour on two cores; NUM=300 tries fewer.
+# 10,000 bad inputs of every kind, and what becomes of each. Half an hour on two cores; NUM=300 tries fewer.
 NUM ?= 10000
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --num $(NUM) $(if $(filter 10000,$(NUM)),-o docs/results/fuzz.json)

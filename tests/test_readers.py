@@ -451,3 +451,11 @@ def test_read_msrvtt_as_unpacked(tmp_path):
         Problem("annotation/notes.json", "neither a video, a picture nor a caption", "ignored"),
     ]
     assert np.array_equal(Store(tmp_path / "store").window(0, 0, 1).shape, (1, 16, 16, 3))
+
+
+def test_read_tables_say_what_differs_in_capitals_alone_in_either_order(tmp_path):
+    table = tmp_path / "metadata.csv"
+    table.write_text("file_name,text,split\na.mp4,x,Train\nb.mp4,x,train\nc.mp4,x,TRAIN\n")
+    problems = [str(media) for _, media in readers.read(table) if isinstance(media, Problem)]
+    assert [problem.split()[2] for problem in problems] == ["train", "TRAIN"]
+    assert all("differs from split Train in capitals alone" in problem for problem in problems)

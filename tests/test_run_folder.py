@@ -17,7 +17,7 @@ from latent_shift.config import dump
 from latent_shift.folders import MARKER, read_kind
 from latent_shift.pipelines.diagnosis import NotFiniteError
 from latent_shift.training import checkpoint, stages
-from latent_shift.training.loop import _without_secrets, train
+from latent_shift.training.loop import train
 
 EVERY_STEP = {"checkpoint_minutes": 1e-9, "keep_checkpoints": 1}
 
@@ -183,7 +183,7 @@ def test_train_goes_on_after_a_sample_that_overflows(latents, tmp_path, monkeypa
 
 def test_config_of_a_run_holds_no_signature():
     secret = tiny_config("video", "https://me:password@host/{0..3}.tar?sig=1")
-    assert _without_secrets(secret).data.path == "https://host/{0..3}.tar"
+    assert checkpoint.without_secrets(secret).data.path == "https://host/{0..3}.tar"
 
 
 def test_train_exports_a_run_whose_last_steps_were_skipped(latents, tmp_path, spoil):

@@ -101,7 +101,7 @@ def check_writable(paths: Iterable[Path]) -> None:
     """Raise ValueError where files of these names cannot be made: of each folder, the longest name."""
     longest: dict[Path, Path] = {}
     for path in paths:
-        if len(path.name) >= len(longest.get(path.parent, path).name):
+        if len(os.fsencode(path.name)) >= len(os.fsencode(longest.get(path.parent, path).name)):
             longest[path.parent] = path
     for path in longest.values():
         _check_writable(path)

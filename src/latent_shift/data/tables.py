@@ -58,20 +58,20 @@ def read_table(table: Path) -> list[tuple[Record, Media]]:
 
 def _find_split_problems(table: Path, clips: list[tuple[Record, Media]]) -> Iterator[Problem]:
     """Yield the files that are in two splits, and the splits whose names differ in capitals alone."""
-    splits: dict[Path, list[str]] = {}
-    names: dict[str, str] = {}
+    first_splits: dict[Path, str] = {}
     for record, media in clips:
-        if not isinstance(media, Path):
-            continue
-        others = splits.setdefault(media, [])
-        if others and record.split not in others:
-            reason = f"in split {record.split}, also in split {others[0]}; a held-out clip must be in one split alone"
+        if (
+            isinstance(media, Path)
+            and (first := first_splits.setdefault(media, record.split)) != record.split
+        ):
+            reason = (
+                f"in split {record.split}, also in split {first}; a held-out clip must be in one split alone"
+            )
             yield Problem(record.file_name, reason, "kept")
-        others.append(record.split)
-        name = names.setdefault(record.split.casefold(), record.split)
-        if name != record.split and record.split not in names:
-            names[record.split] = record.split
-            reason = f"split {record.split} differs from split {name} in capitals alone, and is another split"
+    first_names: dict[str, str] = {}
+    for split in dict.fromkeys(record.split for record, media in clips if isinstance(media, Path)):
+        if (name := first_names.setdefault(split.casefold(), split)) != split:
+            reason = f"split {split} differs from split {name} in capitals alone, and is another split"
             yield Problem(table.name, reason, "kept")
 
 

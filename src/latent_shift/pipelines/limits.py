@@ -7,6 +7,8 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+log = logging.getLogger("latent_shift")
+
 _LEAST = {
     "num_frames": 1, "height": 1, "width": 1, "num_inference_steps": 1, "num_videos_per_prompt": 1, "decode_batch_size": 1, "chunk": 1,
     "halo": 0,
@@ -19,12 +21,8 @@ _MOST = {"num_frames": 100_000, "height": 8192, "width": 8192}
 _RANGES = {"guidance_scale": (-100, 100), "guidance_rescale": (0, 1), "eta": (0, 1), "shared_noise": (0, 1)}
 """Real numbers, and their least and greatest values."""
 
-
 _WITHOUT_DEFAULT = {"num_videos_per_prompt", "decode_batch_size", "eta", "guidance_rescale"}
 """Numbers that a model has no default of."""
-
-
-log = logging.getLogger("latent_shift")
 
 _MOTION_OPTIONS = ("loop", "shared_noise", "noise_correlation", "chunk", "then")
 """Options that have no effect on one frame."""

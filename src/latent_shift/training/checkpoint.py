@@ -29,7 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latent_shift.config import load
+from latent_shift.config import Config, dump, load
+from latent_shift.data import shards
 from latent_shift.files import check_schema, parse_json, read_bytes, read_json_object, write_text
 from latent_shift.models.loading import one_line_errors
 from latent_shift.training import fsdp
@@ -39,6 +40,24 @@ log = logging.getLogger("latent_shift")
 
 KIND = "a training run"
 """What the marker of a run folder says."""
+
+
+def write_config(config: Config, run: Path) -> None:
+    """Write the settings, so that from here on the folder alone is enough to resume. A file that has them already stays,
+    with its comments."""
+    path, config = run / "config.toml", without_secrets(config)
+    try:
+        if load(path) == config:
+            return
+    except (OSError, ValueError):
+        pass
+    write_text(path, dump(config))
+
+
+def without_secrets(config: Config) -> Config:
+    """Return the settings without passwords and signatures in the address of the data, as they may be passed on."""
+    data = config.data.model_copy(update={"path": shards.without_secrets(config.data.path)})
+    return config.model_copy(update={"data": data})
 
 
 def save(

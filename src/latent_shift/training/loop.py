@@ -31,9 +31,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from latent_shift.config import Config, dump, load
-from latent_shift.data.shards import without_secrets
-from latent_shift.files import move_files, write_text
+from latent_shift.config import Config
+from latent_shift.files import move_files
 from latent_shift.folders import check_own, output_folder
 from latent_shift.models import sizes
 from latent_shift.runtime import peak_memory_gib, rank, resolve_device, world_size
@@ -92,7 +91,7 @@ def train(
     with output_folder(run, **ownership) if rank() == 0 else nullcontext():
         try:
             if rank() == 0:
-                _write_config(config, run)
+                checkpoint.write_config(config, run)
             prepared = prepare.prepare(config, run, device=resolve_device(), progress=progress)
             if on_prepared and rank() == 0:
                 on_prepared(prepared)
@@ -101,24 +100,6 @@ def train(
             if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
                 raise
             raise RuntimeError(f"out of memory: {suggest_smaller_settings(config)} ({error})") from error
-
-
-def _write_config(config: Config, run: Path) -> None:
-    """Write the settings, so that from here on the folder alone is enough to resume. A file that has them already stays,
-    with its comments."""
-    path, config = run / "config.toml", _without_secrets(config)
-    try:
-        if load(path) == config:
-            return
-    except (OSError, ValueError):
-        pass
-    write_text(path, dump(config))
-
-
-def _without_secrets(config: Config) -> Config:
-    """Return the settings without passwords and signatures in the address of the data, as they may be passed on."""
-    data = config.data.model_copy(update={"path": without_secrets(config.data.path)})
-    return config.model_copy(update={"data": data})
 
 
 @dataclass
@@ -426,7 +407,7 @@ def create_state(config: Config, prepared: prepare.Prepared, run: Path) -> Train
     if config.train.tracker:
         # TensorBoard's project is a folder in the run folder, and it takes no nested settings.
         project, settings = (
-            ("latent-shift", _without_secrets(config).model_dump())
+            ("latent-shift", checkpoint.without_secrets(config).model_dump())
             if config.train.tracker == "wandb"
             else ("tensorboard", None)
         )

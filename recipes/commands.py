@@ -31,3 +31,11 @@ def pack_emoji(size: int = 128) -> None:
         f"latent-shift data pack data/emoji data/emoji-{size} --size {size} --fps 8",
         result=f"data/emoji-{size}/store.json",
     )
+
+
+def compose_emoji(num: int = 10000) -> None:
+    """Compose clips of emoji as data/emoji-composed: `num` to train on, and those of protocol words."""
+    run(
+        f"python recipes/emoji/compose.py data/emoji data/emoji-composed --num {num}",
+        result="data/emoji-composed/store.json",
+    )

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import latent_shift as ls
 from latent_shift.cli import main, train
 from latent_shift.data.pack import pack
+from latent_shift.files import sha256
 from latent_shift.pipelines import loading
 
 ROOT = Path(__file__).parent.parent
@@ -275,6 +276,9 @@ def test_site_builds_without_warnings(tmp_path, monkeypatch):
     assert {name.rpartition(".")[2] for name in documented} >= set(ls.__all__)
 
 
+TOKENIZER = "da0e79933b9ed51798a3ae27893d3c5fa4a201126cef75586296df9b4d2c62a0"
+
+
 def test_embedded_model_is_complete(monkeypatch):
     """At most 100 MB, half precision, loaded without a network, and its frames are pictures."""
 
@@ -291,6 +295,8 @@ def test_embedded_model_is_complete(monkeypatch):
     assert not re.search(
         r'_path": "/', "".join(path.read_text() for path in EMOJI.rglob("*config.json"))
     )  # no path of who made it
+    # The published vocabulary: one word renamed in it is a word that nobody misses for long.
+    assert sha256(EMOJI / "tokenizer" / "tokenizer.json") == TOKENIZER
     pipe = ls.load("emoji")
     pipe.set_progress_bar_config(disable=True)
     first, second = (

@@ -500,7 +500,12 @@ def test_open_protocol_msrvtt_follows_the_papers(tmp_path):
 
 def test_open_protocol_of_captions_takes_one_clip_of_each_concept(tmp_path, packed):
     task = protocols.open_protocol("own", packed, num=2, num_frames=4)
-    others = {"is", "fd-efficientnet-lite0-motion"}  # of UCF-101, and of `bench measures` alone
+    others = {
+        "is",
+        "fd-efficientnet-lite0-motion",
+        "adherence",
+        "recognition",
+    }  # of UCF-101, of `bench measures` alone, of words
     assert {"fvd", "kvd", "fid", "kid", "is-frames", "clipsim"} < set(task.measures) == set(MEASURES) - others
     assert task.measures == measures.names_for("emoji")
     for name in ("own", "classes"):
@@ -509,9 +514,9 @@ def test_open_protocol_of_captions_takes_one_clip_of_each_concept(tmp_path, pack
     others = pack_hundred(tmp_path)
     assert len(protocols.open_protocol("own", others).prompts) == 100
     for arguments, message in (
-        (("nope", packed), "unknown protocol 'nope'; expected one of own, emoji, classes, ucf101"),
+        (("nope", packed), "unknown protocol 'nope'; expected one of own, emoji, words, classes, ucf101"),
         (("emoji", packed), "100 are needed"),
-        (("emoji", others), "holds other captions than the set of recipes/emoji"),
+        (("emoji", others), "has no clip of 'birthday cake', which protocol emoji needs"),
     ):
         with pytest.raises(ValueError, match=message):
             protocols.open_protocol(*arguments)

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -15,6 +14,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fetch
 import numpy as np
 import pytest
 from rich.progress import Progress
@@ -23,9 +23,6 @@ from latent_shift import video
 from latent_shift.evaluation.tables import find_seeds
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-spec = importlib.util.spec_from_file_location("fetch", RECIPES / "emoji" / "fetch.py")
-fetch = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fetch)
 
 BODY = np.random.default_rng(0).bytes(100_000)
 SHA = base64.b64encode(hashlib.sha512(BODY).digest()).decode()
@@ -91,6 +88,7 @@ def test_names_give_variants_one_concept(tmp_path):
             "label": "waving hand",
             "hexcode": "1F44B",
             "tags": ["bye"],
+            "group": 0,
             "skins": [{"label": "waving hand: dark skin tone", "hexcode": "1F44B-1F3FF"}],
         }
     ]
@@ -100,32 +98,25 @@ def test_names_give_variants_one_concept(tmp_path):
         member.size = len(body)
         tar.addfile(member, io.BytesIO(body))
     table = fetch.names(tmp_path / "data.tgz")
-    assert table["1f44b"] == {"label": "waving hand", "tags": ["bye"], "concept": "1f44b"}
+    assert table["1f44b"] == {
+        "label": "waving hand", "base": "waving hand", "other_names": [], "tags": ["bye"], "concept": "1f44b", "group": 0,
+    }  # fmt: skip
     assert table["1f44b-1f3ff"]["label"] == "waving hand, dark skin tone"
     assert table["1f44b-1f3ff"]["concept"] == "1f44b"
     assert fetch.key("0023-FE0F-20E3") == "0023-20e3"
 
 
-def test_split_keeps_a_concept_on_one_side():
-    concepts = [f"1f{number:03x}" for number in range(2000)]
-    held = {concept for concept in concepts if fetch.split(concept, concept) == "val_concept"}
-    assert 60 < len(held) < 140
-    variants = {
-        concept: {fetch.split(concept, f"{concept}-{tone}") for tone in fetch.TONES} for concept in concepts
-    }
-    assert all(variants[concept] == {"val_concept"} for concept in held)
-    combos = sum("val_combo" in variants[concept] for concept in concepts)
-    assert 0.1 < combos / 2000 < 0.35
-    assert {fetch.split(concept, concept) for concept in concepts} == {"train", "val_concept"}
-
-
 def test_captions_are_labels_and_keywords():
-    assert fetch.captions("cat", [], "1f408") == ["cat", "a cat", "cat emoji"]
-    assert fetch.captions("ATM sign", [], "1f3e7")[1] == "an ATM sign"
-    assert fetch.captions("hand, dark skin tone", ["wave"], "1f44b-1f3ff")[-1] == "hand, dark skin tone emoji"
-    texts = fetch.captions("cat", ["pet", "feline", "cat", "animal", "kitty", "meow"], "1f408")
+    assert fetch.captions("cat", [], [], "1f408") == ["cat", "a cat", "cat emoji"]
+    assert fetch.captions("automobile", ["car"], [], "1f697")[-1] == "a car"
+    assert fetch.captions("ATM sign", [], [], "1f3e7")[1] == "an ATM sign"
+    assert (
+        fetch.captions("hand, dark skin tone", ["hand"], ["wave"], "1f44b-1f3ff")[-1]
+        == "hand, dark skin tone emoji"
+    )
+    texts = fetch.captions("cat", [], ["pet", "feline", "cat", "animal", "kitty", "meow"], "1f408")
     assert texts[0] == "cat"
-    assert texts == fetch.captions("cat", ["pet", "feline", "cat", "animal", "kitty", "meow"], "1f408")
+    assert texts == fetch.captions("cat", [], ["pet", "feline", "cat", "animal", "kitty", "meow"], "1f408")
     assert sorted(word for word in texts[3].split(", ")[1:] + texts[4].split()) == [
         "animal",
         "feline",
@@ -150,13 +141,12 @@ def test_motion_describes_what_the_frames_show(tmp_path):
     ]
     assert fetch.motion(clip(lambda k: (20, 20))) == ["almost still"]
     path = video.write(clip(lambda k: (20, 20 + min(k, 16 - k))), tmp_path / "clips" / "1f408.webp")
-    record = fetch.describe((path, {"label": "cat", "tags": [], "concept": "1f408"}, "1f408"))
+    name = {"label": "cat", "base": "cat", "other_names": [], "tags": [], "concept": "1f408", "group": 3}
+    record = fetch.describe((path, name, "1f408"))
     assert record["loop"] is True
     assert record["text"] == ["cat", "a cat", "cat emoji", "cat, moving side to side"]
     path.write_bytes(b"broken")
-    assert (
-        fetch.describe((path, {"label": "cat", "tags": [], "concept": "1f408"}, "1f408"))[0] == "1f408.webp"
-    )
+    assert fetch.describe((path, name, "1f408"))[0] == "1f408.webp"
 
 
 @pytest.fixture
@@ -195,12 +185,50 @@ def test_ablation_trains_no_published_model(run_script):
 
 def test_measuring_prepares_the_frames_alone(run_script):
     for commands in (run_script("emoji/measure.py", "table"), run_script("benchmark.py", "measures")):
-        fetch_command, pack_command, measure_command = commands
+        fetch_command, pack_command, measure_command, *_ = commands
         assert fetch_command.endswith("fetch.py data/emoji")
         assert "data pack data/emoji data/emoji-128 --size 128" in pack_command
         assert "data/emoji-128" in measure_command
     (command,) = run_script("benchmark.py", "peers")
     assert command.endswith("bench peers -o docs/results/peers.json --force")
+
+
+def test_emoji_is_built_of_real_and_composed_clips(run_script):
+    Path("runs/emoji-video").mkdir(parents=True)
+    for arguments, last in (((), "words"), (("--gpu",), "gpu")):
+        Path("runs/emoji-video/complete").unlink(missing_ok=True)
+        commands = "\n".join(run_script("emoji/build.py", *arguments))
+        order = [
+            "emoji/fetch.py",
+            "emoji/compose.py",
+            "autoencoder.toml",
+            "emoji-composed-latents",
+            "image.toml",
+            "video.toml",
+        ]
+        places = [commands.index(word) for word in [*order, f"emoji/{last}.toml", "emoji/names.py"]]
+        assert places == sorted(places)
+
+
+def test_a_short_animation_travels_to_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES / "emoji"))
+    gpu = runpy.run_path(str(RECIPES / "emoji" / "gpu.py"))
+    monkeypatch.chdir(tmp_path)
+    Path("data/emoji-small/clips").mkdir(parents=True)
+    frames = np.random.default_rng(0).integers(0, 255, (72, 8, 8, 3), np.uint8).repeat(32, 1).repeat(32, 2)
+    video.write(frames, Path("1f600.webp"), fps=24)
+    gpu["shorten"](Path("1f600.webp"))
+    small, fps = video.read(Path("data/emoji-small/clips/1f600.webp"), fps=8)
+    assert (small.shape, fps) == ((16, 128, 128, 3), 8)
+    whole, _ = video.read(Path("1f600.webp"), fps=8, size=128)
+    assert np.abs(small.astype(int) - whole[:16]).mean() < 12
+    path = tmp_path / "model.tar"
+    path.write_bytes(bytes(range(256)) * 100)
+    gpu["split"].__globals__["PIECE"] = 10_000
+    gpu["split"](path)
+    pieces = sorted(tmp_path.glob("model.tar.*"))
+    assert [piece.stat().st_size for piece in pieces] == [10_000, 10_000, 5_600]
+    assert b"".join(piece.read_bytes() for piece in pieces) == bytes(range(256)) * 100
 
 
 def test_compare_image_and_seeds_encode_no_pixels(run_script):

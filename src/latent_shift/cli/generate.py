@@ -159,6 +159,7 @@ def generate(
     pipe.set_progress_bar_config(disable=True)
     hashes = outputs.hash_inputs(model, [*request.files.values(), lora])
     failed = 0
+    _warn_of_far_words([*lines, *request.then.values()], model, pipe)
     for job in jobs:
         try:
             _generate_one(job, pipe, context, hashes, replaced)
@@ -259,6 +260,28 @@ def _generate_one(
         files = [outputs.reserve(job.default_file(suffix))]
         replaced = {files[0]: outputs.file_state(files[0])}
     outputs.write_all(clip.frames, files, fps=clip.fps, metadata=metadata, replaced=replaced)
+
+
+def _warn_of_far_words(prompts: list[str], model: str, pipe: ClipPipeline) -> None:
+    """Print, for each prompt that is far from all names of a model, the nearest of them."""
+    from latent_shift.models.names import embedder, read_names
+    from latent_shift.pipelines import catalog
+
+    try:
+        names = None if catalog.on_hub(model) or Path(model).is_file() else read_names(catalog.folder(model))
+        if names is None:
+            return
+        embed = embedder(pipe.tokenizer, pipe.text_encoder)
+        for prompt in filter(str.strip, prompts):
+            nearest = names.nearest(prompt, embed)
+            if nearest[0][1] < names.threshold:
+                known = ", ".join(name for name, _ in nearest)
+                print(
+                    f"{prompt!r} is far from all that {model} was trained on; nearest: {known}",
+                    file=sys.stderr,
+                )
+    except ValueError as error:  # a clip needs no names
+        print(f"latent-shift: {error}", file=sys.stderr)
 
 
 def _later_prompts(items: list[str]) -> dict[int, str]:

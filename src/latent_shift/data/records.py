@@ -6,7 +6,7 @@ import codecs
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ class Record:
         shard: name of the shard in a store; "" before packing.
         start: index of the first frame in that shard.
         num_frames: number of frames in that shard.
+        labels: what is known of the clip, by name, such as {"motion": "spin"}; for measures.
     """
 
     file_name: str
@@ -39,6 +40,7 @@ class Record:
     shard: str = ""
     start: int = 0
     num_frames: int = 0
+    labels: dict[str, str] = field(default_factory=dict, hash=False)
 
 
 class Problem(NamedTuple):

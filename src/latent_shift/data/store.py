@@ -246,13 +246,16 @@ class _IndexLines(Sequence[Record]):
         try:
             values = parse_json(line.decode())
             name, texts, concept, split = (values[key] for key in ("file_name", "texts", "concept", "split"))
-            if not texts or not all(isinstance(text, str) for text in (name, concept, split, *texts)):
+            labels = values.get("labels", {})
+            if not texts or not all(
+                isinstance(text, str) for text in (name, concept, split, *texts, *labels.values())
+            ):
                 raise ValueError("expected texts")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.paths[part]}: line {line[:60]!r} is damaged; {ADVICE}") from error
         return Record(
             name, tuple(texts), concept, split, bool(row["loop"]), self.shard_names[row["shard"]], int(row["start"]),
-            int(row["num_frames"]),
+            int(row["num_frames"]), labels,
         )  # fmt: skip
 
 

@@ -228,4 +228,5 @@ def finish_store(
 
 
 def _index_line(record: Record) -> bytes:
-    return json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n"
+    values = {name: value for name, value in asdict(record).items() if name != "labels" or value}
+    return json.dumps(values, ensure_ascii=False).encode() + b"\n"

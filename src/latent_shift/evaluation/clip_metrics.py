@@ -98,12 +98,24 @@ def warping_error(clip: np.ndarray) -> float:
     return float(np.mean(errors))
 
 
-def retrieval_ranks(generated: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Rank the real clip of each generated clip's own caption among all real clips, by cosine similarity; 1
-    is best.
+def retrieval_ranks(
+    generated: np.ndarray, real: np.ndarray, *, names: np.ndarray | None = None, num: int | None = None
+) -> np.ndarray:
+    """Rank the real row of each generated one among real rows, by cosine similarity; 1 is best. Of equal similarities the own is the last.
 
     Args:
-        generated, real: `(N, D)` unit vectors; row n of both belongs to the same caption.
+        generated, real: `(N, D)` features; row n of both belongs to the same caption or thing.
+        names: `(N,)`; rows of the same name do not compete. None: each has its own.
+        num: rows to rank among, the own and the next ones, the first after the last. None: all.
+
+    Returns:
+        `(N,)` ranks from 1.
     """
-    similarity = generated @ real.T
-    return 1 + (similarity > np.diag(similarity)[:, None]).sum(axis=1)
+    first, second = (
+        rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (generated, real)
+    )
+    names = np.arange(len(real)) if names is None else names
+    among = (np.arange(len(real))[:, None] + np.arange(num or len(real))) % len(real)
+    similarity = np.take_along_axis(first @ second.T, among, axis=1)
+    competes = names[among] != names[:, None]
+    return 1 + (competes & (similarity >= similarity[:, :1])).sum(axis=1)

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latent_shift.evaluation import clip_metrics, denoising, features, statistics
+from latent_shift.evaluation import clip_metrics, denoising, detection, features, statistics
+from latent_shift.evaluation.adherence import prompt_adherence, recognition
 from latent_shift.evaluation.comparison import Comparison
 from latent_shift.evaluation.features import Extractor, Weights
 from latent_shift.evaluation.records import Record
@@ -237,11 +238,8 @@ def retrieval(comparison: Comparison, measure: Measure) -> list[Record]:
     """Rank the real clip of each generated clip's caption among all real clips, by the mean features of
     their frames."""
     extractor = _network(comparison, measure)
-    unit = []
-    for real in (False, True):
-        means = comparison.features(extractor, real=real).mean(axis=1)
-        unit.append(means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12))
-    ranks = clip_metrics.retrieval_ranks(*unit)
+    generated, real = (comparison.features(extractor, real=real).mean(axis=1) for real in (False, True))
+    ranks = clip_metrics.retrieval_ranks(generated, real)
     options = {"extractor": extractor, "real": True}
     records = [comparison.mean_record("retrieval_top1", ranks == 1, **options)]
     if comparison.protocol.num_real > 5:  # of five or fewer, all are in the first five
@@ -394,6 +392,25 @@ MEASURES: dict[str, Measure] = {
                     "caption retrieval, median rank", LOWER,
                     "median rank of the real clip of the same caption among all real clips",
                 ),
+            },
+        ),
+        Measure(
+            "adherence", prompt_adherence, protocols=("words",), min_frames=4, labels={
+                f"adherence_{kind}{suffix}": Label(f"{kind} as prompted{text}", better, definition)
+                for kind in detection.KINDS
+                for suffix, text, better, definition in (
+                    ("", "", HIGHER, f"fraction of clips with the {kind} that their prompts ask for, from pixels"),
+                    ("_chance", ", chance", "", f"the same for a prompt drawn at random from those that ask for a {kind}"),
+                )
+            },
+        ),
+        Measure(
+            "recognition", recognition, protocols=("words",), network="efficientnet", labels={
+                "adherence_thing": Label(
+                    "thing recognised", HIGHER,
+                    "fraction of clips whose thing, cut out, has its own real clip among the five most similar of 100",
+                ),
+                "adherence_company": Label("both things recognised", HIGHER, "the same of clips of two things, where both must be"),
             },
         ),
         Measure(

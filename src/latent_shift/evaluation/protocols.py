@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from latent_shift import __version__, video
 from latent_shift.data import readers
 from latent_shift.data.store import Store, open_pixel_store
+from latent_shift.evaluation import detection
 from latent_shift.evaluation.comparison import central_square
 from latent_shift.evaluation.measures import names_for
 from latent_shift.files import read_json_object
@@ -25,6 +26,7 @@ from latent_shift.files import read_json_object
 PROTOCOLS = {
     "own": "a clip of the plainest caption of each concept of a packed data set, beside the real clip of that caption",
     "emoji": "the same of the set of recipes/emoji: 100 concepts, 16 frames of 128x128 at 8 fps",
+    "words": "a clip of each of 400 held-out combinations of recipes/emoji: a thing and its motion, colour or number, or two things",
     "classes": "four clips of each of eight concepts of a packed data set",
     "ucf101": "100 clips of one sentence for each of the 101 classes; IS on C3D, FVD against the train videos (TGANv2, Make-A-Video)",
     "msrvtt-mav": "a clip of each of the 59,794 captions of the test videos (Make-A-Video)",
@@ -54,6 +56,7 @@ class Protocol:
         matched: whether each prompt has a real clip of its own.
         full_num_real: real clips of the complete protocol. None: as many as there are.
         store: the packed data set that the real clips come from, if any.
+        labels: what each prompt asks for, by name, for measures of adherence; [] where that is not known.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Protocol:
     matched: bool = False
     full_num_real: int | None = None
     store: Store | None = None
+    labels: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def required_fps(self) -> float | None:
@@ -93,8 +97,10 @@ PUBLIC_SIZE = (256, 256)
 with."""
 CAPTION_PROTOCOLS = {"own": (100, 1), "emoji": (100, 1), "classes": (8, 4)}
 """Protocols of a packed data set: number of captions, and clips of each."""
-EMOJI_CAPTIONS = "28e9dfda1867f4feb7762642be0036ac503bd66f6b512f4d4574f3c5d0977af0"
-"""Hash of the captions of protocol emoji, in order; its numbers hold for these alone."""
+FULL_WORDS = 400
+"""Clips of protocol words."""
+EMOJI_CAPTIONS = Path(__file__).parents[1] / "assets" / "emoji_captions.txt"
+"""Captions of protocol emoji, in order; its numbers hold for these alone."""
 
 
 def open_protocol(
@@ -109,7 +115,7 @@ def open_protocol(
 
     Args:
         name: one of `PROTOCOLS`.
-        data: a packed data set (own, emoji, classes), or a folder of UCF-101 or MSR-VTT as published.
+        data: a packed data set (own, emoji, words, classes), or a folder of UCF-101 or MSR-VTT as published.
         num: number of clips to use, from the first ("classes": concepts); results then say that they are
             incomplete. None: all ("own": at most 100).
         num_frames: frames a clip, for "own" and "classes". None: 16.
@@ -127,6 +133,8 @@ def open_protocol(
         )
     if name != "own" and splits:
         raise ValueError(f"protocol {name} has fixed splits; use protocol own to choose them")
+    if name == "words":
+        return _words(open_pixel_store(data), num)
     if name in CAPTION_PROTOCOLS:
         return _captions(name, open_pixel_store(data), num, num_frames or 16, splits or ("train",))
     return (_ucf101 if name == "ucf101" else _msrvtt)(name, Path(data), num)
@@ -146,14 +154,15 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
     full_num, clips_a_caption = CAPTION_PROTOCOLS[name]
     if name != "emoji":
         full_num = min(full_num, len(plainest))
-    num_captions = _check_num(num, None) or max(1, full_num)
+    num_captions = _check_num(num, full_num if name == "emoji" else None) or max(1, full_num)
     if len(plainest) < num_captions:
         raise ValueError(
             f"{len(plainest)} concepts of {', '.join(splits)} have clips of {num_frames} frames, {num_captions} are needed"
         )
-    indices = np.random.default_rng(0).permutation(sorted(plainest.values())).tolist()
     if name == "emoji":
-        _check_emoji(store, [store.records[index].texts[0] for index in indices[:full_num]])
+        indices = _emoji_records(store, sorted(plainest.values()))
+    else:
+        indices = np.random.default_rng(0).permutation(sorted(plainest.values())).tolist()
     cluster_ids = list(range(num_captions)) * clips_a_caption
     return Protocol(
         name=name,
@@ -175,17 +184,55 @@ def _captions(name: str, store: Store, num: int | None, num_frames: int, splits:
     )  # fmt: skip
 
 
-def _check_emoji(store: Store, captions: list[str]) -> None:
-    """Raise ValueError unless a packed data set is that of recipes/emoji."""
+def _words(store: Store, num: int | None) -> Protocol:
+    """Open a protocol of held-out combinations, each with its real clip and with labels of what it asks for."""
+    held_out = store.select(splits=("val_words",), num_frames=16).tolist()
+    labelled = [index for index in held_out if store.records[index].labels][:FULL_WORDS]
+    if len(labelled) < (num or 1):
+        raise ValueError(
+            f"{store.folder}: has {len(labelled)} labelled clips of split val_words, {num or 1} are needed; "
+            "recipes/emoji/compose.py makes them"
+        )
+    num_prompts = _check_num(num, len(labelled)) or len(labelled)
+    records = [store.records[index] for index in labelled[:num_prompts]]
+    for record in records:
+        detection.check_labels(record.labels, f"{store.folder}: {record.file_name}")
+    side = store.info["size"]
+    return Protocol(
+        name="words",
+        prompts=[record.texts[0] for record in records],
+        cluster_ids=list(range(num_prompts)),
+        full_num_clips=FULL_WORDS,
+        num_frames=16,
+        size=(side, side),
+        fps=store.info["fps"],
+        reference={
+            "data": "packed data set", "splits": ["val_words"], "clips": num_prompts,
+            "sha256": _digest_of_clips(store, labelled[:num_prompts]),  # shards hold clips of other splits, too
+        },
+        num_real=num_prompts,
+        real=lambda n: store.window(labelled[n], 0, 16),
+        measures=names_for("words"),
+        matched=True,
+        store=store,
+        labels=[record.labels for record in records],
+    )  # fmt: skip
+
+
+def _emoji_records(store: Store, indices: list[int]) -> list[int]:
+    """Return the records of the captions of protocol emoji, in order; raise ValueError unless all are there."""
     side, fps = store.info["size"], store.info["fps"]
     if (side, fps) != (128, 8):
         raise ValueError(
             f"protocol emoji needs clips of 128 pixels at 8 fps, {store.folder} holds {side} at {fps:g}"
         )
-    if _digest(captions) != EMOJI_CAPTIONS:
+    by_caption = {store.records[index].texts[0]: index for index in indices}
+    captions = EMOJI_CAPTIONS.read_text(encoding="utf-8").splitlines()
+    if missing := [caption for caption in captions if caption not in by_caption]:
         raise ValueError(
-            f"{store.folder} holds other captions than the set of recipes/emoji; use protocol own, or pack that set"
+            f"{store.folder} has no clip of {missing[0]!r}, which protocol emoji needs; use protocol own, or pack the set of recipes/emoji"
         )
+    return [by_caption[caption] for caption in captions]
 
 
 def _ucf101(name: str, folder: Path, num: int | None) -> Protocol:
@@ -284,6 +331,13 @@ def _reference(folder: Path, records: list[readers.Record], name: str) -> dict[s
 
 def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _digest_of_clips(store: Store, indices: Iterable[int]) -> str:
+    digest = hashlib.sha256()
+    for index in indices:
+        digest.update(store.window(index, 0, 16).tobytes())
+    return digest.hexdigest()
 
 
 def _first_frames(path: Path, *, fps: float | None = None, num_frames: int = 16) -> np.ndarray:

@@ -276,8 +276,15 @@ def r_squared(residual_and_total_N2: np.ndarray, weights_N: np.ndarray) -> float
     return float(1 - residual / max(total, 1e-12))
 
 
+def mean_of_known(values_N: np.ndarray, weights_N: np.ndarray) -> float:
+    """Return the weighted mean of the values that are not NaN."""
+    known = ~np.isnan(values_N)
+    weights = weights_N[known]
+    return float(np.average(values_N[known], weights=weights if weights.sum() else None))
+
+
 AVERAGES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "mean": mean, "factor": factor, "median": median, "r_squared": r_squared,
+    "mean": mean, "factor": factor, "median": median, "r_squared": r_squared, "mean_of_known": mean_of_known,
 }  # fmt: skip
 """Averages by the names that records give them."""
 

@@ -18,7 +18,7 @@ or install the CUDA build all the same:                                  make CU
 endef
 export NO_CPU_TORCH
 
-.PHONY: setup demo check test test-slow faults fuzz docs format emoji-gpu clean
+.PHONY: setup demo serve check test test-slow faults fuzz faults-server fuzz-server docs format emoji-gpu clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,13 +28,21 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP) -e '.[dev,eval,report,browser,finetune,tensorboard,wandb,ray,onnx,docs]'
+	$(PIP) -e '.[dev,eval,report,browser,finetune,tensorboard,wandb,ray,onnx,serve,docs]'
+	touch $@
+
+$(VENV)/.serve: $(VENV)/.core
+	$(PIP) -e '.[serve]'
 	touch $@
 
 setup: $(VENV)/.dev
 
 demo: $(VENV)/.core
 	$(BIN)/latent-shift generate "smiling face with sunglasses" --seed 0 -o out/demo.mp4 -o out/demo.gif -o out/demo.png
+
+# The page, at http://127.0.0.1:8000; OPTIONS="--port 9000 --workers 2" for others, see `latent-shift serve --help`.
+serve: $(VENV)/.serve
+	$(BIN)/latent-shift serve $(OPTIONS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -53,6 +61,13 @@ test-slow: $(VENV)/.dev
 faults: $(VENV)/.dev
 	$(BIN)/python tests/faults.py 50 -o docs/results/faults.json
 	$(BIN)/python tests/command_faults.py -o docs/results/command-faults.json
+
+faults-server: $(VENV)/.dev
+	$(BIN)/python tests/server_faults.py -o docs/results/server-faults.json
+
+# 5,000 wrong requests to the server; NUM=300 sends fewer.
+fuzz-server: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_server.py -o docs/results/fuzz-server.json
 
 # 10,000 bad inputs of every kind, and what becomes of each. Half an hour on two cores; NUM=300 tries fewer.
 NUM ?= 10000

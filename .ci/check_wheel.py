@@ -22,6 +22,9 @@ MAX_MB = 95  # package indexes refuse files above 100 MB
 NEEDED = (
     "latent_shift/shift.py",
     "latent_shift/report/report.html",
+    "latent_shift/serve/static/index.html",
+    "latent_shift/serve/static/app.js",
+    "latent_shift/weights/emoji/preview.safetensors",
     "latent_shift/assets/clip_merges.txt.gz",
     "latent_shift/assets/ucf101.txt",
     "latent_shift/weights/emoji/model_index.json",
@@ -35,9 +38,14 @@ ALONE = """
 import importlib, pkgutil, latent_shift
 assert "site-packages" in latent_shift.__file__, latent_shift.__file__
 names = [module.name for module in pkgutil.walk_packages(latent_shift.__path__, "latent_shift.") if not module.name.endswith("__main__")]
+extra = {"fastapi", "starlette", "uvicorn", "prometheus_client"}
 for name in names:
-    importlib.import_module(name)
-print(len(names), "modules import with the core dependencies")
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not (name.startswith("latent_shift.serve.") and error.name.partition(".")[0] in extra):
+            raise
+print(len(names), "modules import with the core dependencies, those of the server with its extra")
 """
 
 

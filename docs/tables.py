@@ -370,6 +370,54 @@ def faults_of_commands() -> str:
     return markdown_table(["command", "fault", "lost"], read_result("command-faults")["rows"])
 
 
+def faults_of_server() -> str:
+    """Tabulate `tests/server_faults.py`."""
+    return markdown_table(["fault", "lost"], read_result("server-faults")["rows"])
+
+
+def serving() -> str:
+    """Tabulate `latent-shift bench serve`."""
+    result = read_result("serve")
+    seconds, counts = result["seconds"], result["durability"]
+    rates = result["clips a second, Ray workers of one thread"]
+    rows = [
+        [f"jobs lost, made twice, of {counts['requests']:,} from {counts['clients']} clients through {counts['kills']} kills",
+         f"{counts['lost']}, {counts['made twice']}"],
+        ["jobs that completed, that failed with a reason", f"{counts['completed']:,}, {counts['failed with a reason']:,}"],
+        ["until the server answers, until the model is loaded, s", f"{seconds['start']:.2f}, {seconds['ready']:.1f}"],
+        ["a clip of one step, an mp4 included, beside the same call of a pipeline, ms more", f"{1000 * seconds['overhead']:.0f}"],
+        ["from a request to the first preview, s", f"{seconds['first_preview']:.2f}"],
+        ["first paint of the page in a new browser, ms", f"{1000 * seconds['first_paint']:.0f}"],
+        ["from SIGTERM to the end, s", f"{seconds['stop']:.1f}"],
+        ["clips of two Ray workers with a thread each, times those of one", f"{rates['2'] / rates['1']:.2f}"],
+    ]  # fmt: skip
+    return markdown_table(["measured", "figure"], rows)
+
+
+def fuzz_of_server() -> str:
+    """Tabulate `tests/fuzz_server.py`."""
+    result = read_result("fuzz-server")
+    statuses = result["statuses"]
+    kinds = {"2": "served", "3": "served", "4": "refused", "5": "refused"}
+    counts = dict.fromkeys(("served", "refused", "closed"), 0)
+    for status, count in statuses.items():
+        counts[kinds.get(status[0], "closed")] += count
+    memory = result["MiB of the server after each tenth"]
+    rows = [[f"{result['requests']:,}", f"{counts['served']:,}", f"{counts['refused']:,}", f"{statuses.get('500', 0)}", f"{result['faults']}",
+             f"{memory[1]} to {memory[-1]}"]]  # fmt: skip
+    return markdown_table(
+        [
+            "requests",
+            "served",
+            "refused",
+            "status 500",
+            "faults of any kind",
+            "memory after two tenths and at the end, MiB",
+        ],
+        rows,
+    )
+
+
 def time_and_ratio(timing: dict[str, Any], unit: str = "s") -> str:
     """Return a time, and its ratio to Latent-Shift's in brackets."""
     if "cannot" in timing:
@@ -496,6 +544,9 @@ TABLES: dict[str, Callable[[], str]] = {
         bad_inputs,
         faults_of_training,
         faults_of_commands,
+        faults_of_server,
+        serving,
+        fuzz_of_server,
     )
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

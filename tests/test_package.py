@@ -46,11 +46,18 @@ EXTRAS = [
     "scipy",
     "torchao",
 ]
+SERVER = ["fastapi", "starlette", "uvicorn", "prometheus_client"]
+"""What the extra `serve` brings: modules of the server that need it are not for those without."""
 BLOCK = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # None: as if it were not installed
 
 
 def test_every_module_imports_with_the_core_alone():
-    script = BLOCK + "".join(f"import {name}\n" for name in MODULES)
+    script = BLOCK + f"server = {SERVER!r}\nsys.modules.update(dict.fromkeys(server))\n"
+    for name in MODULES:
+        if name.startswith("latent_shift.serve."):
+            script += f"try:\n    import {name}\nexcept ModuleNotFoundError as error:\n    assert error.name.partition('.')[0] in server, error\n"
+        else:
+            script += f"import {name}\n"
     script += "from latent_shift.models.perceptual import FeatureDistance\ntry:\n    FeatureDistance()\nexcept RuntimeError as error:\n    print(error)\n"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

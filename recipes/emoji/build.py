@@ -73,3 +73,4 @@ if __name__ == "__main__":
     run(f"latent-shift train recipes/emoji/{last}.toml", result=f"runs/emoji-{last}/model/model_index.json")
     shutil.copytree(f"runs/emoji-{last}/model", "src/latent_shift/weights/emoji", dirs_exist_ok=True)
     run("python recipes/emoji/names.py data/emoji data/emoji-composed")
+    run("python recipes/emoji/preview.py data/emoji-128")

@@ -84,6 +84,29 @@ def commands(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option("--model", "-m", help="a name or folder")] = "emoji",
+    num: Annotated[int, typer.Option(min=10, help="requests to a server that is killed meanwhile")] = 1000,
+    clients: Annotated[int, typer.Option(min=1, help="clients that send them at once")] = 50,
+    kills: Annotated[int, typer.Option(min=0, help="how often it is killed")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="clips whose time is compared with the pipeline's")] = 20,
+    output: Output = None,
+    force: outputs.Force = False,
+) -> None:
+    """Measure `latent-shift serve`: what a user waits for, what is lost when it is killed, and what more workers give."""
+    _prepare_process(output, force=force)
+    from latent_shift.benchmark import server
+    from latent_shift.benchmark.hardware import machine
+
+    result = machine("cpu") | {"model": model}
+    result["seconds"] = server.waiting(model, rounds=rounds)
+    result["durability"] = server.durability(model, num=num, clients=clients, kills=kills)
+    if find_spec("ray") is not None:
+        result["clips a second, Ray workers of one thread"] = server.throughput(model, (1, 2))
+    _show(result, output)
+
+
+@app.command()
 def peers(
     frames: Frames = 16,
     rounds: Rounds = 5,

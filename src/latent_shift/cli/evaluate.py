@@ -274,11 +274,12 @@ def sheet(
     catalog.check_model(model, variant=variant, prediction=prediction)
     skip_packages(catalog.unused_packages(model))
     quiet_libraries()
+    from latent_shift.pipelines import provenance
     from latent_shift.pipelines.loading import load
     from latent_shift.pipelines.request import Request, generate_clip
 
     pipe = load(model, device=device, variant=variant, prediction=prediction)
-    hashes = outputs.hash_inputs(model, [prompts])
+    hashes = provenance.hash_inputs(model, [prompts])
     pipe.set_progress_bar_config(disable=True)
     clips: list[Clip] = []
     with Progress("clips") as progress:
@@ -288,7 +289,7 @@ def sheet(
             progress(len(clips), len(lines))
     command = outputs.repeat_command(context, files=None, force=None)
     settings = {**clips[0].settings, "prompt": lines}
-    metadata = outputs.describe(command, settings, model=model, hashes=hashes)
+    metadata = provenance.describe(settings, model=model, hashes=hashes, command=command)
     frames = [clip.frames for clip in clips]
     for path in files:
         if path.suffix.lower() == ".png":

@@ -150,6 +150,7 @@ def generate(
 
     skip_packages(catalog.unused_packages(model, lora=lora is not None, scheduler=scheduler))
     quiet_libraries()
+    from latent_shift.pipelines import provenance
     from latent_shift.pipelines.loading import load
     from latent_shift.pipelines.lora import load_lora
 
@@ -157,7 +158,7 @@ def generate(
     if lora:
         load_lora(pipe, lora)
     pipe.set_progress_bar_config(disable=True)
-    hashes = outputs.hash_inputs(model, [*request.files.values(), lora])
+    hashes = provenance.hash_inputs(model, [*request.files.values(), lora])
     failed = 0
     _warn_of_far_words([*lines, *request.then.values()], model, pipe)
     for job in jobs:
@@ -239,6 +240,7 @@ def _generate_one(
     replaced: Mapping[Path, outputs.FileState],
 ) -> None:
     """Generate a clip and write its files, all that can be written."""
+    from latent_shift.pipelines import provenance
     from latent_shift.pipelines.request import generate_clip
 
     request, start = job.request, time.monotonic()
@@ -248,11 +250,11 @@ def _generate_one(
     print(f"{len(clip.frames)} frames in {seconds} on {outputs.device_name(pipe.device)}", file=sys.stderr)
     dropped = dict.fromkeys(("prompts", "num", "output", "force"))
     command = outputs.repeat_command(context, **dropped, prompt=request.prompt, seed=request.seed)
-    metadata = outputs.describe(
-        command,
+    metadata = provenance.describe(
         {**clip.settings, "dtype": str(pipe.dtype).removeprefix("torch.")},
         model=context.params["model"],
         hashes=hashes,
+        command=command,
     )
     suffix = ".png" if len(clip.frames) == 1 else ".mp4"
     files = job.files

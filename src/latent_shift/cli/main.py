@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 import latent_shift
-from latent_shift.cli import bench, data, evaluate, generate, models, show, train
+from latent_shift.cli import bench, data, evaluate, generate, models, serve, show, train
 from latent_shift.runtime import set_passive_waiting
 
 INTERRUPTED = 130
@@ -73,6 +73,7 @@ app = typer.Typer(
     help="Text to video by Latent-Shift.",
 )
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(show.show)
 app.command()(train.train)
 app.command()(train.encode)

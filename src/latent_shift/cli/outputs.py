@@ -1,4 +1,4 @@
-"""Output files of the command: what may be written where, under which names, and what is noted in them.
+"""Output files of the command: what may be written where, and under which names.
 
 A command replaces only files that it knows to be latent-shift's own: pictures and films whose metadata say so.
 Every other file is somebody's, and is replaced with --force alone. Nothing here imports torch.
@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import platform
-import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import latent_shift
 from latent_shift.files import read_bytes, split_lines
 
 if TYPE_CHECKING:
@@ -221,59 +217,6 @@ def with_output(command: Sequence[str], path: Path) -> list[str]:
     if command[1:2] == ["sheet"]:  # takes its outputs as arguments
         return [*command, name]
     return [*command[:2], "-o", name, *command[2:]]
-
-
-def hash_inputs(model: str, files: Iterable[Path | None] = ()) -> dict[str, str]:
-    """Return the SHA-256 of the weights of a model's U-Net and of other inputs, by their names. Of a Hub id nothing is
-    known here."""
-    from latent_shift.files import sha256
-    from latent_shift.pipelines import catalog
-
-    weights = [Path(model)] if Path(model).is_file() else []
-    if not weights and not catalog.on_hub(model):
-        weights = sorted((catalog.folder(model) / "unet").glob("*.safetensors"))
-    hashes = {path.name: sha256(path) for path in weights}
-    return hashes | {str(path): sha256(path) for path in files if path is not None}
-
-
-def describe(
-    command: Sequence[str], settings: dict[str, Any], *, model: str, hashes: dict[str, str]
-) -> dict[str, str]:
-    """Return the metadata of a result: the version, the command that makes it again, and its settings.
-
-    They name no date and no machine, so the same command gives the same bytes.
-
-    Args:
-        command: as `repeat_command` returns it.
-        settings: name to value.
-        model: a name, folder, file or Hub id.
-        hashes: of the inputs, as `hash_inputs` returns them.
-    """
-    import diffusers
-    import torch
-
-    values = {
-        "latent_shift": latent_shift.__version__,
-        "command": shlex.join(command),
-        "model": model,
-        **settings,
-        "sha256": hashes,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": version("transformers"),
-        },
-    }
-    return {name: _to_text(value) for name, value in values.items()}
-
-
-def _to_text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {entry}" for name, entry in value.items())
-    if isinstance(value, list):
-        return "; ".join(map(str, value))
-    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def device_name(device: torch.device) -> str:

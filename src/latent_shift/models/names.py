@@ -50,6 +50,17 @@ class Names:
         """Return the names that contain a word or part of one, whatever its case, in alphabetical order."""
         return sorted(name for name in self.names if word.lower() in name.lower())
 
+    def complete(self, text: str, num: int = 10) -> list[str]:
+        """Return names that a text may be the beginning of, the likeliest first: names that begin with it, then names with a
+        word that does; short ones first."""
+        text = text.lower()
+        ranked = [
+            (not name.lower().startswith(text), len(name), name)
+            for name in self.names
+            if f" {text}" in f" {name.lower()}"
+        ]
+        return [name for *_, name in sorted(ranked)[:num]]
+
     def nearest(
         self, prompt: str, embed: Callable[[list[str]], np.ndarray], num: int = 3
     ) -> list[tuple[str, float]]:

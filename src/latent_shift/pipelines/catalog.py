@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from latent_shift.config import Model
 from latent_shift.files import read_json_object, tensor_shapes
@@ -28,13 +29,24 @@ from latent_shift.models.parts import (
     read_settings,
     variants,
 )
+from latent_shift.pipelines.limits import CALL_DEFAULTS, XL_GUIDANCE_SCALE
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 MODELS = {
     "emoji": "128x128, 16 frames at 8 fps, in the style of 3-D emoji; trained by recipes/emoji, part of this package"
 }
 
-
+EXAMPLES = {
+    "emoji": (
+        "red heart",
+        "rocket",
+        "waving hand",
+        "clinking beer mugs",
+        "face with tears of joy",
+        "unicorn",
+    ),
+}
+"""Prompts that a model draws well."""
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
@@ -376,6 +388,32 @@ def _check_kind(path: Path, index: dict) -> None:
         raise ValueError(f"{path}: {error}") from None
 
 
+def sampling_defaults(model: str | Path) -> dict[str, float | None]:
+    """Return what a call takes for numbers that are left out, without loading the model.
+
+    Returns:
+        `CALL_DEFAULTS` with the model's own, `width` and `height` in pixels (None for a model of any size), and `multiple`: of
+        which these have to be multiples.
+
+    Raises:
+        ValueError: as `load` does.
+    """
+    path = Path(model)
+    _, parts, unet, vae, _, settings = _file_parts(path) if path.is_file() else _folder_parts(folder(model))
+    two_encoders = "text_encoder_2" in parts or unet.get("addition_embed_type") == "text_time"
+    family = {**CALL_DEFAULTS, "guidance_scale": XL_GUIDANCE_SCALE} if two_encoders else CALL_DEFAULTS
+    own = {name: value for name, value in settings.items() if name in CALL_DEFAULTS}
+    factor, size = _downscale_factor(vae), unet.get("sample_size")
+    sides: Sequence[int | None] = size if isinstance(size, (list, tuple)) else (size, size)
+    height, width = (None if side is None else side * factor for side in sides)
+    return {**family, **own, "height": height, "width": width, "multiple": factor}
+
+
+def _downscale_factor(vae: Mapping) -> int:
+    """Return the pixels to a side of a latent, from an autoencoder's configuration."""
+    return 2 ** (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0]) - 1)
+
+
 def describe(model: str | Path) -> dict[str, str]:
     """Return what a model is, line by line, without reading its weights; raise ValueError as `load` does."""
     if on_hub(model):
@@ -386,8 +424,8 @@ def describe(model: str | Path) -> dict[str, str]:
     for part, shapes in parts.items():
         lines[part] = f"{sum(math.prod(shape) for shape in shapes) / 1e6:,.1f} M parameters"
     size = unet.get("sample_size")
-    sides = size if isinstance(size, (list, tuple)) else [size] * 2
-    factor = 2 ** (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0]) - 1)
+    sides: list[Any] = list(size) if isinstance(size, (list, tuple)) else [size] * 2
+    factor = _downscale_factor(vae)
     shift = {
         name: settings.get(name, Model.model_fields[name].default)
         for name in ("forward", "backward", "place", "edge")

@@ -44,12 +44,13 @@ from latent_shift.pipelines.denoise import (
     denoise,
     guided,
     in_chunks,
+    observed,
     unet_predictor,
 )
 from latent_shift.pipelines.diagnosis import check_finite
 from latent_shift.pipelines.free_init import Filter, FreeInit
 from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
-from latent_shift.pipelines.limits import check_effects, check_numbers
+from latent_shift.pipelines.limits import CALL_DEFAULTS, check_effects, check_numbers
 from latent_shift.pipelines.lora import has_lora, merged
 from latent_shift.pipelines.noise import check_generator, check_latents, draw_noise
 from latent_shift.pipelines.prompts import encode_prompts
@@ -60,16 +61,6 @@ from latent_shift.pipelines.schedulers import (
     timesteps_for_strength,
 )
 from latent_shift.shift import Edge, Shift, has_temporal_layers, inflate, reach, shift_of
-
-CALL_DEFAULTS: dict[str, float] = {
-    "num_frames": 16,
-    "fps": 8,
-    "shared_noise": 0.0,
-    "noise_correlation": 0.0,
-    "num_inference_steps": 50,
-    "guidance_scale": 7.5,
-}
-"""Defaults of a call for a model that brings none."""
 
 
 @dataclass
@@ -272,7 +263,8 @@ class ClipPipeline(DiffusionPipeline):
             cross_attention_kwargs, clip_skip: as in diffusers.
             callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after every step; may
                 return changed tensors. Or a `PipelineCallback` of diffusers.
-            callback_on_step_end_tensor_inputs: names of the tensors that it gets.
+            callback_on_step_end_tensor_inputs: names of the tensors that it gets: "latents", those of the prompts,
+                "pred_original_sample" (the clean latents that the step's prediction implies).
             family: Stable Diffusion XL only: `prompt_2`, `negative_prompt_2`, `pooled_prompt_embeds`,
                 `negative_pooled_prompt_embeds`, `original_size`, `crops_coords_top_left`, `target_size` and
                 their `negative_` counterparts.
@@ -409,6 +401,8 @@ class ClipPipeline(DiffusionPipeline):
     ) -> Tensor:  # fmt: skip
         """Run `denoise` with a progress bar, the callback, and a stop when `interrupt` is set."""
         self._num_timesteps, order = len(steps_T), scheduler.order
+        if "pred_original_sample" in callback.tensor_names:
+            predict = observed(predict, scheduler, callback.observe)
 
         def on_step(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
             if index == 0:

@@ -18,6 +18,7 @@ from latent_shift import video as media
 from latent_shift.models.autoencoder import decode_latents, encode_frames, upcast
 from latent_shift.pipelines.denoise import KnownFrames
 from latent_shift.pipelines.diagnosis import check_finite
+from latent_shift.pipelines.limits import check_least_frames, check_pictures
 
 Frames = np.ndarray | Tensor
 """`(F, H, W, 3)`, uint8 or float32 in [0, 1]; or latents `(F, C, h, w)`."""
@@ -109,26 +110,10 @@ def resolve_num_frames(
     pipe, num_frames: int | None, *, image, last_image, video, mask, strength, loop: bool
 ) -> int:
     """Return the number of frames of a clip; raise ValueError for pictures that contradict each other."""
-    conflicts = (
-        (
-            video is not None and (image is not None or last_image is not None),
-            "a video or an image to start from, not both",
-        ),
-        (last_image is not None and image is None, "an image before last_image"),
-        (mask is not None and video is None, "a video for the mask to lie over"),
-        (
-            strength is not None and video is None and image is None,
-            "a video or an image for strength to start from",
-        ),
-        (last_image is not None and loop, "a last_image or a loop, not both"),
-        (
-            pipe.free_init_enabled and (video is not None or image is not None),
-            "no image or video with FreeInit, which starts from noise",
-        ),
-    )
-    for conflict, message in conflicts:
-        if conflict:
-            raise ValueError(f"expected {message}")
+    check_pictures(
+        image=image is not None, last_image=last_image is not None, video=video is not None, mask=mask is not None,
+        strength=strength is not None, loop=loop, free_init=pipe.free_init_enabled,
+    )  # fmt: skip
     if video is not None:
         if num_frames not in (None, len(video)):
             raise ValueError(
@@ -136,11 +121,7 @@ def resolve_num_frames(
             )
         return len(video)
     num_frames = pipe.call_defaults["num_frames"] if num_frames is None else num_frames
-    least = 1 + (image is not None) + (last_image is not None)
-    if least > max(num_frames, 1):
-        raise ValueError(
-            f"num_frames must be {least} or more with the pictures that are given, got {num_frames}"
-        )
+    check_least_frames(num_frames, image=image is not None, last_image=last_image is not None)
     return int(num_frames)
 
 

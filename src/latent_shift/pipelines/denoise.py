@@ -21,7 +21,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
-from latent_shift.pipelines.schedulers import input_scales, step_order
+from latent_shift.pipelines.schedulers import input_scales, predicted_clean, step_order
 from latent_shift.shift import Edge, frames, share_text, streaming
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -182,6 +182,17 @@ def check_guider(guider: BaseGuidance) -> None:
             f"{type(guider).__name__} needs other predictions or changes the network; expected a guider of a conditional "
             "and an unconditional prediction, such as ClassifierFreeGuidance or AdaptiveProjectedGuidance"
         )
+
+
+def observed(predict: Predict, scheduler: SchedulerMixin, observe: Callable[[Tensor], None]) -> Predict:
+    """Pass the clean latents that each prediction implies to a function, such as one that shows them."""
+
+    def predict_and_observe(latents_BCFhw: Tensor, timestep: Tensor, frame_indices_F: Tensor) -> Tensor:
+        prediction = predict(latents_BCFhw, timestep, frame_indices_F)
+        observe(predicted_clean(scheduler, latents_BCFhw, prediction, timestep))
+        return prediction
+
+    return predict_and_observe
 
 
 def in_chunks(predict: Predict, chunk: int, halo: tuple[int, int], *, loop: bool = False) -> Predict:

@@ -60,7 +60,8 @@ class StepCallback:
     Args:
         pipe: the pipeline, which the callback gets and whose `_guidance_scale` it may set.
         function: the callback, or None.
-        tensor_names: names of the tensors that it gets: "latents" and keys of `embeds`. Absent ones are None.
+        tensor_names: names of the tensors that it gets: "latents", "pred_original_sample" (the clean latents that the
+            prediction of the step implies) and keys of `embeds`. Absent ones are None.
         embeds, image_embeds: text and image inputs of the U-Net.
         conditions: made from these; they are updated in place.
         guider: the guider of the call; its scale is updated.
@@ -73,12 +74,19 @@ class StepCallback:
     image_embeds: list[Tensor] | None
     conditions: list[Condition]
     guider: BaseGuidance
+    pred_original_sample: Tensor | None = None
+
+    def observe(self, pred_original_sample: Tensor) -> None:
+        """Keep the clean latents of the current step."""
+        self.pred_original_sample = pred_original_sample
 
     def __call__(self, index: int, timestep: Tensor, latents: Tensor) -> Tensor:
         if self.function is None:
             return latents
         tensors = {"latents": latents, **self.embeds}
         arguments = {name: tensors.get(name) for name in self.tensor_names}
+        if "pred_original_sample" in arguments:
+            arguments["pred_original_sample"] = self.pred_original_sample
         scale = self.pipe._guidance_scale  # type: ignore[attr-defined]
         changed = self.function(self.pipe, index, timestep, arguments)
         changed = {} if changed is None else changed

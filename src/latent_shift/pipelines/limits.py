@@ -1,4 +1,4 @@
-"""Limits of the numbers of a call, for pipelines and requests. Nothing here imports torch."""
+"""Defaults and limits of the numbers of a call, for pipelines and requests. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from numbers import Integral, Real
 from typing import Any
 
 log = logging.getLogger("latent_shift")
+
+CALL_DEFAULTS: dict[str, float] = {
+    "num_frames": 16,
+    "fps": 8,
+    "shared_noise": 0.0,
+    "noise_correlation": 0.0,
+    "num_inference_steps": 50,
+    "guidance_scale": 7.5,
+}
+"""Defaults of a call for a model that brings none."""
+XL_GUIDANCE_SCALE = 5.0
+"""The default of the Stable Diffusion XL family, as in diffusers."""
 
 _LEAST = {
     "num_frames": 1, "height": 1, "width": 1, "num_inference_steps": 1, "num_videos_per_prompt": 1, "decode_batch_size": 1, "chunk": 1,
@@ -63,6 +75,33 @@ def _is_something(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_is_something, value))
     return bool(value) if isinstance(value, (str, dict, Real)) else True
+
+
+def check_pictures(
+    *, image: bool, last_image: bool, video: bool, mask: bool, strength: bool, loop: bool, free_init: bool
+) -> None:
+    """Raise ValueError for pictures and options of a call that contradict each other; each argument says whether it was
+    passed."""
+    conflicts = (
+        (video and (image or last_image), "a video or an image to start from, not both"),
+        (last_image and not image, "an image before last_image"),
+        (mask and not video, "a video for the mask to lie over"),
+        (strength and not video and not image, "a video or an image for strength to start from"),
+        (last_image and loop, "a last_image or a loop, not both"),
+        (free_init and (video or image), "no image or video with FreeInit, which starts from noise"),
+    )
+    for conflict, message in conflicts:
+        if conflict:
+            raise ValueError(f"expected {message}")
+
+
+def check_least_frames(num_frames: int, *, image: bool, last_image: bool) -> None:
+    """Raise ValueError for fewer frames than those that are given and one that is generated."""
+    least = 1 + image + last_image
+    if least > max(num_frames, 1):
+        raise ValueError(
+            f"num_frames must be {least} or more with the pictures that are given, got {num_frames}"
+        )
 
 
 def check_numbers(**numbers: float | None) -> None:

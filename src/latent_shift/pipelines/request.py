@@ -130,15 +130,20 @@ class Request:
 
 
 def generate_clip(
-    request: Request, pipe: ClipPipeline, *, on_step: Callable[[int, int], None] | None = None
+    request: Request,
+    pipe: ClipPipeline,
+    *,
+    on_step: Callable[[int, int], None] | None = None,
+    on_latents: Callable[[np.ndarray], None] | None = None,
 ) -> Clip:
-    """Generate the clip of a request.
+    """Generate the clip of a request. An error that `on_step` or `on_latents` raises ends it.
 
     Args:
         request: what to generate.
         pipe: a loaded pipeline. It is not changed: the request has a scheduler and settings of its own.
         on_step: called after every step with (steps done, steps in all) of the current pass (FreeInit makes
             several).
+        on_latents: called before that, with the clean latents `(C, F, h, w) float32` that the step predicts.
 
     Raises:
         ValueError: a file that cannot be read, or a request that does not fit the model.
@@ -162,15 +167,19 @@ def generate_clip(
     def report(
         pipe: ClipPipeline, index: int, timestep: Tensor, tensors: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        if on_latents is not None:
+            on_latents(tensors.pop("pred_original_sample")[0].float().cpu().numpy())
         if on_step is not None:
             on_step(index + 1, pipe.num_timesteps)
         return tensors
 
     arguments = {name: getattr(request, name) for name in _CALL_ARGUMENTS} | _read_pictures(pipe, request)
     prompt = {0: request.prompt, **request.then} if request.then else request.prompt
+    observed = ("pred_original_sample",) if on_latents is not None else ()
     (clips,) = pipe(
-        prompt, generator=seed(request.seed), callback_on_step_end=report, return_dict=False, **arguments
-    )
+        prompt, generator=seed(request.seed), callback_on_step_end=report, return_dict=False,
+        callback_on_step_end_tensor_inputs=("latents", *observed), **arguments
+    )  # fmt: skip
     settings = _settings(request, pipe, num_frames=len(clips[0]))
     return Clip(to_uint8(clips[0]), settings["fps"], settings)
 
@@ -212,15 +221,10 @@ def _resolve_size(pipe: ClipPipeline, request: Request) -> tuple[int, int]:
                 f"{path}: has several frames; expected a picture for {name}; pass a film as video"
             )
     height, width = request.height, request.width
-    if request.video is not None:
-        aspect, factor = shapes[request.video][0] / shapes[request.video][1], pipe.vae_scale_factor
-        if height is None and width is None:
-            height = _nearest_multiple(math.sqrt(math.prod(pipe.resolve_size(None, None)) * aspect), factor)
-        if width is None:
-            assert height is not None
-            width = _nearest_multiple(height / aspect, factor)
-        if height is None:
-            height = _nearest_multiple(width * aspect, factor)
+    if request.video is not None and None in (height, width):
+        height, width = size_like(
+            shapes[request.video], height, width, model_size=pipe.resolve_size(None, None), multiple=pipe.vae_scale_factor
+        )  # fmt: skip
     height, width = pipe.resolve_size(height, width)
     for path, (rows, columns) in shapes.items():
         ratio = rows * width / (columns * height)
@@ -231,8 +235,33 @@ def _resolve_size(pipe: ClipPipeline, request: Request) -> tuple[int, int]:
     return height, width
 
 
-def _nearest_multiple(number: float, factor: int) -> int:
-    return max(1, round(number / factor)) * factor
+def size_like(
+    shape: tuple[int, int],
+    height: int | None,
+    width: int | None,
+    *,
+    model_size: tuple[int, int],
+    multiple: int,
+) -> tuple[int, int]:
+    """Return height and width of a clip in the shape of a video.
+
+    Args:
+        shape: height and width of the video.
+        height, width: one that is given, or none: then with as many pixels as the model was trained on.
+        model_size: height and width that the model was trained on.
+        multiple: of which height and width have to be multiples.
+    """
+    aspect = shape[0] / shape[1]
+
+    def nearest(number: float) -> int:
+        return max(1, round(number / multiple)) * multiple
+
+    if height is None and width is None:
+        height = nearest(math.sqrt(math.prod(model_size) * aspect))
+    if width is None:
+        assert height is not None
+        width = nearest(height / aspect)
+    return (nearest(width * aspect) if height is None else height), width
 
 
 def _read_pictures(pipe: ClipPipeline, request: Request) -> dict[str, Any]:

@@ -268,6 +268,24 @@ def input_scales(scheduler: SchedulerMixin, timestep: Tensor) -> tuple[Tensor, T
     return alpha.sqrt(), (1 - alpha).sqrt()
 
 
+def predicted_clean(
+    scheduler: SchedulerMixin, inputs: Tensor, prediction: Tensor, timestep: Tensor
+) -> Tensor:
+    """Return the clean latents that a prediction implies.
+
+    Args:
+        scheduler: of a model that predicts noise, v or clean latents.
+        inputs: the network's input, of unit variance; any shape.
+        prediction: its output for them, of the same shape.
+        timestep: `(1,)` or a scalar.
+    """
+    signal, noise = input_scales(scheduler, timestep)
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        return signal * inputs - noise * prediction
+    return prediction if kind == "sample" else (inputs - noise * prediction) / signal
+
+
 def last_alpha(scheduler: SchedulerMixin) -> float:
     """Return the fraction of the variance that is signal at the last training timestep, the noisiest."""
     if _family_name(scheduler) in EDM_SCHEDULERS:

@@ -24,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from latent_shift.pipelines.clip_pipeline import CALL_DEFAULTS, ClipPipeline, LatentShiftOutput
+from latent_shift.pipelines.clip_pipeline import ClipPipeline, LatentShiftOutput
+from latent_shift.pipelines.limits import CALL_DEFAULTS, XL_GUIDANCE_SCALE
 from latent_shift.runtime import silenced
 
 log = logging.getLogger("latent_shift")
@@ -45,6 +46,12 @@ class LatentShiftPipeline(ClipPipeline, StableDiffusionPipeline):
     """
 
     image_pipeline: ClassVar[type] = StableDiffusionPipeline
+    _callback_tensor_inputs: ClassVar = [
+        "latents",
+        "pred_original_sample",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+    ]
 
     def __init__(
         self, vae: AutoencoderKL, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, unet: UNet2DConditionModel,
@@ -113,10 +120,10 @@ class LatentShiftXLPipeline(ClipPipeline, StableDiffusionXLPipeline):
     image_pipeline: ClassVar[type] = StableDiffusionXLPipeline
     _denoising_end: ClassVar[None] = None  # of the property `denoising_end`: a call samples to the end
     _callback_tensor_inputs: ClassVar = [
-        "latents", "prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "negative_add_text_embeds", "add_time_ids",
-        "negative_add_time_ids",
+        "latents", "pred_original_sample", "prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "negative_add_text_embeds",
+        "add_time_ids", "negative_add_time_ids",
     ]  # fmt: skip
-    family_defaults: ClassVar[dict[str, float]] = {**CALL_DEFAULTS, "guidance_scale": 5.0}
+    family_defaults: ClassVar[dict[str, float]] = {**CALL_DEFAULTS, "guidance_scale": XL_GUIDANCE_SCALE}
     family_arguments: ClassVar[tuple[str, ...]] = (
         "prompt_2", "negative_prompt_2", "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "original_size",
         "crops_coords_top_left", "target_size", "negative_original_size", "negative_crops_coords_top_left", "negative_target_size",

@@ -6,7 +6,7 @@ containers, Pillow the animations and stills; both packages include their codecs
 
 from latent_shift.video.frame_file import FrameFile, Frames, collect
 from latent_shift.video.limits import check_fps
-from latent_shift.video.metadata import read_metadata
+from latent_shift.video.metadata import picture_options, read_metadata
 from latent_shift.video.pixels import to_frames, to_masks, to_uint8
 from latent_shift.video.reader import (
     IMAGE_SUFFIXES,
@@ -35,6 +35,7 @@ __all__ = [
     "iterate",
     "load_video",
     "montage",
+    "picture_options",
     "read",
     "read_metadata",
     "save_video",

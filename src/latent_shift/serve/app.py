@@ -1,0 +1,152 @@
+"""The server as an ASGI application: routes, errors, page, and what stands before them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+
+import latent_shift
+from latent_shift.models.names import Names
+from latent_shift.serve import bodies
+from latent_shift.serve.events import TooManyListeners
+from latent_shift.serve.guard import Guard, error_response
+from latent_shift.serve.jobs import JobStore
+from latent_shift.serve.routes import add_routes
+from latent_shift.serve.schema import ApiError, ErrorBody, ModelInfo
+from latent_shift.serve.service import Service, Settings
+from latent_shift.serve.workers import Worker
+
+log = logging.getLogger("latent_shift")
+
+
+def create_app(
+    store: JobStore,
+    workers: Sequence[Worker],
+    models: Mapping[str, ModelInfo],
+    *,
+    names: Mapping[str, Names | None],
+    settings: Settings,
+) -> FastAPI:
+    """Return the server as an ASGI application; its lifespan starts and stops the workers.
+
+    Args:
+        store: of the jobs; the application closes it.
+        workers: not started.
+        models: by id; the first is the default.
+        names: what each model knows, for suggestions.
+        settings: of the server.
+    """
+    server = Service(store, workers, models, names, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        server.start(asyncio.get_running_loop())
+        yield
+        await run_in_threadpool(server.stop)
+
+    app = FastAPI(
+        title="Latent-Shift", version=latent_shift.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        description="Text to video. The shape is that of OpenAI's video API.",
+        responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 413, 429, 503)},
+    )  # fmt: skip
+    app.state.server = server
+    _add_errors(app)
+    add_routes(app, server)
+    _add_page(app)
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=bodies.MAX_BYTES)
+    app.add_middleware(Guard, settings=settings, count=server.metrics.request)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
+            expose_headers=["openai-poll-after-ms", "Retry-After"],
+        )  # fmt: skip
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = str(first["loc"][-1])
+        body = ApiError(400, f"{param}: {first['msg']}", code="invalid_value", param=param).body()
+        return JSONResponse(body, status_code=400)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 416: "range_not_satisfiable"}
+        body = ApiError(error.status_code, str(error.detail), code=codes.get(error.status_code)).body()
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(TooManyListeners)
+    async def too_many(request: Request, error: TooManyListeners) -> JSONResponse:
+        return error_response(ApiError(429, str(error), code="too_many_streams", retry_after=5))
+
+    @app.exception_handler(ClientDisconnect)
+    async def client_gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return error_response(ApiError(400, "the client went away", code="client_gone"))
+
+    @app.exception_handler(FileNotFoundError)
+    async def deleted_meanwhile(request: Request, error: FileNotFoundError) -> JSONResponse:
+        return error_response(ApiError(404, "the video was deleted", code="not_found"))
+
+    @app.exception_handler(OSError)
+    async def disk_error(request: Request, error: OSError) -> JSONResponse:
+        if error.errno == errno.EBUSY:
+            return error_response(
+                ApiError(503, "the database is locked", code="database_locked", retry_after=5)
+            )
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return await other_error(request, error)
+        log.error("%s", error)
+        return error_response(
+            ApiError(507, "the disk of the server is full", code="disk_full", retry_after=60)
+        )
+
+    @app.exception_handler(Exception)
+    async def other_error(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s %s", request.method, request.url.path, exc_info=error)
+        body = ApiError(500, "an error of the server; its log says more", code="internal_error").body()
+        return JSONResponse(body, status_code=500)
+
+
+def _add_page(app: FastAPI) -> None:
+    static = files("latent_shift.serve") / "static"
+    kinds = {
+        "index.html": "text/html; charset=utf-8", "login.html": "text/html; charset=utf-8", "app.js": "text/javascript; charset=utf-8", "style.css": "text/css; charset=utf-8",
+        "icon.svg": "image/svg+xml",
+    }  # fmt: skip
+
+    def add(path: str, name: str) -> None:
+        content = (static / name).read_bytes()
+        tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+        headers = {"ETag": tag, "Cache-Control": "no-cache"}
+
+        @app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
+        async def page(request: Request) -> Response:
+            if request.headers.get("if-none-match") == tag:
+                return Response(status_code=304, headers=headers)
+            return Response(content, media_type=kinds[name], headers=headers)
+
+    add("/", "index.html")
+    add("/login", "login.html")
+    for name in ("app.js", "style.css", "icon.svg"):
+        add(f"/{name}", name)

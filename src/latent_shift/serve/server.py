@@ -1,0 +1,209 @@
+"""Run the server: its models, its data folder, its workers, its port and its end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import webbrowser
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from urllib.parse import quote, urlsplit
+
+import uvicorn
+from filelock import FileLock, Timeout
+
+from latent_shift.models.names import Names, read_names
+from latent_shift.pipelines import catalog
+from latent_shift.serve import security
+from latent_shift.serve.app import create_app
+from latent_shift.serve.jobs import JobStore
+from latent_shift.serve.schema import ModelInfo
+from latent_shift.serve.service import Service, Settings
+from latent_shift.serve.workers import ProcessWorker, Worker
+
+LOCK = "lock"
+MAX_CONNECTIONS = 1000
+
+
+def serve(
+    models: Sequence[str],
+    *,
+    folder: Path,
+    host: str,
+    port: int,
+    settings: Settings,
+    make_workers: Callable[[], Sequence[Worker]],
+    announce: Callable[[str], None],
+    open_browser: bool,
+    store_options: dict[str, float | None] | None = None,
+) -> None:
+    """Serve until a signal ends it.
+
+    Args:
+        models: names, folders or files; the first is the default.
+        folder: data folder of jobs and results, made if missing. One server may use it at a time.
+        host, port: to listen at; port 0 takes a free one.
+        settings: of the application.
+        make_workers: called once the port is open.
+        announce: called with the address of the page once the server answers.
+        open_browser: whether to open the page.
+        store_options: arguments of `JobStore`.
+
+    Raises:
+        ValueError: a model that cannot be loaded, a folder in use, a port in use.
+    """
+    infos = {model: model_info(model) for model in models}
+    names = {model: model_names(model) for model in models}
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: another server uses it; expected another --data folder") from None
+    with lock:
+        listener = _listen(host, port)
+        store = JobStore(folder, **(store_options or {}))  # type: ignore[arg-type]
+        app = create_app(store, make_workers(), infos, names=names, settings=settings)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, timeout_keep_alive=30, server_header=False,
+            lifespan="on", loop="asyncio", http="h11", ws="none", proxy_headers=False, limit_concurrency=MAX_CONNECTIONS,
+        )  # fmt: skip
+        address = _address(host, listener.getsockname()[1])
+        page = address if settings.token is None else f"{address}?token={quote(settings.token, safe='')}"
+
+        def on_start() -> None:
+            announce(page)
+            if open_browser and _has_browser():
+                threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
+
+        try:
+            _Server(config, app.state.server, on_start).run(sockets=[listener])
+        finally:  # a second Ctrl-C skips the end of the application
+            app.state.server.stop()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which ends event streams at a signal: it would wait for them."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None]):
+        super().__init__(config)
+        self._service, self._on_start = service, on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.begin_stop()
+        super().handle_exit(sig, frame)
+
+
+def model_info(model: str) -> ModelInfo:
+    """Return what the server knows of a model; raise ValueError for one that cannot be loaded."""
+    catalog.check_model(model)
+    defaults = catalog.sampling_defaults(model)
+    about = {"description": catalog.MODELS.get(model, ""), "examples": catalog.EXAMPLES.get(model, ())}
+    return ModelInfo(id=model, **about, **defaults)  # type: ignore[arg-type]
+
+
+def model_names(model: str) -> Names | None:
+    """Return the names of what a model was trained on; None for a model without."""
+    is_folder = not Path(model).is_file() and not catalog.on_hub(model)
+    return read_names(catalog.folder(model)) if is_folder else None
+
+
+def local_workers(
+    num: int, models: Sequence[str], device: str | None = None, threads: int | None = None
+) -> list[Worker]:
+    """Return workers of this machine: on GPUs in turn where there are any.
+
+    Args:
+        num: workers.
+        models, device: see `Generator`.
+        threads: of each worker on the CPU; None is an equal share of the cores.
+    """
+    num_gpus = 0
+    if device in (None, "cuda"):
+        num_gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if num_gpus and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        num_gpus = len([name for name in visible.split(",") if name.strip()])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads or max(1, cores // num)
+    return [
+        ProcessWorker(
+            index + 1, models, device=f"cuda:{index % num_gpus}" if num_gpus > 1 else device, threads=threads
+        )
+        for index in range(num)
+    ]
+
+
+def check_access(host: str, token: str | None, names: Sequence[str]) -> frozenset[str] | None:
+    """Return the names in the Host header that are answered, None for all; raise ValueError for an open server without a token.
+
+    Args:
+        host: to listen at.
+        token: of the server.
+        names: further names, such as that of a proxy in front.
+    """
+    if token is not None and not (
+        len(token) >= 8 and token.isascii() and token.isprintable() and " " not in token
+    ):
+        raise ValueError("--token: expected 8 ASCII characters or more, without spaces")
+    if host in security.LOOPBACK:
+        return frozenset((*security.LOOPBACK, *(name.lower() for name in names)))
+    if token is None:
+        raise ValueError(
+            f"--host {host}: others could use this machine; expected a --token, too, or --host 127.0.0.1"
+        )
+    return frozenset(name.lower() for name in names) or None
+
+
+def check_origins(origins: Sequence[str]) -> tuple[str, ...]:
+    """Return origins of other sites; raise ValueError for what is none."""
+    for origin in origins:
+        parts = urlsplit(origin)
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.netloc
+            or origin != f"{parts.scheme}://{parts.netloc}".lower()
+        ):
+            raise ValueError(
+                f"--origin {origin}: expected a scheme and a name in lower case, such as https://example.com"
+            )
+    return tuple(origins)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(256)
+    except OSError as error:
+        raise ValueError(f"cannot listen at {host}:{port}: {error.strerror or error}") from None
+    return listener
+
+
+def _address(host: str, port: int) -> str:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
+    return f"http://{shown}:{port}/"
+
+
+def _has_browser() -> bool:
+    """Return whether there is a browser on a display; a text browser would take the terminal."""
+    if sys.platform.startswith("linux") and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
+        return False
+    with suppress(webbrowser.Error):
+        return webbrowser.get() is not None
+    return False

@@ -93,9 +93,9 @@ def test_read_arrays_refuses_what_np_savez_does_not_write(tmp_path):
     (tmp_path / "array.npz").write_bytes((tmp_path / "a.npy").read_bytes())
     (tmp_path / "cut.npz").write_bytes(content[:-30])
     (tmp_path / "changed.npz").write_bytes(content.replace(b"\x02" + b"\0" * 7, b"\x03" + b"\0" * 7, 1))
-    (tmp_path / "encrypted.npz").write_bytes(
-        content.replace(b"PK\x01\x02\x2d\x03\x2d\0\0", b"PK\x01\x02\x2d\x03\x2d\0\1")
-    )
+    flags = content.index(b"PK\x01\x02") + 8  # of the first entry of the archive's directory
+    encrypted = content[:flags] + bytes([content[flags] | 1]) + content[flags + 1 :]
+    (tmp_path / "encrypted.npz").write_bytes(encrypted)
     for name in ("compressed", "array", "cut", "changed", "encrypted"):
         with pytest.raises(ValueError, match=rf"{name}\.npz: expected a .npz file; [^\n]+$"):
             files.read_arrays(tmp_path / f"{name}.npz")

@@ -181,6 +181,9 @@ def durability(model: str, *, num: int, clients: int, kills: int, seed: int = 0)
             for turn in range(kills):
                 target = num * (turn + 0.2 + 0.6 * rng.random()) / kills
                 while True:  # first while requests still come, then after a part of the jobs has ended
+                    for future in sending:
+                        if future.done():
+                            future.result()  # raises what a refused request raised
                     counts = server.count()
                     if (counts.total() if turn == 0 else counts["completed"] + counts["failed"]) >= target:
                         break

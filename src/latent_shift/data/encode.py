@@ -38,7 +38,8 @@ from latent_shift.data.store_writer import LATENTS, finish_store, store_folder
 from latent_shift.data.workers import WorkerDied, Workers
 from latent_shift.files import full_disk_named, open_array, read_json, write_array, write_text
 from latent_shift.folders import FolderInUse
-from latent_shift.models.autoencoder import downscale_factor, load_autoencoder, posterior, to_pixels
+from latent_shift.models.autoencoder import load_autoencoder, posterior, to_pixels
+from latent_shift.models.parts import downscale_factor
 from latent_shift.runtime import start_worker
 
 WORKER_START_SECONDS = 10

@@ -29,13 +29,6 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL:
     return open_network(inside, AutoencoderKL, kind="vae", dtype=torch.float32)  # type: ignore[return-value]
 
 
-def downscale_factor(vae_config) -> int:
-    """Return the pixels to a side of a latent, from an autoencoder's configuration (a dict, or
-    `vae.config`)."""
-    widths = vae_config.get("block_out_channels") or vae_config.get("encoder_block_out_channels")
-    return 2 ** (len(widths) - 1) if widths else 1  # one width is the default of AutoencoderKL
-
-
 def posterior(vae: ModelMixin, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the scaled latents of pixels. The deviation of an
     `AutoencoderTiny` is 0."""

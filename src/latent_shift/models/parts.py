@@ -357,3 +357,10 @@ def check_tokenizer(part: Path) -> None:
         raise ValueError(
             f"{part}: merges.txt has {num_merges} merges for {num_joined} tokens of vocab.json: it is cut short"
         )
+
+
+def downscale_factor(vae_config) -> int:
+    """Return the pixels to a side of a latent, from an autoencoder's configuration (a dict, or
+    `vae.config`)."""
+    widths = vae_config.get("block_out_channels") or vae_config.get("encoder_block_out_channels")
+    return 2 ** (len(widths) - 1) if widths else 1  # one width is the default of AutoencoderKL

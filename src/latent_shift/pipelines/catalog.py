@@ -24,6 +24,7 @@ from latent_shift.models.parts import (
     check_network,
     check_not_quantized,
     check_tokenizer,
+    downscale_factor,
     part_shapes,
     read_part,
     read_settings,
@@ -403,15 +404,10 @@ def sampling_defaults(model: str | Path) -> dict[str, float | None]:
     two_encoders = "text_encoder_2" in parts or unet.get("addition_embed_type") == "text_time"
     family = {**CALL_DEFAULTS, "guidance_scale": XL_GUIDANCE_SCALE} if two_encoders else CALL_DEFAULTS
     own = {name: value for name, value in settings.items() if name in CALL_DEFAULTS}
-    factor, size = _downscale_factor(vae), unet.get("sample_size")
+    factor, size = downscale_factor(vae), unet.get("sample_size")
     sides: Sequence[int | None] = size if isinstance(size, (list, tuple)) else (size, size)
     height, width = (None if side is None else side * factor for side in sides)
     return {**family, **own, "height": height, "width": width, "multiple": factor}
-
-
-def _downscale_factor(vae: Mapping) -> int:
-    """Return the pixels to a side of a latent, from an autoencoder's configuration."""
-    return 2 ** (len(vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0]) - 1)
 
 
 def describe(model: str | Path) -> dict[str, str]:
@@ -425,7 +421,7 @@ def describe(model: str | Path) -> dict[str, str]:
         lines[part] = f"{sum(math.prod(shape) for shape in shapes) / 1e6:,.1f} M parameters"
     size = unet.get("sample_size")
     sides: list[Any] = list(size) if isinstance(size, (list, tuple)) else [size] * 2
-    factor = _downscale_factor(vae)
+    factor = downscale_factor(vae)
     shift = {
         name: settings.get(name, Model.model_fields[name].default)
         for name in ("forward", "backward", "place", "edge")

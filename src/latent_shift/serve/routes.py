@@ -140,11 +140,8 @@ def add_routes(app: FastAPI, server: Service) -> None:
         """Return a file that came with the request."""
         if name not in job.inputs:
             raise ApiError(404, f"no input {name!r:.40}", code="not_found")
-        return FileResponse(
-            server.store.path(job.id) / "inputs" / name,
-            media_type=results.sniff(server.store.path(job.id) / "inputs" / name),
-            headers=_CACHED,
-        )
+        path = server.store.path(job.id) / "inputs" / name
+        return FileResponse(path, media_type=results.sniff(path), headers=_CACHED, stat_result=path.stat())
 
     @app.get("/v1/videos/{video_id}/events", response_class=EventSourceResponse, tags=["videos"])
     async def stream_events(
@@ -229,13 +226,7 @@ def add_routes(app: FastAPI, server: Service) -> None:
     @app.get("/ready", tags=["server"])
     async def ready() -> dict[str, str]:
         """Say whether a clip can be generated now; 503 while the models load, or when no worker could load them."""
-        if server.queue.failed:
-            raise ApiError(
-                503,
-                "no worker could load its models; /v1/workers says why",
-                code="setup_failed",
-                retry_after=60,
-            )
+        server.check_workers()
         if not server.queue.ready:
             raise ApiError(503, "the models are being loaded", code="not_ready", retry_after=1)
         return {"status": "ready"}
@@ -261,14 +252,13 @@ def _file(server: Service, job: Job, kind: str, *, download: bool = False) -> Fi
             code="invalid_value",
             param="format",
         ) from None
-    except FileNotFoundError:
-        raise ApiError(404, f"no video {job.id!r:.60}", code="not_found") from None
     if is_new and kind != "png":
         server.store.update_bytes(job.id)
         server.queue.keep_quota(job.id)
     disposition = "attachment" if download else "inline"
     return FileResponse(
-        path, media_type=results.FORMATS[kind], filename=f"{job.id}.{kind}", content_disposition_type=disposition, headers=_CACHED
+        path, media_type=results.FORMATS[kind], filename=f"{job.id}.{kind}", content_disposition_type=disposition, headers=_CACHED,
+        stat_result=path.stat(),
     )  # fmt: skip
 
 

@@ -224,13 +224,7 @@ class Service:
             )
         assert num_frames is not None
         self._check_cost(fields, model, num_frames=num_frames, height=height, width=width)
-        if self.queue.failed:
-            raise ApiError(
-                503,
-                "no worker could load its models; /v1/workers says why",
-                code="setup_failed",
-                retry_after=60,
-            )
+        self.check_workers()
         if self.queue.stopping:
             raise ApiError(503, "the server is stopping", code="stopping", retry_after=10)
         try:
@@ -245,6 +239,12 @@ class Service:
         if is_new:
             self.queue.add(job)
         return job, is_new
+
+    def check_workers(self) -> None:
+        """Raise ApiError if no worker could load its models."""
+        if self.queue.failed:
+            message = "no worker could load its models; /v1/workers says why"
+            raise ApiError(503, message, code="setup_failed", retry_after=60)
 
     def model(self, name: str | None) -> ModelInfo:
         if name is None:

@@ -62,10 +62,6 @@ class ProcessWorker:
         self._connection: Connection | None = None
         self._sending = threading.Lock()
 
-    @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
-
     def start(self) -> None:
         if self._process is not None and self._process.is_alive():
             return

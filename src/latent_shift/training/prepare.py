@@ -26,8 +26,7 @@ from latent_shift.data.records import summarize
 from latent_shift.data.shards import without_secrets
 from latent_shift.data.store import Store, find_stores
 from latent_shift.files import full_disk_named, read_json_object, write_json
-from latent_shift.models.autoencoder import downscale_factor
-from latent_shift.models.parts import read_part, variants
+from latent_shift.models.parts import downscale_factor, read_part, variants
 from latent_shift.pipelines import catalog, loading
 from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
 from latent_shift.runtime import rank, resolve_precision

@@ -51,7 +51,7 @@ def running(folder, models, *, settings=None, names=None, workers=None, **store)
         settings=settings or Settings(),
     )
     with TestClient(app, base_url=HOST, raise_server_exceptions=False) as client:
-        client.service = app.state.server
+        client.service = app.state.service
         yield client
 
 

@@ -25,7 +25,7 @@ from latent_shift.serve import bodies
 from latent_shift.serve.events import TooManyListeners
 from latent_shift.serve.guard import Guard, error_response
 from latent_shift.serve.jobs import JobStore
-from latent_shift.serve.routes import add_routes
+from latent_shift.serve.routes import ROUTERS
 from latent_shift.serve.schema import ApiError, ErrorBody, ModelInfo
 from latent_shift.serve.service import Service, Settings
 from latent_shift.serve.workers import Worker
@@ -50,25 +50,26 @@ def create_app(
         names: what each model knows, for suggestions.
         settings: of the server.
     """
-    server = Service(store, workers, models, names, settings)
+    service = Service(store, workers, models, names, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        server.start(asyncio.get_running_loop())
+        service.start(asyncio.get_running_loop())
         yield
-        await run_in_threadpool(server.stop)
+        await run_in_threadpool(service.stop)
 
     app = FastAPI(
         title="Latent-Shift", version=latent_shift.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Text to video. The shape is that of OpenAI's video API.",
         responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 413, 429, 503)},
     )  # fmt: skip
-    app.state.server = server
+    app.state.service = service
     _add_errors(app)
-    add_routes(app, server)
+    for router in ROUTERS:
+        app.include_router(router)
     _add_page(app)
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=bodies.MAX_BYTES)
-    app.add_middleware(Guard, settings=settings, count=server.metrics.request)
+    app.add_middleware(Guard, settings=settings, count=service.metrics.request)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST", "DELETE"],

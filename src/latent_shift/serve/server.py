@@ -81,9 +81,9 @@ def serve(
                 threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
 
         try:
-            _Server(config, app.state.server, on_start).run(sockets=[listener])
+            _Server(config, app.state.service, on_start).run(sockets=[listener])
         finally:  # a second Ctrl-C skips the end of the application
-            app.state.server.stop()
+            app.state.service.stop()
 
 
 class _Server(uvicorn.Server):

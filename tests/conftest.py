@@ -58,6 +58,22 @@ def video_model(latents, image_model, tmp_path_factory):
     return _train("video", latents, tmp_path_factory, model={"init": str(image_model)})
 
 
+@pytest.fixture(scope="module")
+def api(video_model, tmp_path_factory):
+    """A client of a server with a tiny model that is loaded and knows three names."""
+    import numpy as np
+    from serving import LIMITS, REQUEST, running
+
+    from latent_shift.models.names import Names
+    from latent_shift.serve.service import Settings
+
+    names = Names(("red ball", "ball of wool", "blue box"), np.eye(3, dtype=np.float32), 0.5)
+    folder = tmp_path_factory.mktemp("data")
+    with running(folder, [video_model], settings=Settings(LIMITS), names={str(video_model): names}) as client:
+        client.post("/v1/videos/sync", json=REQUEST).raise_for_status()
+        yield client
+
+
 def _train(stage, data, tmp_path_factory, **tables):
     """Train a stage for a few steps, with samples; return the folder of the model."""
     from tiny import tiny_config

@@ -1,15 +1,29 @@
 """A server inside the process of a test: the real application, queue and generator, with a tiny model."""
 
+import io
+import json
+import socket
+import threading
+import time
 from contextlib import contextmanager
 
+import numpy as np
+from PIL import Image
+
+from latent_shift import video
 from latent_shift.serve.app import create_app
 from latent_shift.serve.generator import Generator
 from latent_shift.serve.jobs import JobStore
 from latent_shift.serve.server import model_info
-from latent_shift.serve.service import Settings
+from latent_shift.serve.service import Limits, Settings
+from latent_shift.serve.uploads import UploadLimits
 from latent_shift.serve.workers import WorkerDied
 
 HOST = "http://127.0.0.1"
+LIMITS = Limits(
+    num_frames=24, side=64, num_inference_steps=60, uploads=UploadLimits(bytes=100_000, num_frames=12)
+)
+REQUEST = {"prompt": "a red ball", "num_inference_steps": 2, "num_frames": 4, "seed": 7}
 
 
 class ThreadWorker:
@@ -58,9 +72,6 @@ def running(folder, models, *, settings=None, names=None, workers=None, **store)
 @contextmanager
 def listening(folder, models, **options):
     """Yield the address of such a server that listens to browsers, from a thread of this process."""
-    import socket
-    import threading
-
     import uvicorn
 
     with running(folder, models, **options) as client, socket.socket() as listener:
@@ -82,10 +93,6 @@ def listening(folder, models, **options):
 
 def png(width=32, height=32, colour=(200, 0, 0)):
     """Return the content of a picture of one colour."""
-    import io
-
-    from PIL import Image
-
     file = io.BytesIO()
     Image.new("RGB", (width, height), colour).save(file, "PNG")
     return file.getvalue()
@@ -93,10 +100,41 @@ def png(width=32, height=32, colour=(200, 0, 0)):
 
 def events_of(client, video_id, **headers):
     """Return the server-sent events of a video until it ends, as (name, data, id)."""
-    import json
-
     answer = client.get(f"/v1/videos/{video_id}/events", headers=headers)
     assert answer.headers["content-type"].startswith("text/event-stream")
     blocks = [block for block in answer.text.split("\n\n") if block.strip() and not block.startswith(":")]
     fields = [dict(line.split(": ", 1) for line in block.splitlines()) for block in blocks]
     return [(event["event"], json.loads(event["data"]), event.get("id")) for event in fields]
+
+
+def create(api, expect=200, **fields):
+    """Queue a video and return its object."""
+    answer = api.post("/v1/videos", json={**REQUEST, **fields})
+    assert answer.status_code == expect, answer.text
+    return answer.json()
+
+
+def finish(api, video_id):
+    """Return a video when it has ended."""
+    for _ in range(600):
+        result = api.get(f"/v1/videos/{video_id}").json()
+        if result["status"] in ("completed", "failed"):
+            return result
+        time.sleep(0.02)
+    raise AssertionError(f"{video_id} did not end")
+
+
+def error_of(answer, status):
+    """Return the error of an answer, which has the shape of every error."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in answer.text
+    return error
+
+
+def film(tmp_path, num_frames, suffix=".mp4"):
+    """Return the content of a video in which every frame differs."""
+    frames = np.full((num_frames, 32, 32, 3), 200, np.uint8)
+    frames[:, :, :8] = np.arange(num_frames)[:, None, None, None] * 9
+    return video.write(frames, tmp_path / f"film{suffix}", fps=8).read_bytes()

@@ -84,7 +84,7 @@ def main() -> None:
             server.terminate()
             server.wait(20)
     for path in FOLDER.glob("*.png"):
-        Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+        Image.open(path).convert("RGB").save(path, optimize=True)
 
 
 if __name__ == "__main__":

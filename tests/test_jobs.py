@@ -61,7 +61,7 @@ def test_what_was_in_progress_is_queued_again_once(tmp_path):
     for attempt in range(1, MAX_ATTEMPTS + 1):
         job = store.claim()
         assert (job.id, job.attempts) == (first.id, attempt)  # at its old place
-        store.close()  # as after a kill: nobody says what became of it
+        store.close()  # as after a kill: its state stays in_progress
         store = JobStore(tmp_path)
         assert store.recover() == ((1, 0) if attempt < MAX_ATTEMPTS else (0, 1))
     failed = store.get(first.id)
@@ -244,7 +244,7 @@ def listen(events, job_id, last_id=None, *, publish=()):
 def test_events_reach_their_listener_and_end():
     events = Events()
     events.publish("a", "progress", {"step": 1})
-    heard = listen(
+    received = listen(
         events,
         "a",
         publish=[
@@ -254,7 +254,7 @@ def test_events_reach_their_listener_and_end():
             ("a", "late", {}),
         ],
     )
-    assert [(event.name, event.data) for event in heard] == [
+    assert [(event.name, event.data) for event in received] == [
         ("progress", {"step": 1}),
         ("progress", {"step": 2}),
         ("completed", {}),
@@ -282,8 +282,8 @@ def test_last_event_id():
 
 
 def test_listener_of_all_jobs_goes_on_after_one_ends():
-    heard = listen(Events(), ALL, publish=[("a", "completed", {}), ("b", "progress", {})])
-    assert [event.name for event in heard] == ["completed", "progress"]
+    received = listen(Events(), ALL, publish=[("a", "completed", {}), ("b", "progress", {})])
+    assert [event.name for event in received] == ["completed", "progress"]
 
 
 def test_a_slow_client_loses_passing_events_and_then_its_stream():

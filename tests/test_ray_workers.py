@@ -11,7 +11,7 @@ ray = pytest.importorskip("ray")
 LONG = {"prompt": "a ball", "num_inference_steps": 150, "num_frames": 16, "size": "64x64", "seed": 1}
 
 
-@pytest.mark.slow  # two nodes that load torch; test_serve.py has the same law for the queue
+@pytest.mark.slow  # two nodes that load torch; test_serve.py tests the same of the queue
 def test_a_node_that_dies_loses_no_job(video_model, tmp_path):
     from ray.cluster_utils import Cluster
 

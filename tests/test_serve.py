@@ -126,7 +126,7 @@ def test_queue_position_and_cancel(api):
 
 
 def test_cancel_before_the_worker_has_the_job(api, monkeypatch):
-    """The worker did not hear of it, because the job was not its own yet."""
+    """A cancel that reaches the worker before the job does has no effect there."""
     worker = api.service.queue._workers[0]
     monkeypatch.setattr(worker, "cancel", lambda job_id: None)
     created = create(api, num_inference_steps=60, num_frames=16)
@@ -208,7 +208,7 @@ def test_progress_of_free_init_counts_all_passes(api):
 
 
 def test_restart_keeps_everything(video_model, tmp_path):
-    with running(tmp_path, [video_model], workers=[]) as api:  # nobody takes a job
+    with running(tmp_path, [video_model], workers=[]) as api:  # no worker takes the job
         waiting = create(api)
     with running(tmp_path, [video_model]) as api:
         assert finish(api, waiting["id"])["status"] == "completed"

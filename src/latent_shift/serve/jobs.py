@@ -351,7 +351,7 @@ class JobStore:
         Returns:
             How many jobs are queued again, and how many failed because it was not the first time.
         """
-        for job in self._select("WHERE kind = 'image'"):  # nobody waits for them any more
+        for job in self._select("WHERE kind = 'image'"):  # the clients that waited for them are gone
             self.fail(job.id, "interrupted", "the server ended")
             self.delete(job.id)
         outcomes = [

@@ -283,7 +283,7 @@ class Queue:
         for message in run.worker.run(Task(job.id, job.model, job.request, inputs)):
             now = time.monotonic()
             if isinstance(message, (Step, Decoding)) and (run.cancelled or self.stopping):
-                run.worker.cancel(job.id)  # perhaps the worker did not have the job yet when it was told
+                run.worker.cancel(job.id)  # an earlier cancel may have come before the job
             if isinstance(message, Step):
                 self._metrics.step(now - previous)
                 previous = now
@@ -349,7 +349,7 @@ class Queue:
         counts = isinstance(ending, WorkerDied) and not self.stopping
         return "requeued" if self._store.requeue(job, str(ending), counts=counts) else "failed"
 
-    # --- what clients hear
+    # --- events
 
     def _publish_job(self, job: Job) -> None:
         if job.kind == "video":

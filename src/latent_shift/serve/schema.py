@@ -24,7 +24,7 @@ FILE_FIELDS = ("input_reference", "image", "last_image", "video", "mask")
 
 
 class ApiError(Exception):
-    """An error that a client is told.
+    """An error that is returned to the client.
 
     Args:
         status: HTTP status.

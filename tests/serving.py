@@ -56,7 +56,7 @@ def running(folder, models, *, settings=None, names=None, workers=None, **store)
     """Yield a client of a server with models in a data folder, and its service as `client.service`."""
     from starlette.testclient import TestClient
 
-    models = [str(model) for model in models]
+    models = {str(model): str(model) for model in models}
     app = create_app(
         JobStore(folder, **store),
         [ThreadWorker(1, models)] if workers is None else workers,

@@ -133,7 +133,7 @@ def test_idempotency_key(store):
     job, is_new = store.add({"prompt": "a"}, model="emoji", idempotency_key="k", request_hash="1")
     assert is_new
     assert store.add({"prompt": "a"}, model="emoji", idempotency_key="k", request_hash="1") == (job, False)
-    with pytest.raises(KeyReused, match="belongs to another request"):
+    with pytest.raises(KeyReused, match="was used with another request"):
         store.add({"prompt": "b"}, model="emoji", idempotency_key="k", request_hash="2")
     assert store.count("queued") == 1
 

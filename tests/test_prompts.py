@@ -84,7 +84,7 @@ def test_escape_prompt_is_read_back_as_the_text(text):
         ("(red:1.2.3)", r"expected words and a number, such as \(red:1.3\), got '\(red:1.2.3\)'"),
         ("(red:nan)", "expected words and a number"),
         ("(:1.3)", "expected words and a number"),
-        ("[cat:dog:0.5]", "a prompt that changes over time is --then"),
+        ("[cat:dog:0.5]", "a prompt that changes over time is given as `then`"),
         ("red \ud83d", r"expected text in Unicode, got '\\ud83d' at position 4"),
         ("red <lora:style:0.8>", "'<lora:style:0.8>' would be read as words; load such a file with --lora"),
     ],

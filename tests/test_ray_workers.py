@@ -20,7 +20,7 @@ def test_a_node_that_dies_loses_no_job(video_model, tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         node = cluster.add_node(num_cpus=1)
-        workers = connect(cluster.address, 2, [str(video_model)], "cpu")
+        workers = connect(cluster.address, 2, {str(video_model): str(video_model)}, "cpu")
         with running(tmp_path, [video_model], workers=workers) as api:
             while [each["status"] for each in api.get("/v1/workers").json()["data"]] != ["idle", "idle"]:
                 time.sleep(0.1)

@@ -86,8 +86,14 @@ def test_formats(api, query, kind, start):
     assert answer.content.startswith(start)
     part = api.get(f"/v1/videos/{video_id}/content{query}", headers={"Range": "bytes=2-5"})
     assert (part.status_code, part.content) == (206, answer.content[2:6])
+    head = api.head(f"/v1/videos/{video_id}/content{query}")
+    assert (head.status_code, head.content, head.headers["content-length"]) == (
+        200,
+        b"",
+        str(len(answer.content)),
+    )
     beyond = api.get(f"/v1/videos/{video_id}/content{query}", headers={"Range": "bytes=99999999-"})
-    assert error_of(beyond, 416)
+    assert error_of(beyond, 416)["message"] == "Range: lies outside the file"
     assert error_of(api.get(f"/v1/videos/{video_id}/content{query}", headers={"Range": "bytes=5-1"}), 400)
     assert (
         "attachment" in api.get(f"/v1/videos/{video_id}/content?download=true").headers["content-disposition"]
@@ -99,6 +105,22 @@ def test_content_names_its_settings(api, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(api.get(f"/v1/videos/{video_id}/content").content)
     metadata = video.read_metadata(tmp_path / "clip.mp4")
     assert (metadata["prompt"], metadata["seed"], metadata["num_inference_steps"]) == ("a red ball", "7", "2")
+
+
+def test_wait_for_a_format(api):
+    answer = api.post("/v1/videos/sync?format=gif", json=REQUEST)
+    assert answer.content.startswith(b"GIF8")
+    again = api.get(answer.headers["content-location"] + "?format=gif")
+    assert again.content == answer.content
+
+
+def test_job_of_a_model_that_is_not_served_any_more(video_model, tmp_path):
+    with running(tmp_path, [video_model], workers=[]) as api:
+        waiting = create(api)
+    other = ThreadWorker(1, {"other": str(video_model)})
+    with running(tmp_path, [video_model], workers=[other]) as api:
+        error = finish(api, waiting["id"])["error"]
+        assert (error["code"], "is not served any more" in error["message"]) == ("invalid_value", True)
 
 
 def test_one_frame_is_a_png(api):
@@ -217,7 +239,7 @@ def test_restart_keeps_everything(video_model, tmp_path):
 
 
 def test_a_worker_that_dies_loses_no_job(video_model, tmp_path):
-    worker = ThreadWorker(1, [str(video_model)])
+    worker = ThreadWorker(1, {str(video_model): str(video_model)})
     with running(tmp_path, [video_model], workers=[worker]) as api:
         worker.deaths = 1
         assert (done := finish(api, create(api)["id"]))["status"] == "completed"
@@ -229,7 +251,7 @@ def test_a_worker_that_dies_loses_no_job(video_model, tmp_path):
 
 
 def test_cancelled_while_its_worker_dies(video_model, tmp_path):
-    worker = ThreadWorker(1, [str(video_model)])
+    worker = ThreadWorker(1, {str(video_model): str(video_model)})
     with running(tmp_path, [video_model], workers=[worker]) as api:
         created = create(api, num_inference_steps=60, num_frames=16)
         while api.get(f"/v1/videos/{created['id']}").json()["progress"] == 0:
@@ -262,12 +284,12 @@ def test_models_that_cannot_be_loaded(video_model, tmp_path):
     def fail(*_):
         raise ValueError("no such weights")
 
-    with running(tmp_path, [video_model], workers=[ThreadWorker(1, [], make=fail)]) as api:
+    with running(tmp_path, [video_model], workers=[ThreadWorker(1, {}, make=fail)]) as api:
         for _ in range(100):
             if (answer := api.get("/ready")).json()["error"]["code"] == "setup_failed":
                 break
             time.sleep(0.02)
-        assert error_of(answer, 503)
+        assert error_of(answer, 503)["message"].endswith("no such weights")
         assert api.get("/v1/workers").json()["data"][0]["error"] == "no such weights"
         assert error_of(api.post("/v1/videos", json=REQUEST), 503)["code"] == "setup_failed"
         assert api.get("/health").status_code == 200

@@ -12,12 +12,12 @@ def test_headers_of_every_answer(api):
         headers = api.get(path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
 
 
 def test_other_sites_are_kept_out(api):
-    assert (
-        error_of(api.get("/v1/videos", headers={"Host": "evil.example"}), 403)["code"] == "host_not_allowed"
-    )
+    error = error_of(api.get("/v1/videos", headers={"Host": "evil.example:80"}), 403)
+    assert (error["code"], "--allow-host evil.example" in error["message"]) == ("host_not_allowed", True)
     answer = api.post("/v1/videos", json=REQUEST, headers={"Origin": "http://evil.example"})
     assert error_of(answer, 403)["code"] == "origin_not_allowed"
     for origin in ("null", "http://[", "file://", ""):
@@ -51,13 +51,23 @@ def test_token_and_origins(video_model, tmp_path):
         assert api.get("/health").status_code == 200
         away = api.get("/", follow_redirects=False)
         assert (away.status_code, away.headers["location"]) == (303, "/login")
-        assert "Token of this server" in api.get("/").text
+        assert "Access token" in api.get("/").text
+        assert 'role="alert" hidden' in api.get("/").text
+        wrong = api.get("/?token=another-secret")
+        assert wrong.url.path == "/login"
+        assert 'role="alert">This token is not accepted' in wrong.text
+        assert (
+            api.get("/openapi.json", headers=good).json()["components"]["securitySchemes"]["token"]["scheme"]
+            == "bearer"
+        )
         assert error_of(api.get("/app.js"), 401)
         login = api.get("/?token=a-long-secret", follow_redirects=False)
         assert (login.status_code, login.headers["location"]) == (303, "/")
         assert "httponly" in login.headers["set-cookie"].lower()
         assert "samesite=strict" in login.headers["set-cookie"].lower()
         assert api.get("/v1/videos").status_code == 200  # by the cookie
+        # Pages of the other site show clips in elements of their own.
+        assert api.get("/health").headers["cross-origin-resource-policy"] == "cross-origin"
         preflight = api.options(
             "/v1/videos", headers={"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
         )

@@ -62,7 +62,12 @@ def wait_for(page, state):
 
 def test_from_words_to_a_clip(page):
     page.click("#prompt")
+    page.keyboard.type("a red b")
+    page.wait_for_selector("#suggestions li")
+    assert page.locator("#suggestions li").all_inner_texts() == ["red ball"]
+    page.fill("#prompt", "")
     page.keyboard.type("a bal")
+    until(page, "document.querySelectorAll('#suggestions li').length === 2")
     page.wait_for_selector("#suggestions li")
     assert page.locator("#suggestions li").all_inner_texts() == ["ball of wool", "red ball"]
     assert page.get_attribute("#prompt", "aria-expanded") == "true"
@@ -129,8 +134,30 @@ def test_gallery_brings_settings_back(page, server):
     assert len({each["seed"] for each in newest}) == 4
     assert {each["settings"]["guidance_scale"] for each in newest} == {3}
     page.click("#remove")
+    assert page.inner_text("#remove") == "Delete for good?"
+    page.click("#remove")
     until(page, f"document.querySelectorAll('#cards li').length === {before + 3}")
+    page.reload()
+    page.wait_for_selector("#cards button")
+    shown = page.evaluate("[...document.querySelectorAll('#cards li')].map((card) => card.dataset.id)")
+    assert shown == [each["id"] for each in server.get(f"/v1/videos?limit={len(shown)}").json()["data"]]
     assert page.problems == []
+
+
+def test_clip_and_gallery_never_overlap(page):
+    """With a long form the clip scrolls along it, and not on over the cards."""
+    page.set_viewport_size({"width": 1280, "height": 700})
+    generate(page, "a red ball", steps=2)
+    wait_for(page, "completed")
+    page.evaluate("for (let turn = 0; turn < 6; turn++) document.getElementById('add-then').click()")
+    for _ in range(12):
+        page.mouse.wheel(0, 120)
+        page.wait_for_timeout(30)
+        gap = page.evaluate(
+            """document.getElementById("gallery").getBoundingClientRect().top
+            - document.getElementById("stage").getBoundingClientRect().bottom"""
+        )
+        assert gap > 0
 
 
 def test_link_holds_all_settings(page, browser, server):  # noqa: F811
@@ -155,7 +182,7 @@ def test_link_holds_all_settings(page, browser, server):  # noqa: F811
 def test_errors_are_shown_at_their_field(page):
     generate(page, width=33)
     page.wait_for_selector("#form-error:not([hidden])")
-    assert "multiple of 8" in page.inner_text("#form-error")
+    assert "multiples of 8" in page.inner_text("#form-error")
     assert page.evaluate("document.activeElement.id") == "width"
     page.fill("#width", "")
     page.fill("#prompt", "")
@@ -166,7 +193,7 @@ def test_errors_are_shown_at_their_field(page):
 def test_first_frame_from_a_file(page, server):
     page.set_input_files("#file", {"name": "red.png", "mimeType": "image/png", "buffer": png()})
     assert page.input_value("#input-list select") == "image"
-    assert page.is_visible("#strength-row")
+    assert (page.is_visible("#strength-row"), page.inner_text("#strength-value")) == (True, "1")
     generate(page, "from a picture", steps=2)
     wait_for(page, "completed")
     newest = server.get("/v1/videos?limit=1").json()["data"][0]
@@ -175,6 +202,7 @@ def test_first_frame_from_a_file(page, server):
     page.wait_for_selector("#cards button")
     page.click("#cards button")
     page.wait_for_selector("#input-list li")  # a click brings the picture back, too
+    assert page.locator("#others button").count() == 0  # and no setting that nobody chose
     assert page.problems == []
 
 

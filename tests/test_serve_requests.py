@@ -82,6 +82,10 @@ def test_size_and_length(api, fields, expected):
         ({"strength": 0.5}, "strength"),
         ({"then": {"0x": "a"}}, "then"),
         ({"then": "["}, "then"),
+        ({"then": {"4": "a blue ball"}}, "then"),
+        ({"num_frames": None, "seconds": 90}, "seconds"),
+        ({"size": "1024x1024"}, "size"),
+        ({"size": "auto"}, "size"),
         ({"scheduler": "Nonesuch"}, "scheduler"),
         ({"halo": 1}, "halo"),
         ({"num_frames": 1, "loop": True}, "loop"),
@@ -98,6 +102,18 @@ def test_bad_fields_are_refused_by_their_names(api, fields, param):
     error = error_of(api.post("/v1/videos", json={**REQUEST, **fields}), 400)
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
+
+
+def test_messages_name_what_is_expected(api):
+    def message(**fields):
+        return error_of(api.post("/v1/videos", json={**REQUEST, **fields}), 400)["message"]
+
+    assert "video, mask" in message(colour="red")
+    assert message(then="15:ghost") == 'then: expected {frame: prompt} as JSON, such as {"8": "a lion"}'
+    assert message(then={"9": "a ghost"}) == "then: frame 9 is not in the clip; expected 1 to 3"
+    assert message(num_inference_steps=40, free_init=2).startswith("num_inference_steps: 80 in 2 passes")
+    assert message(size="33x32") == "size=33x32: expected multiples of 8, such as 32 or 40"
+    assert "did you mean EulerDiscrete" in message(scheduler="Euler")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +238,7 @@ def test_pages(api):
     following = api.get(f"/v1/videos?limit=1&after={listed['last_id']}").json()
     assert following["first_id"] == ids[0]
     error_of(api.get("/v1/videos?limit=0"), 400)
-    error_of(api.get("/v1/videos?after=video_nothing"), 404)
+    assert error_of(api.get("/v1/videos?after=video_nothing"), 404)["param"] == "after"
     for each in ids:
         finish(api, each)
 
@@ -255,6 +271,7 @@ def test_images(api):
 def test_models_and_names(api, video_model):
     (model,) = api.get("/v1/models").json()["data"]
     assert (model["id"], model["multiple"], model["width"]) == (str(video_model), 8, 32)
+    assert api.get(f"/v1/models/{model['id']}").json() == model
     names = api.get(f"/v1/models/{model['id']}/names?query=ball").json()["data"]
     assert names == ["ball of wool", "red ball"]
     assert error_of(api.get("/v1/models/other/names"), 404)["code"] == "model_not_found"
@@ -268,7 +285,12 @@ def test_health_ready_metrics_openapi(api):
     assert 'latent_shift_jobs_total{status="completed"}' in metrics
     assert "latent_shift_step_seconds_bucket" in metrics
     schema = api.get("/openapi.json").json()
-    assert "multipart/form-data" in schema["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
+    operation = schema["paths"]["/v1/videos"]["post"]
+    kinds = operation["requestBody"]["content"]
+    assert set(kinds) == {"application/json", "multipart/form-data", "application/x-www-form-urlencoded"}
+    assert kinds["application/json"]["schema"]["properties"]["image"]["type"] == "string"
+    assert "422" not in operation["responses"]
+    assert api.head("/health").status_code == api.head("/ready").status_code == 200
     assert api.get("/v1/workers").json()["data"][0]["status"] in ("idle", "busy")
     error_of(api.get("/nothing"), 404)
     error_of(api.put("/v1/videos"), 405)

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from latent_shift.benchmark.server import Server
+from latent_shift.serve.server import name_models
 
 
 def run_command(*words):
@@ -91,6 +92,9 @@ def test_life_of_a_server(video_model, tmp_path):
         (("--origin", "https://example.com/"), "expected a scheme and a name"),
         (("--origin", "*"), "expected a scheme and a name"),
         (("--model", "no-such-model"), "no-such-model"),
+        (("--model", "a=emoji", "--model", "a=other"), "'a' is emoji already"),
+        (("--device", "gpu"), "expected cpu, cuda"),
+        (("--allow-host", "http://x/"), "expected a name without scheme"),
         (("--port", "70000"), "65535"),
         (("--host", "no.such.host.invalid", "--token", "long-enough"), "cannot listen"),
     ],
@@ -131,3 +135,36 @@ def test_stop_with_an_open_stream(tmp_path):
         assert server.process.returncode in (0, -signal.SIGTERM)
     with Server(tmp_path, "emoji") as server:
         assert server.request("GET", f"/v1/videos/{video['id']}")[1]["status"] in ("queued", "in_progress")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="has the device")
+def test_models_that_cannot_be_loaded_end_the_server(tmp_path):
+    """It would refuse every request, and a supervisor would take it for running."""
+    status, errors = run_command(
+        "serve", "--data", tmp_path, "--port", "0", "--no-open", "--device", "mps", "--log-level", "warning"
+    )
+    assert status == 1
+    assert errors.splitlines()[-1].startswith("latent-shift: no worker could load its models: ")
+    assert "Traceback" not in errors
+
+
+def test_clients_behind_a_proxy(tmp_path):
+    """Each client of a trusted proxy has its own number of requests a minute."""
+    with Server(tmp_path, "emoji", "--max-rate", "1", "--trusted-proxy", "127.0.0.1") as server:
+        for client in ("192.0.2.1", "192.0.2.2"):
+            statuses = [
+                server.fetch("POST", "/v1/videos", SHORT, {"X-Forwarded-For": client})[0] for _ in range(2)
+            ]
+            assert statuses == [200, 429]
+
+
+def test_ids_of_models(tmp_path):
+    run = tmp_path / "emoji-mine" / "model"
+    run.mkdir(parents=True)
+    (tmp_path / "photos.safetensors").touch()
+    assert name_models(["emoji", str(run), str(tmp_path / "photos.safetensors"), f"best={run}"]) == {
+        "emoji": "emoji",
+        "emoji-mine": str(run),
+        "photos": str(tmp_path / "photos.safetensors"),
+        "best": str(run),
+    }

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+LogLevel = Literal["warning", "info", "debug"]
 
 
 def serve(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", "-m", help="a name, folder or file; may be repeated, the first is the default"
+            "--model",
+            "-m",
+            help="a name, folder or file, or ID=MODEL; may be repeated, the first is the default; default: emoji",
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="address to listen at; others than this machine's need --token")
+        str, typer.Option(help="address to listen on; any but this machine's own needs --token")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen at; 0 takes a free one")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = 8000,
     token: Annotated[
         str | None,
-        typer.Option(envvar="LATENT_SHIFT_TOKEN", help="clients must send it; at least 8 characters"),
+        typer.Option(
+            envvar="LATENT_SHIFT_TOKEN",
+            help="clients must send it as Authorization: Bearer TOKEN; at least 8 characters",
+        ),
     ] = None,
     data: Annotated[Path, typer.Option(file_okay=False, help="folder of jobs and results")] = Path(
         "latent-shift-data"
@@ -32,7 +40,7 @@ def serve(
         str | None, typer.Option(help="address of a Ray cluster whose machines run the workers, or `local`")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of each worker; default: an equal share")
+        int | None, typer.Option(min=1, help="CPU threads of each worker; default: all cores, shared equally")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     open: Annotated[bool, typer.Option("--open/--no-open", help="open the page in the browser")] = True,
@@ -48,14 +56,23 @@ def serve(
             help="a site whose pages may use the server, such as https://example.com; may be repeated"
         ),
     ] = None,
-    max_queue: Annotated[int, typer.Option(min=1, help="jobs that may wait")] = 1000,
-    max_rate: Annotated[float, typer.Option(min=1, help="requests a minute of one client")] = 240,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(help="address of a proxy whose X-Forwarded-For names the client; may be repeated"),
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=1, help="queued jobs at most")] = 1000,
+    max_rate: Annotated[
+        float, typer.Option(min=1, help="new videos and images a minute of one client")
+    ] = 240,
     max_gib: Annotated[
-        float, typer.Option(min=0.01, help="space of all results; the oldest are deleted")
+        float, typer.Option(min=0.01, help="disk space of results; beyond it the oldest are deleted")
     ] = 10,
     keep_days: Annotated[
-        float | None, typer.Option(min=0.001, help="days that results are kept; default: for ever")
+        float | None, typer.Option(min=0.001, help="days that results are kept; default: no limit")
     ] = None,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="what is written to standard error: also each job, also each request")
+    ] = "info",
 ) -> None:
     """Serve a web page and an HTTP API for generating clips."""
     try:
@@ -71,13 +88,17 @@ def serve(
             raise
         raise RuntimeError("serve needs the extra: pip install 'latent-shift-video[serve]'") from error
 
-    models = list(dict.fromkeys(model or ["emoji"]))
+    models = server.name_models(model or ["emoji"])
+    if ray is None:
+        server.check_device(device)
     settings = Settings(
         Limits(requests_per_minute=max_rate),
         token=token,
         hosts=server.check_access(host, token, allow_host or []),
         origins=server.check_origins(origin or []),
     )
+
+    _start_log(log_level)
 
     def make_workers() -> list[server.Worker]:
         if ray is None:
@@ -91,4 +112,11 @@ def serve(
         store_options={
             "max_queued": max_queue, "max_bytes": int(max_gib * 2**30), "keep_seconds": None if keep_days is None else keep_days * 86400,
         },
+        trusted_proxies=trusted_proxy or (),
     )  # fmt: skip
+
+
+def _start_log(level: str) -> None:
+    """Write the server's log to standard error."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("latent_shift").setLevel(level.upper())

@@ -97,8 +97,8 @@ def _weigh_group(segments: list[Segment], closing: str) -> list[Segment]:
     group = f"{brackets[0]}{words}{brackets[1]}"
     if closing == "]":
         raise ValueError(
-            f"prompt: {group!r} would be read as words; a prompt that changes over time is --then FRAME:PROMPT, or a dict "
-            "{frame: prompt} in Python"
+            f"prompt: {group!r} would be read as words; a prompt that changes over time is given as `then`, frame by frame: "
+            "--then FRAME:PROMPT, or {frame: prompt}"
         )
     if not _NUMBER.fullmatch(match[2]) or not before.strip():
         raise ValueError(f"prompt: expected words and a number, such as (red:1.3), got {group!r}")

@@ -54,7 +54,9 @@ def check_scheduler(name: str) -> None:
         if name in names:
             raise ValueError(f"scheduler {name!r} {reason}; expected one of {', '.join(SCHEDULERS)}")
     nearest = difflib.get_close_matches(name.removesuffix("Scheduler"), SCHEDULERS, n=3, cutoff=0.3)
-    raise ValueError(f"unknown scheduler {name!r}; did you mean {' or '.join(nearest) or 'DDIM'}?")
+    if not nearest:
+        raise ValueError(f"unknown scheduler {name!r}; expected one of {', '.join(SCHEDULERS)}")
+    raise ValueError(f"unknown scheduler {name!r}; did you mean {' or '.join(nearest)}?")
 
 
 def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:

@@ -8,10 +8,13 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -23,7 +26,7 @@ import latent_shift
 from latent_shift.models.names import Names
 from latent_shift.serve import bodies
 from latent_shift.serve.events import TooManyListeners
-from latent_shift.serve.guard import Guard, error_response
+from latent_shift.serve.guard import OPEN_PATHS, Guard, error_response
 from latent_shift.serve.jobs import JobStore
 from latent_shift.serve.routes import ROUTERS
 from latent_shift.serve.schema import ApiError, ErrorBody, ModelInfo
@@ -61,8 +64,9 @@ def create_app(
     app = FastAPI(
         title="Latent-Shift", version=latent_shift.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Text to video. The shape is that of OpenAI's video API.",
-        responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 413, 429, 503)},
+        responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 413, 415, 416, 429, 503, 507)},
     )  # fmt: skip
+    app.openapi = partial(_describe, app, has_token=settings.token is not None)  # type: ignore[method-assign]
     app.state.service = service
     _add_errors(app)
     for router in ROUTERS:
@@ -77,6 +81,25 @@ def create_app(
             expose_headers=["openai-poll-after-ms", "Retry-After"],
         )  # fmt: skip
     return app
+
+
+def _describe(app: FastAPI, *, has_token: bool) -> dict[str, Any]:
+    """Return the OpenAPI description, with the errors and the security of this server instead of FastAPI's."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        if has_token:
+            schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+                if has_token and path not in OPEN_PATHS:
+                    operation["security"] = [{"token": []}]
+        app.openapi_schema = schema
+    return app.openapi_schema
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -143,11 +166,14 @@ def _add_page(app: FastAPI) -> None:
 
         @app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
         async def page(request: Request) -> Response:
-            if request.headers.get("if-none-match") == tag:
+            if request.headers.get("if-none-match") == tag and not request.query_params:
                 return Response(status_code=304, headers=headers)
+            if name == "login.html" and "wrong" in request.query_params:  # its one hidden element says so
+                return Response(content.replace(b" hidden>", b">"), media_type=kinds[name], headers=headers)
             return Response(content, media_type=kinds[name], headers=headers)
 
     add("/", "index.html")
     add("/login", "login.html")
+    add("/favicon.ico", "icon.svg")
     for name in ("app.js", "style.css", "icon.svg"):
         add(f"/{name}", name)

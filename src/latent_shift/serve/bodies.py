@@ -45,7 +45,10 @@ async def _read_body(request: Request, limits: UploadLimits) -> tuple[dict[str, 
                         fields[name] = value
                     elif name not in FILE_FIELDS:
                         raise ApiError(
-                            400, f"{name:.60}: expected no file", code="invalid_value", param=name[:60]
+                            400,
+                            f"{name:.60}: expected text, got a file",
+                            code="invalid_value",
+                            param=name[:60],
                         )
                     elif (value.size or 0) > limits.bytes:
                         raise too_large(name, limits)
@@ -66,7 +69,7 @@ async def _read_body(request: Request, limits: UploadLimits) -> tuple[dict[str, 
         if not isinstance(fields, dict):
             raise ApiError(400, "expected a JSON object", code="invalid_body")
     else:
-        message = f"Content-Type {kind:.60}: expected multipart/form-data or application/json"
+        message = f"Content-Type {kind:.60}: expected application/json, multipart/form-data or application/x-www-form-urlencoded"
         raise ApiError(415, message, code="unsupported_media_type")
     for name in [name for name in fields if name in FILE_FIELDS]:
         value = fields.pop(name)
@@ -79,12 +82,23 @@ async def _read_body(request: Request, limits: UploadLimits) -> tuple[dict[str, 
     return fields, inputs
 
 
-def body_schema(schema: type[BaseModel], *, form: bool = True) -> dict[str, Any]:
-    """Return the OpenAPI description of a body that is JSON or a form."""
+def body_schema(schema: type[BaseModel], *, files: bool = True) -> dict[str, Any]:
+    """Return the OpenAPI description of a body that is JSON or a form.
+
+    Args:
+        schema: of its fields.
+        files: whether it may hold pictures and videos: files of a form, data URLs in JSON.
+    """
     fields = schema.model_json_schema(ref_template="#/components/schemas/{model}")
-    content = {"application/json": {"schema": fields}}
-    if form:
-        uploads = {name: {"type": "string", "format": "binary"} for name in FILE_FIELDS}
-        properties = {**fields["properties"], **uploads}
-        content["multipart/form-data"] = {"schema": {**fields, "properties": properties}}
+
+    def with_files(file: dict[str, Any]) -> dict[str, Any]:
+        properties = {**fields["properties"], **dict.fromkeys(FILE_FIELDS if files else (), file)}
+        return {"schema": {**fields, "properties": properties}}
+
+    data_url = {"type": "string", "description": "data URL: data:image/png;base64,..."}
+    content = {
+        "application/json": with_files(data_url),
+        "multipart/form-data": with_files({"type": "string", "format": "binary"}),
+        "application/x-www-form-urlencoded": with_files(data_url),
+    }
     return {"requestBody": {"required": True, "content": content}}

@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,7 +31,7 @@ class Task:
 
     Attributes:
         id: of the job.
-        model: name of one of the worker's models.
+        model: id of one of the worker's models.
         request: arguments of `Request`, without files.
         inputs: contents of the files, by the name of the argument.
     """
@@ -85,12 +85,12 @@ class Generator:
     """Loads models and generates clips, one at a time. `cancel` may be called by another thread.
 
     Args:
-        models: names, folders or files.
+        models: id -> name, folder or file.
         device: as in `latent_shift.load`.
         threads: of the CPU; None leaves it to torch.
     """
 
-    def __init__(self, models: Sequence[str], device: str | None = None, threads: int | None = None):
+    def __init__(self, models: Mapping[str, str], device: str | None = None, threads: int | None = None):
         from latent_shift.runtime import quiet_libraries
 
         quiet_libraries()
@@ -103,16 +103,16 @@ class Generator:
 
         if threads is not None:
             torch.set_num_threads(threads)
-        self._pipes, self._matrices = {}, {}
-        for model in models:
+        self._models, self._pipes, self._matrices = dict(models), {}, {}
+        for name, model in models.items():
             pipe = load(model, device=device)
             pipe.set_progress_bar_config(disable=True)
-            self._pipes[model] = pipe
+            self._pipes[name] = pipe
             is_folder = not catalog.on_hub(model) and not Path(model).is_file()
-            self._matrices[model] = (
+            self._matrices[name] = (
                 read_preview(catalog.folder(model), pipe.unet.config.in_channels) if is_folder else None
             )
-        self._hashes = {model: hash_inputs(model) for model in models}
+        self._hashes = {name: hash_inputs(model) for name, model in models.items()}
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
         self._current: str | None = None
@@ -162,6 +162,8 @@ class Generator:
         from latent_shift.pipelines.provenance import describe
         from latent_shift.pipelines.request import Request, generate_clip
 
+        if task.model not in self._pipes:  # of a job from before a restart with other models
+            raise ValueError(f"model {task.model!r} is not served any more")
         pipe, matrix = self._pipes[task.model], self._matrices[task.model]
         num_passes, done_passes = task.request.get("free_init", 1), 0
         png: bytes | None = None
@@ -201,9 +203,12 @@ class Generator:
             clip = generate_clip(request, pipe, on_step=on_step, on_latents=observe)
         check()
         settings = {name: value for name, value in clip.settings.items() if name not in task.inputs}
+        own = {name: value for name, value in settings.items() if name != "scheduler" or name in task.request}
         dtype = str(pipe.dtype).removeprefix("torch.")
-        metadata = describe({**settings, "dtype": dtype}, model=task.model, hashes=self._hashes[task.model])
-        return Finished(clip.frames, clip.fps, settings, metadata)
+        metadata = describe(
+            {**settings, "dtype": dtype}, model=self._models[task.model], hashes=self._hashes[task.model]
+        )
+        return Finished(clip.frames, clip.fps, own, metadata)
 
 
 def _preview(latents_CFhw: np.ndarray, matrix: np.ndarray) -> bytes:

@@ -16,7 +16,7 @@ from latent_shift.serve import bodies, security
 from latent_shift.serve.schema import ApiError
 from latent_shift.serve.service import Settings
 
-_OPEN_PATHS = ("/health", "/ready", "/login", "/style.css", "/icon.svg")
+OPEN_PATHS = ("/health", "/ready", "/login", "/style.css", "/icon.svg", "/favicon.ico")
 """Paths that need no token: probes, and the page that asks for the token."""
 
 
@@ -31,6 +31,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, count: Callable[[str, int], None]):
         self._app, self._settings, self._count = app, settings, count
+        self._headers = security.security_headers(settings.origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,13 +45,16 @@ class Guard:
             if message["type"] == "http.response.start":
                 self._count(scope["method"], message["status"])
                 headers = MutableHeaders(scope=message)
-                for name, value in security.SECURITY_HEADERS.items():
+                for name, value in self._headers.items():
                     headers.setdefault(name, value)
                 if message["status"] >= 400 and headers.get("content-type", "").startswith("text/plain"):
                     plain_error = message  # of a library, such as for a Range that makes no sense
                     return
             elif plain_error is not None:
-                error = ApiError(plain_error["status"], message.get("body", b"").decode(errors="replace"))
+                status, text = plain_error["status"], message.get("body", b"").decode(errors="replace")
+                if status == 416:
+                    text = "Range: lies outside the file"
+                error = ApiError(status, text, code="range_not_satisfiable" if status == 416 else None)
                 content, start = json.dumps(error.body()).encode(), plain_error
                 headers = MutableHeaders(scope=start)
                 headers["content-type"], headers["content-length"] = "application/json", str(len(content))
@@ -68,7 +72,7 @@ class Guard:
         try:
             security.check_host(headers, settings.hosts)
             security.check_origin(headers, scope["method"], settings.origins)
-            if scope["path"] not in _OPEN_PATHS:
+            if scope["path"] not in OPEN_PATHS:
                 if (login := _login(scope, settings.token)) is not None:
                     return login
                 security.check_token(headers, settings.token)
@@ -82,13 +86,13 @@ class Guard:
 
 def _login(scope: Scope, token: str | None) -> Response | None:
     """Return the answer to the page's address with the right token: a cookie, and the address without it. Without the token,
-    the answer is the address of the page that asks for it."""
+    or with a wrong one, the answer is the address of the page that asks for it."""
     if token is None or scope["path"] != "/" or scope["method"] != "GET":
         return None
     sent = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
     if not hmac.compare_digest(sent.encode(), token.encode()):
         has_cookie = hmac.compare_digest(security.cookie_token(Headers(scope=scope)).encode(), token.encode())
-        return None if has_cookie else RedirectResponse("/login", status_code=303)
+        return None if has_cookie else RedirectResponse("/login?wrong" if sent else "/login", status_code=303)
     response = RedirectResponse("/", status_code=303)
     secure = scope["scheme"] == "https"
     response.set_cookie(

@@ -202,7 +202,7 @@ class JobStore:
         if idempotency_key is not None and (job := self._by_key(idempotency_key, request_hash)):
             return job, False
         if self.count("queued") >= self.max_queued:
-            raise QueueFull(f"{self.max_queued} jobs wait already")
+            raise QueueFull(f"the queue is full: {self.max_queued} jobs wait")
         if size:
             self.keep_quota(size)
             if self.total_bytes() + size > self.max_bytes:
@@ -236,7 +236,7 @@ class JobStore:
         if row is None:
             return None
         if row[1] != request_hash:
-            raise KeyReused(f"Idempotency-Key {key!r:.80} belongs to another request")
+            raise KeyReused(f"Idempotency-Key {key!r:.80} was used with another request")
         return self.get(row[0])
 
     def get(self, job_id: str) -> Job | None:

@@ -80,6 +80,7 @@ class Queue:
         workers: not started yet.
         describe: returns the video object of a job, for events.
         metrics: counted here.
+        on_failure: called with the reason when the last worker could not load its models.
     """
 
     def __init__(
@@ -90,9 +91,10 @@ class Queue:
         *,
         describe: Callable[[Job], dict[str, Any]],
         metrics: Metrics,
+        on_failure: Callable[[str], None] = lambda _: None,
     ):
         self._store, self._events, self._workers = store, events, workers
-        self._describe, self._metrics = describe, metrics
+        self._describe, self._metrics, self._on_failure = describe, metrics, on_failure
         self._changed = threading.Condition()
         self._running: dict[str, _Run] = {}
         self._decode_seconds: dict[tuple[Any, ...], float] = {}
@@ -205,7 +207,10 @@ class Queue:
             if self.stopping:
                 return False
             try:
-                worker.start()
+                if state.status == "starting":
+                    begun = time.monotonic()
+                    worker.start()
+                    log.info("%s is ready after %.1f s", worker.name, time.monotonic() - begun)
                 state.status, state.error = "idle", None
                 return True
             except WorkerDied as error:
@@ -217,6 +222,8 @@ class Queue:
             except Exception as error:
                 state.status, state.error = "failed", str(error)
                 log.error("%s: %s", worker.name, error)
+                if self.failed:
+                    self._on_failure(str(error))
                 return False
         raise AssertionError
 
@@ -248,7 +255,7 @@ class Queue:
 
     def _run(self, job: Job) -> bool:
         """Run a job; return whether the worker lives on."""
-        run, is_alive = self._running[job.id], True
+        run, is_alive, begun = self._running[job.id], True, time.monotonic()
         self._metrics.begin(job)
         self._publish_job(job)
         self._publish_positions()
@@ -268,6 +275,8 @@ class Queue:
             log.exception("%s", job.id)
             ending = Failed("generation_failed", str(error))
         outcome = self._settle(job, run, ending)
+        reason = f": {ending.message}" if outcome == "failed" and isinstance(ending, Failed) else ""
+        log.info("%s %s after %.1f s%s", job.id, outcome, time.monotonic() - begun, reason)
         self._metrics.end(job, outcome)
         self._events.forget(job.id)
         if outcome != "deleted":

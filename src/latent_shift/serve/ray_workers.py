@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,13 +33,13 @@ class RayWorker:
         number: int,
         num: int,
         address: str,
-        models: Sequence[str],
+        models: Mapping[str, str],
         device: str | None,
         threads: int | None,
     ):
         self.name = f"worker {number}"
         self._num, self._address, self._threads = num, address, threads
-        self._arguments = (list(models), device)
+        self._arguments = (dict(models), device)
         self._actor: Any = None
 
     def start(self) -> None:
@@ -115,7 +115,7 @@ def _init_error(error: Exception) -> str | None:
 
 
 def connect(
-    address: str, num: int, models: Sequence[str], device: str | None = None, threads: int | None = None
+    address: str, num: int, models: Mapping[str, str], device: str | None = None, threads: int | None = None
 ) -> list[Worker]:
     """Return workers on a cluster; raise RuntimeError without Ray."""
     if find_spec("ray") is None:

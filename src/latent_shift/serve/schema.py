@@ -67,7 +67,12 @@ class ApiError(Exception):
 
 def _parse_prompts(value: Any) -> Any:
     """Accept {frame: text} as JSON text, too, as forms send it."""
-    return json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise ValueError('expected {frame: prompt} as JSON, such as {"8": "a lion"}') from None
 
 
 Then = Annotated[dict[int, str], BeforeValidator(_parse_prompts)]
@@ -220,16 +225,17 @@ def parse_fields(schema: type[BaseModel], fields: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
-        message = first["msg"]
+        message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = f"unknown field; expected some of {', '.join(schema.model_fields)}"
+            files = FILE_FIELDS if schema is VideoRequest else ()
+            message = f"unknown field; expected some of {', '.join([*schema.model_fields, *files])}"
+        elif first["type"] == "string_pattern_mismatch":
+            message = "expected WIDTHxHEIGHT in pixels, such as 128x128"
         elif first["type"] == "missing":
             message = "is required"
         raise ApiError(
             400, f"{param}: {message}" if param else message, code="invalid_value", param=param
         ) from None
-    except (RecursionError, json.JSONDecodeError):
-        raise ApiError(400, "then: expected {frame: prompt}", code="invalid_value", param="then") from None
 
 
 def resolve(request: VideoRequest, model: ModelInfo, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,19 +254,20 @@ def resolve(request: VideoRequest, model: ModelInfo, inputs: Mapping[str, Any]) 
         width, height = map(int, request.size.split("x"))
         for name, value in (("width", width), ("height", height)):
             if fields.setdefault(name, value) != value:
-                raise ApiError(400, f"size={request.size} and {name}={fields[name]} differ", param="size")
+                message = f"size={request.size} and {name}={fields[name]} differ"
+                raise ApiError(400, message, code="invalid_value", param="size")
     if request.num_frames is None and request.seconds is not None:
         fields["num_frames"] = max(1, round(request.seconds * (request.fps or model.fps)))
     for name in ("width", "height"):
         side = fields.get(name)
         if side is not None and side % model.multiple:
             low = max(1, side // model.multiple) * model.multiple
-            raise ApiError(
-                400,
-                f"{name}={side}: expected a multiple of {model.multiple}, such as {low} or {low + model.multiple}",
-                code="invalid_value",
-                param="size" if request.size is not None else name,
+            param = blamed_field(request, name)
+            given = f"size={request.size}" if param == "size" else f"{name}={side}"
+            message = (
+                f"{given}: expected multiples of {model.multiple}, such as {low} or {low + model.multiple}"
             )
+            raise ApiError(400, message, code="invalid_value", param=param)
     if "num_frames" not in fields and "video" not in inputs:
         fields["num_frames"] = model.num_frames
     fields.setdefault("seed", secrets.randbelow(2**31))
@@ -268,6 +275,15 @@ def resolve(request: VideoRequest, model: ModelInfo, inputs: Mapping[str, Any]) 
         del fields["loop"]
     check_request(fields, model, inputs)
     return fields
+
+
+def blamed_field(request: VideoRequest, name: str) -> str:
+    """Return the field of a request that a number came from: size for width and height, seconds for num_frames."""
+    if name in ("width", "height") and request.size is not None:
+        return "size"
+    if name == "num_frames" and request.num_frames is None and request.seconds is not None:
+        return "seconds"
+    return name
 
 
 def check_request(fields: Mapping[str, Any], model: ModelInfo, inputs: Mapping[str, Any]) -> None:

@@ -19,13 +19,18 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
     "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
-SECURITY_HEADERS = {
+_SECURITY_HEADERS = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
 }
+
+
+def security_headers(origins: Collection[str]) -> dict[str, str]:
+    """Return the headers of every answer. Pages of other origins, where some are allowed, may show clips in their own elements."""
+    policy = "cross-origin" if origins else "same-origin"
+    return _SECURITY_HEADERS | {"Cross-Origin-Resource-Policy": policy}
 
 
 def check_host(headers: Headers, allowed: Collection[str] | None) -> None:
@@ -36,8 +41,10 @@ def check_host(headers: Headers, allowed: Collection[str] | None) -> None:
         headers: of the request.
         allowed: names; None allows all.
     """
-    if allowed is not None and _host_name(headers.get("host", "")) not in allowed:
-        raise ApiError(403, "Host: not a name of this server", code="host_not_allowed")
+    name = _host_name(headers.get("host", ""))[:100]
+    if allowed is not None and name not in allowed:
+        message = f"Host: {name or 'no name'} is not a name of this server; start it with --allow-host {name or 'NAME'}"
+        raise ApiError(403, message, code="host_not_allowed")
 
 
 def check_origin(headers: Headers, method: str, origins: Collection[str]) -> None:

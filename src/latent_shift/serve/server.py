@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from urllib.parse import quote, urlsplit
@@ -25,12 +28,14 @@ from latent_shift.serve.schema import ModelInfo
 from latent_shift.serve.service import Service, Settings
 from latent_shift.serve.workers import ProcessWorker, Worker
 
+log = logging.getLogger("latent_shift")
+
 LOCK = "lock"
 MAX_CONNECTIONS = 1000
 
 
 def serve(
-    models: Sequence[str],
+    models: Mapping[str, str],
     *,
     folder: Path,
     host: str,
@@ -40,11 +45,12 @@ def serve(
     announce: Callable[[str], None],
     open_browser: bool,
     store_options: dict[str, float | None] | None = None,
+    trusted_proxies: Sequence[str] = (),
 ) -> None:
     """Serve until a signal ends it.
 
     Args:
-        models: names, folders or files; the first is the default.
+        models: id -> name, folder or file; the first is the default.
         folder: data folder of jobs and results, made if missing. One server may use it at a time.
         host, port: to listen at; port 0 takes a free one.
         settings: of the application.
@@ -52,12 +58,14 @@ def serve(
         announce: called with the address of the page once the server answers.
         open_browser: whether to open the page.
         store_options: arguments of `JobStore`.
+        trusted_proxies: addresses whose X-Forwarded-For and X-Forwarded-Proto are believed.
 
     Raises:
         ValueError: a model that cannot be loaded, a folder in use, a port in use.
+        RuntimeError: no worker could load its models.
     """
-    infos = {model: model_info(model) for model in models}
-    names = {model: model_names(model) for model in models}
+    infos = {name: replace(model_info(model), id=name) for name, model in models.items()}
+    names = {name: model_names(model) for name, model in models.items()}
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -68,22 +76,27 @@ def serve(
         listener = _listen(host, port)
         store = JobStore(folder, **(store_options or {}))  # type: ignore[arg-type]
         app = create_app(store, make_workers(), infos, names=names, settings=settings)
+        is_debug = log.isEnabledFor(logging.DEBUG)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, timeout_keep_alive=30, server_header=False,
-            lifespan="on", loop="asyncio", http="h11", ws="none", proxy_headers=False, limit_concurrency=MAX_CONNECTIONS,
+            app, log_config=None, log_level="info" if is_debug else "warning", access_log=is_debug, timeout_graceful_shutdown=2, timeout_keep_alive=30, server_header=False,
+            lifespan="on", loop="asyncio", http="h11", ws="none", proxy_headers=bool(trusted_proxies),
+            forwarded_allow_ips=list(trusted_proxies), limit_concurrency=MAX_CONNECTIONS,
         )  # fmt: skip
         address = _address(host, listener.getsockname()[1])
         page = address if settings.token is None else f"{address}?token={quote(settings.token, safe='')}"
 
         def on_start() -> None:
-            announce(page)
+            announce(address)
             if open_browser and _has_browser():
                 threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
 
+        service: Service = app.state.service
         try:
-            _Server(config, app.state.service, on_start).run(sockets=[listener])
+            _Server(config, service, on_start).run(sockets=[listener])
         finally:  # a second Ctrl-C skips the end of the application
-            app.state.service.stop()
+            service.stop()
+    if service.failure is not None:
+        raise RuntimeError(f"no worker could load its models: {service.failure}")
 
 
 class _Server(uvicorn.Server):
@@ -92,11 +105,16 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None]):
         super().__init__(config)
         self._service, self._on_start = service, on_start
+        service.on_failure = self._end
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.should_exit:
             self._on_start()
+
+    def _end(self) -> None:
+        self._service.begin_stop()
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.begin_stop()
@@ -118,7 +136,7 @@ def model_names(model: str) -> Names | None:
 
 
 def local_workers(
-    num: int, models: Sequence[str], device: str | None = None, threads: int | None = None
+    num: int, models: Mapping[str, str], device: str | None = None, threads: int | None = None
 ) -> list[Worker]:
     """Return workers of this machine: on GPUs in turn where there are any.
 
@@ -142,6 +160,30 @@ def local_workers(
     ]
 
 
+def name_models(models: Sequence[str]) -> dict[str, str]:
+    """Return id -> name, folder or file of models that are given as such or as ID=MODEL; raise ValueError for an id given twice.
+
+    The id of a folder or file is its name, or its parent's where that is "model", as in a run folder.
+    """
+    named: dict[str, str] = {}
+    for text in dict.fromkeys(models):
+        name, separator, model = text.partition("=")
+        path = Path(text)
+        if path.exists() and text not in catalog.MODELS:
+            path, model = path.resolve(), text
+            name = path.parent.name if path.name == "model" else path.stem if path.is_file() else path.name
+        elif not separator:
+            name, model = text, text
+        if not name or not model:
+            raise ValueError(f"--model {text}: expected a model, or NAME=MODEL")
+        if name in named:
+            raise ValueError(
+                f"--model {text}: {name!r} is {named[name]} already; name it: --model NAME={model}"
+            )
+        named[name] = model
+    return named
+
+
 def check_access(host: str, token: str | None, names: Sequence[str]) -> frozenset[str] | None:
     """Return the names in the Host header that are answered, None for all; raise ValueError for an open server without a token.
 
@@ -154,6 +196,11 @@ def check_access(host: str, token: str | None, names: Sequence[str]) -> frozense
         len(token) >= 8 and token.isascii() and token.isprintable() and " " not in token
     ):
         raise ValueError("--token: expected 8 ASCII characters or more, without spaces")
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", name):
+            raise ValueError(
+                f"--allow-host {name}: expected a name without scheme and port, such as clips.example.com"
+            )
     if host in security.LOOPBACK:
         return frozenset((*security.LOOPBACK, *(name.lower() for name in names)))
     if token is None:
@@ -161,6 +208,18 @@ def check_access(host: str, token: str | None, names: Sequence[str]) -> frozense
             f"--host {host}: others could use this machine; expected a --token, too, or --host 127.0.0.1"
         )
     return frozenset(name.lower() for name in names) or None
+
+
+def check_device(device: str | None) -> None:
+    """Raise ValueError for a device that is none, or a GPU of NVIDIA's on a machine without its driver."""
+    if device is not None and not re.fullmatch(r"cpu|mps|(cuda|xpu)(:[0-9]+)?", device):
+        raise ValueError(f"--device {device}: expected cpu, cuda, cuda:1 or mps")
+    if device is not None and device.startswith("cuda") and sys.platform == "linux" and not _has_driver():
+        raise ValueError(f"--device {device}: this machine has no driver for NVIDIA GPUs; expected cpu")
+
+
+def _has_driver() -> bool:
+    return any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg"))
 
 
 def check_origins(origins: Sequence[str]) -> tuple[str, ...]:

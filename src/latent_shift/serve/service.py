@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from latent_shift.serve.events import Events
 from latent_shift.serve.jobs import Job, JobStore, KeyReused, QueueFull
 from latent_shift.serve.metrics import Metrics
 from latent_shift.serve.queue import Queue
-from latent_shift.serve.schema import MAX_CHARACTERS, ApiError, ModelInfo, VideoRequest, resolve
+from latent_shift.serve.schema import MAX_CHARACTERS, ApiError, ModelInfo, VideoRequest, blamed_field, resolve
 from latent_shift.serve.uploads import MediaShape, UploadLimits, inspect, name_reference, too_large
 from latent_shift.serve.workers import Worker
 
@@ -69,6 +69,10 @@ class Settings:
 class Service:
     """The jobs, workers and models of a server; what its routes call.
 
+    Attributes:
+        failure: why no worker could load its models.
+        on_failure: called then, by another thread.
+
     Args:
         store: of the jobs; closed by `stop`.
         workers: not started.
@@ -87,13 +91,17 @@ class Service:
     ):
         self.store, self.models, self.names, self.settings = store, models, names, settings
         self.events, self.metrics = Events(), Metrics(store)
-        self.queue = Queue(store, self.events, workers, describe=self.video, metrics=self.metrics)
+        self.queue = Queue(
+            store, self.events, workers, describe=self.video, metrics=self.metrics, on_failure=self._fail
+        )
         self.rate = security.RateLimit(settings.limits.requests_per_minute)
         self._checks: Workers | None = None  # started by the first upload
         self._num_checks = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: threading.Thread | None = None
         self._has_stopped = False
+        self.failure: str | None = None
+        self.on_failure: Callable[[], None] = lambda: None
         self.large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -103,6 +111,10 @@ class Service:
         if again or failed:
             log.warning("%d jobs that were in progress are queued again, %d failed", again, failed)
         self.queue.start()
+
+    def _fail(self, message: str) -> None:
+        self.failure = message
+        self.on_failure()
 
     def begin_stop(self) -> None:
         """Take no more jobs, let the running steps end, and end the event streams, which would keep the server from ending.
@@ -130,11 +142,11 @@ class Service:
             self._checks.__exit__()
         self.store.close()
 
-    def job(self, job_id: str) -> Job:
-        """Return a job; raise ApiError if there is none."""
+    def job(self, job_id: str, param: str = "video_id") -> Job:
+        """Return a job; raise ApiError that names a parameter if there is none."""
         job = None if self.queue.is_deleted(job_id) else self.store.get(job_id)
         if job is None or job.kind != "video" or (job.expires or math.inf) <= time.time():
-            raise ApiError(404, f"no video {job_id!r:.60}", code="not_found", param="video_id")
+            raise ApiError(404, f"no video {job_id!r:.60}", code="not_found", param=param)
         return job
 
     def finished(self, job_id: str) -> Job:
@@ -223,7 +235,10 @@ class Service:
                 400, "size: expected one, the model has none of its own", code="invalid_value", param="size"
             )
         assert num_frames is not None
-        self._check_cost(fields, model, num_frames=num_frames, height=height, width=width)
+        self._check_cost(request, fields, model, num_frames=num_frames, height=height, width=width)
+        if late := [frame for frame in fields.get("then", {}) if frame >= num_frames]:
+            message = f"then: frame {late[0]} is not in the clip; expected 1 to {num_frames - 1}"
+            raise ApiError(400, message, code="invalid_value", param="then")
         self.check_workers()
         if self.queue.stopping:
             raise ApiError(503, "the server is stopping", code="stopping", retry_after=10)
@@ -242,9 +257,8 @@ class Service:
 
     def check_workers(self) -> None:
         """Raise ApiError if no worker could load its models."""
-        if self.queue.failed:
-            message = "no worker could load its models; /v1/workers says why"
-            raise ApiError(503, message, code="setup_failed", retry_after=60)
+        if self.failure is not None:
+            raise ApiError(503, f"the models could not be loaded: {self.failure}", code="setup_failed")
 
     def model(self, name: str | None) -> ModelInfo:
         if name is None:
@@ -277,11 +291,12 @@ class Service:
         raise ApiError(400, message, code="invalid_file", param=name)
 
     def _check_cost(
-        self, fields: Mapping[str, Any], model: ModelInfo, *, num_frames: int, height: int, width: int
-    ) -> None:
+        self, request: VideoRequest, fields: Mapping[str, Any], model: ModelInfo, *, num_frames: int, height: int, width: int
+    ) -> None:  # fmt: skip
         """Raise ApiError for a request that costs more than one may."""
         limits = self.settings.limits
-        steps = (fields.get("num_inference_steps") or model.num_inference_steps) * fields.get("free_init", 1)
+        passes = fields.get("free_init", 1)
+        steps = (fields.get("num_inference_steps") or model.num_inference_steps) * passes
         for name, value, most in (
             ("then", sum(map(len, fields.get("then", {}).values())), MAX_CHARACTERS),
             ("num_frames", num_frames, limits.num_frames),
@@ -291,9 +306,11 @@ class Service:
             ("num_inference_steps", steps, limits.num_inference_steps),
         ):
             if value > most:
-                unit = {"size": " pixels in all frames", "then": " characters"}.get(name, "")
-                message = f"{name}: {value:,}{unit} is more than this server allows, {most:,}"
-                raise ApiError(400, message, code="limit_exceeded", param=name)
+                units = {"size": " pixels in all frames", "then": " characters"}
+                if passes > 1:
+                    units["num_inference_steps"] = f" in {passes} passes of free_init"
+                message = f"{name}: {value:,}{units.get(name, '')} is more than this server allows, {most:,}"
+                raise ApiError(400, message, code="limit_exceeded", param=blamed_field(request, name))
 
 
 def _second(moment: float | None) -> int | None:

@@ -29,7 +29,7 @@ def decode_data_url(value: object, param: str, limits: UploadLimits) -> bytes:
     if match is None:
         raise ApiError(
             400,
-            f"{param}: expected a file of a form, or a data URL such as data:image/png;base64,...; other addresses are not fetched",
+            f"{param}: expected a multipart file, or a data URL such as data:image/png;base64,...; other addresses are not fetched",
             code="invalid_value",
             param=param,
         )

@@ -10,10 +10,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Protocol
+
+from tqdm import tqdm
 
 from latent_shift.pipelines import catalog
 from latent_shift.runtime import exit_with_parent, set_passive_waiting, skip_packages
@@ -54,10 +56,10 @@ class ProcessWorker:
     """
 
     def __init__(
-        self, number: int, models: Sequence[str], *, device: str | None = None, threads: int | None = None
+        self, number: int, models: Mapping[str, str], *, device: str | None = None, threads: int | None = None
     ):
         self.name = f"worker {number}"
-        self._arguments = (list(models), device, threads)
+        self._arguments = (dict(models), device, threads)
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._sending = threading.Lock()
@@ -126,7 +128,7 @@ class ProcessWorker:
             raise WorkerDied(f"{self.name} ended with status {code}") from error
 
 
-def _main(connection: Connection, models: Sequence[str], device: str | None, threads: int | None) -> None:
+def _main(connection: Connection, models: Mapping[str, str], device: str | None, threads: int | None) -> None:
     """Serve a `ProcessWorker` until its server ends."""
     exit_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):  # the server decides when a worker ends
@@ -134,8 +136,9 @@ def _main(connection: Connection, models: Sequence[str], device: str | None, thr
     set_passive_waiting()
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave behind
     # Any request may name a scheduler that needs SciPy.
-    skip_packages(set.intersection(*map(catalog.unused_packages, models)) - {"scipy"})
+    skip_packages(set.intersection(*map(catalog.unused_packages, models.values())) - {"scipy"})
     try:
         generator = Generator(models, device, threads)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:

@@ -38,16 +38,17 @@ JobDep = Annotated[Job, Depends(find_job)]
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 
 
-def content_file(service: Service, job: Job, kind: str, *, download: bool = False) -> FileResponse:
+def content_file(service: Service, job: Job, kind: str | None, *, download: bool = False) -> FileResponse:
     """Return the file of a completed job, encoded when it is first asked for.
 
     Args:
         service: of the job.
         job: completed.
-        kind: a key of `results.FORMATS`.
+        kind: a key of `results.FORMATS`; None is mp4, or png of one frame.
         download: whether a browser saves the file instead of showing it.
     """
     folder = service.store.path(job.id)
+    kind = kind or ("png" if job.result["num_frames"] == 1 else "mp4")
     is_new = not (folder / f"video.{kind}").exists()
     try:
         path = results.content(folder, kind)

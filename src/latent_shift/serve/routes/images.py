@@ -17,13 +17,13 @@ router = APIRouter(prefix="/v1/images", tags=["images"])
 
 
 @router.post(
-    "/generations", openapi_extra=body_schema(ImageRequest, form=False), dependencies=[Depends(count_request)]
+    "/generations", openapi_extra=body_schema(ImageRequest, files=False), dependencies=[Depends(count_request)]
 )  # fmt: skip
 async def create_images(request: Request, service: ServiceDep) -> dict[str, Any]:
     """Generate images and return them as base64 PNGs."""
     fields, inputs = await read_body(request, service)
     for name in inputs:
-        raise ApiError(400, f"{name}: expected no file", code="invalid_value", param=name)
+        raise ApiError(400, f"{name}: expected text, got a file", code="invalid_value", param=name)
     images: ImageRequest = parse_fields(ImageRequest, fields)
     shared = images.model_dump(exclude={"n", "response_format", "seed"}, exclude_none=True)
     jobs, data = [], []

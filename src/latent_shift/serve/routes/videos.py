@@ -13,7 +13,6 @@ from starlette.concurrency import run_in_threadpool
 from latent_shift.serve import results
 from latent_shift.serve.bodies import body_schema, read_body
 from latent_shift.serve.events import ALL
-from latent_shift.serve.jobs import Job
 from latent_shift.serve.routes.dependencies import (
     CACHED,
     IdempotencyKey,
@@ -26,6 +25,7 @@ from latent_shift.serve.routes.dependencies import (
 from latent_shift.serve.schema import ApiError, DeletedVideo, Video, VideoList, VideoRequest, parse_fields
 
 POLL_AFTER_MS = 500
+Format = Literal["mp4", "webm", "gif", "webp", "png"]
 
 router = APIRouter(prefix="/v1", tags=["videos"])
 
@@ -45,14 +45,19 @@ async def create_video(
 
 @router.post(
     "/videos/sync", response_class=FileResponse, openapi_extra=body_schema(VideoRequest),
-    responses={200: {"content": {"video/mp4": {}, "image/png": {}}}}, dependencies=[Depends(count_request)],
+    responses={200: {"content": {kind: {} for kind in results.FORMATS.values()}}}, dependencies=[Depends(count_request)],
 )  # fmt: skip
-async def create_video_and_wait(request: Request, service: ServiceDep, key: IdempotencyKey = None) -> Any:
-    """Generate a video and return its file, an mp4, or a png of one frame. A client that goes away cancels it."""
+async def create_video_and_wait(
+    request: Request, service: ServiceDep, format: Format | None = None, key: IdempotencyKey = None
+) -> Any:
+    """Generate a video and return its file, an mp4 or a png of one frame, unless another format is asked for; Content-Location
+    names the video. A client that goes away cancels it."""
     fields, inputs = await read_body(request, service)
     job, is_new = await service.create(parse_fields(VideoRequest, fields), inputs, key=key)
     job = await wait_for(service, job, request, cancel=is_new)
-    return await run_in_threadpool(content_file, service, job, _own_format(job))
+    response = await run_in_threadpool(content_file, service, job, format)
+    response.headers["Content-Location"] = f"/v1/videos/{job.id}/content"
+    return response
 
 
 @router.get("/videos", response_model=VideoList)
@@ -64,7 +69,7 @@ def list_videos(
     status: Literal["queued", "in_progress", "completed", "failed"] | None = None,
 ) -> Any:
     """List videos, the newest first; the next page begins after `last_id`."""
-    number = None if after is None else service.job(after).number
+    number = None if after is None else service.job(after, "after").number
     jobs = service.store.videos(limit=limit + 1, after=number, descending=order == "desc", status=status)
     data = [service.video(job) for job in jobs[:limit] if not service.queue.is_deleted(job.id)]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
@@ -96,6 +101,7 @@ def cancel_video(job: JobDep, service: ServiceDep) -> Any:
     return service.video(service.job(job.id))
 
 
+@router.head("/videos/{video_id}/content", include_in_schema=False)
 @router.get(
     "/videos/{video_id}/content", response_class=FileResponse,
     responses={200: {"content": {kind: {} for kind in results.FORMATS.values()}}},
@@ -103,7 +109,7 @@ def cancel_video(job: JobDep, service: ServiceDep) -> Any:
 def download_video(
     video_id: str,
     service: ServiceDep,
-    format: Literal["mp4", "webm", "gif", "webp", "png"] | None = None,
+    format: Format | None = None,
     variant: Literal["video", "thumbnail", "spritesheet"] = "video",
     download: bool = False,
 ) -> Any:
@@ -116,10 +122,10 @@ def download_video(
     if variant == "thumbnail":
         path = results.thumbnail(service.store.path(job.id))
         return FileResponse(path, media_type="image/webp", headers=CACHED, stat_result=path.stat())
-    kind = "png" if variant == "spritesheet" else format or _own_format(job)
-    return content_file(service, job, kind, download=download)
+    return content_file(service, job, "png" if variant == "spritesheet" else format, download=download)
 
 
+@router.head("/videos/{video_id}/input/{name}", include_in_schema=False)
 @router.get("/videos/{video_id}/input/{name}", response_class=FileResponse)
 def download_input(job: JobDep, name: str, service: ServiceDep) -> Any:
     """Return a file that came with the request."""
@@ -157,7 +163,3 @@ async def stream_all_events(service: ServiceDep) -> AsyncIterator[ServerSentEven
     with service.events.listen(ALL) as events:
         async for event in events:
             yield ServerSentEvent(data=event.data, event=event.name, id=event.id)
-
-
-def _own_format(job: Job) -> str:
-    return "png" if job.result["num_frames"] == 1 else "mp4"

@@ -29,6 +29,7 @@ async function api(path, options = {}) {
   try {
     answer = await fetch(path, options);
   } catch {
+    setServer("bad", "no answer");
     throw Object.assign(new Error("The server does not answer."), { isLost: true });
   }
   if (answer.ok) return answer.json();
@@ -73,9 +74,10 @@ async function refresh() {
     const before = Date.now() / 1000 - 5;
     for (const id of order)
       if (!ids.has(id) && videos.get(id).created_at >= since && videos.get(id).created_at < before) forget(id);
-    list.data.forEach(keep);
+    list.data.reverse().forEach(keep); // the oldest first: among clips of one second the last comes first
     if (order.length <= page) hasOlder = list.has_more;
-    if (!shown) shown = list.data.find((video) => ["queued", "in_progress"].includes(video.status))?.id ?? null;
+    const runs = (id) => ["queued", "in_progress"].includes(videos.get(id).status);
+    if (!shown) shown = order.find(runs) ?? null;
     render();
     renderCards();
     readiness();
@@ -130,8 +132,8 @@ function fill(values) {
   others = Object.fromEntries(Object.entries(values).filter(([name]) => OTHERS.includes(name)));
   renderOthers();
   touchedStrength = values.strength !== undefined;
-  $("strength").value = values.strength ?? 0.6;
-  $("strength-value").value = $("strength").value;
+  if (touchedStrength) $("strength").value = values.strength;
+  showStrength();
   $("then").replaceChildren();
   for (const [frame, text] of Object.entries(values.then ?? {})) addThen(frame, text);
   if (values.then || values.negative_prompt || NUMBERS.some((name) => values[name])) $("more").open = true;
@@ -293,9 +295,10 @@ function suggest() {
     const before = $("prompt").value.slice(0, $("prompt").selectionStart);
     const words = before.split(/[\s,.;:!?()]+/);
     const model = models.find(({ id }) => id === $("model").value) ?? models[0];
-    if (!model || words.at(-1).length < 2) return hideSuggestions();
+    if (!model) return hideSuggestions();
     for (let length = Math.min(3, words.length); length > 0; length--) {
       const query = words.slice(-length).join(" ");
+      if (query.trim().length < 2) continue;
       const answer = await api(`v1/models/${model.id}/names?limit=6&query=${encodeURIComponent(query)}`).catch(() => null);
       if (turn !== suggestTurn || document.activeElement !== $("prompt")) return;
       const names = (answer?.data ?? []).filter((name) => name.toLowerCase() !== query.toLowerCase());
@@ -370,6 +373,13 @@ function addFile(file, role) {
   setInputs([...inputs.filter((input) => input.role !== role), { role, file, url: URL.createObjectURL(file) }]);
 }
 
+// Until it is moved, the slider shows what the server takes when strength is left out.
+function showStrength() {
+  const roles = inputs.map(({ role }) => role);
+  if (!touchedStrength) $("strength").value = roles.includes("video") && !roles.includes("mask") ? 0.6 : 1;
+  $("strength-value").value = $("strength").value;
+}
+
 function setInputs(list) {
   for (const input of inputs) if (!list.includes(input)) URL.revokeObjectURL(input.url);
   inputs = list;
@@ -399,6 +409,8 @@ function renderInputs() {
     }),
   );
   $("strength-row").hidden = !inputs.some(({ role }) => role === "video" || role === "image");
+  if (!inputs.length) touchedStrength = false;
+  showStrength();
 }
 
 // --- videos
@@ -430,7 +442,7 @@ function update(video) {
       say(`${words}: ${video.prompt}`);
     }
   } else if (before?.status !== video.status && video.id === shown) {
-    say(video.status === "queued" ? `In line at place ${video.queue_position}` : "Generating");
+    say(video.status === "queued" ? `Number ${video.queue_position} in the queue` : "Generating");
   }
   if (!shown) shown = video.id;
   if (video.id === shown) render();
@@ -496,6 +508,7 @@ async function again(video, num) {
   }
 }
 
+let doomed = null; // id of the clip whose deletion was asked for once: a second click within three seconds deletes it
 let screenKey = "";
 let played = false;
 
@@ -535,7 +548,8 @@ function render() {
   $("play").hidden = state !== "completed" || isStill || !$("video").paused || played;
   if (!video) return;
   $("clip-title").textContent = video.prompt;
-  const facts = [`${video.num_frames} frames at ${video.fps} a second`, video.size, `seed ${video.seed}`];
+  const length = isStill ? "1 frame" : `${video.num_frames} frames at ${video.fps} fps`;
+  const facts = [length, video.size, `seed ${video.seed}`];
   $("clip-facts").textContent = facts.join(" · ");
   $("clip-error").textContent = video.error?.code === "cancelled" ? "Cancelled." : (video.error?.message ?? "");
   document.querySelector(".downloads").hidden = state !== "completed";
@@ -544,6 +558,7 @@ function render() {
     link.hidden = isStill && link.dataset.format !== "png";
     link.download = "";
   }
+  $("remove").textContent = doomed === shown ? "Delete for good?" : "Delete";
   renderProgress(video.id);
 }
 
@@ -557,7 +572,7 @@ function renderProgress(id) {
   if (video.status === "queued") {
     bar.removeAttribute("aria-valuenow");
     bar.firstElementChild.style.width = "";
-    $("progress-text").textContent = video.queue_position === 1 ? "Next in line" : `In line at place ${video.queue_position}`;
+    $("progress-text").textContent = video.queue_position === 1 ? "Next in the queue" : `Number ${video.queue_position} in the queue`;
   } else if (video.status === "in_progress") {
     const percent = progress?.progress ?? 0;
     bar.setAttribute("aria-valuenow", String(percent));
@@ -613,7 +628,7 @@ function renderCards() {
     if ($("cards").children[index] !== card) $("cards").insertBefore(card, $("cards").children[index] ?? null);
   });
   $("no-cards").hidden = ids.length > 0;
-  $("no-cards").textContent = order.length ? "No clip has these words." : "Clips stay here, also after a restart.";
+  $("no-cards").textContent = order.length ? "No matches." : "Clips are kept here, even after a restart.";
   $("older").hidden = !hasOlder;
 }
 
@@ -635,7 +650,7 @@ function fillCard(card, video, key) {
     button.onpointerenter = button.onfocus = play;
     button.onpointerleave = button.onblur = stop;
   } else {
-    const states = { queued: `in line: ${video.queue_position}`, in_progress: "generating", failed: video.error?.code === "cancelled" ? "cancelled" : "failed" };
+    const states = { queued: `queued: ${video.queue_position}`, in_progress: "generating", failed: video.error?.code === "cancelled" ? "cancelled" : "failed" };
     thumb.append(states[video.status]);
     thumb.append(Object.assign(document.createElement("span"), { className: "fill" }));
   }
@@ -662,7 +677,10 @@ async function older() {
   const last = order.at(-1);
   const list = await api(`v1/videos?limit=${page}&after=${last}`).catch(() => null);
   if (!list) return;
-  list.data.forEach(keep);
+  for (const video of list.data) {
+    if (!videos.has(video.id)) order.push(video.id);
+    videos.set(video.id, video);
+  }
   hasOlder = list.has_more;
   renderCards();
 }
@@ -690,7 +708,7 @@ function connect() {
   $("prompt").onblur = hideSuggestions;
   $("strength").oninput = () => {
     touchedStrength = true;
-    $("strength-value").value = $("strength").value;
+    showStrength();
   };
   $("model").onchange = showModel;
   $("add-then").onclick = () => addThen().focus();
@@ -733,6 +751,15 @@ function connect() {
   };
   $("remove").onclick = async () => {
     const id = shown;
+    if (doomed !== id) {
+      doomed = id;
+      render();
+      setTimeout(() => {
+        doomed = null;
+        render();
+      }, 3000);
+      return;
+    }
     await api(`v1/videos/${id}`, { method: "DELETE" }).then(() => forget(id), (error) => showError(error.message));
     $("gallery-title").focus();
   };

@@ -14,7 +14,7 @@ from latent_shift.cli import outputs
 from latent_shift.cli.generate import Prediction, Variant
 from latent_shift.cli.terminal import Progress
 from latent_shift.files import write_json
-from latent_shift.runtime import quiet_libraries, skip_packages
+from latent_shift.runtime import keep_freed_memory, quiet_libraries, skip_packages
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,7 @@ def evaluate(
     """Measure systems against real clips, each number with its protocol, its weights and its interval."""
     outputs.check_json(output, force=force)
     torch_dtype = _parse_dtype(dtype)
+    keep_freed_memory()
     quiet_libraries()
     from latent_shift import runtime
     from latent_shift.evaluation import protocols, systems, tables
@@ -273,6 +274,7 @@ def sheet(
     lines = outputs.read_prompts(prompts)
     catalog.check_model(model, variant=variant, prediction=prediction)
     skip_packages(catalog.unused_packages(model))
+    keep_freed_memory()
     quiet_libraries()
     from latent_shift.pipelines import provenance
     from latent_shift.pipelines.loading import load

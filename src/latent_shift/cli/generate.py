@@ -13,7 +13,7 @@ import typer
 
 from latent_shift.cli import outputs
 from latent_shift.cli.terminal import Progress, duration
-from latent_shift.runtime import quiet_libraries, skip_packages
+from latent_shift.runtime import keep_freed_memory, quiet_libraries, skip_packages
 
 if TYPE_CHECKING:
     from latent_shift.pipelines.clip_pipeline import ClipPipeline
@@ -149,6 +149,7 @@ def generate(
     catalog.check_model(model, variant=variant, prediction=prediction)
 
     skip_packages(catalog.unused_packages(model, lora=lora is not None, scheduler=scheduler))
+    keep_freed_memory()
     quiet_libraries()
     from latent_shift.pipelines import provenance
     from latent_shift.pipelines.loading import load

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -91,8 +92,17 @@ class Generator:
     """
 
     def __init__(self, models: Mapping[str, str], device: str | None = None, threads: int | None = None):
-        from latent_shift.runtime import quiet_libraries
+        # One thread loads and generates: a new one for each job would start OpenMP's threads and its heap anew.
+        self._thread = ThreadPoolExecutor(1)
+        self._thread.submit(self._load, models, device, threads).result()
+        self._cancelled: set[str] = set()
+        self._lock = threading.Lock()
+        self._current: str | None = None
 
+    def _load(self, models: Mapping[str, str], device: str | None, threads: int | None) -> None:
+        from latent_shift.runtime import keep_freed_memory, quiet_libraries
+
+        keep_freed_memory()
         quiet_libraries()
         import torch
 
@@ -113,9 +123,6 @@ class Generator:
                 read_preview(catalog.folder(model), pipe.unet.config.in_channels) if is_folder else None
             )
         self._hashes = {name: hash_inputs(model) for name, model in models.items()}
-        self._cancelled: set[str] = set()
-        self._lock = threading.Lock()
-        self._current: str | None = None
 
     def ready(self) -> None:
         """Return: the models are loaded."""
@@ -131,8 +138,7 @@ class Generator:
         messages: SimpleQueue[Message] = SimpleQueue()
         with self._lock:
             self._current = task.id
-        thread = threading.Thread(target=self._generate, args=(task, messages.put))
-        thread.start()
+        generating = self._thread.submit(self._generate, task, messages.put)
         try:
             while True:
                 message = messages.get()
@@ -140,7 +146,7 @@ class Generator:
                 if isinstance(message, (Finished, Failed)):
                     return
         finally:
-            thread.join()
+            generating.result()
             with self._lock:
                 self._current = None
                 self._cancelled.discard(task.id)

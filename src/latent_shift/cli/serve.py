@@ -118,5 +118,6 @@ def serve(
 
 def _start_log(level: str) -> None:
     """Write the server's log to standard error."""
+    logging.raiseExceptions = False  # a full disk under the log ends no request
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("latent_shift").setLevel(level.upper())

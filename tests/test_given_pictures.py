@@ -141,7 +141,7 @@ def test_call_takes_pictures_of_any_type(texts):
         ({"video": np.full(video.shape, np.nan)}, ValueError, "video: 100.0% of the pixels are NaN"),
         ({"video": video, "mask": mask[None, :8].repeat(3, 0)}, ValueError, "mask: expected"),
         ({"image": torch.full((1, 4, 4, 4), torch.nan)}, ValueError, "image: holds NaN or infinite numbers"),
-        ({"mask": mask}, ValueError, "expected a video for the mask to lie over"),
+        ({"mask": mask}, ValueError, "expected a video for the mask"),
     ):
         with pytest.raises(error, match=message):
             clip(**arguments)

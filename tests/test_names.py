@@ -1,4 +1,4 @@
-"""The names of what a model was trained on: written, searched, and told to whoever asks for something else."""
+"""The names of what a model was trained on: written, searched, and printed for prompts that are far from all of them."""
 
 import shutil
 
@@ -101,11 +101,11 @@ def test_generate_and_show_tell_what_a_model_knows(video_model, tmp_path):
     assert all(name in far for name in names)
     # A clip needs no names.
     write_names(model, names, np.eye(3), 0.5)
-    told = runner.invoke(app, ["generate", "red", *generate])
-    assert told.exit_code == 0 and "its embeddings have 3 numbers" in told.stderr
+    result = runner.invoke(app, ["generate", "red", *generate])
+    assert result.exit_code == 0 and "its embeddings have 3 numbers" in result.stderr
     (model / FILE).write_bytes(b"damaged")
-    told = runner.invoke(app, ["generate", "red", *generate])
-    assert told.exit_code == 0 and "expected the names of a model" in told.stderr
+    result = runner.invoke(app, ["generate", "red", *generate])
+    assert result.exit_code == 0 and "expected the names of a model" in result.stderr
 
 
 def test_the_embedded_model_carries_its_names():

@@ -350,8 +350,8 @@ def draw_scene(
 
 
 def is_clear(scene: Scene, things: dict[str, Thing], cutouts: Cutouts) -> bool:
-    """Return whether a clip of a scene can be told from others, and told in words: colours that are new and can be seen, names with a
-    plural, ways that do not meet."""
+    """Return whether a clip of a scene can be distinguished from others, and described in words: colours that are new and can be
+    seen, names with a plural, ways that do not meet."""
     first = things[scene.things[0]]
     if scene.count > 1 and not first.is_countable:
         return False

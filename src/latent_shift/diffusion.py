@@ -102,12 +102,3 @@ def training_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, tim
     if prediction_type == "v_prediction":
         return schedule.get_velocity(latents, noise, timesteps)
     raise ValueError(f"expected a schedule that predicts epsilon or v_prediction, got {prediction_type!r}")
-
-
-def predicted_x0(schedule: DDPMScheduler, noisy: Tensor, prediction: Tensor, timestep: int) -> Tensor:
-    """Return the clean latents that a prediction at one timestep implies."""
-    signal = float(schedule.alphas_cumprod[timestep])
-    alpha, sigma = signal**0.5, (1 - signal) ** 0.5
-    if schedule.config.prediction_type == "epsilon":
-        return (noisy - sigma * prediction) / alpha
-    return alpha * noisy - sigma * prediction

@@ -11,10 +11,11 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from latent_shift.data.store import Store
-from latent_shift.diffusion import correlated_noise, predicted_x0, training_target
+from latent_shift.diffusion import correlated_noise, training_target
 from latent_shift.evaluation.clip_metrics import psnr
 from latent_shift.models import text
 from latent_shift.models.autoencoder import decode_latents, encode_frames, to_frames, to_pixels
+from latent_shift.pipelines.schedulers import predicted_clean
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 from latent_shift.runtime import seed
 from latent_shift.shift import frames, share_text
@@ -87,7 +88,7 @@ def denoising(
         errors += (together - target).float().square().mean(dim=(1, 2, 3)).cpu() / levels
         residuals = []
         for output in (together, alone):
-            denoised = predicted_x0(schedule, noisy, output, step).float()
+            denoised = predicted_clean(schedule, noisy, output, timestep).float()
             residuals.append(float((motion - denoised + denoised.mean(dim=0)).square().sum()))
         motions[step] = Motion(residuals[0], residuals[1], float(motion.square().sum()))
     return errors.numpy(), motions

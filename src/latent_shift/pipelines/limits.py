@@ -85,7 +85,7 @@ def check_pictures(
     conflicts = (
         (video and (image or last_image), "a video or an image to start from, not both"),
         (last_image and not image, "an image before last_image"),
-        (mask and not video, "a video for the mask to lie over"),
+        (mask and not video, "a video for the mask"),
         (strength and not video and not image, "a video or an image for strength to start from"),
         (last_image and loop, "a last_image or a loop, not both"),
         (free_init and (video or image), "no image or video with FreeInit, which starts from noise"),

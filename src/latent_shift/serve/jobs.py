@@ -276,8 +276,8 @@ class JobStore:
         """Delete a job that is not in progress, and its files."""
         with self._transaction() as database:
             database.execute("DELETE FROM jobs WHERE id = ? AND status != 'in_progress'", (job_id,))
-            kept = database.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone()
-        if not kept:
+            row = database.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        if row is None:
             shutil.rmtree(self.path(job_id), ignore_errors=True)
 
     # --- what workers do

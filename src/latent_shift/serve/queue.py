@@ -80,7 +80,7 @@ class Queue:
         workers: not started yet.
         describe: returns the video object of a job, for events.
         metrics: counted here.
-        on_failure: called with the reason when the last worker could not load its models.
+        on_failure: called when the last worker could not load its models.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Queue:
         *,
         describe: Callable[[Job], dict[str, Any]],
         metrics: Metrics,
-        on_failure: Callable[[str], None] = lambda _: None,
+        on_failure: Callable[[], None] = lambda: None,
     ):
         self._store, self._events, self._workers = store, events, workers
         self._describe, self._metrics, self._on_failure = describe, metrics, on_failure
@@ -111,9 +111,11 @@ class Queue:
         return not self.stopping and any(state.status in ("idle", "busy") for state in self.states)
 
     @property
-    def failed(self) -> bool:
-        """Whether no worker can load its models."""
-        return bool(self.states) and all(state.status == "failed" for state in self.states)
+    def failure(self) -> str | None:
+        """Why no worker could load its models; None if one could, or may yet."""
+        if not self.states or any(state.status != "failed" for state in self.states):
+            return None
+        return self.states[-1].error
 
     def start(self) -> None:
         for thread in self._threads:
@@ -222,8 +224,8 @@ class Queue:
             except Exception as error:
                 state.status, state.error = "failed", str(error)
                 log.error("%s: %s", worker.name, error)
-                if self.failed:
-                    self._on_failure(str(error))
+                if self.failure is not None:
+                    self._on_failure()
                 return False
         raise AssertionError
 

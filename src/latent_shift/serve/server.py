@@ -95,8 +95,8 @@ def serve(
             _Server(config, service, on_start).run(sockets=[listener])
         finally:  # a second Ctrl-C skips the end of the application
             service.stop()
-    if service.failure is not None:
-        raise RuntimeError(f"no worker could load its models: {service.failure}")
+    if service.queue.failure is not None:
+        raise RuntimeError(f"no worker could load its models: {service.queue.failure}")
 
 
 class _Server(uvicorn.Server):

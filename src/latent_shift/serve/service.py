@@ -70,8 +70,7 @@ class Service:
     """The jobs, workers and models of a server; what its routes call.
 
     Attributes:
-        failure: why no worker could load its models.
-        on_failure: called then, by another thread.
+        on_failure: called by another thread when no worker could load its models, see `Queue.failure`.
 
     Args:
         store: of the jobs; closed by `stop`.
@@ -92,7 +91,12 @@ class Service:
         self.store, self.models, self.names, self.settings = store, models, names, settings
         self.events, self.metrics = Events(), Metrics(store)
         self.queue = Queue(
-            store, self.events, workers, describe=self.video, metrics=self.metrics, on_failure=self._fail
+            store,
+            self.events,
+            workers,
+            describe=self.video,
+            metrics=self.metrics,
+            on_failure=lambda: self.on_failure(),
         )
         self.rate = security.RateLimit(settings.limits.requests_per_minute)
         self._checks: Workers | None = None  # started by the first upload
@@ -100,7 +104,6 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: threading.Thread | None = None
         self._has_stopped = False
-        self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self.large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
 
@@ -111,10 +114,6 @@ class Service:
         if again or failed:
             log.warning("%d jobs that were in progress are queued again, %d failed", again, failed)
         self.queue.start()
-
-    def _fail(self, message: str) -> None:
-        self.failure = message
-        self.on_failure()
 
     def begin_stop(self) -> None:
         """Take no more jobs, let the running steps end, and end the event streams, which would keep the server from ending.
@@ -257,8 +256,8 @@ class Service:
 
     def check_workers(self) -> None:
         """Raise ApiError if no worker could load its models."""
-        if self.failure is not None:
-            raise ApiError(503, f"the models could not be loaded: {self.failure}", code="setup_failed")
+        if (failure := self.queue.failure) is not None:
+            raise ApiError(503, f"the models could not be loaded: {failure}", code="setup_failed")
 
     def model(self, name: str | None) -> ModelInfo:
         if name is None:

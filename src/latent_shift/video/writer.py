@@ -146,8 +146,9 @@ def _write_video(frames: np.ndarray, path: Path, fps: float, metadata: Mapping[s
         stream = container.add_stream("libx264" if mp4 else "libvpx-vp9", rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # Visually lossless at these sizes. x264's preset veryfast takes half the time of medium at crf 18, for the same quality.
-        stream.options = {"crf": "17", "preset": "veryfast"} if mp4 else {"crf": "24", "b": "0"}
+        # Visually lossless at these sizes. x264's preset veryfast at crf 16 has the quality of medium at 18 in less time, and
+        # somewhat larger files.
+        stream.options = {"crf": "16", "preset": "veryfast"} if mp4 else {"crf": "24", "b": "0"}
         # Without these marks players choose the matrix by the size.
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709

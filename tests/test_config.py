@@ -61,7 +61,7 @@ def test_load_applies_overrides_and_reads_back_a_dump(recipe, tmp_path):
         (["optim.lr='fast'"], "optim.lr: Input should be a valid number, got 'fast'"),
         (["optim.steps=1.5"], "optim.steps: Input should be a valid integer"),
         (["optim.steps=0"], "optim.steps: Input should be greater than or equal to 1, got 0"),
-        (["stage=movie"], "stage: Input should be 'autoencoder', 'image' or 'video', got 'movie'"),
+        (["stage=movie"], "stage: Input should be 'autoencoder', 'image', 'video' or 'distill', got 'movie'"),
         (["stage=video"], "stage video needs data.num_frames of 2 or more"),
         (["data.num_frames=4"], "trains on single frames: data.num_frames must be 1"),
         (["model.init=there"], "give either size"),

@@ -17,8 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from latent_shift import video
 from latent_shift.config import Config
 from latent_shift.runtime import keep_freed_memory
+from latent_shift.training.loop import STAGES
 from latent_shift.training.prepare import Prepared
-from latent_shift.training.stages import AutoencoderStage, DenoiserStage, Stage
+from latent_shift.training.stages import Stage
 
 keep_freed_memory()  # as the command does before it trains
 
@@ -164,13 +165,18 @@ def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
         "data": {
             "path": str(path),
             "batch_size": 2,
-            **{"autoencoder": {"crop": 32}, "image": {}, "video": {"num_frames": 4}}[stage],
+            **{
+                "autoencoder": {"crop": 32},
+                "image": {},
+                "video": {"num_frames": 4},
+                "distill": {"num_frames": 4},
+            }[stage],
         },
         "model": {"size": "tiny"},
         "optim": {"steps": steps, "lr": 1e-3, "warmup_steps": 1},
         "train": {"precision": "no", "log_every": 1, "sample_every": 1000},
     }
-    if stage != "autoencoder":
+    if stage in ("image", "video"):
         tables["train"]["sample_steps"] = 2
     for name, values in sections.items():
         tables[name] = values if name == "model" else {**tables.get(name, {}), **values}
@@ -180,5 +186,4 @@ def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
 def stage_of(config: Config) -> Stage:
     """The stage of a config whose data is a store and whose model.init, if any, is a diffusers folder."""
     init = Path(config.model.init) if config.model.init else None
-    stage = AutoencoderStage if config.stage == "autoencoder" else DenoiserStage
-    return stage(config, Prepared(config.data.path, init, "no"))
+    return STAGES[config.stage](config, Prepared(config.data.path, init, "no"))

@@ -215,6 +215,26 @@ class Loss(Section):
     )
 
 
+class Distill(Section):
+    """Distillation into a model of few steps (phased consistency, Wang et al. 2024), in stage distill."""
+
+    phases: int = Field(
+        4, ge=1, description="Phases of the teacher's trajectory: the sampling steps of the exported model."
+    )
+    solver_steps: int = Field(
+        40,
+        ge=1,
+        description="DDIM steps of the teacher, of which each training step takes one; a multiple of `phases` that divides "
+        "diffusion.num_timesteps.",
+    )
+    guidance_scale: float = Field(
+        2.0, ge=1, description="Guidance scale of the teacher, which becomes part of the student."
+    )
+    huber_c: float = Field(
+        0.001, gt=0, description="Error below which the loss is quadratic; above it grows linearly."
+    )
+
+
 class Optim(Section):
     """Optimizer, learning rate schedule, and the average of the weights."""
 
@@ -295,8 +315,9 @@ class Train(Section):
 class Config(Section):
     """All settings of a run, as in `config.toml` of its folder."""
 
-    stage: Literal["autoencoder", "image", "video"] = Field(
-        description="What is trained: an autoencoder, a text-to-image model, or a text-to-video model."
+    stage: Literal["autoencoder", "image", "video", "distill"] = Field(
+        description="What is trained: an autoencoder, a text-to-image model, a text-to-video model, or either of these again to "
+        "sample in few steps."
     )
     data: Data
     model: Model
@@ -304,24 +325,27 @@ class Config(Section):
     lora: Lora | None = None
     loss: Loss = Loss()
     diffusion: Diffusion = Diffusion()
+    distill: Distill = Distill()
     train: Train = Train()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if self.stage == "video" and self.data.num_frames < 2:
             raise ValueError("stage video needs data.num_frames of 2 or more")
-        if self.stage != "video" and self.data.num_frames != 1:
+        if self.stage in ("autoencoder", "image") and self.data.num_frames != 1:
             raise ValueError(f"stage {self.stage} trains on single frames: data.num_frames must be 1")
         for name in _IGNORED[self.stage]:
             section, key = name.split(".")
             default = type(getattr(self, section)).model_fields[key].default
             if getattr(getattr(self, section), key) != default:
                 raise ValueError(f"{name} has no effect in stage {self.stage}: leave it out")
+        if self.stage == "distill":
+            self._check_distill()
         if self.lora and self.train.shard:
             raise ValueError("train.shard has no effect on the frozen weights under a lora: leave it out")
         if self.train.shard and (self.stage == "autoencoder" or self.optim.optimizer != "adamw"):
             raise ValueError(
-                "train.shard needs stage image or video and optim.optimizer=adamw: neither autoencoders nor adamw8bit can be sharded"
+                "train.shard needs stage image or video, and optim.optimizer=adamw: neither autoencoders nor adamw8bit can be sharded"
             )
         if self.train.shard and self.train.precision == "fp16":
             raise ValueError("train.shard with train.precision=fp16: expected bf16 or no")
@@ -346,7 +370,7 @@ class Config(Section):
             )
         if self.lora and (self.stage == "autoencoder" or self.model.init is None):
             raise ValueError(
-                "a lora adds to the weights of a trained denoiser: expected stage image or video, and model.init"
+                "a lora adds to the weights of a trained denoiser: expected stage image, video or distill, and model.init"
             )
         if self.optim.warmup_steps + self.optim.cooldown_steps > self.optim.steps:
             warmup, cooldown = self.optim.warmup_steps, self.optim.cooldown_steps
@@ -354,6 +378,24 @@ class Config(Section):
                 f"optim.warmup_steps={warmup} and optim.cooldown_steps={cooldown} together are more than optim.steps={self.optim.steps}"
             )
         return self
+
+    def _check_distill(self) -> None:
+        phases, steps, num_timesteps = (
+            self.distill.phases,
+            self.distill.solver_steps,
+            self.diffusion.num_timesteps,
+        )
+        if self.model.init is None:
+            raise ValueError("stage distill needs model.init, the model to distil")
+        if steps % phases or num_timesteps % steps:
+            raise ValueError(
+                f"distill.solver_steps={steps}: expected a multiple of distill.phases={phases} that divides "
+                f"diffusion.num_timesteps={num_timesteps}"
+            )
+        if self.train.shard:
+            raise ValueError("train.shard is not possible in stage distill")
+        if self.data.num_frames == 1 and self.data.image_share:
+            raise ValueError("data.image_share has no effect with data.num_frames=1: leave it out")
 
     def with_settings(self, settings: dict[str, object]) -> Config | None:
         """Return a Config with other values for some `table.key`, or None if they contradict the rest."""
@@ -374,6 +416,7 @@ class Config(Section):
             "stage": self.stage,
             **{f"data.{name}": getattr(self.data, name) for name in ("path", *PACKING)},
             "lora": self.lora,
+            "distill": self.distill,
             "train.shard": self.train.shard,
             "optim.optimizer": self.optim.optimizer,
             **{f"model.{name}": value for name, value in self.model.model_dump().items()},
@@ -384,9 +427,11 @@ class Config(Section):
 PACKING = ("size", "fps", "aspects", "mirror")
 """Settings of `data` for packing and encoding a folder of videos; without effect on a store."""
 _DIFFUSION = [f"diffusion.{name}" for name in Diffusion.model_fields]
+_DISTILL = [f"distill.{name}" for name in Distill.model_fields]
 _IGNORED = {  # settings that have no effect in a stage
     "autoencoder": [
         *_DIFFUSION,
+        *_DISTILL,
         "data.mirror",
         "data.image_share",
         "data.window",
@@ -405,6 +450,7 @@ _IGNORED = {  # settings that have no effect in a stage
         "model.edge",
     ],
     "image": [
+        *_DISTILL,
         "diffusion.motion_weight",
         "diffusion.shared_noise",
         "diffusion.noise_correlation",
@@ -418,7 +464,17 @@ _IGNORED = {  # settings that have no effect in a stage
         "loss.kl",
         "loss.perceptual",
     ],
-    "video": ["data.crop", "loss.kl", "loss.perceptual"],
+    "video": [*_DISTILL, "data.crop", "loss.kl", "loss.perceptual"],
+    "distill": [
+        "diffusion.caption_dropout",
+        "diffusion.min_snr",
+        "diffusion.motion_weight",
+        "data.crop",
+        "loss.kl",
+        "loss.perceptual",
+        "train.sample_steps",
+        "train.sample_guidance",
+    ],
 }
 
 

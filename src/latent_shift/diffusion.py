@@ -102,3 +102,30 @@ def training_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, tim
     if prediction_type == "v_prediction":
         return schedule.get_velocity(latents, noise, timesteps)
     raise ValueError(f"expected a schedule that predicts epsilon or v_prediction, got {prediction_type!r}")
+
+
+def ddim_step(
+    schedule: DDPMScheduler, noisy_N: Tensor, prediction_N: Tensor, timesteps_N: Tensor, next_timesteps_N: Tensor
+) -> Tensor:  # fmt: skip
+    """Return samples after a deterministic step of DDIM (Song et al. 2021, equation 12 with sigma 0).
+
+    Args:
+        schedule: noise schedule of a network that predicts epsilon or v.
+        noisy_N: samples `(N, ...)` at `timesteps_N`.
+        prediction_N: of the network for them, of the same shape.
+        timesteps_N, next_timesteps_N: `(N,)`, of each sample; -1 is without noise.
+    """
+    signals = torch.cat([schedule.alphas_cumprod, torch.ones(1)]).to(noisy_N.device)  # the last is that of -1
+    shape = (-1, *[1] * (noisy_N.ndim - 1))
+
+    def scales(timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        signal = signals[timesteps].reshape(shape)
+        return signal.sqrt(), (1 - signal).sqrt()
+
+    alpha, sigma = scales(timesteps_N)
+    if schedule.config.prediction_type == "epsilon":
+        clean, noise = (noisy_N - sigma * prediction_N) / alpha, prediction_N
+    else:
+        clean, noise = alpha * noisy_N - sigma * prediction_N, sigma * noisy_N + alpha * prediction_N
+    next_alpha, next_sigma = scales(next_timesteps_N)
+    return next_alpha * clean + next_sigma * noise

@@ -106,6 +106,7 @@ class CallSettings(_Settings):
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 7.5
     shared_noise: Fraction = 0.0
     noise_correlation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    distilled_steps: Annotated[int, Field(ge=0, le=10_000)] = 0
 
 
 class LoraSettings(CallSettings):

@@ -55,6 +55,7 @@ from latent_shift.pipelines.lora import has_lora, merged
 from latent_shift.pipelines.noise import check_generator, check_latents, draw_noise
 from latent_shift.pipelines.prompts import encode_prompts
 from latent_shift.pipelines.schedulers import (
+    check_distilled,
     check_own_scheduler,
     for_strength,
     set_timesteps,
@@ -322,6 +323,8 @@ class ClipPipeline(DiffusionPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
         )  # fmt: skip
         check_image_prompts(self, ip_adapter_image, ip_adapter_image_embeds)
+        is_custom = timesteps is not None or sigmas is not None
+        self._check_distilled(num_inference_steps, guided=use_guidance, custom=is_custom)
 
         # 2. Encode prompts and image prompts.
         embeds = encode_prompts(
@@ -452,6 +455,7 @@ class ClipPipeline(DiffusionPipeline):
         self._guidance_scale = guider.guidance_scale
         use_guidance, device = self.do_classifier_free_guidance, self._execution_device
         check_image_prompts(self, None, None)
+        self._check_distilled(num_inference_steps, guided=use_guidance)
         check_effects(
             guided=use_guidance,
             negative_prompt=negative_prompt,
@@ -486,6 +490,14 @@ class ClipPipeline(DiffusionPipeline):
             frames, _ = decode_clips(self, latents, 1, output_type)
             yield frames[0][0]
             index += 1
+
+    def _check_distilled(self, num_inference_steps: int, *, guided: bool, custom: bool = False) -> None:
+        distilled_steps = int(self.call_defaults["distilled_steps"])
+        check_distilled(self.scheduler, num_inference_steps, distilled_steps, guided=guided, custom=custom)
+        if distilled_steps and self.free_init and self.free_init.use_fast_sampling:
+            raise ValueError(
+                "use_fast_sampling of FreeInit takes other steps than a distilled model knows; expected it off"
+            )
 
     def _predictor(
         self, conditions: list[Condition], guider: BaseGuidance | None, num_steps: int, *, num_frames: int = 1, loop: bool = False,

@@ -16,8 +16,9 @@ CALL_DEFAULTS: dict[str, float] = {
     "noise_correlation": 0.0,
     "num_inference_steps": 50,
     "guidance_scale": 7.5,
+    "distilled_steps": 0,
 }
-"""Defaults of a call for a model that brings none."""
+"""Defaults of a call for a model that brings none, and `distilled_steps`: DDIM steps of the teacher of a distilled model."""
 XL_GUIDANCE_SCALE = 5.0
 """The default of the Stable Diffusion XL family, as in diffusers."""
 

@@ -26,6 +26,7 @@ from latent_shift.config import Lora
 from latent_shift.files import check_schema, parse_json, tensor_shapes
 from latent_shift.models.loading import one_line_errors
 from latent_shift.models.parts import LoraSettings, PeftSettings, read_settings
+from latent_shift.pipelines.schedulers import distilled_scheduler
 from latent_shift.shift import Shift, ShiftConv2d, inflate, shift_of
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def load_lora(pipe: ClipPipeline, path: str | Path) -> None:
         inflate(pipe.unet, Shift(**{field.name: settings.pop(field.name) for field in fields(Shift)}))
         pipe.unet.register_to_config(sample_size=settings.pop("sample_size"))
         pipe.set_model_defaults(settings)
+        if settings.get("distilled_steps"):
+            pipe.scheduler = distilled_scheduler(pipe.scheduler)
     _add_tensors(pipe, fitting, alphas, metadata, path)
 
 

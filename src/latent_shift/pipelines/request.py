@@ -191,8 +191,10 @@ def _settings(request: Request, pipe: ClipPipeline, *, num_frames: int) -> dict[
         for name, value in vars(request).items()
         if value is not None and value is not False and value != {}
     }
-    noise = ("shared_noise", "noise_correlation") if num_frames == 1 else ()  # without effect
-    defaults = {name: value for name, value in pipe.call_defaults.items() if name not in noise}
+    unused = {"distilled_steps"}  # says what the model is, not how it is called
+    if num_frames == 1:
+        unused |= {"shared_noise", "noise_correlation"}
+    defaults = {name: value for name, value in pipe.call_defaults.items() if name not in unused}
     paths = {name: str(path) for name, path in request.files.items()}
     scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
     return {

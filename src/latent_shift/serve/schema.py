@@ -204,6 +204,7 @@ class ModelInfo:
     guidance_scale: float
     shared_noise: float
     noise_correlation: float
+    distilled_steps: int
     description: str = ""
     examples: tuple[str, ...] = ()
 

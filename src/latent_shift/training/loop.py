@@ -38,6 +38,7 @@ from latent_shift.models import sizes
 from latent_shift.runtime import peak_memory_gib, rank, resolve_device, world_size
 from latent_shift.training import checkpoint, checks, fsdp, prepare
 from latent_shift.training import optimizer as optim
+from latent_shift.training.distillation import DistillationStage
 from latent_shift.training.ema import EMA
 from latent_shift.training.memory import suggest_smaller_settings
 from latent_shift.training.objectives import attention_kernel
@@ -47,6 +48,9 @@ from latent_shift.training.stages import AutoencoderStage, DenoiserStage, Stage
 log = logging.getLogger("latent_shift")
 
 Report = Callable[[dict], None]
+STAGES: dict[str, type[AutoencoderStage] | type[DenoiserStage]] = {
+    "autoencoder": AutoencoderStage, "image": DenoiserStage, "video": DenoiserStage, "distill": DistillationStage
+}  # fmt: skip
 
 
 def train(
@@ -379,11 +383,7 @@ def create_state(config: Config, prepared: prepare.Prepared, run: Path) -> Train
     """Build the network, its optimizer and its average, and load the newest checkpoint of the run folder."""
     accelerator = _create_accelerator(config, prepared, run)
     torch.manual_seed(config.train.seed)
-    stage: Stage = (
-        AutoencoderStage(config, prepared)
-        if config.stage == "autoencoder"
-        else DenoiserStage(config, prepared)
-    )
+    stage: Stage = STAGES[config.stage](config, prepared)
     if config.train.gradient_checkpointing:
         stage.model.enable_gradient_checkpointing()
     stage.objective.train()

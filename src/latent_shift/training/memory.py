@@ -30,6 +30,7 @@ from latent_shift.models.parts import read_part
 from latent_shift.pipelines.lora import add_lora
 from latent_shift.runtime import dtype_of, resolve_precision, world_size
 from latent_shift.shift import share_text
+from latent_shift.training.distillation import DistillationObjective
 from latent_shift.training.objectives import DenoisingObjective, attention_kernel
 from latent_shift.training.prepare import Prepared
 
@@ -45,7 +46,7 @@ class Estimate:
     The context and workspaces of CUDA and the memory of sampling are not counted.
 
     Attributes:
-        weights: of the U-Net.
+        weights: of the U-Net, and of its teacher in stage distill.
         optimizer: states of the optimizer.
         averaged: averaged weights.
         step: activations and gradients.
@@ -77,7 +78,7 @@ def estimate_run(config: Config, prepared: Prepared, device: str = "cuda") -> Es
         ValueError: a run of the autoencoder, which is small.
     """
     if config.stage == "autoencoder":
-        raise ValueError("expected a run of the stages image or video")
+        raise ValueError("expected a run of stage image, video or distill")
     store = Store(prepared.store)
     with torch.device("meta"):
         if prepared.init:
@@ -114,16 +115,27 @@ def estimate(
             more.
     """
     precision = dtype_of(resolve_precision(config.train.precision, torch.device(device)))
+    teacher = None
     with torch.device("meta"):
         unet = sizes.inflate_unet(unet, config.model)
         if config.lora:
             add_lora(unet, config.lora, dtype=precision)
+        elif config.stage == "distill":
+            teacher = sizes.inflate_unet(type(unet).from_config(unet.config), config.model).to(precision)
+            share_text(teacher)
     share_text(unet)
     clips = config.data.batch_size
     live = _Live()
     with FakeTensorMode():
         _fake(unet)
-        objective = DenoisingObjective(unet, noise_schedule(prediction=config.diffusion.prediction)).train()
+        schedule = noise_schedule(prediction=config.diffusion.prediction)
+        objective: nn.Module = DenoisingObjective(unet, schedule)
+        if config.stage == "distill":
+            if teacher is not None:
+                _fake(teacher)
+            empty_text = torch.empty(1, text_length, unet.config.cross_attention_dim)
+            objective = DistillationObjective(unet, teacher, schedule, empty_text, config.distill)
+        objective.train()
         if config.train.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         clean = torch.empty(clips, config.data.num_frames, *latents)
@@ -138,7 +150,7 @@ def estimate(
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
     num_shards = world_size() if config.train.shard else 1
     return Estimate(
-        weights=sum(parameter.nbytes for parameter in unet.parameters()) // num_shards,
+        weights=sum(parameter.nbytes for parameter in objective.parameters()) // num_shards,
         optimizer=trained * (2 if config.optim.optimizer == "adamw8bit" else 8) // num_shards,
         averaged=trained * 4 // num_shards,
         step=live.peak,

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
 from latent_shift import video
@@ -150,13 +156,7 @@ class DenoiserStage:
         self.held_out = _held_out_sampler(config, self.store)
         self.stride = strides[0] if num_frames > 1 else 1  # for validation, samples and the exported model
         sample_size = self.store.info["size"] // self.store.info["factor"]
-        if prepared.init:
-            unet: UNet2DConditionModel = open_network(  # type: ignore[assignment]
-                Path(prepared.init) / "unet", UNet2DConditionModel, dtype=torch.float32
-            )
-        else:
-            unet = sizes.unet(str(config.model.size), sample_size=sample_size)
-        self.model = sizes.inflate_unet(unet, config.model)
+        self.model = open_unet(config, prepared, sample_size=sample_size)
         # The exported model generates at the size of its training.
         self.model.register_to_config(sample_size=sample_size)
         if config.lora:
@@ -164,12 +164,18 @@ class DenoiserStage:
         share_text(self.model)
         checks.check_denoiser(self.model, self.store)
         self.schedule = schedule_of(config.diffusion)
-        self.objective = DenoisingObjective(
-            self.model,
-            self.schedule,
-            min_snr=config.diffusion.min_snr,
-            motion_weight=config.diffusion.motion_weight,
+        self.objective = self.make_objective(config, prepared)
+
+    def make_objective(self, config: Config, prepared: Prepared) -> nn.Module:
+        options = config.diffusion
+        return DenoisingObjective(
+            self.model, self.schedule, min_snr=options.min_snr, motion_weight=options.motion_weight
         )
+
+    def draw_timesteps(self, rng: np.random.Generator, num: int) -> np.ndarray:
+        """Return timesteps of `num` clips."""
+        options = self.config.diffusion
+        return draw_timesteps(rng, num, options.num_timesteps, shift=options.timestep_shift)
 
     def draw_batch(self, rng: np.random.Generator, *, held_out: bool = False) -> tuple[Tensor, ...]:
         """Return latents and noise `(B, F, C, h, w)`, timesteps `(B,)`, and text `(B, L, D)`."""
@@ -189,7 +195,7 @@ class DenoiserStage:
         mean, std = moments[:, :, 0], moments[:, :, 1]
         latents = mean + std * rng.standard_normal(mean.shape, np.float32)
         noise = self._draw_noise(rng, mean.shape)
-        timesteps = draw_timesteps(rng, num_clips, options.num_timesteps, shift=options.timestep_shift)
+        timesteps = self.draw_timesteps(rng, num_clips)
         captions = [self.store.caption(rng, index, stride=stride) for index in indices]
         dropped = rng.random(num_clips) < options.caption_dropout
         text = self.store.embed(
@@ -212,24 +218,33 @@ class DenoiserStage:
     def build_pipeline(self) -> LatentShiftPipeline:
         """Return the pipeline of the network as it is now, with the defaults of a call that the settings
         give."""
-        folder, options, sampling = self.store.folder, self.config.diffusion, self.config.train
-        shared_noise, correlation = sampling.sample_shared_noise, sampling.sample_noise_correlation
+        folder = self.store.folder
         text_encoder = open_text_encoder(folder / "text_encoder")
         return LatentShiftPipeline(
             vae=load_autoencoder(folder / "autoencoder"),
             text_encoder=text_encoder,
             tokenizer=open_tokenizer(folder / "tokenizer", text_encoder),
             unet=self.model,
-            scheduler=DPMSolverMultistepScheduler.from_config(self.schedule.config),
-            latent_shift={
-                "num_frames": self.config.data.num_frames,
-                "fps": self.store.info["fps"] / self.stride,
-                "shared_noise": options.shared_noise if shared_noise is None else shared_noise,
-                "noise_correlation": options.noise_correlation if correlation is None else correlation,
-                "num_inference_steps": sampling.sample_steps,
-                "guidance_scale": sampling.sample_guidance,
-            },
+            scheduler=self.make_scheduler(),
+            latent_shift=self.call_defaults(),
         )
+
+    def make_scheduler(self) -> SchedulerMixin:
+        """Return the scheduler of the exported model."""
+        return DPMSolverMultistepScheduler.from_config(self.schedule.config)
+
+    def call_defaults(self) -> dict[str, Any]:
+        """Return the defaults of a call of the exported model."""
+        options, sampling = self.config.diffusion, self.config.train
+        shared_noise, correlation = sampling.sample_shared_noise, sampling.sample_noise_correlation
+        return {
+            "num_frames": self.config.data.num_frames,
+            "fps": self.store.info["fps"] / self.stride,
+            "shared_noise": options.shared_noise if shared_noise is None else shared_noise,
+            "noise_correlation": options.noise_correlation if correlation is None else correlation,
+            "num_inference_steps": sampling.sample_steps,
+            "guidance_scale": sampling.sample_guidance,
+        }
 
     def sample(self, rank: int, world_size: int) -> dict[int, np.ndarray]:
         """Return clips of the first captions of eight training records and of up to four held-out ones.
@@ -291,6 +306,23 @@ class DenoiserStage:
         for part in (pipe.vae, pipe.unet):
             part.register_to_config(_name_or_path="")
         pipe.save_pretrained(folder)
+
+
+def open_unet(
+    config: Config, prepared: Prepared, *, sample_size: int = 0, dtype: torch.dtype = torch.float32
+) -> UNet2DConditionModel:
+    """Return the inflated U-Net that a run starts from: that of `model.init`, or one with random weights.
+
+    Args:
+        config, prepared: of the run.
+        sample_size: side of the latents of a U-Net with random weights.
+        dtype: of the weights.
+    """
+    if prepared.init is None:
+        unet = sizes.unet(str(config.model.size), sample_size=sample_size)
+    else:
+        unet = open_network(prepared.init / "unet", UNet2DConditionModel, dtype=dtype)  # type: ignore[assignment]
+    return sizes.inflate_unet(unet, config.model)
 
 
 def _held_out_sampler(config: Config, store: Store) -> BalancedSampler | None:

@@ -81,8 +81,7 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
 
     Args:
         x_NCHW: `(B*F, C, ...)`, the frames of a clip adjacent.
-        num_frames: F. -1 takes the whole batch as one clip. A single frame has no neighbours and is returned
-            unchanged (except by a compiled graph of -1, whose F is 2 or more).
+        num_frames: F. A single frame has no neighbours and is returned unchanged.
         shift: fractions and edge; `place` has no effect here.
 
     Returns:
@@ -91,19 +90,19 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
     Raises:
         ValueError: `num_frames` does not divide the batch.
     """
-    if num_frames == 1 or (num_frames == -1 and not torch.compiler.is_compiling() and x_NCHW.shape[0] == 1):
+    if num_frames == 1:
         return x_NCHW
-    if num_frames != -1 and (num_frames < 1 or x_NCHW.shape[0] % num_frames):
+    if num_frames < 1 or x_NCHW.shape[0] % num_frames:
         batch = x_NCHW.shape[0]
         nearest = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - num_frames))
         raise ValueError(
             f"num_frames={num_frames} does not divide the batch of {batch} frames; pass num_frames={nearest}"
         )
     ahead, back = shift.channels(x_NCHW.shape[1])
-    x_BFCHW = x_NCHW.unflatten(0, (1, -1) if num_frames == -1 else (-1, num_frames))
+    x_BFCHW = x_NCHW.unflatten(0, (-1, num_frames))
     if not torch.compiler.is_compiling():
         shifted = _CopyShifted.apply if torch.is_grad_enabled() else _copy_shifted
-    elif torch.compiler.is_exporting() or x_NCHW.device.type != "cpu" or forward_ad._current_level >= 0:
+    elif x_NCHW.device.type != "cpu" or forward_ad._current_level >= 0:
         return _concatenate_shifted(x_BFCHW, ahead, back, shift.edge).flatten(0, 1)
     else:
         shifted = _shift_op
@@ -111,8 +110,8 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
 
 
 def _concatenate_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Tensor:
-    """Shift by concatenation: for exporters, for forward-mode derivatives in a compiled function, and for
-    compilers that fuse it into the previous operation. (On a CPU the compiled loops are not vectorised, which
+    """Shift by concatenation: for forward-mode derivatives in a compiled function, and for compilers that fuse it
+    into the previous operation. (On a CPU the compiled loops are not vectorised, which
     makes a step 9 % slower.)"""
     from_previous, stays, from_next = x_BFCHW.split([ahead, x_BFCHW.shape[2] - ahead - back, back], dim=2)
     first, last = from_previous[:, :1], from_next[:, -1:]
@@ -123,6 +122,16 @@ def _concatenate_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> 
     from_previous = torch.cat([first, from_previous[:, :-1]], dim=1)
     from_next = torch.cat([from_next[:, 1:], last], dim=1)
     return torch.cat([from_previous, stays, from_next], dim=2)
+
+
+def _gather_shifted(x_NCHW: Tensor, previous_N: Tensor, next_N: Tensor, shift: Shift) -> Tensor:
+    """Shift by the indices of neighbours, see `neighbors`."""
+    ahead, back = shift.channels(x_NCHW.shape[1])
+    from_previous, stays, from_next = x_NCHW.split([ahead, x_NCHW.shape[1] - ahead - back, back], dim=1)
+    if shift.edge == "zero":  # index N is a frame of zeros
+        from_previous = torch.cat([from_previous, torch.zeros_like(from_previous[:1])])
+        from_next = torch.cat([from_next, torch.zeros_like(from_next[:1])])
+    return torch.cat([from_previous[previous_N], stays, from_next[next_N]], dim=1)
 
 
 def _copy_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, adjoint: bool) -> Tensor:
@@ -211,6 +220,7 @@ class _ShiftState(threading.local):
         self.shift = shift
         self.num_frames = 1
         self.memory: dict[nn.Module, Tensor] | None = None
+        self.neighbors: tuple[Tensor, Tensor] | None = None
 
     # A thread's state cannot be copied; a copy of the network starts as the image network.
     def __reduce__(
@@ -220,19 +230,22 @@ class _ShiftState(threading.local):
 
     @contextmanager
     def using(
-        self, num_frames: int, shift: Shift, memory: dict[nn.Module, Tensor] | None = None
-    ) -> Iterator[None]:
-        before = self.num_frames, self.shift, self.memory
-        self.num_frames, self.shift, self.memory = num_frames, shift, memory
+        self, num_frames: int, shift: Shift, memory: dict[nn.Module, Tensor] | None = None,
+        neighbors: tuple[Tensor, Tensor] | None = None,
+    ) -> Iterator[None]:  # fmt: skip
+        before = self.num_frames, self.shift, self.memory, self.neighbors
+        self.num_frames, self.shift, self.memory, self.neighbors = num_frames, shift, memory, neighbors
         try:
             yield
         finally:
-            self.num_frames, self.shift, self.memory = before
+            self.num_frames, self.shift, self.memory, self.neighbors = before
 
 
 def _shift_output(layer: ShiftGroupNorm | ShiftConv2d, x_NCHW: Tensor) -> Tensor:
     """Shift the output of a layer among the frames of a clip, or of a stream."""
     state = layer.shift_state
+    if state.neighbors is not None:
+        return _gather_shifted(x_NCHW, *state.neighbors, state.shift)
     if state.memory is None:
         return temporal_shift(x_NCHW, state.num_frames, state.shift)
     passed_on, stays = x_NCHW.tensor_split([state.shift.channels(x_NCHW.shape[1])[0]], dim=1)
@@ -361,26 +374,45 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
 
     Args:
         network: an inflated network.
-        num_frames: F; 1 is the image network. -1 takes the whole batch as one clip, so that an exported
-            graph accepts any F of 2 or more.
+        num_frames: F; 1 is the image network.
         edge: an edge other than the network's own, e.g. "wrap" for a loop.
 
     Raises:
-        ValueError: `network` is not inflated, or `num_frames` is neither -1 nor positive.
+        ValueError: `network` is not inflated, or `num_frames` is not positive.
     """
     state: _ShiftState | None = getattr(network, "_shift_state", None)
     if state is None:
         raise ValueError(f"{type(network).__name__} is not inflated; call inflate(network, Shift()) first")
     if edge is not None and has_temporal_layers(network):
         raise ValueError(f"{type(network).__name__} has no edge to set: only a shifted network can loop")
-    if num_frames != -1 and num_frames < 1:
-        raise ValueError(f"num_frames must be 1 or more, or -1 for the whole batch, got {num_frames}")
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be 1 or more, got {num_frames}")
     if getattr(network, "is_gradient_checkpointing", False):
         for module in network.modules():
             checkpoint = getattr(module, "_gradient_checkpointing_func", None)
             if checkpoint is not None and not isinstance(checkpoint, _CheckpointClips):
                 module._gradient_checkpointing_func = _CheckpointClips(checkpoint, state)  # type: ignore[assignment]
     with state.using(num_frames, state.shift if edge is None else replace(state.shift, edge=edge)):
+        yield network
+
+
+@contextmanager
+def neighbors(network: nn.Module, previous_N: Tensor, next_N: Tensor) -> Iterator[nn.Module]:
+    """Name the neighbours of every image of a batch, inside this block: one exported graph then serves clips of
+    any length, one or many, with any edge.
+
+    Args:
+        network: an inflated network.
+        previous_N, next_N: `(N,)` whole numbers: the images whose channels image n takes as those of the frame
+            before and of the frame after it; N, which edge "zero" alone allows, stands for zeros.
+
+    Raises:
+        ValueError: `network` is not inflated, or has temporal layers of its own.
+    """
+    state: _ShiftState | None = getattr(network, "_shift_state", None)
+    if state is None or has_temporal_layers(network):
+        raise ValueError(f"{type(network).__name__} is not inflated; call inflate(network, Shift()) first")
+    with state.using(1, state.shift, neighbors=(previous_N, next_N)):
         yield network
 
 

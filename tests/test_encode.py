@@ -23,8 +23,8 @@ from latent_shift.data.latents import LatentStore
 from latent_shift.data.pack import pack
 from latent_shift.data.store import Store
 from latent_shift.data.workers import Workers
-from latent_shift.diffusion import correlated_noise
 from latent_shift.models.autoencoder import to_pixels
+from latent_shift.noise import correlated_noise
 from latent_shift.runtime import start_worker
 
 

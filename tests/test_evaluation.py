@@ -18,7 +18,6 @@ from latent_shift import video
 from latent_shift.cli.main import main
 from latent_shift.data.pack import pack
 from latent_shift.data.store import Store
-from latent_shift.diffusion import correlated_noise
 from latent_shift.evaluation import (
     clip_metrics,
     denoising,
@@ -35,6 +34,7 @@ from latent_shift.evaluation.measures import MEASURES, Label, Measure
 from latent_shift.evaluation.tables import markdown, skipped_measures
 from latent_shift.models.autoencoder import to_pixels
 from latent_shift.models.text import embed
+from latent_shift.noise import correlated_noise
 from latent_shift.pipelines.loading import load
 from latent_shift.runtime import seed
 from latent_shift.shift import Shift, inflate

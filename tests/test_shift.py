@@ -3,13 +3,24 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 
 from latent_shift import shift
-from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of, temporal_shift
+from latent_shift.engines.exported import neighbor_indices
+from latent_shift.shift import (
+    Shift,
+    deflate,
+    frames,
+    inflate,
+    neighbors,
+    share_text,
+    shift_of,
+    temporal_shift,
+)
 
 EDGES = ("zero", "wrap", "hold")
 PLACES = ("conv1", "conv2", "end")
@@ -282,14 +293,26 @@ def test_frames_sets_the_edge_and_restores_it():
 
 
 @torch.no_grad()
-def test_frames_of_minus_one_takes_the_batch_as_one_clip():
-    assert torch.equal(temporal_shift(torch.ones(1, 3, 2, 2), -1), torch.ones(1, 3, 2, 2))
-    unet = inflate(tiny_unet())
+@pytest.mark.parametrize("edge", EDGES)
+def test_neighbors_by_index_equal_frames(edge):
+    """One clip or several, of one frame or more, with any edge: the indices say it all."""
+    unet = inflate(tiny_unet(), Shift(edge=edge))
     x, t, text = inputs(6)
-    with frames(unet, 6):
-        expected = unet(x, t, text).sample
-    with frames(unet, -1):
-        assert torch.equal(unet(x, t, text).sample, expected)
+    for num in (6, 3, 1):
+        one = neighbor_indices(num, edge)
+        starts = np.repeat(np.arange(0, 6, num), num)
+        previous, following = (
+            torch.from_numpy(
+                np.where(np.tile(one[name], 6 // num) == num, 6, np.tile(one[name], 6 // num) + starts)
+            )
+            for name in ("previous", "next")
+        )
+        with frames(unet, num):
+            expected = unet(x, t, text).sample
+        with neighbors(unet, previous, following):
+            assert torch.equal(unet(x, t, text).sample, expected)
+    with pytest.raises(ValueError, match="not inflated"), neighbors(tiny_unet(), previous, following):
+        pass
 
 
 @torch.no_grad()

@@ -55,40 +55,6 @@ def draw_timesteps(
     return (num_timesteps * shift * u / (1 + (shift - 1) * u)).astype(np.int64)
 
 
-def correlated_noise(frame_noise, clip_noise, shared: float, correlation: float = 0.0, *, loop: bool = False):
-    """Return noise of unit variance whose frames are alike: frames k apart correlate by shared + (1 -
-    shared) correlation^k.
-
-    This is the mixed and the progressive noise of PYoCo (Ge et al. 2023, section 4.1) in one.
-
-    Args:
-        frame_noise: standard normal noise of each frame, an array or tensor `(B, F, ...)`.
-        clip_noise: standard normal noise of the clip, `(B, 1, ...)`.
-        shared: fraction of the variance that all frames share; 0 without correlation returns `frame_noise`.
-        correlation: of the rest between successive frames, in [0, 1).
-        loop: the last frame leads into the first.
-    """
-    frames = [ar1_step(frame_noise[:, :1], None, correlation)]
-    if loop:
-        num, gain = frame_noise.shape[1], (1 - correlation**2) ** 0.5
-        last = sum(frame_noise[:, num - 1 - k : num - k] * correlation**k for k in range(num)) * (
-            gain / (1 - correlation**num)
-        )
-        frames = [ar1_step(frame_noise[:, :1], last, correlation)]
-    for frame in range(1, frame_noise.shape[1]):
-        frames.append(ar1_step(frame_noise[:, frame : frame + 1], frames[-1], correlation))
-    rest = np.concatenate(frames, axis=1) if isinstance(frame_noise, np.ndarray) else torch.cat(frames, dim=1)
-    if loop:  # going round adds to the variance
-        rest = rest * ((1 - correlation**num) / (1 + correlation**num)) ** 0.5
-    return rest * (1 - shared) ** 0.5 + clip_noise * shared**0.5
-
-
-def ar1_step(noise, previous, correlation: float):
-    """Return the noise of the frame after `previous` (None: the first frame), of an autoregressive process
-    of order 1."""
-    return noise if previous is None else previous * correlation + noise * (1 - correlation**2) ** 0.5
-
-
 def training_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Return what a network learns to predict from noised latents: the noise, or the velocity (Salimans and
     Ho 2022).

@@ -11,10 +11,11 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from latent_shift.data.store import Store
-from latent_shift.diffusion import correlated_noise, training_target
+from latent_shift.diffusion import training_target
 from latent_shift.evaluation.clip_metrics import psnr
 from latent_shift.models import text
 from latent_shift.models.autoencoder import decode_latents, encode_frames, to_frames, to_pixels
+from latent_shift.noise import correlated_noise
 from latent_shift.pipelines.schedulers import predicted_clean
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 from latent_shift.runtime import seed

@@ -28,7 +28,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
-from latent_shift.diffusion import ar1_step
+from latent_shift.noise import ar1_step
 from latent_shift.pipelines.conditioning import (
     Pictures,
     check_family_arguments,
@@ -50,12 +50,12 @@ from latent_shift.pipelines.denoise import (
 from latent_shift.pipelines.diagnosis import check_finite
 from latent_shift.pipelines.free_init import Filter, FreeInit
 from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
-from latent_shift.pipelines.limits import CALL_DEFAULTS, check_effects, check_numbers
+from latent_shift.pipelines.limits import CALL_DEFAULTS, check_distilled, check_effects, check_numbers
 from latent_shift.pipelines.lora import has_lora, merged
 from latent_shift.pipelines.noise import check_generator, check_latents, draw_noise
 from latent_shift.pipelines.prompts import encode_prompts
 from latent_shift.pipelines.schedulers import (
-    check_distilled,
+    check_distilled_scheduler,
     check_own_scheduler,
     for_strength,
     set_timesteps,
@@ -493,8 +493,13 @@ class ClipPipeline(DiffusionPipeline):
 
     def _check_distilled(self, num_inference_steps: int, *, guided: bool, custom: bool = False) -> None:
         distilled_steps = int(self.call_defaults["distilled_steps"])
-        check_distilled(self.scheduler, num_inference_steps, distilled_steps, guided=guided, custom=custom)
-        if distilled_steps and self.free_init and self.free_init.use_fast_sampling:
+        if not distilled_steps:
+            return
+        check_distilled_scheduler(self.scheduler)
+        if custom:
+            raise ValueError("a distilled model has its own timesteps; expected no timesteps and no sigmas")
+        check_distilled(num_inference_steps, distilled_steps, guided=guided)
+        if self.free_init and self.free_init.use_fast_sampling:
             raise ValueError(
                 "use_fast_sampling of FreeInit takes other steps than a distilled model knows; expected it off"
             )

@@ -78,6 +78,25 @@ def _is_something(value: Any) -> bool:
     return bool(value) if isinstance(value, (str, dict, Real)) else True
 
 
+def check_distilled(num_inference_steps: int, distilled_steps: int, *, guided: bool) -> None:
+    """Raise ValueError for a number of steps that a distilled model does not know, or for guidance.
+
+    Args:
+        num_inference_steps: of a call.
+        distilled_steps: DDIM steps of the teacher; 0 is a model that is not distilled.
+        guided: whether the call uses guidance.
+    """
+    if distilled_steps and distilled_steps % num_inference_steps:
+        possible = [str(num) for num in range(1, distilled_steps + 1) if distilled_steps % num == 0]
+        raise ValueError(
+            f"num_inference_steps of this distilled model must be one of {', '.join(possible)}, got {num_inference_steps}"
+        )
+    if distilled_steps and guided:
+        raise ValueError(
+            "guidance is part of this distilled model; expected guidance_scale 1, which is its default"
+        )
+
+
 def check_pictures(
     *, image: bool, last_image: bool, video: bool, mask: bool, strength: bool, loop: bool, free_init: bool
 ) -> None:

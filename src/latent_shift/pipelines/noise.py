@@ -11,7 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from latent_shift.diffusion import correlated_noise
+from latent_shift.noise import correlated_noise
 
 Generators = torch.Generator | list[torch.Generator] | None
 

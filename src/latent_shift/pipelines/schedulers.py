@@ -183,39 +183,12 @@ def distilled_scheduler(like: SchedulerMixin) -> SchedulerMixin:
     )  # fmt: skip
 
 
-def check_distilled(
-    scheduler: SchedulerMixin, num_inference_steps: int, distilled_steps: int, *, guided: bool, custom: bool = False
-) -> None:  # fmt: skip
-    """Raise ValueError for a call that a distilled model cannot sample.
-
-    Args:
-        scheduler: of the call.
-        num_inference_steps: of the call.
-        distilled_steps: DDIM steps of the teacher; 0 is a model that is not distilled.
-        guided: whether the call uses guidance.
-        custom: whether it brings timesteps or sigmas of its own.
-    """
-    if not distilled_steps:
-        return
-    config = scheduler.config
-    if (
-        _family_name(scheduler) != "DDIM"
-        or config.timestep_spacing != "trailing"
-        or not config.set_alpha_to_one
-    ):
+def check_distilled_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raise ValueError for a scheduler that does not sample a distilled model correctly."""
+    name, config = _family_name(scheduler), scheduler.config
+    if name != "DDIM" or config.timestep_spacing != "trailing" or not config.set_alpha_to_one:
         raise ValueError(
-            f"this model is distilled for DDIM with trailing timesteps, got {_family_name(scheduler)}; leave the scheduler as it is"
-        )
-    if custom:
-        raise ValueError("a distilled model has its own timesteps; expected no timesteps and no sigmas")
-    if distilled_steps % num_inference_steps:
-        possible = [str(num) for num in range(1, distilled_steps + 1) if distilled_steps % num == 0]
-        raise ValueError(
-            f"num_inference_steps of this distilled model must be one of {', '.join(possible)}, got {num_inference_steps}"
-        )
-    if guided:
-        raise ValueError(
-            "guidance is part of this distilled model; expected guidance_scale 1, which is its default"
+            f"this model is distilled for DDIM with trailing timesteps, got {name}; leave the scheduler as it is"
         )
 
 

@@ -25,12 +25,13 @@ from latent_shift.config import Config
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.sampler import BalancedSampler
 from latent_shift.data.store import Store, caption_at_rate, open_pixel_store
-from latent_shift.diffusion import correlated_noise, draw_timesteps, schedule_of
+from latent_shift.diffusion import draw_timesteps, schedule_of
 from latent_shift.models import autoencoder, sizes
 from latent_shift.models.autoencoder import load_autoencoder
 from latent_shift.models.loading import open_network, open_text_encoder, open_tokenizer
 from latent_shift.models.parts import downscale_factor
 from latent_shift.models.prompt_syntax import escape_prompt
+from latent_shift.noise import correlated_noise
 from latent_shift.pipelines.diagnosis import NotFiniteError
 from latent_shift.pipelines.lora import add_lora, save_lora
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline

@@ -1,0 +1,207 @@
+"""Export a pipeline to ONNX: graphs of any number of frames and any size, whose weights are stored in half precision.
+
+What is written is described in exported.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from latent_shift.engines.exported import Settings, neighbor_indices, write_settings
+from latent_shift.models import names
+from latent_shift.pipelines import catalog, preview
+from latent_shift.pipelines.loading import load
+from latent_shift.pipelines.provenance import hash_inputs
+from latent_shift.pipelines.schedulers import check_own_scheduler, make_scheduler
+from latent_shift.shift import has_temporal_layers, neighbors, share_text, shift_of
+
+OPSET = 20
+_SAMPLERS: dict[str, Literal["ddim", "dpm-solver++"]] = {
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpm-solver++",
+}
+
+
+class _UNet(nn.Module):
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, text: Tensor, previous: Tensor, following: Tensor
+    ) -> Tensor:
+        with neighbors(self.unet, previous, following):
+            output: Tensor = self.unet(sample, timestep, text, return_dict=False)[0]
+            return output
+
+
+class _Decoder(nn.Module):
+    std: Tensor
+    mean: Tensor
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+        config = vae.config
+        channels = (1, -1, 1, 1)
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        self.register_buffer("std", torch.tensor(std or [1.0]).view(channels) / config.scaling_factor)
+        self.register_buffer("mean", torch.tensor(mean or [0.0]).view(channels))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        pixels = self.vae.decode(latents * self.std + self.mean, return_dict=False)[0]
+        frames = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return frames.permute(0, 2, 3, 1)
+
+
+class _TextEncoder(nn.Module):
+    def __init__(self, encoder: PreTrainedModel):
+        super().__init__()
+        self.encoder = encoder
+        self.takes_mask = bool(getattr(encoder.config, "use_attention_mask", False))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states: Tensor = self.encoder(input_ids, attention_mask=attention_mask if self.takes_mask else None)[
+            0
+        ]
+        return states
+
+
+@torch.no_grad()
+def export(model: str, folder: str | Path) -> Path:
+    """Export a model.
+
+    Args:
+        model: a name, a diffusers folder or a file, of the families of Stable Diffusion 1.x and 2.x.
+        folder: where it is written; made if missing.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: a model of another family, or a network with temporal layers.
+        RuntimeError: the extra `onnx` is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError("export needs the extra: pip install 'latent-shift-video[onnx]'") from error
+    folder = Path(folder)
+    pipe = load(model, device="cpu", dtype=torch.float32)
+    if getattr(pipe, "text_encoder_2", None) is not None or has_temporal_layers(pipe.unet):
+        raise ValueError(f"{model}: expected a model of Stable Diffusion 1.x or 2.x with the shift")
+    scheduler = pipe.scheduler
+    if type(scheduler).__name__ not in _SAMPLERS:
+        scheduler = make_scheduler("DPMSolverMultistep", scheduler)
+    check_own_scheduler(scheduler)
+    settings = _settings(model, pipe, scheduler)
+    folder.mkdir(parents=True, exist_ok=True)
+    share_text(pipe.unet)
+    unit = settings.multiple
+    # Sides that differ and never become 1 within the network: torch.export takes such sizes for constants.
+    latents = torch.zeros(3, settings.channels, 3 * unit, 5 * unit)
+    tokens = torch.full((1, settings.max_tokens), settings.pad_token_id)
+    text_encoder = _TextEncoder(pipe.text_encoder)
+    indices = {name: torch.from_numpy(array) for name, array in neighbor_indices(3, settings.edge).items()}
+    dim = torch.export.Dim
+    frames, rows, columns = (
+        dim("frames", min=1, max=100_000),
+        dim("rows", min=1, max=4096),
+        dim("columns", min=1, max=4096),
+    )
+    _write(
+        text_encoder,
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
+        folder / "text_encoder.onnx",
+        {},
+    )
+    text = text_encoder(tokens, torch.ones_like(tokens))
+    _write(
+        _UNet(pipe.unet),
+        {"sample": latents, "timestep": torch.tensor([1]), "text": text, "previous": indices["previous"], "next": indices["next"]},
+        folder / "unet.onnx",
+        {"sample": {0: frames, 2: unit * rows, 3: unit * columns}, "previous": {0: frames}, "next": {0: frames}},
+    )  # fmt: skip
+    _write(
+        _Decoder(pipe.vae),
+        {"latents": latents},
+        folder / "decoder.onnx",
+        {"latents": {0: frames, 2: rows, 3: columns}},
+    )
+    backend = pipe.tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.save(str(folder / "tokenizer.json"))
+    if not catalog.on_hub(model) and not Path(model).is_file():
+        for name in (names.FILE, preview.FILE):
+            if (catalog.folder(model) / name).exists():
+                shutil.copyfile(catalog.folder(model) / name, folder / name)
+    write_settings(settings, folder)
+    return folder
+
+
+def _settings(model: str, pipe: Any, scheduler: Any) -> Settings:
+    config, size = scheduler.config, pipe.resolve_size(None, None)
+    factor = pipe.vae_scale_factor
+    sampler = _SAMPLERS[type(scheduler).__name__]
+    last_alpha = 1.0
+    if sampler == "ddim" and not config.set_alpha_to_one:
+        last_alpha = float(scheduler.alphas_cumprod[0])
+    shift = shift_of(pipe.unet)
+    assert shift is not None
+    defaults = {
+        name: pipe.call_defaults[name] for name in Settings.model_fields if name in pipe.call_defaults
+    }
+    return Settings(
+        model=str(model), **defaults, height=size[0] // factor, width=size[1] // factor, channels=pipe.unet.config.in_channels,
+        factor=factor, multiple=2 ** (len(pipe.unet.config.block_out_channels) - 1), edge=shift.edge, sampler=sampler,
+        spacing=config.timestep_spacing, offset=config.get("steps_offset", 0), prediction=config.prediction_type,
+        alphas_cumprod=scheduler.alphas_cumprod.tolist(), last_alpha=last_alpha, max_tokens=pipe.tokenizer.model_max_length,
+        pad_token_id=pipe.tokenizer.pad_token_id, sha256=hash_inputs(model),
+    )  # fmt: skip
+
+
+def _write(module: nn.Module, inputs: Mapping[str, Tensor], path: Path, dynamic: Mapping[str, Any]) -> None:
+    """Export a module, with its weights in half precision."""
+    import onnx
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    shapes = tuple(dynamic.get(name) for name in inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(), tuple(inputs.values()), dynamo=True, verbose=False, opset_version=OPSET, dynamic_shapes=shapes,
+            input_names=list(inputs), output_names=["output"],
+        )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    _halve(model)
+    onnx.save(model, path)
+
+
+def _halve(model: Any) -> None:
+    """Store weights in half precision, and cast them to float32 in the graph: engines do so once, when they load it."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for weight in model.graph.initializer:
+        values = numpy_helper.to_array(weight)
+        if weight.data_type != TensorProto.FLOAT or values.size < 1024 or np.abs(values).max() > 65504:
+            continue
+        name = weight.name
+        weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
+        casts.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
+    for node in reversed(casts):
+        model.graph.node.insert(0, node)

@@ -1,0 +1,145 @@
+"""Engines beside PyTorch: the same noise, the same samplers, the same clips."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from latent_shift.diffusion import noise_schedule
+from latent_shift.engines import exported
+from latent_shift.engines.steps import sampler_steps, timesteps_of
+from latent_shift.noise import clip_noise, standard_normal
+from latent_shift.pipelines.loading import load
+from latent_shift.pipelines.noise import draw_noise
+from latent_shift.pipelines.request import Request, generate_clip
+from latent_shift.runtime import seed
+
+
+@pytest.mark.parametrize("number", [0, 7, -1, 2**40 + 3, 2**64 - 1])
+@pytest.mark.parametrize("shape", [(16,), (4, 5, 7), (2, 4, 16, 16), (17,)])
+def test_noise_is_that_of_torch(number, shape):
+    expected = torch.randn(shape, generator=seed(number)).numpy()
+    np.testing.assert_allclose(standard_normal(number, shape), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "options"),
+    [(1, {}), (5, {}), (5, {"noise_correlation": 0.7}), (5, {"shared_noise": 0.4, "noise_correlation": 0.5, "loop": True})],
+)  # fmt: skip
+def test_noise_of_clips_is_that_of_the_pipeline(num_frames, options):
+    expected = draw_noise((1, 4, num_frames, 6, 8), generator=seed(3), device=torch.device("cpu"), **options)
+    np.testing.assert_allclose(
+        clip_noise(3, (4, num_frames, 6, 8), **options), expected[0], rtol=0, atol=3e-6
+    )
+
+
+@pytest.mark.parametrize("num", [1, 2, 4, 20])
+@pytest.mark.parametrize("name", ["ddim", "dpm-solver++"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_samplers_are_those_of_diffusers(name, prediction, num):
+    """On a network that is linear in its input and changes with the timestep."""
+    schedule = noise_schedule(prediction=prediction, zero_terminal_snr=prediction == "v_prediction")
+    kind = DDIMScheduler if name == "ddim" else DPMSolverMultistepScheduler
+    scheduler = kind.from_config(schedule.config)
+    scheduler.set_timesteps(num)
+    timesteps = timesteps_of(
+        name, num, num_timesteps=1000, spacing=scheduler.config.timestep_spacing, offset=scheduler.config.steps_offset
+    )  # fmt: skip
+    assert timesteps == scheduler.timesteps.tolist()
+    last_alpha = (
+        float(scheduler.alphas_cumprod[0])
+        if name == "ddim" and not scheduler.config.set_alpha_to_one
+        else 1.0
+    )
+    steps = sampler_steps(
+        name, timesteps, scheduler.alphas_cumprod.tolist(), prediction=prediction, last_alpha=last_alpha
+    )
+    expected = torch.randn(2, 4, generator=seed(0), dtype=torch.float64)
+    sample, before = expected.numpy().copy(), 0.0
+    for step, timestep in zip(steps, scheduler.timesteps, strict=True):
+        expected = scheduler.step(0.3 * expected + timestep / 3000, timestep, expected, return_dict=False)[0]
+        clean = step.clean_sample * sample + step.clean_output * (0.3 * sample + step.timestep / 3000)
+        sample, before = step.sample * sample + step.clean * clean + step.clean_before * before, clean
+    np.testing.assert_allclose(sample, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(video_model, tmp_path_factory):
+    pytest.importorskip("onnxruntime")
+    from latent_shift.engines.export import export
+
+    return export(str(video_model), tmp_path_factory.mktemp("exported"))
+
+
+REQUESTS = {
+    "plain": {},
+    "guided": {"guidance_scale": 3.0, "negative_prompt": "blue"},
+    "loop": {"loop": True, "num_frames": 6, "noise_correlation": 0.5},
+    "image": {"num_frames": 1},
+    "wide": {"width": 64, "num_frames": 2, "num_inference_steps": 5},
+}
+
+
+@pytest.mark.parametrize("engine", exported.ENGINES)
+def test_clips_are_those_of_the_pipeline(engine, folder, video_model):
+    """Same seed, same clip, to a level of a pixel: every engine in float32."""
+    pytest.importorskip({"onnx": "onnxruntime"}.get(engine, engine))
+    pipe = load(video_model, device="cpu", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    other = exported.ExportedPipeline(folder, engine)
+    for name, fields in REQUESTS.items():
+        request, steps = Request(prompt="a red square", seed=5, **fields), []
+        clip = other.generate(request, on_step=lambda done, total: steps.append((done, total)))  # noqa: B023
+        expected = generate_clip(request, pipe)
+        assert clip.frames.shape == expected.frames.shape, name
+        difference = np.abs(clip.frames.astype(int) - expected.frames)
+        tolerance = 1 if other.engine.describe()["precision"] == "float32" else 24
+        assert difference.max() <= tolerance, (name, difference.max())
+        assert clip.fps == expected.fps
+        assert steps[-1][0] == steps[-1][1] == len(steps)
+        assert {
+            key: clip.settings[key] for key in ("num_frames", "seed", "num_inference_steps", "guidance_scale")
+        } == {
+            key: expected.settings[key]
+            for key in ("num_frames", "seed", "num_inference_steps", "guidance_scale")
+        }
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"then": {2: "a blue square"}}, "then needs --engine torch"),
+        ({"scheduler": "DDIM"}, "scheduler needs --engine torch"),
+        ({"width": 33}, "width=33: an exported model takes multiples of"),
+        ({"prompt": "a (red:1.4) square"}, "weights such as"),
+        ({"guidance_scale": 1.0, "negative_prompt": "blue"}, "negative_prompt has no effect"),
+        ({"num_inference_steps": 2000}, "must be at most 1000"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(folder, fields, words):
+    pipeline = exported.ExportedPipeline(folder)
+    with pytest.raises(ValueError, match=words):
+        pipeline.generate(Request(**{"prompt": "a red square", **fields}))
+
+
+def test_torch_is_not_imported(folder):
+    """What makes the first clip fast: neither torch nor diffusers, nor transformers."""
+    code = f"""
+import sys
+from latent_shift.engines.exported import ExportedPipeline
+from latent_shift.pipelines.request import Request
+ExportedPipeline({str(folder)!r}).generate(Request(prompt="a red square"))
+print(sorted({{"torch", "diffusers", "transformers", "scipy", "pandas"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout == "[]\n"
+
+
+def test_other_folders_are_refused(video_model, tmp_path):
+    with pytest.raises(ValueError, match=r"has no exported.json; expected a folder of `latent-shift export`"):
+        exported.ExportedPipeline(video_model)
+    with pytest.raises(ValueError, match="unknown engine 'tensorrt'; expected one of onnx, openvino"):
+        exported.ExportedPipeline(tmp_path, "tensorrt")

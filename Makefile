@@ -28,7 +28,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP) -e '.[dev,eval,report,browser,finetune,tensorboard,wandb,ray,onnx,serve,docs]'
+	$(PIP) -e '.[dev,eval,report,browser,finetune,tensorboard,wandb,ray,onnx,openvino,serve,docs]'
 	touch $@
 
 $(VENV)/.serve: $(VENV)/.core

@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+from latent_shift import video
 from latent_shift.diffusion import noise_schedule
 from latent_shift.engines import exported
 from latent_shift.engines.steps import sampler_steps, timesteps_of
+from latent_shift.models.names import embedder
 from latent_shift.noise import clip_noise, standard_normal
 from latent_shift.pipelines.loading import load
 from latent_shift.pipelines.noise import draw_noise
@@ -68,6 +70,7 @@ def test_samplers_are_those_of_diffusers(name, prediction, num):
 
 @pytest.fixture(scope="module")
 def folder(video_model, tmp_path_factory):
+    """An exported model. The exporter takes many seconds even for a tiny network; one is enough for all tests."""
     pytest.importorskip("onnxruntime")
     from latent_shift.engines.export import export
 
@@ -79,6 +82,7 @@ REQUESTS = {
     "guided": {"guidance_scale": 3.0, "negative_prompt": "blue"},
     "loop": {"loop": True, "num_frames": 6, "noise_correlation": 0.5},
     "image": {"num_frames": 1},
+    "long": {"num_frames": 70, "num_inference_steps": 1},
     "wide": {"width": 64, "num_frames": 2, "num_inference_steps": 5},
 }
 
@@ -125,6 +129,15 @@ def test_what_an_engine_cannot_do_is_refused(folder, fields, words):
         pipeline.generate(Request(**{"prompt": "a red square", **fields}))
 
 
+def test_sentence_embeddings_are_those_of_the_names(folder, video_model):
+    pipe = load(video_model, device="cpu", dtype=torch.float32)
+    texts = ["a red square", "blue", "a long and winding road of words and words"]
+    expected = embedder(pipe.tokenizer, pipe.text_encoder)(texts)
+    np.testing.assert_allclose(
+        exported.ExportedPipeline(folder).sentence_embeddings(texts), expected, atol=2e-3
+    )
+
+
 def test_torch_is_not_imported(folder):
     """What makes the first clip fast: neither torch nor diffusers, nor transformers."""
     code = f"""
@@ -143,3 +156,52 @@ def test_other_folders_are_refused(video_model, tmp_path):
         exported.ExportedPipeline(video_model)
     with pytest.raises(ValueError, match="unknown engine 'tensorrt'; expected one of onnx, openvino"):
         exported.ExportedPipeline(tmp_path, "tensorrt")
+
+
+def run_command(*words):
+    """Return the exit status and standard error of `latent-shift`."""
+    result = subprocess.run(
+        [sys.executable, "-m", "latent_shift", *map(str, words)], capture_output=True, text=True
+    )
+    return result.returncode, result.stderr
+
+
+def test_command(folder, tmp_path):
+    path = tmp_path / "clip.mp4"
+    status, errors = run_command("generate", "a red square", "-m", folder, "--engine", "onnx", "-o", path)
+    assert (status, "on the CPU by onnx in float32" in errors) == (0, True), errors
+    metadata = video.read_metadata(path)
+    assert metadata["engine"] == "onnx"
+    assert "onnx: " in metadata["versions"]
+    assert "--engine onnx" in metadata["command"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "is exported; expected --engine onnx or --engine openvino"),
+        (("--engine", "onnx", "--device", "cpu"), "--device needs --engine torch"),
+        (("--engine", "onnx", "--chunk", "4"), "chunk needs --engine torch"),
+        (("--engine", "onnx", "--model", "emoji"), "has no exported.json"),
+    ],
+)
+def test_command_names_what_does_not_fit(folder, words, message, tmp_path):
+    status, errors = run_command("generate", "a", "-m", folder, "-o", tmp_path / "a.mp4", *words)
+    assert (status, message in errors) == (1, True), errors
+
+
+def test_export_command_keeps_other_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    status, errors = run_command("export", "emoji", tmp_path)
+    assert (status, "notes.txt" in errors or "holds" in errors) == (1, True), errors
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_bench_engines(video_model):
+    pytest.importorskip("onnxruntime")
+    from latent_shift.benchmark import engines
+
+    result = engines._warm("torch", str(video_model), 1, 2, 1.0)
+    assert {"clip", "unet", "peak_gib", "precision", "version"} == set(result)
+    assert result["clip"] > result["unet"] > 0
+    assert isinstance(engines.instruction_sets(), list)

@@ -84,6 +84,29 @@ def commands(
 
 
 @app.command()
+def engines(
+    model: Annotated[str, typer.Option("--model", "-m", help="a name, folder or file")] = "emoji",
+    rounds: Rounds = 5,
+    steps: Annotated[int | None, typer.Option(min=1, help="sampling steps; default: the model's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale; default: the model's")] = None,
+    output: Output = None,
+    force: outputs.Force = False,
+) -> None:
+    """Time a clip with every engine: a whole command, a clip in a warm process, one call of the U-Net."""
+    _prepare_process(output, force=force)
+    from latent_shift.benchmark import engines as measured
+    from latent_shift.benchmark.hardware import machine
+
+    result = machine() | {
+        "instruction_sets": measured.instruction_sets(),
+        "model": model,
+        "steps": steps,
+        "guidance": guidance,
+    }
+    _show(result | measured.compare(model, rounds=rounds, steps=steps, guidance=guidance), output)
+
+
+@app.command()
 def serve(
     model: Annotated[str, typer.Option("--model", "-m", help="a name or folder")] = "emoji",
     num: Annotated[int, typer.Option(min=10, help="requests to a server that is killed meanwhile")] = 1000,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,14 +16,18 @@ from latent_shift.cli.terminal import Progress, duration
 from latent_shift.runtime import keep_freed_memory, quiet_libraries, skip_packages
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from latent_shift.engines.exported import ExportedPipeline
     from latent_shift.pipelines.clip_pipeline import ClipPipeline
-    from latent_shift.pipelines.request import Request
+    from latent_shift.pipelines.request import Clip, Request
 
 
 Prediction = Annotated[
     str | None, typer.Option(help="epsilon or v_prediction: what the model predicts, if it does not say so")
 ]
 Variant = Annotated[str | None, typer.Option(help="variant of the weights in a folder, such as fp16")]
+EngineName = Literal["torch", "onnx", "openvino"]
 MAX_CLIPS = 100_000
 """Most clips of one command."""
 
@@ -128,9 +132,14 @@ def generate(
     prediction: Prediction = None,
     variant: Variant = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    engine: Annotated[
+        EngineName,
+        typer.Option(help="what computes: torch, or with a folder of `latent-shift export` onnx or openvino"),
+    ] = "torch",
     force: outputs.Force = False,
 ) -> None:
     """Generate clips from prompts, images or another clip."""
+    from latent_shift.engines.exported import ExportedPipeline, is_exported
     from latent_shift.pipelines import catalog
     from latent_shift.pipelines.request import Request
 
@@ -146,11 +155,27 @@ def generate(
     jobs = _plan(request, lines, num, output or [], numbered=prompts is not None)
     inputs = [*request.files.values(), prompts, lora, Path(model)]
     replaced = _check_outputs(jobs, fps, inputs=inputs, force=force)
+    if engine != "torch":
+        for name, value in {
+            "device": device,
+            "lora": lora,
+            "variant": variant,
+            "prediction": prediction,
+        }.items():
+            if value is not None:
+                raise ValueError(f"--{name} needs --engine torch")
+        pipeline = ExportedPipeline(model, engine)
+        _warn_of_far_words(lines, model, Path(model), pipeline.sentence_embeddings)
+        _generate_all(jobs, _Exported(pipeline), context, replaced)
+        return
+    if model not in catalog.MODELS and is_exported(model):
+        raise ValueError(f"{model}: is exported; expected --engine onnx or --engine openvino")
     catalog.check_model(model, variant=variant, prediction=prediction)
 
     skip_packages(catalog.unused_packages(model, lora=lora is not None, scheduler=scheduler))
     keep_freed_memory()
     quiet_libraries()
+    from latent_shift.models.names import embedder
     from latent_shift.pipelines import provenance
     from latent_shift.pipelines.loading import load
     from latent_shift.pipelines.lora import load_lora
@@ -160,11 +185,51 @@ def generate(
         load_lora(pipe, lora)
     pipe.set_progress_bar_config(disable=True)
     hashes = provenance.hash_inputs(model, [*request.files.values(), lora])
+    if not catalog.on_hub(model) and not Path(model).is_file():
+        embed = embedder(pipe.tokenizer, pipe.text_encoder)
+        _warn_of_far_words([*lines, *request.then.values()], model, catalog.folder(model), embed)
+    _generate_all(jobs, _Torch(pipe, model, hashes), context, replaced)
+
+
+class _Torch:
+    """Generates with a pipeline of PyTorch."""
+
+    def __init__(self, pipe: ClipPipeline, model: str, hashes: dict[str, str]):
+        self._pipe, self._model, self._hashes = pipe, model, hashes
+        self.where = outputs.device_name(pipe.device)
+
+    def generate(self, request: Request, on_step: Callable[[int, int], None]) -> Clip:
+        from latent_shift.pipelines.request import generate_clip
+
+        return generate_clip(request, self._pipe, on_step=on_step)
+
+    def describe(self, settings: Mapping[str, Any], command: list[str]) -> dict[str, str]:
+        from latent_shift.pipelines import provenance
+
+        settings = {**settings, "dtype": str(self._pipe.dtype).removeprefix("torch.")}
+        return provenance.describe(settings, model=self._model, hashes=self._hashes, command=command)
+
+
+class _Exported:
+    """Generates with an exported model."""
+
+    def __init__(self, pipeline: ExportedPipeline):
+        self._pipeline = pipeline
+        self.where = f"the CPU by {pipeline.engine.name} in {pipeline.engine.describe()['precision']}"
+        self.describe = pipeline.describe
+
+    def generate(self, request: Request, on_step: Callable[[int, int], None]) -> Clip:
+        return self._pipeline.generate(request, on_step=on_step)
+
+
+def _generate_all(
+    jobs: list[_Job], generator: _Torch | _Exported, context: typer.Context, replaced: Mapping[Path, outputs.FileState]
+) -> None:  # fmt: skip
+    """Generate all clips; print what failed of several."""
     failed = 0
-    _warn_of_far_words([*lines, *request.then.values()], model, pipe)
     for job in jobs:
         try:
-            _generate_one(job, pipe, context, hashes, replaced)
+            _generate_one(job, generator, context, replaced)
         except (ValueError, RuntimeError, OSError) as error:  # of this prompt, perhaps
             if len(jobs) == 1:
                 raise
@@ -235,28 +300,19 @@ def _check_outputs(
 
 def _generate_one(
     job: _Job,
-    pipe: ClipPipeline,
+    generator: _Torch | _Exported,
     context: typer.Context,
-    hashes: dict[str, str],
     replaced: Mapping[Path, outputs.FileState],
 ) -> None:
     """Generate a clip and write its files, all that can be written."""
-    from latent_shift.pipelines import provenance
-    from latent_shift.pipelines.request import generate_clip
-
     request, start = job.request, time.monotonic()
     with Progress(request.prompt[:40], say_time=False) as progress:
-        clip = generate_clip(request, pipe, on_step=progress)
+        clip = generator.generate(request, progress)
     seconds = duration(time.monotonic() - start)
-    print(f"{len(clip.frames)} frames in {seconds} on {outputs.device_name(pipe.device)}", file=sys.stderr)
+    print(f"{len(clip.frames)} frames in {seconds} on {generator.where}", file=sys.stderr)
     dropped = dict.fromkeys(("prompts", "num", "output", "force"))
     command = outputs.repeat_command(context, **dropped, prompt=request.prompt, seed=request.seed)
-    metadata = provenance.describe(
-        {**clip.settings, "dtype": str(pipe.dtype).removeprefix("torch.")},
-        model=context.params["model"],
-        hashes=hashes,
-        command=command,
-    )
+    metadata = generator.describe(clip.settings, command)
     suffix = ".png" if len(clip.frames) == 1 else ".mp4"
     files = job.files
     if not files:
@@ -265,16 +321,16 @@ def _generate_one(
     outputs.write_all(clip.frames, files, fps=clip.fps, metadata=metadata, replaced=replaced)
 
 
-def _warn_of_far_words(prompts: list[str], model: str, pipe: ClipPipeline) -> None:
+def _warn_of_far_words(
+    prompts: list[str], model: str, folder: Path, embed: Callable[[list[str]], np.ndarray]
+) -> None:
     """Print, for each prompt that is far from all names of a model, the nearest of them."""
-    from latent_shift.models.names import embedder, read_names
-    from latent_shift.pipelines import catalog
+    from latent_shift.models.names import read_names
 
     try:
-        names = None if catalog.on_hub(model) or Path(model).is_file() else read_names(catalog.folder(model))
+        names = read_names(folder)
         if names is None:
             return
-        embed = embedder(pipe.tokenizer, pipe.text_encoder)
         for prompt in filter(str.strip, prompts):
             nearest = names.nearest(prompt, embed)
             if nearest[0][1] < names.threshold:

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 import latent_shift
-from latent_shift.cli import bench, data, evaluate, generate, models, serve, show, train
+from latent_shift.cli import bench, data, evaluate, export, generate, models, serve, show, train
 from latent_shift.runtime import set_passive_waiting
 
 INTERRUPTED = 130
@@ -77,6 +77,7 @@ app.command()(serve.serve)
 app.command()(show.show)
 app.command()(train.train)
 app.command()(train.encode)
+app.command()(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.report)
 app.command()(evaluate.sheet)

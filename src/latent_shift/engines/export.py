@@ -116,16 +116,19 @@ def export(model: str, folder: str | Path) -> Path:
     text_encoder = _TextEncoder(pipe.text_encoder)
     indices = {name: torch.from_numpy(array) for name, array in neighbor_indices(3, settings.edge).items()}
     dim = torch.export.Dim
+    # From 64 images on diffusers makes a tensor contiguous before it is enlarged, which means nothing in the graph.
     frames, rows, columns = (
-        dim("frames", min=1, max=100_000),
+        dim("frames", min=1, max=63),
         dim("rows", min=1, max=4096),
         dim("columns", min=1, max=4096),
     )
+    ids = torch.full((2, settings.max_tokens - 1), settings.pad_token_id)
+    texts, length = dim("texts", min=1, max=10_000), dim("length", min=2, max=settings.max_tokens)
     _write(
         text_encoder,
-        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         folder / "text_encoder.onnx",
-        {},
+        {"input_ids": {0: texts, 1: length}, "attention_mask": {0: texts, 1: length}},
     )
     text = text_encoder(tokens, torch.ones_like(tokens))
     _write(

@@ -5,7 +5,7 @@ The folder of an exported model holds
     exported.json         what a call takes for numbers that are left out, the sampler, the noise schedule
     unet.onnx             (sample, timestep, text, previous, next) -> output, see `shift.neighbors`
     decoder.onnx          latents (F, C, h, w) -> frames (F, H, W, 3) uint8
-    text_encoder.onnx     (input_ids, attention_mask) -> (1, L, D)
+    text_encoder.onnx     (input_ids, attention_mask) (T, L) -> (T, L, D), of any number of texts
     tokenizer.json        of the library `tokenizers`
     names.safetensors, preview.safetensors   as in the model's folder
 
@@ -15,7 +15,7 @@ Shapes: F frames, C channels, h w latent height and width, L tokens, D width of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from latent_shift.files import check_schema, read_json_object
 from latent_shift.models.prompt_syntax import parse_prompt
 from latent_shift.noise import clip_noise
 from latent_shift.pipelines.limits import check_distilled
+from latent_shift.pipelines.provenance import describe
 from latent_shift.pipelines.request import Clip, Request
 
 SETTINGS = "exported.json"
@@ -187,19 +188,35 @@ class ExportedPipeline:
             resolved |= {"shared_noise": shared_noise, "noise_correlation": correlation}
         return Clip(frames, resolved["fps"], resolved)
 
+    def describe(self, settings: Mapping[str, Any], command: Sequence[str] | None = None) -> dict[str, str]:
+        """Return the metadata of a clip with these settings, see `provenance.describe`."""
+        about = self.engine.describe()
+        return describe(
+            {**settings, "dtype": about["precision"]}, model=self.settings.model, hashes=self.settings.sha256, command=command,
+            versions={self.engine.name: about["version"]},
+        )  # fmt: skip
+
     def embed(self, prompt: str) -> np.ndarray:
         """Return the embedding `(1, L, D)` of a prompt; raise ValueError for one with weights."""
         segments = parse_prompt(prompt)
         if any(weight != 1 for _, weight in segments):
             raise ValueError("prompt: weights such as (words:1.4) need --engine torch")
-        tokens = self._tokenizer.encode("".join(words for words, _ in segments))
-        return self.engine.run(
-            "text_encoder",
-            {
-                "input_ids": np.array([tokens.ids], np.int64),
-                "attention_mask": np.array([tokens.attention_mask], np.int64),
-            },
+        return self._encode(["".join(words for words, _ in segments)])[0]
+
+    def sentence_embeddings(self, texts: list[str]) -> np.ndarray:
+        """Return unit vectors `(texts, D)`: the mean of the last hidden states of their tokens, as `names.embedder` does."""
+        states, mask = self._encode(texts)
+        weights = mask[..., None].astype(np.float32)
+        mean = (states * weights).sum(axis=1) / weights.sum(axis=1)
+        return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the last hidden states `(T, L, D)` of texts and the mask `(T, L)` of their tokens."""
+        tokens = self._tokenizer.encode_batch(texts)
+        ids, mask = (
+            np.array([getattr(each, name) for each in tokens], np.int64) for name in ("ids", "attention_mask")
         )
+        return self.engine.run("text_encoder", {"input_ids": ids, "attention_mask": mask}), mask
 
     def _predict(
         self, sample: np.ndarray, timestep: int, texts: list[np.ndarray], neighbors: Mapping[str, np.ndarray], scale: float

@@ -30,6 +30,7 @@ def describe(
     model: str,
     hashes: Mapping[str, str],
     command: Sequence[str] | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the metadata of a result: the version, the command that makes it again, and its settings.
 
@@ -40,22 +41,24 @@ def describe(
         model: a name, folder, file or Hub id.
         hashes: of the inputs, as `hash_inputs` returns them.
         command: words of a command line, if there was one.
+        versions: of the packages that generated it; None: PyTorch, diffusers and transformers.
     """
-    import diffusers
-    import torch
+    if versions is None:
+        import diffusers
+        import torch
 
+        versions = {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": version("transformers"),
+        }
     values = {
         "latent_shift": latent_shift.__version__,
         **({} if command is None else {"command": shlex.join(command)}),
         "model": model,
         **settings,
         "sha256": dict(hashes),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": version("transformers"),
-        },
+        "versions": {"python": platform.python_version(), **versions},
     }
     return {name: _to_text(value) for name, value in values.items()}
 

@@ -52,6 +52,7 @@ STAGES = {  # a word of the recipe's name -> settings that make its run quick
     "autoencoder": ["data.crop=32", "model.size=tiny"],
     "image": ["model.size=tiny", "train.sample_steps=1"],
     "video": ["data.num_frames=4", "train.sample_steps=1"],
+    "distill": ["data.num_frames=4"],
 }
 
 

@@ -142,7 +142,7 @@ def test_every_key_has_a_description():
 
 def test_every_recipe_loads():
     recipes = sorted(Path(__file__).parent.parent.glob("recipes/**/*.toml"))
-    assert {load(recipe).stage for recipe in recipes} == {"autoencoder", "image", "video"}
+    assert {load(recipe).stage for recipe in recipes} == {"autoencoder", "image", "video", "distill"}
 
 
 def test_learning_rate_rises_stays_and_falls(recipe):

@@ -67,6 +67,7 @@ def test_recipe_trains_a_video_model_from_a_checkpoint_and_a_folder(checkpoint, 
     assert shift_of(pipe.unet) == Shift(edge="hold")
     assert pipe.call_defaults == {
         "num_frames": 4, "fps": 8, "shared_noise": 0.5, "noise_correlation": 0.7, "num_inference_steps": 2, "guidance_scale": 7.5,
+        "distilled_steps": 0,
     }  # fmt: skip
     assert not np.allclose(
         image(model), image(checkpoint), atol=1e-3
@@ -279,7 +280,7 @@ def test_prepare_reports_mistakes_before_packing(checkpoint, video_model, media,
 def test_train_reports_mistakes(checkpoint, media, tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"a lora adds to the weights of a trained denoiser: expected stage image or video, and model\.init",
+        match=r"a lora adds to the weights of a trained denoiser: expected stage image, video or distill, and model\.init",
     ):
         config.Config.model_validate({"stage": "image", "data": {"path": "x"}, "model": {"size": "tiny"}, "lora": {"rank": 2}, "optim": {"steps": 1000, "lr": 1e-3}})  # fmt: skip
     with pytest.raises(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from test_shift import tiny_unet
 
 from latent_shift import video
 from latent_shift.diffusion import noise_schedule
@@ -18,6 +19,7 @@ from latent_shift.pipelines.loading import load
 from latent_shift.pipelines.noise import draw_noise
 from latent_shift.pipelines.request import Request, generate_clip
 from latent_shift.runtime import seed
+from latent_shift.shift import Shift, inflate
 
 
 @pytest.mark.parametrize("number", [0, 7, -1, 2**40 + 3, 2**64 - 1])
@@ -68,13 +70,31 @@ def test_samplers_are_those_of_diffusers(name, prediction, num):
     np.testing.assert_allclose(sample, expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.fixture(scope="module", params=["one level", pytest.param("tiny", marks=pytest.mark.slow)])
+def model(request, video_model, tmp_path_factory):
+    """A model folder. The exporter takes many seconds for a U-Net of three levels, however narrow; one of a single level has every
+    layer but the changes of resolution."""
+    if request.param == "tiny":
+        return video_model
+    pipe = load(video_model, device="cpu", dtype=torch.float32)
+    config = pipe.unet.config
+    unet = tiny_unet(
+        block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=config.cross_attention_dim, sample_size=config.sample_size,
+    )  # fmt: skip
+    pipe.unet = inflate(unet, Shift(edge="hold"))
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def folder(video_model, tmp_path_factory):
-    """An exported model. The exporter takes many seconds even for a tiny network; one is enough for all tests."""
+def folder(model, tmp_path_factory):
+    """The exported model."""
     pytest.importorskip("onnxruntime")
     from latent_shift.engines.export import export
 
-    return export(str(video_model), tmp_path_factory.mktemp("exported"))
+    return export(str(model), tmp_path_factory.mktemp("exported"))
 
 
 REQUESTS = {
@@ -88,10 +108,10 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("engine", exported.ENGINES)
-def test_clips_are_those_of_the_pipeline(engine, folder, video_model):
+def test_clips_are_those_of_the_pipeline(engine, folder, model):
     """Same seed, same clip, to a level of a pixel: every engine in float32."""
     pytest.importorskip({"onnx": "onnxruntime"}.get(engine, engine))
-    pipe = load(video_model, device="cpu", dtype=torch.float32)
+    pipe = load(model, device="cpu", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     other = exported.ExportedPipeline(folder, engine)
     for name, fields in REQUESTS.items():
@@ -129,8 +149,8 @@ def test_what_an_engine_cannot_do_is_refused(folder, fields, words):
         pipeline.generate(Request(**{"prompt": "a red square", **fields}))
 
 
-def test_sentence_embeddings_are_those_of_the_names(folder, video_model):
-    pipe = load(video_model, device="cpu", dtype=torch.float32)
+def test_sentence_embeddings_are_those_of_the_names(folder, model):
+    pipe = load(model, device="cpu", dtype=torch.float32)
     texts = ["a red square", "blue", "a long and winding road of words and words"]
     expected = embedder(pipe.tokenizer, pipe.text_encoder)(texts)
     np.testing.assert_allclose(

@@ -235,6 +235,8 @@ function showModel() {
   if (!model) return;
   for (const name of NUMBERS) $(name).placeholder = model[name] ?? "";
   for (const name of ["width", "height"]) $(name).step = $(name).min = model.multiple;
+  // Guidance is part of a distilled model.
+  for (const name of ["guidance_scale", "negative_prompt"]) $(name).closest("label").hidden = model.distilled_steps > 0;
   const examples = model.examples?.length ? model.examples : DEFAULT_EXAMPLES;
   $("examples").replaceChildren(
     ...examples.map((text) => {

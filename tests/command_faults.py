@@ -105,7 +105,7 @@ def run_alone(words: list[str], folder: Path) -> float:
 
 
 def read_log(folder: Path) -> str:
-    log = folder.with_suffix(".log").read_text()
+    log = folder.with_suffix(".log").read_text(encoding="utf-8")
     assert "Traceback" not in log, log
     return log
 

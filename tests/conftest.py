@@ -1,9 +1,11 @@
-"""Fixtures of the small real world of tiny.py, one for each process of pytest.
+"""Fixtures of the small real world of tiny.py, made once for all processes of pytest.
 
 Nothing here imports torch before a test needs it: the process that shares the tests out never does.
 """
 
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -12,50 +14,71 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the back
 
 
 @pytest.fixture(scope="session")
-def media(tmp_path_factory):
+def shared(tmp_path_factory):
+    """Return a function that returns a folder of a name, which the first process that asks for it has filled by a function."""
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name, make):
+        folder, done = base / f"shared-{name}", base / f"shared-{name}.done"
+        with FileLock(base / f"shared-{name}.lock"):
+            if not done.exists():
+                folder.mkdir(exist_ok=True)
+                done.write_text(str(make(folder) or folder))
+        return Path(done.read_text())
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def media(shared):
     from tiny import make_media
 
-    return make_media(tmp_path_factory.mktemp("media"))
+    return shared("media", make_media)
 
 
 @pytest.fixture(scope="session")
-def packed(media, tmp_path_factory):
+def packed(media, shared):
     from latent_shift.data.pack import pack
 
-    folder = tmp_path_factory.mktemp("packed")
-    assert pack(media, folder, size=32, fps=8) == []
-    return folder
+    def make(folder):
+        assert pack(media, folder, size=32, fps=8) == []
+
+    return shared("packed", make)
 
 
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory):
+def texts(shared):
     from tiny import make_texts
 
-    return make_texts(tmp_path_factory.mktemp("texts"))
+    return shared("texts", make_texts)
 
 
 @pytest.fixture(scope="session")
-def autoencoder(packed, tmp_path_factory):
-    return _train("autoencoder", packed, tmp_path_factory)
+def autoencoder(packed, shared):
+    return _train("autoencoder", packed, shared)
 
 
 @pytest.fixture(scope="session")
-def latents(packed, autoencoder, texts, tmp_path_factory):
+def latents(packed, autoencoder, texts, shared):
     from latent_shift.data.encode import encode
 
-    folder = tmp_path_factory.mktemp("latents")
-    encode(packed, folder, autoencoder=autoencoder, texts=texts, batch_size=8)
-    return folder
+    def make(folder):
+        encode(packed, folder, autoencoder=autoencoder, texts=texts, batch_size=8)
+
+    return shared("latents", make)
 
 
 @pytest.fixture(scope="session")
-def image_model(latents, tmp_path_factory):
-    return _train("image", latents, tmp_path_factory)
+def image_model(latents, shared):
+    return _train("image", latents, shared)
 
 
 @pytest.fixture(scope="session")
-def video_model(latents, image_model, tmp_path_factory):
-    return _train("video", latents, tmp_path_factory, model={"init": str(image_model)})
+def video_model(latents, image_model, shared):
+    return _train("video", latents, shared, model={"init": str(image_model)})
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +97,11 @@ def api(video_model, tmp_path_factory):
         yield client
 
 
-def _train(stage, data, tmp_path_factory, **tables):
+def _train(stage, data, shared, **tables):
     """Train a stage for a few steps, with samples; return the folder of the model."""
     from tiny import tiny_config
 
     from latent_shift.training.loop import train
 
     config = tiny_config(stage, data, train={"sample_every": 2}, **tables)
-    return train(config, tmp_path_factory.mktemp(stage))
+    return shared(stage, lambda folder: train(config, folder))

@@ -68,7 +68,7 @@ def _train(config: Config, run: Path, file_bytes: int | None) -> None:
 def run_to_end(config: Config, run: Path) -> None:
     process = start_run(config, run)
     process.join()
-    assert process.exitcode == 0, run.with_suffix(".log").read_text()[-2000:]
+    assert process.exitcode == 0, run.with_suffix(".log").read_text(encoding="utf-8")[-2000:]
 
 
 def wait_for_step(run: Path, step: int, process: BaseProcess) -> None:
@@ -132,7 +132,7 @@ def killed_at_random_moments(config: Config, run: Path, kills: int) -> str:
             process.join()
             done += 1
             continue
-        assert process.exitcode == 0, run.with_suffix(".log").read_text()[-2000:]
+        assert process.exitcode == 0, run.with_suffix(".log").read_text(encoding="utf-8")[-2000:]
         if done >= kills:
             return f"SIGKILL at {done} random moments"
         check_and_delete(run)
@@ -150,7 +150,7 @@ def killed_while_it_saves(config: Config, run: Path, kills: int) -> str:
             done += 1
         process.join()
         if process.exitcode != -signal.SIGKILL:  # it finished before a save was observed
-            assert process.exitcode == 0, run.with_suffix(".log").read_text()[-2000:]
+            assert process.exitcode == 0, run.with_suffix(".log").read_text(encoding="utf-8")[-2000:]
             check_and_delete(run)
     run_to_end(config, run)
     return f"SIGKILL {done} times during a save"
@@ -178,7 +178,7 @@ def interrupted(config: Config, run: Path, kills: int) -> str:
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 0 and not (run / "model").exists()
-    assert "the same command resumes from there" in run.with_suffix(".log").read_text()
+    assert "the same command resumes from there" in run.with_suffix(".log").read_text(encoding="utf-8")
     run_to_end(config, run)
     return "Ctrl-C: it saves and exits with 0"
 
@@ -195,7 +195,7 @@ def full_disk(config: Config, run: Path, kills: int) -> str:
     ):  # too small for the weights, or for the optimizer states, which are twice as large
         process = start_run(config, run, limit)
         process.join()
-        log = run.with_suffix(".log").read_text()
+        log = run.with_suffix(".log").read_text(encoding="utf-8")
         assert (
             process.exitcode == 2
             and "could not be saved" in log
@@ -214,7 +214,9 @@ def cut_checkpoint(config: Config, run: Path, kills: int) -> str:
         with (newest / name).open("r+b") as file:
             file.truncate((newest / name).stat().st_size - 1)
         run_to_end(config, run)
-        assert f"step-000000{STEPS} is skipped: {name} has" in run.with_suffix(".log").read_text()
+        assert f"step-000000{STEPS} is skipped: {name} has" in run.with_suffix(".log").read_text(
+            encoding="utf-8"
+        )
     return "newest checkpoint truncated: reported and skipped"
 
 
@@ -236,7 +238,9 @@ def two_in_one_folder(config: Config, run: Path, kills: int) -> str:
     second = start_run(config, run)
     second.join()
     os.kill(first.pid, signal.SIGCONT)
-    assert second.exitcode == 2 and "another process is writing there" in run.with_suffix(".log").read_text()
+    assert second.exitcode == 2 and "another process is writing there" in run.with_suffix(".log").read_text(
+        encoding="utf-8"
+    )
     first.join()
     return "second process in the same folder: refused"
 
@@ -249,9 +253,9 @@ def other_settings(config: Config, run: Path, kills: int) -> str:
     changed = config.model_copy(update={"model": config.model.model_copy(update={"edge": "wrap"})})
     process = start_run(changed, run)
     process.join()
-    assert (
-        process.exitcode == 2 and "holds a run with another model.edge" in run.with_suffix(".log").read_text()
-    )
+    assert process.exitcode == 2 and "holds a run with another model.edge" in run.with_suffix(
+        ".log"
+    ).read_text(encoding="utf-8")
     run_to_end(config, run)
     return "resumed with another shift: refused"
 

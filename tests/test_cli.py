@@ -154,22 +154,13 @@ def test_generate_uses_every_option(video_model, tmp_path):
     assert video.read(path)[1] == 4
 
 
-def test_generate_writes_an_image_for_one_frame_and_warns_of_truncation(video_model, tmp_path, monkeypatch):
+def test_generate_writes_an_image_for_one_frame_and_warns_of_truncation(
+    video_model, tmp_path, monkeypatch, caplog
+):
     monkeypatch.chdir(tmp_path)
-    words = [
-        sys.executable,
-        "-m",
-        "latent_shift",
-        "generate",
-        "a red square " * 9,
-        "-m",
-        str(video_model),
-        "--steps",
-        "1",
-    ]
-    result = subprocess.run([*words, "--num-frames", "1"], capture_output=True, text=True, check=True)
-    assert "truncated" in result.stderr
-    assert video.read(result.stdout.strip())[0].shape == (1, 32, 32, 3)
+    printed = run("generate", "a red square " * 9, "-m", video_model, "--steps", 1, "--num-frames", 1)
+    assert "truncated" in caplog.text
+    assert video.read(printed.strip().splitlines()[-1])[0].shape == (1, 32, 32, 3)
 
 
 @pytest.mark.slow  # its fast twins are the commands of docs/training.md (test_docs.py)

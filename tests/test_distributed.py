@@ -55,15 +55,18 @@ def settings(packed, image_model, *, accumulate, steps=4, **train):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("shard", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_train_on_two_processes_equals_one_that_accumulates(shard, alone, packed, image_model, tmp_path):
+@pytest.mark.parametrize(
+    "way", ["launched", *(pytest.param(way, marks=pytest.mark.slow) for way in ("torchrun", "sharded"))]
+)
+def test_train_on_two_processes_equals_one_that_accumulates(way, alone, packed, image_model, tmp_path):
     expected, run_alone = alone
+    shard = way == "sharded"
     first, whole = (settings(packed, image_model, accumulate=1, steps=steps, shard=shard) for steps in (2, 4))
-    if shard:  # the run resumes in the same processes: their first sharded step takes 10 s
-        launch(train_in_turn, [first, whole], tmp_path / "run", [free_port(), free_port()])
-    else:  # it resumes by the command under torchrun
+    if way == "torchrun":
         launch(train, first, tmp_path / "run")
         train_by_torchrun(whole, tmp_path / "run")
+    else:  # the run resumes in the same processes
+        launch(train_in_turn, [first, whole], tmp_path / "run", [free_port(), free_port()])
     rows = read_stats(tmp_path / "run")
     for row, other in zip(rows, expected, strict=True):
         for name in ("loss", "mse", "grad_norm", *(["val_loss"] if "val_loss" in other else [])):

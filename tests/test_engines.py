@@ -71,7 +71,7 @@ def test_samplers_are_those_of_diffusers(name, prediction, num):
 
 
 @pytest.fixture(scope="module", params=["one level", pytest.param("tiny", marks=pytest.mark.slow)])
-def model(request, video_model, tmp_path_factory):
+def model(request, video_model, shared):
     """A model folder. The exporter takes many seconds for a U-Net of three levels, however narrow; one of a single level has every
     layer but the changes of resolution."""
     if request.param == "tiny":
@@ -83,18 +83,16 @@ def model(request, video_model, tmp_path_factory):
         cross_attention_dim=config.cross_attention_dim, sample_size=config.sample_size,
     )  # fmt: skip
     pipe.unet = inflate(unet, Shift(edge="hold"))
-    folder = tmp_path_factory.mktemp("model")
-    pipe.save_pretrained(folder)
-    return folder
+    return shared("one-level", pipe.save_pretrained)
 
 
 @pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
+def folder(model, shared):
     """The exported model."""
     pytest.importorskip("onnxruntime")
     from latent_shift.engines.export import export
 
-    return export(str(model), tmp_path_factory.mktemp("exported"))
+    return shared(f"exported-{model.name}", lambda folder: export(str(model), folder))
 
 
 REQUESTS = {

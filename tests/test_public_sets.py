@@ -87,7 +87,7 @@ def msrvtt(folder, split="train", wordings=1):
     [
         ("ucf101", ucf101),
         pytest.param("webvid-sd15", webvid, marks=pytest.mark.slow),
-        ("webvid-sd15", msrvtt),
+        pytest.param("webvid-sd15", msrvtt, marks=pytest.mark.slow),
     ],
 )
 def test_train_runs_the_recipe_of_a_public_data_set(recipe, write_data, checkpoint, tmp_path):  # noqa: F811

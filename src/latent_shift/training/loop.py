@@ -446,7 +446,9 @@ def _restore_state(state: TrainState) -> None:
 
 
 def _create_accelerator(config: Config, prepared: prepare.Prepared, run: Path) -> Accelerator:
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    AcceleratorState._reset_state(
+        True
+    )  # an earlier run of this process had its own precision and process group
     accelerator = Accelerator(
         mixed_precision=prepared.precision,
         gradient_accumulation_steps=config.optim.accumulate,

@@ -74,7 +74,9 @@ async function refresh() {
     const before = Date.now() / 1000 - 5;
     for (const id of order)
       if (!ids.has(id) && videos.get(id).created_at >= since && videos.get(id).created_at < before) forget(id);
-    list.data.reverse().forEach(keep); // the oldest first: among clips of one second the last comes first
+    list.data.forEach(keep);
+    const listed = list.data.map(({ id }) => id).values(); // in the order of arrival, which a time in seconds does not tell
+    order = order.map((id) => (ids.has(id) ? listed.next().value : id));
     if (order.length <= page) hasOlder = list.has_more;
     const runs = (id) => ["queued", "in_progress"].includes(videos.get(id).status);
     if (!shown) shown = order.find(runs) ?? null;

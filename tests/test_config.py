@@ -61,7 +61,10 @@ def test_load_applies_overrides_and_reads_back_a_dump(recipe, tmp_path):
         (["optim.lr='fast'"], "optim.lr: Input should be a valid number, got 'fast'"),
         (["optim.steps=1.5"], "optim.steps: Input should be a valid integer"),
         (["optim.steps=0"], "optim.steps: Input should be greater than or equal to 1, got 0"),
-        (["stage=movie"], "stage: Input should be 'autoencoder', 'image', 'video' or 'distill', got 'movie'"),
+        (
+            ["stage=movie"],
+            "stage: Input should be 'autoencoder', 'tiny_autoencoder', 'image', 'video' or 'distill', got 'movie'",
+        ),
         (["stage=video"], "stage video needs data.num_frames of 2 or more"),
         (["data.num_frames=4"], "trains on single frames: data.num_frames must be 1"),
         (["model.init=there"], "give either size"),
@@ -142,7 +145,13 @@ def test_every_key_has_a_description():
 
 def test_every_recipe_loads():
     recipes = sorted(Path(__file__).parent.parent.glob("recipes/**/*.toml"))
-    assert {load(recipe).stage for recipe in recipes} == {"autoencoder", "image", "video", "distill"}
+    assert {load(recipe).stage for recipe in recipes} == {
+        "autoencoder",
+        "tiny_autoencoder",
+        "image",
+        "video",
+        "distill",
+    }
 
 
 def test_learning_rate_rises_stays_and_falls(recipe):

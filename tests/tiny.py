@@ -167,6 +167,7 @@ def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
             "batch_size": 2,
             **{
                 "autoencoder": {"crop": 32},
+                "tiny_autoencoder": {"crop": 32},
                 "image": {},
                 "video": {"num_frames": 4},
                 "distill": {"num_frames": 4},

@@ -29,7 +29,7 @@ class Data(Section):
 
     path: str = Field(
         description="A store, a glob pattern of stores, or captioned videos in any layout that `data pack` reads; "
-        "the autoencoder trains on pixels, the other stages on latents."
+        "autoencoders train on pixels, the other stages on latents."
     )
     size: int | None = Field(
         None,
@@ -203,7 +203,7 @@ class Diffusion(Section):
 
 
 class Loss(Section):
-    """Weights of the autoencoder's loss terms; the mean absolute error weighs 1."""
+    """Weights of an autoencoder's loss terms; the mean absolute error weighs 1, as does the error of a tiny one's latents."""
 
     kl: float = Field(
         5e-4, ge=0, description="Weight of the KL divergence of the latents from a standard normal."
@@ -315,9 +315,9 @@ class Train(Section):
 class Config(Section):
     """All settings of a run, as in `config.toml` of its folder."""
 
-    stage: Literal["autoencoder", "image", "video", "distill"] = Field(
-        description="What is trained: an autoencoder, a text-to-image model, a text-to-video model, or either of these again to "
-        "sample in few steps."
+    stage: Literal["autoencoder", "tiny_autoencoder", "image", "video", "distill"] = Field(
+        description="What is trained: an autoencoder, a tiny one for the same latents, a text-to-image model, a text-to-video model, or "
+        "either of these again to sample in few steps."
     )
     data: Data
     model: Model
@@ -332,7 +332,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         if self.stage == "video" and self.data.num_frames < 2:
             raise ValueError("stage video needs data.num_frames of 2 or more")
-        if self.stage in ("autoencoder", "image") and self.data.num_frames != 1:
+        if (self.reads_pixels or self.stage == "image") and self.data.num_frames != 1:
             raise ValueError(f"stage {self.stage} trains on single frames: data.num_frames must be 1")
         for name in _IGNORED[self.stage]:
             section, key = name.split(".")
@@ -341,9 +341,11 @@ class Config(Section):
                 raise ValueError(f"{name} has no effect in stage {self.stage}: leave it out")
         if self.stage == "distill":
             self._check_distill()
+        if self.stage == "tiny_autoencoder" and self.model.init is None:
+            raise ValueError("stage tiny_autoencoder needs model.init, the model whose latents it learns")
         if self.lora and self.train.shard:
             raise ValueError("train.shard has no effect on the frozen weights under a lora: leave it out")
-        if self.train.shard and (self.stage == "autoencoder" or self.optim.optimizer != "adamw"):
+        if self.train.shard and (self.reads_pixels or self.optim.optimizer != "adamw"):
             raise ValueError(
                 "train.shard needs stage image or video, and optim.optimizer=adamw: neither autoencoders nor adamw8bit can be sharded"
             )
@@ -368,7 +370,7 @@ class Config(Section):
             raise ValueError(
                 "train.validate_every and train.val_batches have no effect without data.val_splits"
             )
-        if self.lora and (self.stage == "autoencoder" or self.model.init is None):
+        if self.lora and (self.reads_pixels or self.model.init is None):
             raise ValueError(
                 "a lora adds to the weights of a trained denoiser: expected stage image, video or distill, and model.init"
             )
@@ -378,6 +380,11 @@ class Config(Section):
                 f"optim.warmup_steps={warmup} and optim.cooldown_steps={cooldown} together are more than optim.steps={self.optim.steps}"
             )
         return self
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether the stage trains on pixels, and not on latents and captions."""
+        return self.stage in ("autoencoder", "tiny_autoencoder")
 
     def _check_distill(self) -> None:
         phases, steps, num_timesteps = (
@@ -428,27 +435,29 @@ PACKING = ("size", "fps", "aspects", "mirror")
 """Settings of `data` for packing and encoding a folder of videos; without effect on a store."""
 _DIFFUSION = [f"diffusion.{name}" for name in Diffusion.model_fields]
 _DISTILL = [f"distill.{name}" for name in Distill.model_fields]
+_PIXELS = [
+    *_DIFFUSION,
+    *_DISTILL,
+    "data.mirror",
+    "data.image_share",
+    "data.window",
+    "data.strides",
+    "train.compile",
+    "train.sample_steps",
+    "train.sample_guidance",
+    "train.sample_shared_noise",
+    "train.sample_noise_correlation",
+    "model.prediction",
+    "model.variant",
+    "model.temporal",
+    "model.place",
+    "model.forward",
+    "model.backward",
+    "model.edge",
+]
 _IGNORED = {  # settings that have no effect in a stage
-    "autoencoder": [
-        *_DIFFUSION,
-        *_DISTILL,
-        "data.mirror",
-        "data.image_share",
-        "data.window",
-        "data.strides",
-        "train.compile",
-        "train.sample_steps",
-        "train.sample_guidance",
-        "train.sample_shared_noise",
-        "train.sample_noise_correlation",
-        "model.prediction",
-        "model.variant",
-        "model.temporal",
-        "model.place",
-        "model.forward",
-        "model.backward",
-        "model.edge",
-    ],
+    "autoencoder": _PIXELS,
+    "tiny_autoencoder": [*_PIXELS, "loss.kl"],
     "image": [
         *_DISTILL,
         "diffusion.motion_weight",

@@ -71,7 +71,7 @@ def train(
 
 def _print_estimate(config: Config, prepared: Prepared) -> None:
     """Print the memory and the least time that a run needs."""
-    if config.stage == "autoencoder":
+    if config.reads_pixels:
         return
     from latent_shift.benchmark.hardware import matrix_rate
     from latent_shift.runtime import dtype_of, resolve_device

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
 from torch import Tensor
 
 from latent_shift.models.loading import open_network
+
+TINY = "tiny_vae"
+"""Folder of a tiny autoencoder in the folder of a pipeline: an `AutoencoderTiny` for the same latents."""
 
 
 def load_autoencoder(folder: str | Path) -> AutoencoderKL:
@@ -27,6 +30,18 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL:
     folder = Path(folder)
     inside = folder / "vae" if (folder / "vae").is_dir() else folder
     return open_network(inside, AutoencoderKL, kind="vae", dtype=torch.float32)  # type: ignore[return-value]
+
+
+def load_tiny_autoencoder(model: str | Path) -> AutoencoderTiny | None:
+    """Load the tiny autoencoder beside that of a pipeline, in float32; None for a pipeline without one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    folder = Path(model) / TINY
+    if not folder.is_dir():
+        return None
+    return open_network(folder, AutoencoderTiny, kind="vae", dtype=torch.float32)  # type: ignore[return-value]
 
 
 def posterior(vae: ModelMixin, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ model of one name have the same configuration.
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
 from latent_shift.config import Model
 from latent_shift.models.baselines import TEMPORAL_NETWORKS
@@ -51,6 +51,22 @@ def autoencoder(size: str) -> AutoencoderKL:
         scaling_factor=1.0,  # export folds the latents' mean and variance into the 1x1 convolutions instead
         **config,
     )
+
+
+def tiny_autoencoder(*, factor: int, latent_channels: int) -> AutoencoderTiny:
+    """Return a new `AutoencoderTiny` of 32 channels: TAESD at half its width, with many blocks where pixels are few.
+
+    Args:
+        factor: pixels to a side of a latent, a power of 2.
+        latent_channels: of the latents.
+    """
+    num_levels = factor.bit_length()
+    widths, levels = (32,) * num_levels, range(num_levels)
+    return AutoencoderTiny(
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, latent_channels=latent_channels,
+        num_encoder_blocks=tuple((0, 2, 3, 4)[min(level, 3)] for level in levels),
+        num_decoder_blocks=tuple((0, 2, 8, 12)[min(level, 3)] for level in reversed(levels)),
+    )  # fmt: skip
 
 
 def check_size(size: str, *, autoencoder: bool) -> None:

@@ -66,7 +66,7 @@ def check_settings(config: Config, run: Path) -> None:
             ema, round(1 / (1 - ema)), num_steps, max(0.0, 1 - 10 / num_steps),
         )  # fmt: skip
     if config.model.size:
-        sizes.check_size(config.model.size, autoencoder=config.stage == "autoencoder")
+        sizes.check_size(config.model.size, autoencoder=config.reads_pixels)
     check_same_run(config, run)
 
 
@@ -138,7 +138,7 @@ def check_source(config: Config, factor: int | None) -> None:
         )
     if not packed and not Path(source).exists() and not re.search(r"://|[*?{]", source):
         raise ValueError(f"{source}: no such file or folder")
-    if config.stage != "autoencoder" and not encoded and config.model.init is None:
+    if not config.reads_pixels and not encoded and config.model.init is None:
         raise ValueError(
             f"{source} holds no latents, and there is no model.init to encode it with: `latent-shift encode` it"
         )
@@ -161,7 +161,7 @@ def check_store(config: Config, store: Store) -> None:
         ValueError: it lacks a split, captions for a stride, or validation clips.
     """
     data = config.data
-    if config.stage != "autoencoder" and (missing := set(data.strides) - set(store.info["strides"])):
+    if not config.reads_pixels and (missing := set(data.strides) - set(store.info["strides"])):
         raise ValueError(
             f"{data.path} has no captions for data.strides {sorted(missing)}: encode it with --stride"
         )

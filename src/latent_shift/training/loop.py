@@ -44,12 +44,13 @@ from latent_shift.training.memory import suggest_smaller_settings
 from latent_shift.training.objectives import attention_kernel
 from latent_shift.training.optimizer import learning_rate
 from latent_shift.training.stages import AutoencoderStage, DenoiserStage, Stage
+from latent_shift.training.tiny_autoencoder import TinyAutoencoderStage
 
 log = logging.getLogger("latent_shift")
 
 Report = Callable[[dict], None]
 STAGES: dict[str, type[AutoencoderStage] | type[DenoiserStage]] = {
-    "autoencoder": AutoencoderStage, "image": DenoiserStage, "video": DenoiserStage, "distill": DistillationStage
+    "autoencoder": AutoencoderStage, "tiny_autoencoder": TinyAutoencoderStage, "image": DenoiserStage, "video": DenoiserStage, "distill": DistillationStage
 }  # fmt: skip
 
 
@@ -228,7 +229,7 @@ def prefetch_batches(state: TrainState, loader: ThreadPoolExecutor) -> Iterator[
 @contextmanager
 def averaged_weights(state: TrainState) -> Iterator[None]:
     """Use the averaged weights, for inference."""
-    precision = state.accelerator.autocast() if state.config.stage != "autoencoder" else nullcontext()
+    precision = nullcontext() if state.config.reads_pixels else state.accelerator.autocast()
     state.stage.model.eval()
     # Validation and sampling run eagerly: their shapes would need graphs of their own, for few calls.
     with state.ema.applied(), torch.no_grad(), precision, torch.compiler.set_stance("force_eager"):

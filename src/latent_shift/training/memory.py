@@ -75,9 +75,9 @@ def estimate_run(config: Config, prepared: Prepared, device: str = "cuda") -> Es
     """Estimate the memory of a run on `device`.
 
     Raises:
-        ValueError: a run of the autoencoder, which is small.
+        ValueError: a run of an autoencoder, which is small.
     """
-    if config.stage == "autoencoder":
+    if config.reads_pixels:
         raise ValueError("expected a run of stage image, video or distill")
     store = Store(prepared.store)
     with torch.device("meta"):

@@ -44,7 +44,7 @@ class Prepared:
     """The sources of a run in the form that its stage reads.
 
     Attributes:
-        store: a store, or a glob pattern of several: of pixels for the autoencoder, else of latents.
+        store: a store, or a glob pattern of several: of pixels for autoencoders, else of latents.
         init: the diffusers folder with the starting weights; None for random weights.
         precision: "no" (float32), "bf16" or "fp16".
     """
@@ -72,7 +72,7 @@ def prepare(
     """
     init, store = config.model.init, config.data.path
     open_bar = progress or (lambda title: nullcontext())
-    encodes = config.stage != "autoencoder"
+    encodes = not config.reads_pixels
     folder, factor = None, None
     if init is not None and not encodes:
         folder = loading.folder(init)

@@ -1,4 +1,4 @@
-"""The three stages: the batches, network, samples and export of each. The loop knows steps, not data.
+"""The stages: the batches, network, samples and export of each. The loop knows steps, not data.
 
 Shapes: B clips of F frames; C channels and h x w of the latents; L tokens, D width of the text embeddings.
 """
@@ -78,14 +78,14 @@ class AutoencoderStage:
         checks.check_store(config, self.store)
         self.sampler = BalancedSampler(self.store, self.store.select(splits=config.data.splits))
         self.held_out = _held_out_sampler(config, self.store)
-        self.model = (
-            load_autoencoder(prepared.init) if prepared.init else sizes.autoencoder(str(config.model.size))
-        )
+        self.objective = self.make_objective(config, prepared)
+        self.model = self.objective.vae
         self.factor = downscale_factor(self.model.config)
         checks.check_crop(config, self.store, self.factor)
-        self.objective = AutoencoderObjective(
-            self.model, kl=config.loss.kl, perceptual=config.loss.perceptual
-        )
+
+    def make_objective(self, config: Config, prepared: Prepared) -> Any:
+        vae = load_autoencoder(prepared.init) if prepared.init else sizes.autoencoder(str(config.model.size))
+        return AutoencoderObjective(vae, kl=config.loss.kl, perceptual=config.loss.perceptual)
 
     def draw_batch(self, rng: np.random.Generator, *, held_out: bool = False) -> tuple[Tensor, ...]:
         """Return pixels `(B, 3, H, W)` and the noise of their latents `(B, C, h, w)`."""
@@ -113,11 +113,13 @@ class AutoencoderStage:
     def sample(self, rank: int, world_size: int) -> dict[int, np.ndarray]:
         """Return a picture of eight frames above their reconstructions."""
         frames = self._fixed_frames(8)
-        originals = autoencoder.to_pixels(frames).to(self.model.device)
-        reconstructions = autoencoder.to_frames(
-            self.model.decode(self.model.encode(originals).latent_dist.mean).sample.cpu()
-        )
-        return {0: video.montage(torch.cat([frames, reconstructions]).numpy(), columns=8)}
+        reconstructions = self.reconstruct(autoencoder.to_pixels(frames).to(self.model.device))
+        rows = [frames, *(autoencoder.to_frames(pixels.cpu()) for pixels in reconstructions)]
+        return {0: video.montage(torch.cat(rows).numpy(), columns=8)}
+
+    def reconstruct(self, pixels: Tensor) -> list[Tensor]:
+        """Return reconstructions of frames, one row of the samples each."""
+        return [self.model.decode(self.model.encode(pixels).latent_dist.mean).sample]
 
     def write_samples(self, samples: dict[int, np.ndarray], folder: Path, step: int) -> None:
         """Write the picture as a PNG."""

@@ -1,0 +1,99 @@
+"""A tiny autoencoder beside a large one: diffusers' `AutoencoderTiny` learns the latents of an `AutoencoderKL`, which stays as it is.
+
+It decodes in a fraction of the time, as TAESD does for Stable Diffusion (github.com/madebyollin/taesd), and takes the same latents:
+`pipe.vae = AutoencoderTiny.from_pretrained(folder)`.
+
+Shapes: N frames of H x W pixels; C channels, h x w of the latents.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latent_shift.config import Config
+from latent_shift.files import read_json_object, write_json
+from latent_shift.models import sizes
+from latent_shift.models.autoencoder import decode_latents, load_autoencoder, posterior
+from latent_shift.models.parts import downscale_factor
+from latent_shift.models.perceptual import FeatureDistance
+from latent_shift.training.prepare import Prepared
+from latent_shift.training.stages import AutoencoderStage
+
+
+class TinyAutoencoderObjective(nn.Module):
+    """Compute the losses of a tiny autoencoder: its decoder's on what the teacher decodes, its encoder's on the teacher's latents.
+
+    What the teacher decodes follows from the latents, so it is learned faster than the frames themselves, which have details that
+    the latents do not tell.
+
+    Args:
+        vae: the tiny autoencoder.
+        teacher: the autoencoder whose latents it learns, frozen.
+        perceptual: weight of the perceptual distance; 0 loads no network for it.
+    """
+
+    def __init__(self, vae: AutoencoderTiny, teacher: AutoencoderKL, *, perceptual: float):
+        super().__init__()
+        self.vae = vae
+        self.teacher = teacher.requires_grad_(False)
+        self.perceptual = perceptual
+        # A tuple hides the frozen network from this module's parameters and checkpoints.
+        self._features = (FeatureDistance(),) if perceptual else ()
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its terms.
+
+        Args:
+            pixels: `(N, 3, H, W)`, -1..1.
+            noise: `(N, C, h, w)` standard normal, to sample the teacher's posterior with.
+        """
+        with torch.no_grad():
+            mean, std = posterior(self.teacher, pixels)
+            latents = mean + std * noise
+            target = decode_latents(self.teacher, latents).float()
+        decoded = self.vae.decode(latents).sample.float()
+        encoded = self.vae.encode(pixels).latents.float()
+        terms = {"l1": F.l1_loss(decoded, target), "latents": F.mse_loss(encoded, mean.float())}
+        loss = terms["l1"] + terms["latents"]
+        for features in self._features:
+            terms["perceptual"] = features(decoded, target)
+            loss = loss + self.perceptual * terms["perceptual"]
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+
+class TinyAutoencoderStage(AutoencoderStage):
+    """Train a tiny autoencoder on random crops of random frames, with every concept equally likely."""
+
+    objective: TinyAutoencoderObjective
+
+    def make_objective(self, config: Config, prepared: Prepared) -> TinyAutoencoderObjective:
+        assert prepared.init is not None  # Config
+        teacher = load_autoencoder(prepared.init)
+        vae = sizes.tiny_autoencoder(
+            factor=downscale_factor(teacher.config), latent_channels=teacher.config.latent_channels
+        )
+        return TinyAutoencoderObjective(vae, teacher, perceptual=config.loss.perceptual)
+
+    def reconstruct(self, pixels: Tensor) -> list[Tensor]:
+        """Return what the teacher and the tiny decoder make of the teacher's latents, then both halves of the tiny autoencoder."""
+        latents, _ = posterior(self.objective.teacher, pixels)
+        own = self.model.encode(pixels).latents
+        return [
+            self.objective.teacher.decode(latents).sample,
+            self.model.decode(latents).sample,
+            self.model.decode(own).sample,
+        ]
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write an AutoencoderTiny in half precision."""
+        vae = AutoencoderTiny.from_config(self.model.config)
+        vae.load_state_dict(weights)
+        vae.half().save_pretrained(folder)
+        config = read_json_object(folder / "config.json")
+        del config["block_out_channels"]  # diffusers derives it, and warns where it is given
+        write_json(config, folder / "config.json")

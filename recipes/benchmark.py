@@ -1,9 +1,9 @@
 """Measure speed and memory: the JSON of docs/results that docs/tables.py turns into tables.
 
-    python recipes/benchmark.py            # all, hours on two cores
+    python recipes/benchmark.py            # all but gpu, hours on two cores
     python recipes/benchmark.py peers      # those whose name is given
 
-`measures` fetches and packs the emoji data first. Run it from the root of a clone on an otherwise idle machine.
+`gpu` needs a GPU, and takes some minutes of it. `measures` fetches and packs the emoji data first. Run it from the root of a clone on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "measures": "bench measures data/emoji-128 --num 164",
     "training": "bench training",
     "encode": "bench encode",
+    "gpu": "bench gpu",
     "index": "bench index --clips 10000000",
 }
 
@@ -31,7 +32,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("names", nargs="*", choices=["all", *BENCHMARKS], default="all")
     names = parser.parse_args().names
-    for name in BENCHMARKS if "all" in names else names:
+    for name in [name for name in BENCHMARKS if name != "gpu"] if "all" in names else names:
         if name == "measures":
             pack_emoji()
         run(f"latent-shift {BENCHMARKS[name]} -o docs/results/{name}.json --force")

@@ -13,8 +13,8 @@ from test_cli import run
 from test_finetune import RECIPE
 from tiny import traced
 
+from latent_shift.benchmark import gpu, networks, step, throughput
 from latent_shift.benchmark import memory as benchmark_memory
-from latent_shift.benchmark import networks, step, throughput
 from latent_shift.benchmark.memory import _long_clip, long_clips, training_memory
 from latent_shift.benchmark.roofline import Work
 from latent_shift.benchmark.step import shift_overhead
@@ -32,7 +32,7 @@ from latent_shift.training import memory
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param(
             {"dtype": torch.bfloat16 if has_bf16_units() else torch.float32, "channels_last": True},
             marks=pytest.mark.slow,
@@ -182,6 +182,19 @@ def test_training_memory_estimates_the_recipe(monkeypatch):
             recipe.optim.optimizer,
         )
         assert config.train.precision == recipe.train.precision
+
+
+@pytest.mark.slow  # five networks of 34 M parameters
+def test_bench_gpu_is_rehearsed_on_a_cpu():
+    steps = gpu.compare_steps(
+        full=False, loads=[(1, 8)], num_frames=2, rounds=1, device="cpu", dtype=torch.float32, compiled=False
+    )
+    (load,) = steps.values()
+    assert {"frame by frame", "with the shift", "AnimateDiff (UNetMotionModel)"} < load["step"].keys()
+    clip = gpu.clip_of_four_steps(
+        full=False, side=8, num_frames=2, rounds=1, device="cpu", dtype=torch.float32
+    )
+    assert all(each["seconds"] > 0 for each in clip.values())
 
 
 def test_bench_peers_prints_what_it_writes(monkeypatch, tmp_path):

@@ -1,0 +1,185 @@
+"""Group norm, SiLU and the shift as one operation on a GPU, in Triton: the shift then costs no pass over memory and no launch of its own.
+
+For sampling; training and CPUs keep the form of shift.py, which is the reference.
+
+Shapes: N images, the F frames of each clip adjacent; C channels in G groups; H x W.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latent_shift.shift import Shift, ShiftGroupNorm
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there are no wheels for macOS, and CPUs need none
+    triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's interpreter runs the kernels, with numpy on CPU tensors; read when this file is imported, as Triton does."""
+_EDGES = {"zero": 0, "wrap": 1, "hold": 2}
+
+if triton is not None:
+
+    @triton.jit
+    def _statistics_kernel(x, mean, rstd, size, eps, BLOCK: tl.constexpr):
+        """Mean and inverse deviation of a group, whose `size` numbers are adjacent."""
+        group = tl.program_id(0).to(tl.int64)
+        offsets = tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, size, BLOCK):
+            inside = start + offsets < size
+            total += tl.load(x + group * size + start + offsets, inside, other=0.0).to(tl.float32)
+        average = tl.sum(total) / size
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, size, BLOCK):
+            inside = start + offsets < size
+            value = tl.load(x + group * size + start + offsets, inside, other=0.0).to(tl.float32)
+            deviation = tl.where(inside, value - average, 0.0)
+            total += deviation * deviation
+        tl.store(mean + group, average)
+        tl.store(rstd + group, 1 / tl.sqrt(tl.sum(total) / size + eps))
+
+    @triton.jit
+    def _apply_kernel(
+        x, y, mean, rstd, weight, bias, channels, pixels, channels_per_group, frames, ahead, back, EDGE: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        """One channel of one image: of its own frame, of the one before or of the one after."""
+        image = tl.program_id(0).to(tl.int64)
+        channel = tl.program_id(1)
+        frame = image % frames
+        step = tl.where(channel < ahead, -1, tl.where(channel >= channels - back, 1, 0))
+        source = frame + step
+        exists = (source >= 0) & (source < frames)
+        if EDGE == 1:
+            source = (source + frames) % frames
+        else:
+            source = tl.where(exists, source, frame)
+        image_from = image - frame + source
+        group = image_from * (channels // channels_per_group) + channel // channels_per_group
+        scale = tl.load(rstd + group) * tl.load(weight + channel).to(tl.float32)
+        offset = tl.load(bias + channel).to(tl.float32) - tl.load(mean + group) * scale
+        offsets = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+        inside = offsets < pixels
+        value = tl.load(x + (image_from * channels + channel) * pixels + offsets, inside, other=0.0).to(
+            tl.float32
+        )
+        value = value * scale + offset
+        value = value / (1 + tl.exp(-value))
+        if EDGE == 0:
+            value = tl.where(exists, value, 0.0)
+        tl.store(y + (image * channels + channel) * pixels + offsets, value.to(y.dtype.element_ty), inside)
+
+
+def norm_silu_shift(
+    x_NCHW: Tensor, norm: nn.GroupNorm, num_frames: int = 1, shift: Shift = Shift(0, 0)
+) -> Tensor:
+    """Return `temporal_shift(silu(norm(x)), num_frames, shift)`.
+
+    Args:
+        x_NCHW: contiguous.
+        norm: group norm with weight and bias.
+        num_frames: F, a divisor of N.
+        shift: fractions and edge.
+
+    Raises:
+        ValueError: `num_frames` does not divide the batch, or the tensor is not contiguous.
+    """
+    num, channels, height, width = x_NCHW.shape
+    if num % num_frames:
+        raise ValueError(f"num_frames={num_frames} does not divide the batch of {num} frames")
+    if not x_NCHW.is_contiguous():
+        raise ValueError("expected a contiguous tensor, not one with channels last")
+    pixels, groups = height * width, norm.num_groups
+    y_NCHW = torch.empty_like(x_NCHW)
+    mean, rstd = torch.empty(2, num * groups, dtype=torch.float32, device=x_NCHW.device)
+    ahead, back = shift.channels(channels) if num_frames > 1 else (0, 0)
+    size = channels // groups * pixels
+    with torch.cuda.device_of(x_NCHW):  # no effect on a CPU
+        _statistics_kernel[(num * groups,)](
+            x_NCHW, mean, rstd, size, norm.eps, BLOCK=min(4096, triton.next_power_of_2(size))
+        )
+        block = min(1024, triton.next_power_of_2(pixels))
+        _apply_kernel[(num, channels, triton.cdiv(pixels, block))](
+            x_NCHW, y_NCHW, mean, rstd, norm.weight, norm.bias, channels, pixels, channels // groups, num_frames, ahead, back,
+            EDGE=_EDGES[shift.edge], BLOCK=block,
+        )  # fmt: skip
+    return y_NCHW
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """A residual block whose norms run by `norm_silu_shift` where they can; parameter names do not change."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._applies(input_tensor):
+            output: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
+            return output
+        hidden = self.conv1(_run(self.norm1, input_tensor))
+        if self.time_emb_proj is not None:
+            hidden = hidden + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        hidden = self.conv2(
+            _run(self.norm2, hidden.contiguous())
+        )  # weights with channels last give such outputs
+        shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return (shortcut + hidden) / self.output_scale_factor
+
+    def _applies(self, x_NCHW: Tensor) -> bool:
+        states = [norm.shift_state for norm in (self.norm1, self.norm2) if isinstance(norm, ShiftGroupNorm)]
+        return (
+            (x_NCHW.is_cuda or INTERPRETED)
+            and x_NCHW.is_contiguous()
+            and not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
+            and not torch.is_autocast_enabled(x_NCHW.device.type)
+            and all(state.memory is None and state.neighbors is None for state in states)
+        )
+
+
+def _run(norm: nn.GroupNorm, x_NCHW: Tensor) -> Tensor:
+    if isinstance(norm, ShiftGroupNorm):
+        return norm_silu_shift(x_NCHW, norm, norm.shift_state.num_frames, norm.shift_state.shift)
+    return norm_silu_shift(x_NCHW, norm)
+
+
+def fuse_norms(network: nn.Module) -> nn.Module:
+    """Let the residual blocks of a network run group norm, SiLU and shift as one operation on a GPU, in place. Its parameters,
+    and what it computes elsewhere, stay the same; results differ by rounding.
+
+    Args:
+        network: an inflated U-Net.
+
+    Returns:
+        `network`.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+        ValueError: no block of the network can be fused: they change the resolution, scale by the timestep or have no SiLU.
+    """
+    if triton is None:
+        raise RuntimeError("fuse_norms needs Triton, which comes with PyTorch for CUDA on Linux")
+    num = 0
+    for block in network.modules():
+        if type(block) is ResnetBlock2D and _can_fuse(block):
+            block.__class__ = FusedResnetBlock2D
+        num += isinstance(block, FusedResnetBlock2D)
+    if not num:
+        raise ValueError(f"{type(network).__name__}: no residual block can be fused")
+    return network
+
+
+def _can_fuse(block: ResnetBlock2D) -> bool:
+    return (
+        block.upsample is None
+        and block.downsample is None
+        and block.time_embedding_norm == "default"
+        and not block.skip_time_act
+        and isinstance(block.nonlinearity, nn.SiLU)
+        and all(isinstance(norm, nn.GroupNorm) and norm.affine for norm in (block.norm1, block.norm2))
+    )

@@ -18,7 +18,7 @@ or install the CUDA build all the same:                                  make CU
 endef
 export NO_CPU_TORCH
 
-.PHONY: setup demo serve check test test-slow faults fuzz faults-server fuzz-server docs format emoji-gpu clean
+.PHONY: setup demo serve web check test test-slow faults fuzz faults-server fuzz-server docs format emoji-gpu clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ $(VENV)/.serve: $(VENV)/.core
 	$(PIP) -e '.[serve]'
 	touch $@
 
+$(VENV)/.onnx: $(VENV)/.core
+	$(PIP) -e '.[onnx]'
+	touch $@
+
 setup: $(VENV)/.dev
 
 demo: $(VENV)/.core
@@ -43,6 +47,12 @@ demo: $(VENV)/.core
 # The page, at http://127.0.0.1:8000; OPTIONS="--port 9000 --workers 2" for others, see `latent-shift serve --help`.
 serve: $(VENV)/.serve
 	$(BIN)/latent-shift serve $(OPTIONS)
+
+# The model in a page, on no server, at http://127.0.0.1:8080; needs npm. out/web can be copied to any static host.
+web: $(VENV)/.onnx
+	$(BIN)/latent-shift export out/web --web
+	(sleep 1; $(BIN)/python -m webbrowser http://127.0.0.1:8080/) &
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory out/web 8080
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

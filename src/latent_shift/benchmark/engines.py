@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from latent_shift.benchmark.timing import run_alone
+from latent_shift.engines.runtimes import PACKAGES
 from latent_shift.runtime import peak_memory_gib
 
 PROMPT = "a red heart"
-_PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
 
@@ -46,7 +46,7 @@ def compare(
     """
     from latent_shift.engines.export import export
 
-    engines = ["torch", *(name for name, package in _PACKAGES.items() if find_spec(package))]
+    engines = ["torch", *(name for name, package in PACKAGES.items() if find_spec(package))]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         export(model, Path(folder) / "exported")

@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latent_shift.engines.exported import Settings, neighbor_indices, write_settings
+from latent_shift.files import sha256
 from latent_shift.models import names
+from latent_shift.models.autoencoder import TINY, load_tiny_autoencoder
+from latent_shift.models.parts import downscale_factor
 from latent_shift.pipelines import catalog, preview
 from latent_shift.pipelines.loading import load
 from latent_shift.pipelines.provenance import hash_inputs
@@ -50,7 +53,7 @@ class _Decoder(nn.Module):
     std: Tensor
     mean: Tensor
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny):
         super().__init__()
         self.vae = vae
         config = vae.config
@@ -79,12 +82,13 @@ class _TextEncoder(nn.Module):
 
 
 @torch.no_grad()
-def export(model: str, folder: str | Path) -> Path:
+def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Path:
     """Export a model.
 
     Args:
         model: a name, a diffusers folder or a file, of the families of Stable Diffusion 1.x and 2.x.
         folder: where it is written; made if missing.
+        large_decoder: take the decoder of the model's autoencoder even if it has a tiny one.
 
     Returns:
         `folder`.
@@ -100,6 +104,10 @@ def export(model: str, folder: str | Path) -> Path:
         raise RuntimeError("export needs the extra: pip install 'latent-shift-video[onnx]'") from error
     folder = Path(folder)
     pipe = load(model, device="cpu", dtype=torch.float32)
+    is_folder = not catalog.on_hub(model) and not Path(model).is_file()
+    tiny = load_tiny_autoencoder(catalog.folder(model)) if is_folder and not large_decoder else None
+    if tiny is not None:
+        _check_tiny(tiny, pipe.vae, model)
     if getattr(pipe, "text_encoder_2", None) is not None or has_temporal_layers(pipe.unet):
         raise ValueError(f"{model}: expected a model of Stable Diffusion 1.x or 2.x with the shift")
     scheduler = pipe.scheduler
@@ -107,6 +115,9 @@ def export(model: str, folder: str | Path) -> Path:
         scheduler = make_scheduler("DPMSolverMultistep", scheduler)
     check_own_scheduler(scheduler)
     settings = _settings(model, pipe, scheduler)
+    if tiny is not None:
+        for path in sorted((catalog.folder(model) / TINY).glob("*.safetensors")):
+            settings.sha256[f"{TINY}/{path.name}"] = sha256(path)
     folder.mkdir(parents=True, exist_ok=True)
     share_text(pipe.unet)
     unit = settings.multiple
@@ -138,21 +149,28 @@ def export(model: str, folder: str | Path) -> Path:
         {"sample": {0: frames, 2: unit * rows, 3: unit * columns}, "previous": {0: frames}, "next": {0: frames}},
     )  # fmt: skip
     _write(
-        _Decoder(pipe.vae),
-        {"latents": latents},
-        folder / "decoder.onnx",
-        {"latents": {0: frames, 2: rows, 3: columns}},
-    )
+        _Decoder(tiny or pipe.vae), {"latents": latents}, folder / "decoder.onnx", {"latents": {0: frames, 2: rows, 3: columns}}
+    )  # fmt: skip
     backend = pipe.tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
     backend.save(str(folder / "tokenizer.json"))
-    if not catalog.on_hub(model) and not Path(model).is_file():
+    if is_folder:
         for name in (names.FILE, preview.FILE):
             if (catalog.folder(model) / name).exists():
                 shutil.copyfile(catalog.folder(model) / name, folder / name)
     write_settings(settings, folder)
     return folder
+
+
+def _check_tiny(tiny: AutoencoderTiny, vae: AutoencoderKL, model: str) -> None:
+    """Raise ValueError for a tiny autoencoder of other latents."""
+    expected, found = ((downscale_factor(each.config), each.config.latent_channels) for each in (vae, tiny))
+    if found != expected:
+        raise ValueError(
+            f"{model}/{TINY}: expected {expected[0]} pixels to a latent and {expected[1]} channels, got {found[0]} and {found[1]}; "
+            "--large-decoder leaves it out"
+        )
 
 
 def _settings(model: str, pipe: Any, scheduler: Any) -> Settings:

@@ -247,13 +247,18 @@ class ExportedPipeline:
             if pixels is not None and pixels % unit:
                 raise ValueError(f"{name}={pixels}: an exported model takes multiples of {unit}")
             sides[name] = getattr(settings, name) if pixels is None else pixels // settings.factor
-        timesteps = timesteps_of(
-            settings.sampler, num_steps, num_timesteps=num_timesteps, spacing=settings.spacing, offset=settings.offset
-        )  # fmt: skip
-        steps = sampler_steps(
-            settings.sampler, timesteps, settings.alphas_cumprod, prediction=settings.prediction, last_alpha=settings.last_alpha
-        )  # fmt: skip
+        steps = steps_of(settings, num_steps)
         return _Call(request.num_frames or settings.num_frames, **sides, guidance_scale=scale, steps=steps)
+
+
+def steps_of(settings: Settings, num: int) -> list[Step]:
+    """Return the steps of the model's sampler."""
+    timesteps = timesteps_of(
+        settings.sampler, num, num_timesteps=len(settings.alphas_cumprod), spacing=settings.spacing, offset=settings.offset
+    )  # fmt: skip
+    return sampler_steps(
+        settings.sampler, timesteps, settings.alphas_cumprod, prediction=settings.prediction, last_alpha=settings.last_alpha
+    )  # fmt: skip
 
 
 def neighbor_indices(num_frames: int, edge: str) -> dict[str, np.ndarray]:

@@ -110,3 +110,5 @@ def _load_all(parts: Sequence[str], load: Callable[[str], Any]) -> dict[str, Any
 
 ENGINES: dict[str, type[Engine]] = {"onnx": OnnxEngine, "openvino": OpenVinoEngine}
 """Engines of exported models, by name."""
+PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
+"""What each imports."""

@@ -3,12 +3,16 @@
 Nothing here imports torch before a test needs it: the process that shares the tests out never does.
 """
 
+import gc
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
+gc.set_threshold(
+    200_000, 50, 1000
+)  # the libraries' millions of objects stay: looking through them takes a seventh of the time
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -208,11 +208,58 @@ def test_command_names_what_does_not_fit(folder, words, message, tmp_path):
     assert (status, message in errors) == (1, True), errors
 
 
+def test_export_command_names_options_without_effect(tmp_path):
+    status, errors = run_command("export", tmp_path / "a", "--packages", tmp_path)
+    assert (status, "--packages has no effect without --web" in errors) == (1, True), errors
+
+
 def test_export_command_keeps_other_files(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    status, errors = run_command("export", "emoji", tmp_path)
+    status, errors = run_command("export", tmp_path)
     assert (status, "notes.txt" in errors or "holds" in errors) == (1, True), errors
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_server_generates_with_an_exported_model(folder, tmp_path):
+    pytest.importorskip("starlette")
+    from serving import running
+
+    from latent_shift.serve.server import local_workers
+
+    (worker,) = local_workers(1, {str(folder): str(folder)}, threads=1, engine="onnx")
+    with running(tmp_path, [str(folder)], workers=[worker]) as client:
+        request = {"prompt": "a red square", "seed": 5, "num_frames": 3, "guidance_scale": 3}
+        answer = client.post("/v1/videos/sync", json=request)
+        assert answer.status_code == 200, answer.text
+        (tmp_path / "clip.mp4").write_bytes(answer.content)
+        assert video.read_metadata(tmp_path / "clip.mp4")["engine"] == "onnx"
+        (newest,) = client.get("/v1/videos?limit=1").json()["data"]
+        (tmp_path / "clip.png").write_bytes(
+            client.get(f"/v1/videos/{newest['id']}/content?format=png").content
+        )
+        frames = np.stack(np.split(video.read(tmp_path / "clip.png")[0][0], 3, axis=1))
+        expected = exported.ExportedPipeline(folder).generate(Request(**request)).frames
+        assert np.abs(frames.astype(int) - expected).max() <= 1
+        refused = client.post("/v1/videos/sync", json={**request, "then": {"1": "blue"}})
+        assert "then needs --engine torch" in refused.text
+
+
+@pytest.mark.parametrize(
+    ("engine", "models", "device", "words"),
+    [
+        ("tensorrt", {}, None, "--engine tensorrt: expected one of torch, onnx, openvino"),
+        ("onnx", {"emoji": "emoji"}, None, "emoji: has no exported.json"),
+        ("onnx", {}, "cpu", "--device needs --engine torch"),
+        ("torch", {"a": ...}, None, "is exported; expected --engine onnx"),
+    ],
+)
+def test_server_refuses_engines_that_do_not_fit(engine, models, device, words, folder):
+    pytest.importorskip("starlette")
+    from latent_shift.serve.server import check_engine
+
+    named = {name: str(folder) if model is ... else model for name, model in models.items()}
+    with pytest.raises(ValueError, match=words):
+        check_engine(engine, named, device)
 
 
 def test_bench_engines(video_model):

@@ -315,6 +315,7 @@ def test_train_reports_mistakes(checkpoint, media, tmp_path):
         train(resolved(checkpoint, media, "lora.rank=4"), tmp_path / "6")
 
 
+@pytest.mark.slow  # its fast twins, the next two, compare with real steps
 def test_estimate_counts_what_autograd_keeps(checkpoint, media, tmp_path):
     """The chain's memory is counted by hand; the U-Net's changes with the settings as it must."""
     live = memory._Live()

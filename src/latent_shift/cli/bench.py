@@ -107,6 +107,69 @@ def engines(
 
 
 @app.command()
+def decoders(
+    data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="a store of pixels")],
+    model: Annotated[str, typer.Option("--model", "-m", help="a name or folder")] = "emoji",
+    tiny: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="an AutoencoderTiny, instead of that in the model's folder"
+        ),
+    ] = None,
+    split: Annotated[list[str] | None, typer.Option(help="splits; default: val_animation")] = None,
+    num: Annotated[int, typer.Option(min=2, help="frames, each of another record")] = 200,
+    rounds: Rounds = 5,
+    output: Output = None,
+    force: outputs.Force = False,
+) -> None:
+    """Compare a model's decoder with a tiny one: PSNR on held-out frames, and the time of a clip."""
+    _prepare_process(output, force=force)
+    from latent_shift.benchmark.hardware import machine
+    from latent_shift.evaluation.decoders import compare_decoders
+    from latent_shift.pipelines import catalog
+
+    folder, splits = catalog.folder(model), split or ["val_animation"]
+    result = compare_decoders(folder, data, splits=splits, tiny=tiny, num=num, rounds=rounds)
+    _show(machine("cpu") | {"model": model, "splits": splits} | result, output)
+
+
+@app.command()
+def gpu(
+    small: Annotated[
+        bool,
+        typer.Option("--small", help="narrow U-Nets instead of Stable Diffusion 1.5's widths, to rehearse"),
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="also torch.compile, which takes minutes")
+    ] = True,
+    rounds: Rounds = 10,
+    device: Device = "cuda",
+    output: Output = None,
+    force: outputs.Force = False,
+) -> None:
+    """Time a sampling step with CUDA graphs and fused norms beside other systems, and a clip of four steps."""
+    _prepare_process(output, force=force)
+    import torch
+
+    from latent_shift.benchmark.gpu import LOADS, clip_of_four_steps, compare_steps
+    from latent_shift.benchmark.hardware import machine
+    from latent_shift.runtime import resolve_device
+
+    where = str(resolve_device(device))
+    result = machine(where) | {"full": not small}
+    options = {
+        "full": not small,
+        "rounds": rounds,
+        "device": where,
+        "dtype": torch.float32 if where == "cpu" else torch.bfloat16,
+    }
+    loads = [(1, 8)] if small else LOADS
+    result["steps"] = compare_steps(loads=loads, compiled=compiled, **options)  # type: ignore[arg-type]
+    result["clip of four steps"] = clip_of_four_steps(side=8 if small else 64, **options)  # type: ignore[arg-type]
+    _show(result, output)
+
+
+@app.command()
 def serve(
     model: Annotated[str, typer.Option("--model", "-m", help="a name or folder")] = "emoji",
     num: Annotated[int, typer.Option(min=10, help="requests to a server that is killed meanwhile")] = 1000,

@@ -43,6 +43,10 @@ def serve(
         int | None, typer.Option(min=1, help="CPU threads of each worker; default: all cores, shared equally")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="what computes: torch, or with folders of `latent-shift export` onnx or openvino"),
+    ] = "torch",
     open: Annotated[bool, typer.Option("--open/--no-open", help="open the page in the browser")] = True,
     allow_host: Annotated[
         list[str] | None,
@@ -59,6 +63,14 @@ def serve(
     trusted_proxy: Annotated[
         list[str] | None,
         typer.Option(help="address of a proxy whose X-Forwarded-For names the client; may be repeated"),
+    ] = None,
+    web: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="folder of `latent-shift export --web`: a page that runs the model in the browser, linked from the page",
+        ),
     ] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="queued jobs at most")] = 1000,
     max_rate: Annotated[
@@ -89,6 +101,7 @@ def serve(
         raise RuntimeError("serve needs the extra: pip install 'latent-shift-video[serve]'") from error
 
     models = server.name_models(model or ["emoji"])
+    server.check_engine(engine, models, device)
     if ray is None:
         server.check_device(device)
     settings = Settings(
@@ -96,16 +109,17 @@ def serve(
         token=token,
         hosts=server.check_access(host, token, allow_host or []),
         origins=server.check_origins(origin or []),
+        web=server.check_web(web),
     )
 
     _start_log(log_level)
 
     def make_workers() -> list[server.Worker]:
         if ray is None:
-            return server.local_workers(workers, models, device, threads)
+            return server.local_workers(workers, models, device, threads, engine)
         from latent_shift.serve.ray_workers import connect
 
-        return connect(ray, workers, models, device, threads)
+        return connect(ray, workers, models, device, threads, engine)
 
     server.serve(
         models, folder=data, host=host, port=port, settings=settings, make_workers=make_workers, announce=partial(print, flush=True), open_browser=open,

@@ -21,6 +21,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 import latent_shift
 from latent_shift.models.names import Names
@@ -30,6 +32,7 @@ from latent_shift.serve.guard import OPEN_PATHS, Guard, error_response
 from latent_shift.serve.jobs import JobStore
 from latent_shift.serve.routes import ROUTERS
 from latent_shift.serve.schema import ApiError, ErrorBody, ModelInfo
+from latent_shift.serve.security import CONTENT_SECURITY_POLICY
 from latent_shift.serve.service import Service, Settings
 from latent_shift.serve.workers import Worker
 
@@ -71,7 +74,9 @@ def create_app(
     _add_errors(app)
     for router in ROUTERS:
         app.include_router(router)
-    _add_page(app)
+    _add_page(app, has_web=settings.web is not None)
+    if settings.web is not None:
+        app.mount("/web", _WebPage(directory=settings.web, html=True))
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=bodies.MAX_BYTES)
     app.add_middleware(Guard, settings=settings, count=service.metrics.request)
     if settings.origins:
@@ -152,7 +157,20 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(body, status_code=500)
 
 
-def _add_page(app: FastAPI) -> None:
+class _WebPage(StaticFiles):
+    """A page of `latent-shift export --web`, which compiles WebAssembly and runs it in threads."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY.replace(
+            "script-src 'self'", "script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'"
+        )
+        response.headers["Cross-Origin-Embedder-Policy"] = "require-corp"
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
+def _add_page(app: FastAPI, *, has_web: bool) -> None:
     static = files("latent_shift.serve") / "static"
     kinds = {
         "index.html": "text/html; charset=utf-8", "login.html": "text/html; charset=utf-8", "app.js": "text/javascript; charset=utf-8", "style.css": "text/css; charset=utf-8",
@@ -161,6 +179,8 @@ def _add_page(app: FastAPI) -> None:
 
     def add(path: str, name: str) -> None:
         content = (static / name).read_bytes()
+        if has_web:
+            content = content.replace(b'<p id="web" hidden>', b'<p id="web">')
         tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
         headers = {"ETag": tag, "Cache-Control": "no-cache"}
 

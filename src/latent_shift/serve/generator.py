@@ -17,10 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from latent_shift.pipelines.request import Clip, Request
 
 PREVIEW_SECONDS = 0.2
 """Least time between two previews of a job."""
@@ -82,47 +85,92 @@ class _Cancelled(Exception):
     pass
 
 
+class _Pipeline(Protocol):
+    """What a generator needs of a pipeline: an `ExportedPipeline`, or one of PyTorch."""
+
+    def generate(self, request: Request, *, on_step: Callable | None, on_latents: Callable | None) -> Clip:
+        """Return the clip of a request, see `generate_clip`."""
+
+    def describe(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Return the metadata of a clip with these settings."""
+
+
+class _TorchPipeline:
+    def __init__(self, model: str, device: str | None):
+        from latent_shift.pipelines.loading import load
+        from latent_shift.pipelines.provenance import hash_inputs
+
+        self.pipe, self._model, self._hashes = load(model, device=device), model, hash_inputs(model)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def generate(self, request: Request, *, on_step: Callable | None, on_latents: Callable | None) -> Clip:
+        from latent_shift.pipelines.request import generate_clip
+
+        return generate_clip(request, self.pipe, on_step=on_step, on_latents=on_latents)
+
+    def describe(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        from latent_shift.pipelines.provenance import describe
+
+        dtype = str(self.pipe.dtype).removeprefix("torch.")
+        return describe({**settings, "dtype": dtype}, model=self._model, hashes=self._hashes)
+
+
 class Generator:
     """Loads models and generates clips, one at a time. `cancel` may be called by another thread.
 
     Args:
-        models: id -> name, folder or file.
-        device: as in `latent_shift.load`.
-        threads: of the CPU; None leaves it to torch.
+        models: id -> name, folder or file; of another engine than torch, folders of exported models.
+        device: as in `latent_shift.load`, for torch.
+        threads: of the CPU; None leaves it to the engine.
+        engine: "torch", "onnx" or "openvino".
     """
 
-    def __init__(self, models: Mapping[str, str], device: str | None = None, threads: int | None = None):
+    def __init__(
+        self,
+        models: Mapping[str, str],
+        device: str | None = None,
+        threads: int | None = None,
+        engine: str = "torch",
+    ):
         # One thread loads and generates: a new one for each job would start OpenMP's threads and its heap anew.
         self._thread = ThreadPoolExecutor(1)
-        self._thread.submit(self._load, models, device, threads).result()
+        self._thread.submit(self._load, models, device, threads, engine).result()
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
         self._current: str | None = None
 
-    def _load(self, models: Mapping[str, str], device: str | None, threads: int | None) -> None:
+    def _load(self, models: Mapping[str, str], device: str | None, threads: int | None, engine: str) -> None:
         from latent_shift.runtime import keep_freed_memory, quiet_libraries
 
         keep_freed_memory()
+        self._pipes: dict[str, _Pipeline] = {}
+        self._matrices: dict[str, np.ndarray | None] = {}
+        from latent_shift.pipelines.preview import read_preview
+
+        if engine != "torch":
+            from latent_shift.engines.exported import ExportedPipeline
+
+            for name, model in models.items():
+                exported = ExportedPipeline(model, engine, threads)
+                self._pipes[name] = exported
+                self._matrices[name] = read_preview(model, exported.settings.channels)
+            return
         quiet_libraries()
         import torch
 
         from latent_shift.pipelines import catalog
-        from latent_shift.pipelines.loading import load
-        from latent_shift.pipelines.preview import read_preview
-        from latent_shift.pipelines.provenance import hash_inputs
 
         if threads is not None:
             torch.set_num_threads(threads)
-        self._models, self._pipes, self._matrices = dict(models), {}, {}
         for name, model in models.items():
-            pipe = load(model, device=device)
-            pipe.set_progress_bar_config(disable=True)
-            self._pipes[name] = pipe
+            pipeline = _TorchPipeline(model, device)
+            self._pipes[name] = pipeline
             is_folder = not catalog.on_hub(model) and not Path(model).is_file()
             self._matrices[name] = (
-                read_preview(catalog.folder(model), pipe.unet.config.in_channels) if is_folder else None
+                read_preview(catalog.folder(model), pipeline.pipe.unet.config.in_channels)
+                if is_folder
+                else None
             )
-        self._hashes = {name: hash_inputs(model) for name, model in models.items()}
 
     def ready(self) -> None:
         """Return: the models are loaded."""
@@ -165,12 +213,11 @@ class Generator:
             put(Failed("generation_failed", _one_line(error)))
 
     def _finish(self, task: Task, put: Callable[[Message], None]) -> Finished:
-        from latent_shift.pipelines.provenance import describe
-        from latent_shift.pipelines.request import Request, generate_clip
+        from latent_shift.pipelines.request import Request
 
         if task.model not in self._pipes:  # of a job from before a restart with other models
             raise ValueError(f"model {task.model!r} is not served any more")
-        pipe, matrix = self._pipes[task.model], self._matrices[task.model]
+        pipeline, matrix = self._pipes[task.model], self._matrices[task.model]
         num_passes, done_passes = task.request.get("free_init", 1), 0
         png: bytes | None = None
         last_preview = 0.0
@@ -206,15 +253,11 @@ class Generator:
                 arguments["then"] = {int(frame): text for frame, text in arguments["then"].items()}
             request = Request(**arguments | files)
             observe = None if matrix is None else on_latents
-            clip = generate_clip(request, pipe, on_step=on_step, on_latents=observe)
+            clip = pipeline.generate(request, on_step=on_step, on_latents=observe)
         check()
         settings = {name: value for name, value in clip.settings.items() if name not in task.inputs}
         own = {name: value for name, value in settings.items() if name != "scheduler" or name in task.request}
-        dtype = str(pipe.dtype).removeprefix("torch.")
-        metadata = describe(
-            {**settings, "dtype": dtype}, model=self._models[task.model], hashes=self._hashes[task.model]
-        )
-        return Finished(clip.frames, clip.fps, own, metadata)
+        return Finished(clip.frames, clip.fps, own, pipeline.describe(settings))
 
 
 def _preview(latents_CFhw: np.ndarray, matrix: np.ndarray) -> bytes:

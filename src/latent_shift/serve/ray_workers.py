@@ -24,7 +24,7 @@ class RayWorker:
         number: of the worker, for its name.
         num: workers in all, which share the CPUs.
         address: of the cluster, as `ray.init` takes it; "local" starts one on this machine.
-        models, device: see `Generator`.
+        models, device, engine: see `Generator`.
         threads: of each on the CPU; None is an equal share of the cluster's.
     """
 
@@ -36,9 +36,11 @@ class RayWorker:
         models: Mapping[str, str],
         device: str | None,
         threads: int | None,
+        engine: str = "torch",
     ):
         self.name = f"worker {number}"
         self._num, self._address, self._threads = num, address, threads
+        self._engine = engine
         self._arguments = (dict(models), device)
         self._actor: Any = None
 
@@ -59,12 +61,14 @@ class RayWorker:
                 except (ConnectionError, ValueError) as error:
                     raise ValueError(f"--ray {self._address}: {error}") from None
         resources = ray.cluster_resources()
-        has_gpus = resources.get("GPU", 0) > 0 and self._arguments[1] in (None, "cuda")
+        has_gpus = (
+            resources.get("GPU", 0) > 0 and self._arguments[1] in (None, "cuda") and self._engine == "torch"
+        )
         cpus = self._threads or max(1, int(resources.get("CPU", 1)) // self._num)
         remote = ray.remote(Generator).options(
             num_gpus=int(has_gpus), num_cpus=1 if has_gpus else cpus, max_concurrency=2
         )
-        self._actor = remote.remote(*self._arguments, None if has_gpus else cpus)
+        self._actor = remote.remote(*self._arguments, None if has_gpus else cpus, self._engine)
         try:
             ray.get(self._actor.ready.remote())
         except ray.exceptions.ActorDiedError as error:
@@ -115,9 +119,9 @@ def _init_error(error: Exception) -> str | None:
 
 
 def connect(
-    address: str, num: int, models: Mapping[str, str], device: str | None = None, threads: int | None = None
-) -> list[Worker]:
+    address: str, num: int, models: Mapping[str, str], device: str | None = None, threads: int | None = None, engine: str = "torch"
+) -> list[Worker]:  # fmt: skip
     """Return workers on a cluster; raise RuntimeError without Ray."""
     if find_spec("ray") is None:
         raise RuntimeError("--ray needs the extra: pip install 'latent-shift-video[ray]'")
-    return [RayWorker(index + 1, num, address, models, device, threads) for index in range(num)]
+    return [RayWorker(index + 1, num, address, models, device, threads, engine) for index in range(num)]

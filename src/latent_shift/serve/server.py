@@ -11,14 +11,18 @@ import threading
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import uvicorn
 from filelock import FileLock, Timeout
 
+from latent_shift.engines.exported import is_exported, read_settings
+from latent_shift.engines.runtimes import ENGINES, PACKAGES
 from latent_shift.models.names import Names, read_names
 from latent_shift.pipelines import catalog
 from latent_shift.serve import security
@@ -123,10 +127,41 @@ class _Server(uvicorn.Server):
 
 def model_info(model: str) -> ModelInfo:
     """Return what the server knows of a model; raise ValueError for one that cannot be loaded."""
+    if model not in catalog.MODELS and is_exported(model):
+        return _exported_info(model)
     catalog.check_model(model)
     defaults = catalog.sampling_defaults(model)
     about = {"description": catalog.MODELS.get(model, ""), "examples": catalog.EXAMPLES.get(model, ())}
     return ModelInfo(id=model, **about, **defaults)  # type: ignore[arg-type]
+
+
+def _exported_info(folder: str) -> ModelInfo:
+    settings = read_settings(folder)
+    known: dict[str, Any] = {
+        "id": folder, "multiple": settings.factor * settings.multiple, "description": catalog.MODELS.get(settings.model, ""),
+        "examples": catalog.EXAMPLES.get(settings.model, ()),
+        **{name: getattr(settings, name) * settings.factor for name in ("width", "height")},
+    }  # fmt: skip
+    others = {
+        field.name: getattr(settings, field.name) for field in fields(ModelInfo) if field.name not in known
+    }
+    return ModelInfo(**known, **others)
+
+
+def check_engine(engine: str, models: Mapping[str, str], device: str | None) -> None:
+    """Raise ValueError for an engine that does not fit the models or the device, RuntimeError if it is not installed."""
+    names = ("torch", *ENGINES)
+    if engine not in names:
+        raise ValueError(f"--engine {engine}: expected one of {', '.join(names)}")
+    for model in models.values():
+        if engine == "torch" and model not in catalog.MODELS and is_exported(model):
+            raise ValueError(f"--model {model}: is exported; expected --engine onnx or --engine openvino")
+        if engine != "torch":
+            read_settings(model)
+    if engine != "torch" and device is not None:
+        raise ValueError("--device needs --engine torch")
+    if engine != "torch" and find_spec(PACKAGES[engine]) is None:
+        raise RuntimeError(f"engine {engine} needs the extra: pip install 'latent-shift-video[{engine}]'")
 
 
 def model_names(model: str) -> Names | None:
@@ -136,17 +171,17 @@ def model_names(model: str) -> Names | None:
 
 
 def local_workers(
-    num: int, models: Mapping[str, str], device: str | None = None, threads: int | None = None
-) -> list[Worker]:
+    num: int, models: Mapping[str, str], device: str | None = None, threads: int | None = None, engine: str = "torch"
+) -> list[Worker]:  # fmt: skip
     """Return workers of this machine: on GPUs in turn where there are any.
 
     Args:
         num: workers.
-        models, device: see `Generator`.
+        models, device, engine: see `Generator`.
         threads: of each worker on the CPU; None is an equal share of the cores.
     """
     num_gpus = 0
-    if device in (None, "cuda"):
+    if device in (None, "cuda") and engine == "torch":
         num_gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     if num_gpus and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         num_gpus = len([name for name in visible.split(",") if name.strip()])
@@ -154,7 +189,11 @@ def local_workers(
     threads = threads or max(1, cores // num)
     return [
         ProcessWorker(
-            index + 1, models, device=f"cuda:{index % num_gpus}" if num_gpus > 1 else device, threads=threads
+            index + 1,
+            models,
+            device=f"cuda:{index % num_gpus}" if num_gpus > 1 else device,
+            threads=threads,
+            engine=engine,
         )
         for index in range(num)
     ]
@@ -235,6 +274,13 @@ def check_origins(origins: Sequence[str]) -> tuple[str, ...]:
                 f"--origin {origin}: expected a scheme and a name in lower case, such as https://example.com"
             )
     return tuple(origins)
+
+
+def check_web(folder: Path | None) -> Path | None:
+    """Return the folder of a page for browsers; raise ValueError for another folder."""
+    if folder is not None and not (folder / "web.json").is_file():
+        raise ValueError(f"--web {folder}: has no web.json; expected a folder of `latent-shift export --web`")
+    return folder
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -58,12 +59,14 @@ class Settings:
         token: that clients must send; None: none.
         hosts: names of the server in the Host header; None allows all.
         origins: of other sites whose pages may use it (CORS).
+        web: folder of a page that runs a model in the browser, served below /web/.
     """
 
     limits: Limits = field(default_factory=Limits)
     token: str | None = None
     hosts: frozenset[str] | None = frozenset(security.LOOPBACK)
     origins: tuple[str, ...] = ()
+    web: Path | None = None
 
 
 class Service:

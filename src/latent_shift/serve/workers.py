@@ -52,14 +52,14 @@ class ProcessWorker:
 
     Args:
         number: of the worker, for its name.
-        models, device, threads: see `Generator`.
+        models, device, threads, engine: see `Generator`.
     """
 
     def __init__(
-        self, number: int, models: Mapping[str, str], *, device: str | None = None, threads: int | None = None
-    ):
+        self, number: int, models: Mapping[str, str], *, device: str | None = None, threads: int | None = None, engine: str = "torch"
+    ):  # fmt: skip
         self.name = f"worker {number}"
-        self._arguments = (dict(models), device, threads)
+        self._arguments = (dict(models), device, threads, engine)
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._sending = threading.Lock()
@@ -128,7 +128,9 @@ class ProcessWorker:
             raise WorkerDied(f"{self.name} ended with status {code}") from error
 
 
-def _main(connection: Connection, models: Mapping[str, str], device: str | None, threads: int | None) -> None:
+def _main(
+    connection: Connection, models: Mapping[str, str], device: str | None, threads: int | None, engine: str
+) -> None:
     """Serve a `ProcessWorker` until its server ends."""
     exit_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):  # the server decides when a worker ends
@@ -138,9 +140,10 @@ def _main(connection: Connection, models: Mapping[str, str], device: str | None,
         os.environ["OMP_NUM_THREADS"] = str(threads)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave behind
     # Any request may name a scheduler that needs SciPy.
-    skip_packages(set.intersection(*map(catalog.unused_packages, models.values())) - {"scipy"})
+    if engine == "torch":
+        skip_packages(set.intersection(*map(catalog.unused_packages, models.values())) - {"scipy"})
     try:
-        generator = Generator(models, device, threads)
+        generator = Generator(models, device, threads, engine)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         connection.send(Failed("setup_failed", str(error)))
         return

@@ -179,7 +179,7 @@ def distilled_scheduler(like: SchedulerMixin) -> SchedulerMixin:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler.from_config(
-        like.config, timestep_spacing="trailing", clip_sample=False, thresholding=False, set_alpha_to_one=True, steps_offset=0
+        like.config, timestep_spacing="trailing", clip_sample=False, thresholding=False, set_alpha_to_one=True, steps_offset=1
     )  # fmt: skip
 
 

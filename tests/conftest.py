@@ -12,7 +12,7 @@ import pytest
 
 gc.set_threshold(
     200_000, 50, 1000
-)  # the libraries' millions of objects stay: looking through them takes a seventh of the time
+)  # the libraries' millions of objects stay: looking through them again and again takes long
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -262,6 +262,15 @@ def test_server_refuses_engines_that_do_not_fit(engine, models, device, words, f
         check_engine(engine, named, device)
 
 
+def test_a_name_is_no_folder(tmp_path, monkeypatch):
+    """A folder that is called like an embedded model does not take its place, in any command."""
+    for name in ("emoji", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / exported.SETTINGS).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert [exported.is_exported(name) for name in ("emoji", "./emoji", "mine")] == [False, True, True]
+
+
 def test_bench_engines(video_model):
     pytest.importorskip("onnxruntime")
     from latent_shift.benchmark import engines

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 log = logging.getLogger("latent_shift")
 
@@ -66,7 +66,7 @@ class _Recording:
         for own, given in zip(self.inputs, tensors, strict=True):
             own.copy_(given)
         self.replay()
-        return _copy(self.outputs)
+        return tree_map_only(Tensor, torch.clone, self.outputs)
 
 
 class CudaGraphs:
@@ -219,11 +219,6 @@ def _memory_pool(device: torch.device) -> Any:
     if device not in _pools:
         _pools[device] = torch.cuda.graph_pool_handle()
     return _pools[device]
-
-
-def _copy(outputs: Any) -> Any:
-    leaves, spec = tree_flatten(outputs)
-    return tree_unflatten([leaf.clone() if torch.is_tensor(leaf) else leaf for leaf in leaves], spec)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -43,7 +43,7 @@ def export(
     from latent_shift.folders import output_folder
     from latent_shift.pipelines import catalog
 
-    if not (web and model not in catalog.MODELS and is_exported(model)):
+    if not (web and is_exported(model)):
         catalog.check_model(model)
     if packages is not None and not web:
         raise ValueError("--packages has no effect without --web")

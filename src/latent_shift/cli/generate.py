@@ -168,7 +168,7 @@ def generate(
         _warn_of_far_words(lines, model, Path(model), pipeline.sentence_embeddings)
         _generate_all(jobs, _Exported(pipeline), context, replaced)
         return
-    if model not in catalog.MODELS and is_exported(model):
+    if is_exported(model):
         raise ValueError(f"{model}: is exported; expected --engine onnx or --engine openvino")
     catalog.check_model(model, variant=variant, prediction=prediction)
 

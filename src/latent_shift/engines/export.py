@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from latent_shift.engines.exported import Settings, neighbor_indices, write_settings
 from latent_shift.files import sha256
 from latent_shift.models import names
-from latent_shift.models.autoencoder import TINY, load_tiny_autoencoder
+from latent_shift.models.autoencoder import TINY, load_tiny_autoencoder, to_frames, unscale_latents
 from latent_shift.models.parts import downscale_factor
 from latent_shift.pipelines import catalog, preview
 from latent_shift.pipelines.loading import load
@@ -50,22 +50,12 @@ class _UNet(nn.Module):
 
 
 class _Decoder(nn.Module):
-    std: Tensor
-    mean: Tensor
-
     def __init__(self, vae: AutoencoderKL | AutoencoderTiny):
         super().__init__()
         self.vae = vae
-        config = vae.config
-        channels = (1, -1, 1, 1)
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        self.register_buffer("std", torch.tensor(std or [1.0]).view(channels) / config.scaling_factor)
-        self.register_buffer("mean", torch.tensor(mean or [0.0]).view(channels))
 
     def forward(self, latents: Tensor) -> Tensor:
-        pixels = self.vae.decode(latents * self.std + self.mean, return_dict=False)[0]
-        frames = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return frames.permute(0, 2, 3, 1)
+        return to_frames(self.vae.decode(unscale_latents(self.vae, latents), return_dict=False)[0])
 
 
 class _TextEncoder(nn.Module):

@@ -28,6 +28,7 @@ from latent_shift.engines.steps import Step, sampler_steps, timesteps_of
 from latent_shift.files import check_schema, read_json_object
 from latent_shift.models.prompt_syntax import parse_prompt
 from latent_shift.noise import clip_noise
+from latent_shift.pipelines.catalog import MODELS
 from latent_shift.pipelines.limits import check_distilled
 from latent_shift.pipelines.provenance import describe
 from latent_shift.pipelines.request import Clip, Request
@@ -80,9 +81,9 @@ class Settings(BaseModel):
     sha256: dict[str, str] = {}
 
 
-def is_exported(folder: str | Path) -> bool:
-    """Return whether a folder is an exported model."""
-    return (Path(folder) / SETTINGS).is_file()
+def is_exported(model: str | Path) -> bool:
+    """Return whether a model is the folder of an exported one. A name of `MODELS` is not, whatever folder is called like it."""
+    return str(model) not in MODELS and (Path(model) / SETTINGS).is_file()
 
 
 def read_settings(folder: str | Path) -> Settings:

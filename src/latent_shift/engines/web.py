@@ -35,7 +35,7 @@ from latent_shift.engines.exported import (
 )
 from latent_shift.models import names as names_of
 from latent_shift.pipelines import preview
-from latent_shift.pipelines.catalog import EXAMPLES, MODELS
+from latent_shift.pipelines.catalog import EXAMPLES
 
 MANIFEST = "web.json"
 
@@ -103,7 +103,7 @@ def export_web(
     """
     folder = Path(folder)
     inside, vendor = folder / "model", folder / "vendor"
-    exported = model not in MODELS and is_exported(model)
+    exported = is_exported(model)
     if exported and large_decoder:
         raise ValueError(
             "--large-decoder has no effect on a model that is exported already: export it again with it"

@@ -127,7 +127,7 @@ class _Server(uvicorn.Server):
 
 def model_info(model: str) -> ModelInfo:
     """Return what the server knows of a model; raise ValueError for one that cannot be loaded."""
-    if model not in catalog.MODELS and is_exported(model):
+    if is_exported(model):
         return _exported_info(model)
     catalog.check_model(model)
     defaults = catalog.sampling_defaults(model)
@@ -154,7 +154,7 @@ def check_engine(engine: str, models: Mapping[str, str], device: str | None) -> 
     if engine not in names:
         raise ValueError(f"--engine {engine}: expected one of {', '.join(names)}")
     for model in models.values():
-        if engine == "torch" and model not in catalog.MODELS and is_exported(model):
+        if engine == "torch" and is_exported(model):
             raise ValueError(f"--model {model}: is exported; expected --engine onnx or --engine openvino")
         if engine != "torch":
             read_settings(model)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from latent_shift.clip_text import share_text
 from latent_shift.diffusion import draw_timesteps, noise_schedule
 from latent_shift.models import sizes
 from latent_shift.noise import correlated_noise
-from latent_shift.shift import frames, inflate, share_text
+from latent_shift.shift import frames, inflate
 from latent_shift.training.objectives import DenoisingObjective, attention_kernel
 
 

@@ -7,10 +7,11 @@ from diffusers import UNet2DConditionModel
 from tiny import ROUNDING, tiny_config
 
 import latent_shift as ls
+from latent_shift.clip_text import share_text
 from latent_shift.models import sizes
 from latent_shift.models.baselines import LatentVDMUNet, TemporalAttention
 from latent_shift.pipelines import loading
-from latent_shift.shift import reach, share_text, streaming
+from latent_shift.shift import reach, streaming
 from latent_shift.training.loop import train
 
 

@@ -9,7 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 
-from latent_shift import shift
+from latent_shift import shift, shift_kernels
+from latent_shift.clip_text import share_text
 from latent_shift.engines.exported import neighbor_indices
 from latent_shift.shift import (
     Shift,
@@ -17,8 +18,9 @@ from latent_shift.shift import (
     frames,
     inflate,
     neighbors,
-    share_text,
+    reach,
     shift_of,
+    streaming,
     temporal_shift,
 )
 
@@ -54,19 +56,44 @@ def inputs(num: int, seed: int = 1):
     )
 
 
+def far(num_channels):
+    """A rule: channels come from one, two and seven frames away, in no order, and two from a mean; the last two stay."""
+    return [
+        (-1, 2, (-2, 0, 7), (-2, 0, 7), 7, 1, -7)[c % 7] if c < num_channels - 2 else 0
+        for c in range(num_channels)
+    ]
+
+
+def scattered(num_channels):
+    """A rule of many groups: hardly two neighbouring channels come from one frame."""
+    return [(-1, 0, 1, 0, -2, (-1, 1))[c * c % 6] for c in range(num_channels)]
+
+
+def far_back(num_channels):
+    """A causal rule, with means."""
+    return [(-1, (0, -2, -3), 0, -3)[c % 4] for c in range(num_channels)]
+
+
 def shift_by_loops(x, num_frames, ahead, back, edge):
     """Frame by frame and channel by channel."""
-    out = torch.zeros_like(x)
     num_channels = x.shape[1]
-    for n, c in itertools.product(range(x.shape[0]), range(num_channels)):
+    return shift_by_offsets(
+        x, num_frames, [-1] * ahead + [0] * (num_channels - ahead - back) + [1] * back, edge
+    )
+
+
+def shift_by_offsets(x, num_frames, offsets, edge):
+    out = torch.zeros_like(x)
+    for n, c in itertools.product(range(x.shape[0]), range(x.shape[1])):
         start, f = n - n % num_frames, n % num_frames
-        source = f - 1 if c < ahead else f + 1 if c >= num_channels - back else f
-        if edge == "wrap":
-            source %= num_frames
-        if edge == "hold":
-            source = min(max(source, 0), num_frames - 1)
-        if 0 <= source < num_frames:
-            out[n, c] = x[start + source, c]
+        sources = offsets[c] if isinstance(offsets[c], tuple) else (offsets[c],)
+        for source in (f + offset for offset in sources):
+            if edge == "wrap":
+                source %= num_frames
+            if edge == "hold":
+                source = min(max(source, 0), num_frames - 1)
+            if 0 <= source < num_frames:
+                out[n, c] += x[start + source, c] / len(sources)
     return out
 
 
@@ -82,19 +109,35 @@ def test_temporal_shift_moves_channels_to_neighbouring_frames(edge, ahead, back)
 
 
 @pytest.mark.parametrize("edge", EDGES)
-def test_temporal_shift_is_the_same_when_compiled(edge):
-    x = torch.randn(8, 6, 4, 4, requires_grad=True)
+@pytest.mark.parametrize("rule", [far, far_back, scattered])
+def test_a_rule_moves_channels_as_far_as_it_says(edge, rule):
+    x = torch.randn(2 * 5, 32, 2, 3)
+    expected = shift_by_offsets(x, 5, rule(32), edge)
+    settings = Shift(rule=rule, edge=edge)
+    torch.testing.assert_close(temporal_shift(x, 5, settings), expected)
+    assert torch.equal(temporal_shift(x, 1, settings), x)
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("rule", [None, far, scattered])
+def test_temporal_shift_is_the_same_when_compiled(edge, rule):
+    x = torch.randn(8, 36 if rule is scattered else 9, 4, 4, requires_grad=True)
+    torch.compiler.reset()  # each case is a graph of its own
     compiled = torch.compile(temporal_shift, backend="aot_eager", fullgraph=True)
-    outputs = [call(x, 4, Shift(edge=edge)) for call in (temporal_shift, compiled)]
+    outputs = [call(x, 4, Shift(edge=edge, rule=rule)) for call in (temporal_shift, compiled)]
     assert torch.equal(*outputs)
     upstream = torch.randn_like(x)
     assert torch.equal(*[torch.autograd.grad(output, x, upstream)[0] for output in outputs])
 
 
 @pytest.mark.parametrize("edge", EDGES)
-def test_concatenate_shifted_equals_copy_shifted(edge):
-    x = torch.randn(2, 4, 6, 4, 4)
-    assert torch.equal(shift._concatenate_shifted(x, 2, 1, edge), shift._copy_shifted(x, 2, 1, edge, False))
+@pytest.mark.parametrize("rule", [None, far, scattered])
+def test_concatenate_shifted_equals_copy_shifted(edge, rule):
+    num_channels = 36 if rule is scattered else 9
+    x = torch.randn(2, 4, num_channels, 4, 4)
+    groups = Shift(rule=rule).groups(num_channels)
+    expected = shift_kernels.copy_shifted(x, shift_kernels.flatten_groups(groups), edge, False)
+    torch.testing.assert_close(shift_kernels.concatenate_shifted(x, groups, edge), expected)
 
 
 @pytest.mark.parametrize("edge", EDGES)
@@ -105,7 +148,8 @@ def test_shift_op_passes_opcheck(edge, adjoint):
         torch.randn(2, 4, 6, 3, 3),
         torch.randn(8, 6, 3, 3).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 4)),
     ):
-        torch.library.opcheck(shift._shift_op, (x.requires_grad_(), 2, 1, edge, adjoint))
+        groups = [0, 2, 1, -1, 2, 4, 1, 0, 4, 5, 2, 1, 2, 5, 6, 1, 2]
+        torch.library.opcheck(shift_kernels.shift_op, (x.requires_grad_(), groups, edge, adjoint))
 
 
 def test_temporal_shift_keeps_the_memory_format():
@@ -136,10 +180,15 @@ def test_temporal_shift_has_the_reverse_shift_as_gradient(edge):
 
 
 @pytest.mark.parametrize("edge", EDGES)
-def test_temporal_shift_passes_gradcheck_to_second_order(edge):
-    x = torch.randn(4, 3, 2, 2, requires_grad=True, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: temporal_shift(x, 4, Shift(edge=edge)) ** 2, x)
-    assert torch.autograd.gradgradcheck(lambda x: temporal_shift(x, 4, Shift(edge=edge)) ** 2, x)
+@pytest.mark.parametrize("rule", [None, far, scattered])
+def test_temporal_shift_passes_gradcheck_to_second_order(edge, rule):
+    num_channels = 36 if rule is scattered else 9 if rule else 3
+    x = torch.randn(
+        4, num_channels, 1, 1 if rule is scattered else 2, requires_grad=True, dtype=torch.float64
+    )
+    settings = Shift(edge=edge, rule=rule)
+    assert torch.autograd.gradcheck(lambda x: temporal_shift(x, 4, settings) ** 2, x)
+    assert torch.autograd.gradgradcheck(lambda x: temporal_shift(x, 4, settings) ** 2, x)
 
 
 @pytest.mark.parametrize(("edge", "mode"), [("zero", "zeros"), ("wrap", "circular"), ("hold", "replicate")])
@@ -294,9 +343,38 @@ def test_frames_sets_the_edge_and_restores_it():
 
 @torch.no_grad()
 @pytest.mark.parametrize("edge", EDGES)
-def test_neighbors_by_index_equal_frames(edge):
+def test_laws_hold_in_a_network_with_a_rule(edge):
+    """Reach, streams, loops and clips of a batch."""
+    unet = inflate(smallest_unet(), Shift(rule=far_back, edge=edge))
+    x, t, text = inputs(24)
+    text = text[:1].expand(24, -1, -1)
+    num_layers = sum(isinstance(layer, shift.ShiftGroupNorm) for layer in unet.modules())
+    assert reach(unet) == (3 * num_layers, 0)
+    with frames(unet, 12):
+        whole = unet(x, t, text).sample
+        changed = x.clone()
+        changed[3] += 1
+        difference = (unet(changed, t, text).sample - whole).abs().amax(dim=(1, 2, 3))
+        if edge == "wrap":
+            rolled = torch.cat([clip.roll(5, 0) for clip in x.chunk(2)])
+            expected = torch.cat([clip.roll(5, 0) for clip in whole.chunk(2)])
+            torch.testing.assert_close(unet(rolled, t, text).sample, expected, rtol=0, atol=1e-5)
+    assert (difference[12:] < 1e-6).all()
+    if edge != "wrap":
+        assert (difference[:3] < 1e-6).all() and (difference[3:12] > 1e-5).all()
+        memory = {}
+        for number in range(12):
+            with streaming(unet, memory):
+                frame = unet(x[number : number + 1], t, text[:1]).sample
+            torch.testing.assert_close(frame[0], whole[number], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [None, far, scattered])
+@torch.no_grad()
+@pytest.mark.parametrize("edge", EDGES)
+def test_neighbors_by_index_equal_frames(edge, rule):
     """One clip or several, of one frame or more, with any edge: the indices say it all."""
-    unet = inflate(tiny_unet(), Shift(edge=edge))
+    unet = inflate(tiny_unet(block_out_channels=(32, 40)), Shift(edge=edge, rule=rule))
     x, t, text = inputs(6)
     for num in (6, 3, 1):
         one = neighbor_indices(num, edge)
@@ -310,7 +388,8 @@ def test_neighbors_by_index_equal_frames(edge):
         with frames(unet, num):
             expected = unet(x, t, text).sample
         with neighbors(unet, previous, following):
-            assert torch.equal(unet(x, t, text).sample, expected)
+            tolerance = 1e-6 if rule else 0  # the order of the terms of a mean
+            torch.testing.assert_close(unet(x, t, text).sample, expected, rtol=0, atol=tolerance)
     with pytest.raises(ValueError, match="not inflated"), neighbors(tiny_unet(), previous, following):
         pass
 
@@ -377,7 +456,8 @@ def test_inflate_leaves_the_network_unchanged_on_error():
     [
         (dict(forward=0.6, backward=0.6), "sum at most 1"),
         (dict(forward=-0.1), "at least 0"),
-        (dict(place="conv3"), "unknown place 'conv3'; expected one of conv1, conv2, end"),
+        (dict(place="conv3"), "unknown place 'conv3'; expected one of conv1, conv2, end, kv, attn, ffn"),
+        (dict(rule=far, backward=0), "no effect beside a rule"),
         (dict(edge="mirror"), "unknown edge 'mirror'; expected one of zero, wrap, hold"),
     ],
 )

@@ -591,7 +591,7 @@ def test_check_start_refuses_other_training(latents, image_model, video_model, t
         match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that",
     ):
         stage_from(model=model, diffusion={"prediction": "v_prediction"})
-    with pytest.raises(ValueError, match="texts 32 wide, the U-Net takes 4 and 384"):
+    with pytest.raises(ValueError, match="texts 32 wide, the network takes 4 and 384"):
         stage_from(model={"size": "emoji"})
 
 

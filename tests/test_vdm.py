@@ -77,6 +77,6 @@ def test_vdm_trains_and_generates_in_pixels(in_pixels, tmp_path):
             tmp_path / "other",
         )
     with pytest.raises(
-        ValueError, match="has latents of 3 channels and texts 384 wide, the U-Net takes 4 and 384"
+        ValueError, match="has latents of 3 channels and texts 384 wide, the network takes 4 and 384"
     ):
         stage_of(tiny_config("video", in_pixels / "stored", model={"size": "emoji", "temporal": "vdm"}))

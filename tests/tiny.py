@@ -184,6 +184,11 @@ def tiny_config(stage: str, path, *, steps: int = 4, **sections) -> Config:
     return Config.model_validate({"stage": stage, **tables})
 
 
+def two_back(num_channels: int) -> list[int]:
+    """A rule of the shift: half of the channels come from two frames before."""
+    return [-2] * (num_channels // 2) + [0] * (num_channels - num_channels // 2)
+
+
 def stage_of(config: Config) -> Stage:
     """The stage of a config whose data is a store and whose model.init, if any, is a diffusers folder."""
     init = Path(config.model.init) if config.model.init else None

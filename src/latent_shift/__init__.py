@@ -23,6 +23,7 @@ _MODULES = {
     "deflate": "shift",
     "frames": "shift",
     "shift_of": "shift",
+    "frame_noise": "pipelines.noise",
     "LatentShiftPipeline": "pipelines.stable_diffusion",
     "LatentShiftXLPipeline": "pipelines.stable_diffusion",
     "LatentVDMUNet": "models.baselines",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     __version__: str
     from latent_shift.models.baselines import LatentVDMUNet as LatentVDMUNet
     from latent_shift.pipelines.loading import load as load
+    from latent_shift.pipelines.noise import frame_noise as frame_noise
     from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline as LatentShiftPipeline
     from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline as LatentShiftXLPipeline
     from latent_shift.runtime import seed as seed

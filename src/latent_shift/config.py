@@ -96,9 +96,10 @@ class Model(Section):
         description="How frames exchange information: the paper's shift, not at all, or a baseline: Latent-VDM (convolution and "
         "attention over time) or VDM (attention over time).",
     )
-    place: Literal["conv1", "conv2", "end"] = Field(
+    place: Literal["conv1", "conv2", "end", "kv", "attn", "ffn"] = Field(
         "conv1",
-        description="Where channels shift in a residual block: before its first convolution, before its second, or at its end.",
+        description="Where channels shift in a residual block: before its first convolution, before its second, or at its end; or, in a "
+        "transformer block, in keys and values (the default in a transformer), in all of self-attention, or in the feed-forward layer.",
     )
     forward: float = Field(
         1 / 3, ge=0, le=1, description="Fraction of channels taken from the previous frame."
@@ -107,6 +108,10 @@ class Model(Section):
     edge: Literal["zero", "wrap", "hold"] = Field(
         "zero",
         description="What fills the shifted channels at the ends of a clip: zeros, the other end, or the frame's own channels.",
+    )
+    rule: str | None = Field(
+        None,
+        description="An own shift instead of the fractions, as `module:function` (see docs/method.md).",
     )
 
     @model_validator(mode="after")
@@ -118,15 +123,21 @@ class Model(Section):
         for name in ("prediction", "variant"):
             if self.init is None and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no effect without init: leave it out")
-        for name in ("place", "forward", "backward", "edge"):
+        for name in SHIFT:
             if self.temporal != "shift" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect on temporal={self.temporal}: leave it out")
+        if self.rule and (self.forward, self.backward) != (1 / 3, 1 / 3):
+            raise ValueError("forward and backward have no effect beside rule: leave them out")
         if self.forward + self.backward > 1:
             raise ValueError(
                 f"forward and backward are fractions of the same channels: expected at most 1 together, "
                 f"got {self.forward} and {self.backward}"
             )
         return self
+
+
+SHIFT = ("place", "forward", "backward", "edge", "rule")
+"""Settings of `model` for the shift."""
 
 
 class Lora(Section):
@@ -450,10 +461,7 @@ _PIXELS = [
     "model.prediction",
     "model.variant",
     "model.temporal",
-    "model.place",
-    "model.forward",
-    "model.backward",
-    "model.edge",
+    *[f"model.{name}" for name in SHIFT],
 ]
 _IGNORED = {  # settings that have no effect in a stage
     "autoencoder": _PIXELS,
@@ -535,7 +543,7 @@ def _drop_shift(settings: dict[str, Any], changed: set[str]) -> None:
     model = settings.get("model")
     if "model.temporal" not in changed or not isinstance(model, dict) or model["temporal"] == "shift":
         return
-    for name in ("place", "forward", "backward", "edge"):
+    for name in SHIFT:
         if f"model.{name}" not in changed:
             model.pop(name, None)
 

@@ -88,7 +88,7 @@ def norm_silu_shift(
         x_NCHW: contiguous.
         norm: group norm with weight and bias.
         num_frames: F, a divisor of N.
-        shift: fractions and edge.
+        shift: fractions and edge; no rule.
 
     Raises:
         ValueError: `num_frames` does not divide the batch, or the tensor is not contiguous.
@@ -101,7 +101,8 @@ def norm_silu_shift(
     pixels, groups = height * width, norm.num_groups
     y_NCHW = torch.empty_like(x_NCHW)
     mean, rstd = torch.empty(2, num * groups, dtype=torch.float32, device=x_NCHW.device)
-    ahead, back = shift.channels(channels) if num_frames > 1 else (0, 0)
+    moved = {offset: stop - start for start, stop, (offset,) in shift.groups(channels) if num_frames > 1}
+    ahead, back = moved.get(-1, 0), moved.get(1, 0)
     size = channels // groups * pixels
     with torch.cuda.device_of(x_NCHW):  # no effect on a CPU
         _statistics_kernel[(num * groups,)](
@@ -138,7 +139,10 @@ class FusedResnetBlock2D(ResnetBlock2D):
             and x_NCHW.is_contiguous()
             and not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
             and not torch.is_autocast_enabled(x_NCHW.device.type)
-            and all(state.memory is None and state.neighbors is None for state in states)
+            and all(
+                state.memory is None and state.neighbors is None and state.shift.rule is None
+                for state in states
+            )
         )
 
 

@@ -17,19 +17,35 @@ Shapes: B clips, F frames, C channels, N = B*F; the frames of a clip are adjacen
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any, Literal, get_args
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-Place = Literal["conv1", "conv2", "end"]
-Edge = Literal["zero", "wrap", "hold"]
+from latent_shift.clip_text import unshare_text
+from latent_shift.shift_kernels import MAX_GROUPS, Edge, Groups, merge_groups, shift_clips
+from latent_shift.transformer_blocks import (
+    BLOCK_LAYERS,
+    InputHook,
+    TextHook,
+    place_hooks,
+    remove_hooks,
+    shifted_inputs,
+    transformer_blocks,
+    width_of,
+)
+
+Place = Literal["conv1", "conv2", "end", "kv", "attn", "ffn"]
+Rule = Callable[[int], Sequence[int | Sequence[int]]]
+Runs = tuple[tuple[int, tuple[int, ...]], ...]  # numbers of channels and their offsets
+Table = tuple[tuple[str, Runs], ...]  # by the name of a layer
+# Of each layer of a causal network, the latest frames of each group of channels that it passes on, by first channel.
+Memory = dict[nn.Module, dict[int, list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -42,21 +58,36 @@ class Shift:
         backward: fraction taken from the next frame. 0 makes the network causal.
         place: where a ResNet block is shifted. "conv1" shifts the input of its first convolution (as TSM
             does), "conv2" the input of its second, "end" the output of the residual branch. The paper's text
-            and figure differ.
+            and figure differ. Where a transformer block is shifted: "kv" shifts the tokens from which its
+            self-attention takes keys and values, "attn" also those of the queries, "ffn" the input of the
+            feed-forward layer; always the tokens of the image alone.
         edge: fill for the vacated channels of the first and last frame: "zero" (the paper), "wrap" (values
             from the other end of the clip; the network then commutes with rotating the frames, so clips
-            loop) or "hold" (the frame's own values).
+            loop) or "hold" (the values of the first or last frame).
+        rule: an own shift instead of the two fractions: a function from the number of channels C to C whole
+            numbers, the frame that each channel is taken from, relative to its own: -1 is the previous frame, 2
+            the one after the next; several numbers for a channel are averaged over. Or these numbers for each layer
+            by name, as `((name, ((num_channels, offsets), ...)), ...)`: an inflated network holds and saves its rule so.
 
     Raises:
-        ValueError: fractions that are negative or sum to more than 1, an unknown place or edge.
+        ValueError: fractions that are negative or sum to more than 1, an unknown place or edge, a rule beside
+            fractions.
     """
 
     forward: float = 1 / 3
     backward: float = 1 / 3
     place: Place = "conv1"
     edge: Edge = "zero"
+    rule: Rule | Table | None = None
 
     def __post_init__(self) -> None:
+        if self.rule is not None and (self.forward, self.backward) != (1 / 3, 1 / 3):
+            raise ValueError("forward and backward have no effect beside a rule: leave them out")
+        if self.rule is not None and not callable(self.rule):  # JSON has lists for tuples
+            table = tuple(
+                (name, tuple((num, tuple(offsets)) for num, offsets in runs)) for name, runs in self.rule
+            )
+            object.__setattr__(self, "rule", table)
         if self.forward < 0 or self.backward < 0 or self.forward + self.backward > 1 + 1e-9:
             raise ValueError(
                 f"forward and backward are fractions of the channels: expected both at least 0 and their sum at most 1, "
@@ -68,10 +99,62 @@ class Shift:
                     f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(choices)}"
                 )
 
-    def channels(self, num_channels: int) -> tuple[int, int]:
-        """Return how many of `num_channels` are taken from the previous and from the next frame, rounded
-        down (the widths of Stable Diffusion do not divide by 3; the paper does not say how it rounds)."""
-        return int(num_channels * self.forward + 1e-6), int(num_channels * self.backward + 1e-6)
+    def groups(self, num_channels: int, layer: str = "") -> Groups:
+        """Return the groups of channels as (first channel, end, offsets), where offsets are the frames they are taken
+        from, relative to their own.
+
+        Fractions are rounded down (the widths of Stable Diffusion do not divide by 3; the paper does not say how
+        it rounds).
+
+        Raises:
+            ValueError: the rule has another number of offsets, or none for this layer.
+        """
+        if self.rule is None:
+            ahead, back = int(num_channels * self.forward + 1e-6), int(num_channels * self.backward + 1e-6)
+            runs: Runs = ((ahead, (-1,)), (num_channels - ahead - back, (0,)), (back, (1,)))
+        elif callable(self.rule):
+            offsets = (
+                tuple(map(int, each)) if isinstance(each, Sequence) else (int(each),)
+                for each in self.rule(num_channels)
+            )
+            runs = tuple((len(list(run)), each) for each, run in groupby(offsets))
+        else:
+            runs = dict(self.rule).get(layer, ())
+        if sum(num for num, _ in runs) != num_channels:
+            raise ValueError(
+                f"the rule of the shift has {sum(num for num, _ in runs)} offsets for {num_channels} channels"
+                f"{' of ' + layer if layer else ''}; expected one for each"
+            )
+        groups, start = [], 0
+        for num, each in runs:
+            groups += [(start, start + num, each)] if num else []
+            start += num
+        return tuple(groups)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no channel comes from a later frame."""
+        if self.rule is None:
+            return self.backward == 0
+        assert not callable(self.rule), "the rule of an inflated network is a table"
+        return all(max(offsets) <= 0 for _, runs in self.rule for _, offsets in runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments of these settings, for JSON; a rule only where there is one."""
+        settings = asdict(self)
+        if self.rule is None:
+            del settings["rule"]
+        return settings
+
+    def resolved(self, widths: dict[str, int]) -> Shift:
+        """Return the settings with the rule's numbers for layers of these names and widths instead of the rule."""
+        if not callable(self.rule):
+            return self
+        table = tuple(
+            (name, tuple((stop - start, offsets) for start, stop, offsets in self.groups(width)))
+            for name, width in widths.items()
+        )
+        return replace(self, rule=table)
 
 
 def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> Tensor:
@@ -90,6 +173,10 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
     Raises:
         ValueError: `num_frames` does not divide the batch.
     """
+    return _shift_frames(x_NCHW, num_frames, shift.groups(x_NCHW.shape[1]), shift.edge)
+
+
+def _shift_frames(x_NCHW: Tensor, num_frames: int, groups: Groups, edge: Edge) -> Tensor:
     if num_frames == 1:
         return x_NCHW
     if num_frames < 1 or x_NCHW.shape[0] % num_frames:
@@ -98,115 +185,32 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
         raise ValueError(
             f"num_frames={num_frames} does not divide the batch of {batch} frames; pass num_frames={nearest}"
         )
-    ahead, back = shift.channels(x_NCHW.shape[1])
     x_BFCHW = x_NCHW.unflatten(0, (-1, num_frames))
-    if not torch.compiler.is_compiling():
-        shifted = _CopyShifted.apply if torch.is_grad_enabled() else _copy_shifted
-    elif x_NCHW.device.type != "cpu" or forward_ad._current_level >= 0:
-        return _concatenate_shifted(x_BFCHW, ahead, back, shift.edge).flatten(0, 1)
-    else:
-        shifted = _shift_op
-    return shifted(x_BFCHW, ahead, back, shift.edge, False).flatten(0, 1)
+    return shift_clips(x_BFCHW, groups, edge).flatten(0, 1)
 
 
-def _concatenate_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge) -> Tensor:
-    """Shift by concatenation: for forward-mode derivatives in a compiled function, and for compilers that fuse it
-    into the previous operation. (On a CPU the compiled loops are not vectorised, which
-    makes a step 9 % slower.)"""
-    from_previous, stays, from_next = x_BFCHW.split([ahead, x_BFCHW.shape[2] - ahead - back, back], dim=2)
-    first, last = from_previous[:, :1], from_next[:, -1:]
-    if edge == "zero":
-        first, last = torch.zeros_like(first), torch.zeros_like(last)
-    elif edge == "wrap":
-        first, last = from_previous[:, -1:], from_next[:, :1]
-    from_previous = torch.cat([first, from_previous[:, :-1]], dim=1)
-    from_next = torch.cat([from_next[:, 1:], last], dim=1)
-    return torch.cat([from_previous, stays, from_next], dim=2)
-
-
-def _gather_shifted(x_NCHW: Tensor, previous_N: Tensor, next_N: Tensor, shift: Shift) -> Tensor:
+def _gather_shifted(x_NCHW: Tensor, previous_N: Tensor, next_N: Tensor, groups: Groups, edge: Edge) -> Tensor:
     """Shift by the indices of neighbours, see `neighbors`."""
-    ahead, back = shift.channels(x_NCHW.shape[1])
-    from_previous, stays, from_next = x_NCHW.split([ahead, x_NCHW.shape[1] - ahead - back, back], dim=1)
-    if shift.edge == "zero":  # index N is a frame of zeros
-        from_previous = torch.cat([from_previous, torch.zeros_like(from_previous[:1])])
-        from_next = torch.cat([from_next, torch.zeros_like(from_next[:1])])
-    return torch.cat([from_previous[previous_N], stays, from_next[next_N]], dim=1)
-
-
-def _copy_shifted(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, adjoint: bool) -> Tensor:
-    """Shift in one pass over memory: copy every group of channels straight to its destination. The adjoint
-    is the shift in the opposite direction, plus the second use of the end frames where the edge is held."""
-    y_BFCHW = torch.empty_like(x_BFCHW)
-    num_channels = x_BFCHW.shape[2]
-    previous, stays, following = (
-        slice(0, ahead),
-        slice(ahead, num_channels - back),
-        slice(num_channels - back, num_channels),
-    )
-    if adjoint:
-        previous, following = following, previous
-    y_BFCHW[:, 1:, previous] = x_BFCHW[:, :-1, previous]
-    y_BFCHW[:, :-1, following] = x_BFCHW[:, 1:, following]
-    y_BFCHW[:, :, stays] = x_BFCHW[:, :, stays]
-    fill_first, fill_last = (0, -1) if edge == "hold" else (-1, 0)
-    fill_zero = edge == "zero" or (edge == "hold" and adjoint)
-    y_BFCHW[:, 0, previous] = 0 if fill_zero else x_BFCHW[:, fill_first, previous]
-    y_BFCHW[:, -1, following] = 0 if fill_zero else x_BFCHW[:, fill_last, following]
-    if edge == "hold" and adjoint:
-        y_BFCHW[:, 0, following] += x_BFCHW[:, 0, following]
-        y_BFCHW[:, -1, previous] += x_BFCHW[:, -1, previous]
-    return y_BFCHW
-
-
-class _CopyShifted(torch.autograd.Function):
-    """`_copy_shifted` with its derivatives. The shift is linear: its tangent is the shift, its gradient the
-    adjoint."""
-
-    @staticmethod
-    def forward(x_BFCHW: Tensor, ahead: int, back: int, edge: Edge, adjoint: bool) -> Tensor:  # type: ignore[override]
-        return _copy_shifted(x_BFCHW, ahead, back, edge, adjoint)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.settings = inputs[1:]
-
-    @staticmethod
-    def backward(ctx, grad_BFCHW: Tensor):  # type: ignore[override]
-        *settings, adjoint = ctx.settings
-        return _CopyShifted.apply(grad_BFCHW, *settings, not adjoint), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, tangent_BFCHW: Tensor, *_: None) -> Tensor:  # type: ignore[override]
-        return _CopyShifted.apply(tangent_BFCHW, *ctx.settings)
-
-    @staticmethod
-    def vmap(info, in_dims: tuple, x: Tensor, *settings) -> tuple[Tensor, int]:  # type: ignore[override]
-        x_VBFCHW = x.movedim(in_dims[0], 0)
-        y_BFCHW = _CopyShifted.apply(x_VBFCHW.flatten(0, 1), *settings)
-        return y_BFCHW.unflatten(0, x_VBFCHW.shape[:2]), 0
-
-
-# For torch.compile on a CPU: one opaque operator, whose copies the compiler does not turn into slower loops.
-_shift_op = torch.library.custom_op(
-    "latent_shift::shift",
-    _copy_shifted,
-    mutates_args=(),
-    schema="(Tensor x, int ahead, int back, str edge, bool adjoint) -> Tensor",
-)
-
-
-def _shift_op_context(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.settings = inputs[1:]
-
-
-def _shift_op_backward(ctx, grad_BFCHW: Tensor):
-    *settings, adjoint = ctx.settings
-    return _shift_op(grad_BFCHW, *settings, not adjoint), None, None, None, None
-
-
-_shift_op.register_fake(lambda x_BFCHW, *_: torch.empty_like(x_BFCHW))
-_shift_op.register_autograd(_shift_op_backward, setup_context=_shift_op_context)
+    if len(groups) > MAX_GROUPS:
+        order, merged = merge_groups(groups)
+        order_C = torch.tensor(order, device=x_NCHW.device)
+        gathered = _gather_shifted(x_NCHW[:, order_C], previous_N, next_N, merged, edge)
+        return gathered[:, order_C.argsort()]
+    num, shifted = x_NCHW.shape[0], []
+    if edge == "zero":  # index N is a frame of zeros, and its own neighbour
+        x_NCHW = torch.cat([x_NCHW, torch.zeros_like(x_NCHW[:1])])
+        previous_N, next_N = (
+            torch.cat([each, torch.full_like(each[:1], num)]) for each in (previous_N, next_N)
+        )
+    for start, stop, offsets in groups:
+        group, frames_at = x_NCHW[:, start:stop], []
+        for offset in offsets:
+            neighbor_N = source_N = previous_N if offset < 0 else next_N
+            for _ in range(abs(offset) - 1):
+                source_N = neighbor_N[source_N]
+            frames_at.append(group[source_N[:num]] if offset else group[:num])
+        shifted.append(sum(frames_at[1:], frames_at[0]) / len(offsets) if len(offsets) > 1 else frames_at[0])
+    return torch.cat(shifted, dim=1)
 
 
 class _ShiftState(threading.local):
@@ -219,7 +223,8 @@ class _ShiftState(threading.local):
         self.inflated = shift
         self.shift = shift
         self.num_frames = 1
-        self.memory: dict[nn.Module, Tensor] | None = None
+        self.num_text_tokens = 0
+        self.memory: Memory | None = None
         self.neighbors: tuple[Tensor, Tensor] | None = None
 
     # A thread's state cannot be copied; a copy of the network starts as the image network.
@@ -230,7 +235,7 @@ class _ShiftState(threading.local):
 
     @contextmanager
     def using(
-        self, num_frames: int, shift: Shift, memory: dict[nn.Module, Tensor] | None = None,
+        self, num_frames: int, shift: Shift, memory: Memory | None = None,
         neighbors: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[None]:  # fmt: skip
         before = self.num_frames, self.shift, self.memory, self.neighbors
@@ -241,19 +246,26 @@ class _ShiftState(threading.local):
             self.num_frames, self.shift, self.memory, self.neighbors = before
 
 
-def _shift_output(layer: ShiftGroupNorm | ShiftConv2d, x_NCHW: Tensor) -> Tensor:
-    """Shift the output of a layer among the frames of a clip, or of a stream."""
-    state = layer.shift_state
+def _shift(x_NCHW: Tensor, state: _ShiftState, groups: Groups, layer: nn.Module) -> Tensor:
+    """Shift the input or output of a layer among the frames of a clip, or of a stream."""
     if state.neighbors is not None:
-        return _gather_shifted(x_NCHW, *state.neighbors, state.shift)
+        return _gather_shifted(x_NCHW, *state.neighbors, groups, state.shift.edge)
     if state.memory is None:
-        return temporal_shift(x_NCHW, state.num_frames, state.shift)
-    passed_on, stays = x_NCHW.tensor_split([state.shift.channels(x_NCHW.shape[1])[0]], dim=1)
-    previous = state.memory.get(layer)
-    if previous is None:
-        previous = passed_on if state.shift.edge == "hold" else torch.zeros_like(passed_on)
-    state.memory[layer] = passed_on.clone()
-    return torch.cat([previous, stays], dim=1)
+        return _shift_frames(x_NCHW, state.num_frames, groups, state.shift.edge)
+    shifted, memory = [], state.memory.setdefault(layer, {})
+    for start, stop, offsets in groups:
+        group, farthest = x_NCHW[:, start:stop], -min(offsets)
+        if farthest:
+            fill = group if state.shift.edge == "hold" else torch.zeros_like(group)
+            frames_of_group = [
+                *memory.get(start, [fill.clone()] * farthest),
+                group.clone(),
+            ]  # the oldest first
+            memory[start] = frames_of_group[1:]
+            terms = [frames_of_group[offset - 1] for offset in offsets]
+            group = sum(terms[1:], terms[0]) / len(terms) if len(terms) > 1 else terms[0]
+        shifted.append(group)
+    return torch.cat(shifted, dim=1)
 
 
 class ShiftGroupNorm(nn.GroupNorm):
@@ -261,37 +273,39 @@ class ShiftGroupNorm(nn.GroupNorm):
 
     Between this norm and the convolution there are only maps that act on each frame and channel separately
     and keep 0 at 0 (SiLU, nearest upsampling, average pooling, dropout), so shifting here equals shifting
-    the input of the convolution. Parameter names do not change.
+    the input of the convolution (but a rule's means are taken before the SiLU). Parameter names do not change.
     """
 
     shift_state: _ShiftState
+    shift_groups: Groups
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return _shift_output(self, super().forward(x_NCHW))
+        return _shift(super().forward(x_NCHW), self.shift_state, self.shift_groups, self)
 
 
 class ShiftConv2d(nn.Conv2d):
     """Convolution whose output is shifted: the end of the residual branch."""
 
     shift_state: _ShiftState
+    shift_groups: Groups
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return _shift_output(self, super().forward(x_NCHW))
+        return _shift(super().forward(x_NCHW), self.shift_state, self.shift_groups, self)
 
 
 _SHIFT_LAYER = {"conv1": "norm1", "conv2": "norm2", "end": "conv2"}
 _SHIFT_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: ShiftGroupNorm, nn.Conv2d: ShiftConv2d}
 
 
-def inflate(network: nn.Module, shift: Shift = Shift()) -> nn.Module:
-    """Turn an image U-Net into a video U-Net, in place: its ResNet blocks shift channels along time. No
+def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
+    """Turn an image network into a video network, in place: its residual blocks shift channels along time. No
     parameter is added, renamed or moved. Outside `frames` the network is still the image network, bit for
     bit.
 
     Args:
-        network: a module with diffusers `ResnetBlock2D`s. A network that is already inflated takes the new
-            settings.
-        shift: settings of the shift.
+        network: a module with diffusers `ResnetBlock2D`s (a U-Net), or a transformer with blocks of PixArt, Sana,
+            Stable Diffusion 3 or Flux. A network that is already inflated takes the new settings.
+        shift: settings of the shift; default: `Shift()` for a U-Net, `Shift(place="kv")` for a transformer.
 
     Returns:
         `network`.
@@ -305,10 +319,17 @@ def inflate(network: nn.Module, shift: Shift = Shift()) -> nn.Module:
             f"{type(network).__name__} has temporal layers of its own; expected an image U-Net such as UNet2DConditionModel"
         )
     blocks = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
+    if shift is None:
+        shift = Shift(place="kv") if transformer_blocks(network) and not blocks else Shift()
+    if shift.place in ("kv", "attn", "ffn"):
+        return _inflate_transformer(network, shift)
     if not blocks:
-        raise ValueError(
-            f"{type(network).__name__} has no ResnetBlock2D to shift; expected a U-Net such as UNet2DConditionModel"
+        hint = (
+            'use place="kv", "attn" or "ffn"'
+            if transformer_blocks(network)
+            else "expected a U-Net such as UNet2DConditionModel"
         )
+        raise ValueError(f"{type(network).__name__} has no ResnetBlock2D to shift; {hint}")
     if shift.place == "conv2" and any(block.time_embedding_norm != "default" for block in blocks):
         raise ValueError(
             'place="conv2" needs blocks that add the time embedding; these scale and shift by it: use place="conv1" or "end"'
@@ -319,12 +340,41 @@ def inflate(network: nn.Module, shift: Shift = Shift()) -> nn.Module:
             raise ValueError(
                 f"cannot shift a {type(layer).__name__}: inflate before adding adapters to this layer"
             )
+    names = {module: name for name, module in network.named_modules()}
+    shift = shift.resolved({names[layer]: _width(layer) for layer in layers})
+    groups_of = {layer: shift.groups(_width(layer), names[layer]) for layer in layers}
     deflate(network)
     state = _ShiftState(shift)
-    for layer in layers:
+    for layer, layer.shift_groups in groups_of.items():
         layer.__class__ = _SHIFT_CLASS[type(layer)]
         layer.shift_state = state
     network.__dict__["_shift_state"] = state
+    return network
+
+
+def _inflate_transformer(network: nn.Module, shift: Shift) -> nn.Module:
+    """Shift the inputs of layers of transformer blocks. The layers keep their classes, which adapters and quantized
+    layers need: hooks shift."""
+    blocks = transformer_blocks(network)
+    if not blocks:
+        raise ValueError(
+            f"{type(network).__name__} has no transformer block to shift; expected one of {', '.join(BLOCK_LAYERS)}"
+        )
+    names = {module: name for name, module in network.named_modules()}
+    shift = shift.resolved({names[block]: width_of(block) for block in blocks})
+    groups_of = {block: shift.groups(width_of(block), names[block]) for block in blocks}
+    deflate(network)
+    state = _ShiftState(shift)
+    network.__dict__["_shift_state"] = state
+    network.__dict__["_shift_hooks"] = [
+        (parent, name, InputHook(_shift, state, groups_of[block], has_text))
+        for block in blocks
+        for parent, name, has_text in shifted_inputs(block, shift.place)
+    ]
+    for block in blocks:
+        if BLOCK_LAYERS[type(block).__name__].has_text:
+            block.register_forward_pre_hook(TextHook(state), with_kwargs=True)
+    place_hooks(network)
     return network
 
 
@@ -346,14 +396,14 @@ def deflate(network: nn.Module) -> nn.Module:
         for plain, shifted in _SHIFT_CLASS.items():
             if type(layer) is shifted:
                 layer.__class__ = plain
-                del layer.shift_state
+                del layer.shift_state, layer.shift_groups
         checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _CheckpointClips):
             layer._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
-    for layer in _cross_attentions(network):
-        if type(layer.processor) is ClipTextProcessor:
-            layer.set_processor(AttnProcessor2_0())
-    network.__dict__.pop("_shift_state", None)
+    remove_hooks(network)
+    unshare_text(network)
+    for name in ("_shift_state", "_shift_hooks"):
+        network.__dict__.pop(name, None)
     return network
 
 
@@ -387,6 +437,7 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
         raise ValueError(f"{type(network).__name__} has no edge to set: only a shifted network can loop")
     if num_frames < 1:
         raise ValueError(f"num_frames must be 1 or more, got {num_frames}")
+    place_hooks(network)
     if getattr(network, "is_gradient_checkpointing", False):
         for module in network.modules():
             checkpoint = getattr(module, "_gradient_checkpointing_func", None)
@@ -417,7 +468,7 @@ def neighbors(network: nn.Module, previous_N: Tensor, next_N: Tensor) -> Iterato
 
 
 @contextmanager
-def streaming(network: nn.Module, memory: dict[nn.Module, Tensor]) -> Iterator[nn.Module]:
+def streaming(network: nn.Module, memory: Memory) -> Iterator[nn.Module]:
     """Treat every image of a batch as the next frame of a clip whose frames come one call after the other,
     inside this block.
 
@@ -432,7 +483,7 @@ def streaming(network: nn.Module, memory: dict[nn.Module, Tensor]) -> Iterator[n
     state: _ShiftState | None = getattr(network, "_shift_state", None)
     if (
         state is None
-        or state.shift.backward > 0
+        or not state.shift.is_causal
         or state.shift.edge == "wrap"
         or has_temporal_layers(network)
     ):
@@ -445,8 +496,9 @@ def streaming(network: nn.Module, memory: dict[nn.Module, Tensor]) -> Iterator[n
 
 
 def reach(network: nn.Module) -> tuple[int, int]:
-    """Return how many frames before and after a frame can affect it in an inflated network: one for each
-    layer that takes channels from the previous frame, and one for each that takes channels from the next.
+    """Return how many frames before and after a frame can affect it in an inflated network: for each shifted
+    layer, one where it takes channels from the previous frame and one where it takes them from the next, or as
+    many as a rule says.
 
     Raises:
         ValueError: a network with temporal layers (`LatentVDMUNet`), which attends to all frames.
@@ -455,13 +507,19 @@ def reach(network: nn.Module) -> tuple[int, int]:
         raise ValueError(
             f"{type(network).__name__} attends to all frames of a clip: it cannot be run in chunks"
         )
-    shift = shift_of(network) or Shift(0, 0)
     layers = [layer for layer in network.modules() if isinstance(layer, (ShiftGroupNorm, ShiftConv2d))]
-    widths = [
-        layer.num_channels if isinstance(layer, ShiftGroupNorm) else layer.out_channels for layer in layers
+    hooks = [
+        hook for _, name, hook in network.__dict__.get("_shift_hooks", ()) if name != "to_v"
+    ]  # to_k is as far
+    offsets = [
+        [offset for *_, offsets in groups for offset in offsets]
+        for groups in [layer.shift_groups for layer in layers] + [hook.groups for hook in hooks]
     ]
-    moved = [shift.channels(width) for width in widths]
-    return sum(ahead > 0 for ahead, _ in moved), sum(back > 0 for _, back in moved)
+    return sum(max(0, -min(each)) for each in offsets), sum(max(0, max(each)) for each in offsets)
+
+
+def _width(layer: nn.GroupNorm | nn.Conv2d) -> int:
+    return layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.out_channels
 
 
 @dataclass
@@ -481,34 +539,3 @@ class _CheckpointClips:
                 return block(*inputs)
 
         return self.checkpoint(run, *args)
-
-
-class ClipTextProcessor(AttnProcessor2_0):
-    """Cross-attention of all frames of a clip to one text: keys and values are computed once a clip instead
-    of once a frame.
-
-    With `(B, L, D)` text and `(B*F, S, D)` positions the queries of a clip become one sequence of F*S, which
-    gives the same sums.
-    """
-
-    def __call__(self, attn: Attention, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        return super().__call__(attn, hidden_states, *args, **kwargs).reshape(hidden_states.shape)
-
-
-def share_text(network: nn.Module) -> bool:
-    """Let the cross-attention layers of a U-Net take one text a clip; return whether all of them do.
-
-    Layers with a custom processor (an IP-Adapter's, for example) keep it; the text must then be repeated for
-    each frame.
-    """
-    layers = _cross_attentions(network)
-    for layer in layers:
-        if type(layer.processor) is AttnProcessor2_0:
-            layer.set_processor(ClipTextProcessor())
-    return all(isinstance(layer.processor, ClipTextProcessor) for layer in layers)
-
-
-def _cross_attentions(network: nn.Module) -> list[Attention]:
-    return [
-        module for module in network.modules() if isinstance(module, Attention) and module.is_cross_attention
-    ]

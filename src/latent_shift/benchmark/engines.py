@@ -89,9 +89,10 @@ def _warm(engine: str, model: str, rounds: int, steps: int | None, guidance: flo
     if engine == "torch":
         import torch
 
+        from latent_shift.clip_text import share_text
         from latent_shift.pipelines.loading import load
         from latent_shift.pipelines.request import generate_clip
-        from latent_shift.shift import frames, share_text
+        from latent_shift.shift import frames
 
         pipe = load(model, device="cpu")
         pipe.set_progress_bar_config(disable=True)

@@ -15,12 +15,13 @@ from diffusers import AutoencoderKL, DDIMScheduler
 
 from latent_shift.benchmark.networks import FULL, SMALL, timed_networks
 from latent_shift.benchmark.timing import time_in_rounds
+from latent_shift.clip_text import share_text
 from latent_shift.cuda_graphs import CudaGraphs, use_cuda_graphs
 from latent_shift.fused_norm import fuse_norms
 from latent_shift.models.autoencoder import decode_latents
 from latent_shift.pipelines.denoise import denoise, unet_predictor
 from latent_shift.pipelines.schedulers import distilled_scheduler
-from latent_shift.shift import Shift, frames, inflate, share_text
+from latent_shift.shift import Shift, frames, inflate
 
 LOADS = ((1, 32), (4, 32), (1, 64), (4, 64))
 """Clips of 16 frames, and the side of their latents."""

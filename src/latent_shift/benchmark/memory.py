@@ -10,11 +10,12 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from latent_shift.benchmark.timing import run_alone
+from latent_shift.clip_text import share_text
 from latent_shift.config import Config
 from latent_shift.models import sizes
 from latent_shift.pipelines import loading, single_file
 from latent_shift.runtime import peak_memory_gib, seed
-from latent_shift.shift import Shift, frames, inflate, share_text
+from latent_shift.shift import Shift, frames, inflate
 from latent_shift.training import memory
 
 

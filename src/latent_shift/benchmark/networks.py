@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
 
+from latent_shift.clip_text import share_text
 from latent_shift.models.baselines import LatentVDMUNet
-from latent_shift.shift import frames, inflate, share_text
+from latent_shift.shift import frames, inflate
 
 
 class Size(NamedTuple):

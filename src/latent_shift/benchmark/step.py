@@ -10,8 +10,9 @@ from diffusers import UNet2DConditionModel
 
 from latent_shift.benchmark.networks import SMALL, timed_networks
 from latent_shift.benchmark.timing import time_in_rounds
+from latent_shift.clip_text import share_text
 from latent_shift.models import sizes
-from latent_shift.shift import Shift, deflate, frames, inflate, share_text, shift_of
+from latent_shift.shift import Shift, deflate, frames, inflate, shift_of
 
 
 def shift_overhead(

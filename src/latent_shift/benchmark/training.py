@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from pydantic import BaseModel, Field
 
 from latent_shift.benchmark.timing import time_in_rounds
+from latent_shift.clip_text import share_text
 from latent_shift.config import Model
 from latent_shift.data.encode import encode
 from latent_shift.data.readers import Record
@@ -27,7 +28,7 @@ from latent_shift.files import check_schema, read_json_lines, tensor_shapes
 from latent_shift.models import sizes
 from latent_shift.pipelines import loading
 from latent_shift.runtime import dtype_of, resolve_precision
-from latent_shift.shift import deflate, share_text
+from latent_shift.shift import deflate
 from latent_shift.training.objectives import DenoisingObjective, attention_kernel
 
 

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from latent_shift.clip_text import share_text
 from latent_shift.engines.exported import Settings, neighbor_indices, write_settings
 from latent_shift.files import sha256
 from latent_shift.models import names
@@ -27,7 +28,7 @@ from latent_shift.pipelines import catalog, preview
 from latent_shift.pipelines.loading import load
 from latent_shift.pipelines.provenance import hash_inputs
 from latent_shift.pipelines.schedulers import check_own_scheduler, make_scheduler
-from latent_shift.shift import has_temporal_layers, neighbors, share_text, shift_of
+from latent_shift.shift import has_temporal_layers, neighbors, shift_of
 
 OPSET = 20
 _SAMPLERS: dict[str, Literal["ddim", "dpm-solver++"]] = {
@@ -98,7 +99,8 @@ def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Pa
     tiny = load_tiny_autoencoder(catalog.folder(model)) if is_folder and not large_decoder else None
     if tiny is not None:
         _check_tiny(tiny, pipe.vae, model)
-    if getattr(pipe, "text_encoder_2", None) is not None or has_temporal_layers(pipe.unet):
+    is_unet = hasattr(pipe.unet.config, "block_out_channels")  # and no transformer
+    if not is_unet or getattr(pipe, "text_encoder_2", None) is not None or has_temporal_layers(pipe.unet):
         raise ValueError(f"{model}: expected a model of Stable Diffusion 1.x or 2.x with the shift")
     scheduler = pipe.scheduler
     if type(scheduler).__name__ not in _SAMPLERS:

@@ -16,12 +16,11 @@ Shapes: B clips of F frames, N = B*F; C channels, H x W of a frame, P = B*H*W; h
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -30,7 +29,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel, Transformer2DModelOutput
 from torch import Tensor, nn
 
-from latent_shift.files import read_json_object
 from latent_shift.shift import Shift, inflate
 
 
@@ -157,18 +155,3 @@ class PixelSpace(AutoencoderKL):
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None):
         return DecoderOutput(sample=z) if return_dict else (z,)
-
-
-TEMPORAL_NETWORKS: dict[str, type[LatentVDMUNet]] = {"attention": LatentVDMUNet, "vdm": VDMUNet}
-"""Networks of a recipe's `model.temporal`."""
-
-
-def saved_class(folder: str | Path, default: type[ModelMixin]) -> type[ModelMixin]:
-    """Return the class of the network saved in `folder`: one of this file or another autoencoder of images if
-    its config.json names it, else `default`."""
-    path = Path(folder) / "config.json"
-    name = read_json_object(path).get("_class_name") if path.exists() else None
-    return next((cls for cls in _SAVED_CLASSES if cls.__name__ == name), default)
-
-
-_SAVED_CLASSES = (LatentVDMUNet, VDMUNet, PixelSpace, AutoencoderTiny, AsymmetricAutoencoderKL)

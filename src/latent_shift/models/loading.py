@@ -23,7 +23,7 @@ import transformers
 from diffusers import ModelMixin, SchedulerMixin
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from latent_shift.models.baselines import saved_class
+from latent_shift.models.network_classes import saved_class
 from latent_shift.models.parts import check_network, check_tokenizer, read_part, resolve_variant
 
 

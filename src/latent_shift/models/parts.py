@@ -7,7 +7,7 @@ Nothing here imports torch, diffusers or transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,10 @@ Depth = Annotated[int, Field(ge=1, le=1_000)]
 Side = Annotated[int, Field(ge=1, le=1024)]
 Size = Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# The channels of each layer, in groups of a number and their offsets in frames, see `shift.Shift`.
+_Offsets = Annotated[list[Annotated[int, Field(ge=-1000, le=1000)]], Field(min_length=1)]
+_Run = Annotated[tuple[Width, _Offsets], Field(strict=False)]  # JSON has lists for tuples
+Table = list[Annotated[tuple[str, list[_Run]], Field(strict=False)]]
 
 
 class _Settings(BaseModel):
@@ -52,6 +56,20 @@ class UNetSettings(_Settings):
     num_class_embeds: int | None = None
     addition_embed_type: str | None = None
     encoder_hid_dim_type: str | None = None
+
+
+class TransformerSettings(_Settings):
+    """A transformer in the place of a U-Net, see dit.py."""
+
+    in_channels: Width
+    out_channels: Width
+    num_layers: Depth
+    num_attention_heads: Width
+    attention_head_dim: Width
+    cross_attention_dim: Width
+    caption_channels: Width
+    patch_size: Annotated[int, Field(ge=1, le=64)]
+    sample_size: Side
 
 
 class AutoencoderSettings(_Settings):
@@ -98,8 +116,9 @@ class CallSettings(_Settings):
 
     forward: Fraction = 1 / 3
     backward: Fraction = 1 / 3
-    place: Literal["conv1", "conv2", "end"] = "conv1"
+    place: Literal["conv1", "conv2", "end", "kv", "attn", "ffn"] = "conv1"
     edge: Literal["zero", "wrap", "hold"] = "zero"
+    rule: Table | None = None
     num_frames: Annotated[int, Field(ge=1, le=10_000)] = 16
     fps: Annotated[float, Field(gt=0, le=1000)] = 8
     num_inference_steps: Annotated[int, Field(ge=1, le=10_000)] = 50
@@ -114,7 +133,7 @@ class LoraSettings(CallSettings):
 
     forward: Fraction
     backward: Fraction
-    place: Literal["conv1", "conv2", "end"]
+    place: Literal["conv1", "conv2", "end", "kv", "attn", "ffn"]
     edge: Literal["zero", "wrap", "hold"]
     sample_size: Size
 
@@ -139,6 +158,8 @@ SCHEMAS: dict[str, type[_Settings]] = {
     "text_encoder": TextEncoderSettings,
     "text_encoder_2": TextEncoderSettings,
 }
+TRANSFORMERS = ("PixArtDenoiser", "PixArtVDM", "SanaDenoiser", "SanaVDM")
+"""Classes of dit.py, by their names in a config.json."""
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder", "safety_checker")
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors"
@@ -180,7 +201,14 @@ def read_part(part: Path, kind: str | None = None) -> dict[str, Any]:
     path = part / ("scheduler_config.json" if kind == "scheduler" else "config.json")
     if not path.is_file():
         raise ValueError(f"{part.parent}: {part.name} has no {path.name}; copy or download the whole folder")
-    return read_settings(path, SCHEMAS[kind])
+    is_transformer = kind == "unet" and str(read_json_object(path).get("_class_name")) in TRANSFORMERS
+    return read_settings(path, TransformerSettings if is_transformer else SCHEMAS[kind])
+
+
+def text_width(unet: Mapping[str, Any]) -> int:
+    """Return the width of the text embeddings that a U-Net or transformer of these settings takes."""
+    width = unet.get("caption_channels") or unet.get("cross_attention_dim", 1280)
+    return width if isinstance(width, int) else width[0]
 
 
 def variants(part: Path) -> set[str | None]:
@@ -317,7 +345,11 @@ def check_network(part: Path, variant: str | None = None, *, kind: str | None = 
     if settings.get("quantization_config") is None:
         for file in weight_files(part, resolve_variant(part, variant)):
             check_not_quantized(file)
-    num_layers = settings.get("num_hidden_layers") or max(_depths(settings.get("layers_per_block", 1)))
+    num_layers = (
+        settings.get("num_hidden_layers")
+        or settings.get("num_layers")
+        or max(_depths(settings.get("layers_per_block", 1)))
+    )
     if num_layers > num_tensors and settings.get("_class_name") != "PixelSpace":
         raise ValueError(
             f"{part.parent}: {part.name} has {num_layers} layers by its config.json, but weights of {num_tensors} tensors"

@@ -6,11 +6,17 @@ model of one name have the same configuration.
 
 from __future__ import annotations
 
+import pkgutil
+import sys
+from dataclasses import replace
+from typing import Any
+
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
 from latent_shift.config import Model
-from latent_shift.models.baselines import TEMPORAL_NETWORKS
-from latent_shift.shift import Shift, inflate
+from latent_shift.models.dit import PixArtDenoiser, SanaDenoiser
+from latent_shift.models.network_classes import BASELINES, baseline_of
+from latent_shift.shift import Rule, Shift, inflate
 
 AUTOENCODERS: dict[str, dict] = {
     # 8x down, 4 channels, no attention: works on any size. Parameters: tiny 0.06 M, emoji 3.1 M.
@@ -18,7 +24,7 @@ AUTOENCODERS: dict[str, dict] = {
     "emoji": dict(block_out_channels=(16, 48, 96, 128), norm_num_groups=8),
 }
 
-UNETS: dict[str, dict] = {
+UNETS: dict[str, Any] = {
     # Three resolutions, cross-attention at the two lower ones: 16x16 latents spend their time in
     # convolutions. Heads are 32 wide: with the class's default of 8 a narrow U-Net spends half its time in
     # attention.
@@ -35,6 +41,25 @@ UNETS: dict[str, dict] = {
         out_channels=3,
     ),
 }
+
+
+# Transformers of as many parameters as the U-Net "small", 64 tokens for 16x16 latents.
+TRANSFORMERS: dict[str, Any] = {
+    "pixart": (
+        PixArtDenoiser,
+        dict(
+            num_attention_heads=6, attention_head_dim=32, num_layers=9, cross_attention_dim=192, caption_channels=384, patch_size=2,
+            in_channels=4, out_channels=4, use_additional_conditions=False,
+        ),
+    ),
+    "sana": (
+        SanaDenoiser,
+        dict(
+            num_attention_heads=6, attention_head_dim=32, num_layers=9, cross_attention_dim=192, num_cross_attention_heads=6,
+            cross_attention_head_dim=32, caption_channels=384, patch_size=2, in_channels=4, out_channels=4,
+        ),
+    ),
+}  # fmt: skip
 
 
 def autoencoder(size: str) -> AutoencoderKL:
@@ -71,11 +96,14 @@ def tiny_autoencoder(*, factor: int, latent_channels: int) -> AutoencoderTiny:
 
 def check_size(size: str, *, autoencoder: bool) -> None:
     """Raise ValueError for an unknown size."""
-    _lookup(AUTOENCODERS if autoencoder else UNETS, size)
+    _lookup(AUTOENCODERS if autoencoder else UNETS | TRANSFORMERS, size)
 
 
 def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:
     """Return a new `UNet2DConditionModel` of a named size; raise ValueError for an unknown name."""
+    if size in TRANSFORMERS:
+        network, config = TRANSFORMERS[size]
+        return network(sample_size=sample_size, **config)
     config = _lookup(UNETS, size)
     plain = len(config["block_out_channels"]) - 2  # the higher resolutions have convolutions alone
     return UNet2DConditionModel(
@@ -90,12 +118,19 @@ def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:
 
 
 def inflate_unet(unet: UNet2DConditionModel, settings: Model) -> UNet2DConditionModel:
-    """Turn an image U-Net into the video network of a recipe's table `model`: inflate it in place, or build
+    """Turn an image network into the video network of a recipe's table `model`: inflate it in place, or build
     the baseline from its weights."""
-    network = TEMPORAL_NETWORKS.get(settings.temporal)
-    if network is None:
-        return inflate(unet, shift_settings(settings))  # type: ignore[return-value]
-    return unet if type(unet) is network else network.from_unet(unet)
+    if settings.temporal not in BASELINES:
+        shift = shift_settings(settings)
+        if shift.place == "conv1" and not isinstance(unet, UNet2DConditionModel):
+            shift = replace(shift, place="kv")  # the default where there are no convolutions
+        return inflate(unet, shift)  # type: ignore[return-value]
+    baseline = baseline_of(unet, settings.temporal)
+    if type(unet) is baseline:
+        return unet
+    network = baseline.from_config(unet.config)
+    network.load_state_dict(unet.state_dict(), strict=False)  # an image network has no layers over time
+    return network
 
 
 def shift_settings(settings: Model) -> Shift:
@@ -103,7 +138,26 @@ def shift_settings(settings: Model) -> Shift:
     "shift"."""
     if settings.temporal != "shift":
         return Shift(0, 0)
-    return Shift(settings.forward, settings.backward, settings.place, settings.edge)
+    rule = load_rule(settings.rule) if settings.rule else None
+    return Shift(settings.forward, settings.backward, settings.place, settings.edge, rule)
+
+
+def load_rule(path: str) -> Rule:
+    """Return the function that `module:function` names; modules are also found in the working directory.
+
+    Raises:
+        ValueError: there is no such module or function.
+    """
+    sys.path.append("")
+    try:
+        rule = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"model.rule={path}: expected module:function ({error})") from error
+    finally:
+        sys.path.remove("")
+    if not callable(rule):
+        raise ValueError(f"model.rule={path}: expected a function, got {rule!r}")
+    return rule  # type: ignore[no-any-return]
 
 
 def num_parameters(model) -> int:
@@ -111,7 +165,7 @@ def num_parameters(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _lookup(sizes: dict[str, dict], size: str) -> dict:
+def _lookup(sizes: dict[str, Any], size: str) -> Any:
     if size not in sizes:
         raise ValueError(f"unknown model size {size!r}; expected one of {', '.join(sizes)}")
     return sizes[size]

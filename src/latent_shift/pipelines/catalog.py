@@ -28,6 +28,7 @@ from latent_shift.models.parts import (
     part_shapes,
     read_part,
     read_settings,
+    text_width,
     variants,
 )
 from latent_shift.pipelines.limits import CALL_DEFAULTS, XL_GUIDANCE_SCALE
@@ -314,7 +315,7 @@ def read_index(path: Path, *, variant: str | None = None) -> dict:
             raise ValueError(
                 f"{path}: has no {name}; expected a Stable Diffusion folder of unet, vae, text_encoder, tokenizer and scheduler"
             )
-    if part_class(path, index, "unet") != "UNet2DConditionModel":
+    if part_class(path, index, "unet") not in _DENOISERS:
         raise ValueError(f"{path}: its unet is a {index['unet'][1]}, expected UNet2DConditionModel")
     for name in index:
         is_present = isinstance(index[name], list) and part_class(path, index, name) is not None
@@ -355,6 +356,9 @@ def part_class(path: Path, index: dict, name: str) -> str | None:
     return entry[1]
 
 
+_DENOISERS = ("UNet2DConditionModel", "PixArtTransformer2DModel", "SanaTransformer2DModel")
+
+
 def _check_kind(path: Path, index: dict) -> None:
     """Raise ValueError for a pipeline whose U-Net takes more than latents and text, or predicts what the
     schedulers here do not sample."""
@@ -382,7 +386,7 @@ def _check_kind(path: Path, index: dict) -> None:
         if index.get("requires_aesthetics_score"):
             raise ValueError("this is the refiner of Stable Diffusion XL; expected the base model")
         widths = [text["hidden_size"] for text in texts if text.get("hidden_size")]
-        width = unet.get("cross_attention_dim", 1280)
+        width = text_width(unet)
         if len(widths) == len(texts) and sum(widths) != width:
             raise ValueError(f"its U-Net takes texts {width} wide, its text encoders return {sum(widths)}")
     except ValueError as error:
@@ -426,8 +430,11 @@ def describe(model: str | Path) -> dict[str, str]:
         name: settings.get(name, Model.model_fields[name].default)
         for name in ("forward", "backward", "place", "edge")
     }
-    lines["widths"] = ", ".join(map(str, unet["block_out_channels"]))
-    lines["text width"] = str(unet.get("cross_attention_dim", 1280))
+    if settings.get("rule"):
+        shift = {"place": shift["place"], "edge": shift["edge"], "rule": "of its own"}
+    widths = unet.get("block_out_channels") or [unet["num_attention_heads"] * unet["attention_head_dim"]]
+    lines["widths"] = ", ".join(map(str, widths))
+    lines["text width"] = str(text_width(unet))
     lines["picture"] = "x".join(str(factor * side) for side in sides) + " pixels" if size else "of any size"
     lines["predicts"] = scheduler.get("prediction_type", "epsilon")
     if scheduler.get("rescale_betas_zero_snr"):
@@ -489,6 +496,6 @@ def _unet_family(unet: dict) -> Family | None:
             unet.get(key, False) == family.unet.get(key, False)
             for key in ("cross_attention_dim", "use_linear_projection")
         )
-        if same and tuple(unet["block_out_channels"]) == family.unet["block_out_channels"]:
+        if same and tuple(unet.get("block_out_channels", ())) == family.unet["block_out_channels"]:
             return family
     return None

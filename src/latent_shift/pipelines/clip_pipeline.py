@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
 
@@ -105,6 +105,16 @@ class ClipPipeline(DiffusionPipeline):
         self.set_model_defaults(settings)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @property
+    def _guidance_embedding_dim(self) -> int | None:
+        """Width of the embedded guidance scale that a distilled U-Net takes; None: it takes none."""
+        return getattr(self.unet.config, "time_cond_proj_dim", None)
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """As in diffusers."""
+        return self._guidance_scale > 1 and self._guidance_embedding_dim is None
+
     def set_model_defaults(self, defaults: dict[str, float]) -> None:
         """Set defaults of a call that a model or a LoRA brings; they are saved with it even where they equal
         the general ones. Raise ValueError for an unknown name."""
@@ -125,7 +135,7 @@ class ClipPipeline(DiffusionPipeline):
             for name, value in self.call_defaults.items()
             if name in self._model_defaults or value != self.family_defaults[name]
         }
-        self.register_to_config(latent_shift={**asdict(shift_of(self.unet) or Shift()), **changed})
+        self.register_to_config(latent_shift={**(shift_of(self.unet) or Shift()).to_dict(), **changed})
         for name, part in self.components.items():
             base = next(cls for cls in type(part).__mro__ if not cls.__module__.startswith("latent_shift."))
             if base is not type(part):  # a baseline's network, which diffusers opens as the class it extends
@@ -295,7 +305,7 @@ class ClipPipeline(DiffusionPipeline):
         if output_type not in ("np", "pil", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}; expected np, pil, pt or latent")
         custom_guider = guider is not None
-        if custom_guider and self.unet.config.time_cond_proj_dim is not None:
+        if custom_guider and self._guidance_embedding_dim is not None:
             raise ValueError("a distilled U-Net takes the guidance scale as an input; expected no guider")
         if (
             self.free_init
@@ -520,10 +530,10 @@ class ClipPipeline(DiffusionPipeline):
         if chunk is not None and wraps:
             edge = "hold"  # within a window; the chunks join the ends of the clip
         timestep_cond = None
-        if self.unet.config.time_cond_proj_dim is not None:
+        if self._guidance_embedding_dim is not None:
             scale = torch.tensor([self._guidance_scale - 1.0])
             timestep_cond = self.get_guidance_scale_embedding(
-                scale, embedding_dim=self.unet.config.time_cond_proj_dim
+                scale, embedding_dim=self._guidance_embedding_dim
             )
 
         def network(conditions: list[Condition]) -> Predict:

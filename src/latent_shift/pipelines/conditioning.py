@@ -78,7 +78,7 @@ def check_family_arguments(pipe, family: dict[str, Any]) -> None:
 def check_image_prompts(pipe, images: Pictures, image_embeds: Any) -> None:
     """Raise ValueError for the arguments of an IP-Adapter that the model does not have, or that contradict
     each other, and for an adapter without its picture."""
-    adapters = getattr(pipe.unet.encoder_hid_proj, "image_projection_layers", None)
+    adapters = getattr(getattr(pipe.unet, "encoder_hid_proj", None), "image_projection_layers", None)
     if images is None and image_embeds is None:
         if adapters is not None:
             raise ValueError(

@@ -21,8 +21,9 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
+from latent_shift.clip_text import share_text
 from latent_shift.pipelines.schedulers import input_scales, predicted_clean, step_order
-from latent_shift.shift import Edge, frames, share_text, streaming
+from latent_shift.shift import Edge, frames, streaming
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 Condition = dict[str, Any]

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import re
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,8 @@ def load_lora(pipe: ClipPipeline, path: str | Path) -> None:
             path, len(tensors) - len(fitting), len(tensors), min(tensors.keys() - fitting.keys()),
         )  # fmt: skip
     if settings:
-        inflate(pipe.unet, Shift(**{field.name: settings.pop(field.name) for field in fields(Shift)}))
+        shift = {field.name: settings.pop(field.name) for field in fields(Shift) if field.name in settings}
+        inflate(pipe.unet, Shift(**shift))
         pipe.unet.register_to_config(sample_size=settings.pop("sample_size"))
         pipe.set_model_defaults(settings)
         if settings.get("distilled_steps"):
@@ -284,7 +285,7 @@ def save_lora(unet: UNet2DConditionModel, folder: Path, *, call_defaults: dict) 
     from peft import get_peft_model_state_dict
 
     settings = json.dumps(
-        {**asdict(shift_of(unet) or Shift(0, 0)), **call_defaults, "sample_size": unet.config.sample_size}
+        {**(shift_of(unet) or Shift(0, 0)).to_dict(), **call_defaults, "sample_size": unet.config.sample_size}
     )
 
     def write(tensors: dict[str, Tensor], path: str) -> None:

@@ -16,6 +16,34 @@ from latent_shift.noise import correlated_noise
 Generators = torch.Generator | list[torch.Generator] | None
 
 
+def frame_noise(
+    num_frames: int,
+    shape_Chw: tuple[int, int, int],
+    *,
+    generator: torch.Generator | None = None,
+    shared_noise: float = 0.0,
+    noise_correlation: float = 0.0,
+    loop: bool = False,
+) -> Tensor:
+    """Draw the initial noise of one clip as images `(F, C, h, w)`: the argument `latents` of diffusers' own pipelines,
+    inside `frames`.
+
+    Args:
+        num_frames: F.
+        shape_Chw: shape of the latents of a frame.
+        generator: draws the noise, such as `latent_shift.seed(0)`.
+        shared_noise: fraction of the variance that all frames share, in [0, 1].
+        noise_correlation: correlation of the rest between successive frames, in [0, 1).
+        loop: the last frame leads into the first.
+    """
+    channels, height, width = shape_Chw
+    noise_BCFhw = draw_noise(
+        (1, channels, num_frames, height, width), generator=generator, device=torch.device("cpu"), shared_noise=shared_noise,
+        noise_correlation=noise_correlation, loop=loop,
+    )  # fmt: skip
+    return noise_BCFhw[0].transpose(0, 1)
+
+
 def check_generator(generator: Any, num_clips: int | None = None) -> None:
     """Raise ValueError for anything but a generator, one for each of `num_clips` (None: a list is refused),
     or None."""

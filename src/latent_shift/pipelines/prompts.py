@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latent_shift.models import text
+from latent_shift.models.parts import text_width
 from latent_shift.models.prompt_syntax import Segment, parse_prompt
 from latent_shift.runtime import silenced
 
@@ -154,8 +155,7 @@ def _split_frame_embeds(
     per_frame: dict[str, Tensor] = {}
     for name, value in embeds.items():
         if value is not None:
-            width = pipe.unet.config.cross_attention_dim
-            width = width if isinstance(width, int) else width[0]
+            width = text_width(pipe.unet.config)
             if not isinstance(value, Tensor) or value.ndim not in (3, 4) or value.shape[-1] != width:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(

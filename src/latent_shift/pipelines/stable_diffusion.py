@@ -10,7 +10,14 @@ import logging
 from typing import ClassVar
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
@@ -54,7 +61,8 @@ class LatentShiftPipeline(ClipPipeline, StableDiffusionPipeline):
     ]
 
     def __init__(
-        self, vae: AutoencoderKL, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, unet: UNet2DConditionModel,
+        self, vae: AutoencoderKL, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+        unet: UNet2DConditionModel | PixArtTransformer2DModel | SanaTransformer2DModel,
         scheduler: KarrasDiffusionSchedulers, safety_checker: StableDiffusionSafetyChecker | None = None,
         feature_extractor: CLIPImageProcessor | None = None, image_encoder: CLIPVisionModelWithProjection | None = None,
         requires_safety_checker: bool = False, latent_shift: dict | None = None,

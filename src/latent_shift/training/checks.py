@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import asdict
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from latent_shift.data.readers import find_splits
 from latent_shift.data.store import Store, find_stores
 from latent_shift.diffusion import schedule_of
 from latent_shift.models import sizes
-from latent_shift.models.baselines import TEMPORAL_NETWORKS, saved_class
 from latent_shift.models.loading import one_line_errors
-from latent_shift.models.parts import IndexSettings, read_part, read_settings
+from latent_shift.models.network_classes import baseline_name, saved_class
+from latent_shift.models.parts import IndexSettings, read_part, read_settings, text_width
 from latent_shift.runtime import has_bf16_units, resolve_device, resolve_precision, world_size
+from latent_shift.shift import Shift
 from latent_shift.training import checkpoint
 
 log = logging.getLogger("latent_shift")
@@ -235,12 +236,15 @@ def check_start(config: Config, start: Path) -> None:
     if trained.get("num_frames", 1) > 1:  # an image model has not learned from shifted channels
         shifted = trained.get("forward") or trained.get("backward")
         network = saved_class(start / "unet", UNet2DConditionModel)
-        baseline = next((name for name, baseline in TEMPORAL_NETWORKS.items() if baseline is network), None)
-        before["model.temporal"] = baseline or ("shift" if shifted else "none")
+        before["model.temporal"] = baseline_name(network) or ("shift" if shifted else "none")
         now["model.temporal"] = config.model.temporal
-        shift = asdict(sizes.shift_settings(config.model))
-        before |= {f"model.{name}": trained[name] for name in shift if name in trained}
-        now |= {f"model.{name}": shift[name] for name in shift if name in trained}
+        names = [field.name for field in fields(Shift) if field.name in trained or field.name == "rule"]
+        saved = Shift(**{name: trained.get(name) for name in names})  # type: ignore[arg-type]
+        shift = sizes.shift_settings(config.model).resolved(
+            {name: sum(num for num, _ in runs) for name, runs in trained.get("rule") or ()}
+        )
+        before |= {f"model.{name}": getattr(saved, name) for name in names}
+        now |= {f"model.{name}": getattr(shift, name) for name in names}
     problems = [
         f"{name} is {_in_toml(now[name])}, but {config.model.init} was trained with {_in_toml(value)}: set it to that"
         for name, value in before.items()
@@ -253,10 +257,10 @@ def check_start(config: Config, start: Path) -> None:
 def check_denoiser(unet: UNet2DConditionModel, store: Store) -> None:
     """Raise ValueError if a U-Net does not take the latents and the text of a store."""
     channels, width = store.info["channels"], store.info["texts"][1]
-    expected = (unet.config.in_channels, unet.config.cross_attention_dim)
+    expected = (unet.config.in_channels, text_width(unet.config))
     if (channels, width) != expected:
         raise ValueError(
-            f"{store.folder} has latents of {channels} channels and texts {width} wide, the U-Net takes {expected[0]} and {expected[1]}"
+            f"{store.folder} has latents of {channels} channels and texts {width} wide, the network takes {expected[0]} and {expected[1]}"
         )
 
 

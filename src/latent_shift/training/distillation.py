@@ -19,11 +19,12 @@ import torch
 from diffusers import DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
+from latent_shift.clip_text import share_text
 from latent_shift.config import Config, Distill
 from latent_shift.diffusion import ddim_step, draw_timesteps
 from latent_shift.pipelines.schedulers import distilled_scheduler
 from latent_shift.runtime import dtype_of
-from latent_shift.shift import frames, share_text
+from latent_shift.shift import frames
 from latent_shift.training.prepare import Prepared
 from latent_shift.training.stages import DenoiserStage, open_unet
 

@@ -21,15 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from latent_shift.clip_text import share_text
 from latent_shift.config import Config
 from latent_shift.data.store import Store
 from latent_shift.diffusion import noise_schedule
 from latent_shift.models import sizes
-from latent_shift.models.baselines import saved_class
-from latent_shift.models.parts import read_part
+from latent_shift.models.network_classes import saved_class
+from latent_shift.models.parts import read_part, text_width
 from latent_shift.pipelines.lora import add_lora
 from latent_shift.runtime import dtype_of, resolve_precision, world_size
-from latent_shift.shift import share_text
 from latent_shift.training.distillation import DistillationObjective
 from latent_shift.training.objectives import DenoisingObjective, attention_kernel
 from latent_shift.training.prepare import Prepared
@@ -133,13 +133,13 @@ def estimate(
         if config.stage == "distill":
             if teacher is not None:
                 _fake(teacher)
-            empty_text = torch.empty(1, text_length, unet.config.cross_attention_dim)
+            empty_text = torch.empty(1, text_length, text_width(unet.config))
             objective = DistillationObjective(unet, teacher, schedule, empty_text, config.distill)
         objective.train()
         if config.train.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         clean = torch.empty(clips, config.data.num_frames, *latents)
-        text = torch.empty(clips, text_length, unet.config.cross_attention_dim)
+        text = torch.empty(clips, text_length, text_width(unet.config))
         with live, attention_kernel(device, noise=clean):
             if config.optim.accumulate > 1:  # the gradients of earlier batches take memory too
                 for parameter in unet.parameters():

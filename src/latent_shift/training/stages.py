@@ -21,6 +21,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from latent_shift import video
+from latent_shift.clip_text import share_text
 from latent_shift.config import Config
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.sampler import BalancedSampler
@@ -36,7 +37,6 @@ from latent_shift.pipelines.diagnosis import NotFiniteError
 from latent_shift.pipelines.lora import add_lora, save_lora
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 from latent_shift.runtime import dtype_of, seed
-from latent_shift.shift import share_text
 from latent_shift.training import checks
 from latent_shift.training.objectives import AutoencoderObjective, DenoisingObjective
 from latent_shift.training.prepare import Prepared

@@ -1,0 +1,125 @@
+"""Hooks on the inputs of layers of diffusers' transformer blocks, through which `shift.inflate` shifts tokens.
+
+Shapes: N images, S positions of an image, L tokens of a text, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BlockLayers:
+    """Names of the layers of a transformer block, and whether they take text and image as one sequence."""
+
+    attention: str
+    feed_forward: str
+    has_text: bool = False
+
+
+# By the name of the class: importing all of them would take seconds.
+BLOCK_LAYERS = {
+    "BasicTransformerBlock": BlockLayers("attn1", "ff"),  # PixArt; the attention of U-Nets, too
+    "SanaTransformerBlock": BlockLayers("attn1", "ff"),
+    "JointTransformerBlock": BlockLayers("attn", "ff"),  # Stable Diffusion 3
+    "FluxTransformerBlock": BlockLayers("attn", "ff"),
+    "FluxSingleTransformerBlock": BlockLayers("attn", "proj_mlp", has_text=True),
+}
+
+
+def transformer_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a network whose layers are known."""
+    return [
+        module
+        for module in network.modules()
+        if type(module).__name__ in BLOCK_LAYERS and type(module).__module__.startswith("diffusers.")
+    ]
+
+
+def width_of(block: nn.Module) -> int:
+    """Return the number of channels D of a block's tokens."""
+    attention: Any = getattr(block, BLOCK_LAYERS[type(block).__name__].attention)
+    return int(attention.to_q.in_features)
+
+
+def shifted_inputs(block: nn.Module, place: str) -> Iterator[tuple[nn.Module, str, bool]]:
+    """Yield the layers of a block whose inputs are shifted at a place: the module that calls each, its name there, and
+    whether text precedes the image in its input."""
+    layers = BLOCK_LAYERS[type(block).__name__]
+    if place == "kv":
+        for name in ("to_k", "to_v"):
+            yield getattr(block, layers.attention), name, layers.has_text
+    else:
+        yield block, layers.attention if place == "attn" else layers.feed_forward, layers.has_text
+
+
+@dataclass(eq=False)
+class InputHook:
+    """A hook that shifts the input of a layer: tokens `(N, S, D)`, of the image alone, or `(N, D, H, W)`.
+
+    Args:
+        shift: called with the input as `(N, D, ...)`, `state`, `groups` and the layer.
+        state: of the network.
+        groups: of the channels.
+        has_text: whether text precedes the image in the input; `state.num_text_tokens` says how much.
+    """
+
+    shift: Callable[[Tensor, Any, Any, nn.Module], Tensor]
+    state: Any
+    groups: Any
+    has_text: bool
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        x = args[0] if args else kwargs["hidden_states"]
+        if x.ndim == 4:
+            shifted = self.shift(x, self.state, self.groups, layer)
+        else:
+            num_text = self.state.num_text_tokens if self.has_text else 0
+            shifted = self.shift(x[:, num_text:].transpose(1, 2), self.state, self.groups, layer).transpose(
+                1, 2
+            )
+            if num_text:
+                shifted = torch.cat([x[:, :num_text], shifted], dim=1)
+        return ((shifted, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": shifted})
+
+
+@dataclass(eq=False)
+class TextHook:
+    """A hook on a block that joins text and image in one sequence: it counts the tokens of the text."""
+
+    state: Any
+
+    def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        text_NLD = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+        self.state.num_text_tokens = text_NLD.shape[1]
+
+
+def place_hooks(network: nn.Module) -> None:
+    """Put each hook of an inflated transformer on the layer that its block calls: adapters (LoRA) replace a layer by one
+    of their own, and give it back."""
+    for parent, name, hook in network.__dict__.get("_shift_hooks", ()):
+        layer = getattr(parent, name)
+        if hook in layer._forward_pre_hooks.values():
+            continue
+        for inner in layer.modules():
+            _remove(inner, hook)
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def remove_hooks(network: nn.Module) -> None:
+    """Remove all hooks of this module from a network."""
+    for layer in network.modules():
+        for hook in list(layer._forward_pre_hooks.values()):
+            if isinstance(hook, (InputHook, TextHook)):
+                _remove(layer, hook)
+
+
+def _remove(layer: nn.Module, hook: object) -> None:
+    for number in [number for number, other in layer._forward_pre_hooks.items() if other is hook]:
+        del layer._forward_pre_hooks[number]
+        layer._forward_pre_hooks_with_kwargs.pop(number, None)

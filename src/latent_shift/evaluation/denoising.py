@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
+from latent_shift.clip_text import share_text
+from latent_shift.data.latents import LatentStore
+from latent_shift.data.sampler import BalancedSampler
 from latent_shift.data.store import Store
 from latent_shift.diffusion import training_target
 from latent_shift.evaluation.clip_metrics import psnr
@@ -19,7 +22,7 @@ from latent_shift.noise import correlated_noise
 from latent_shift.pipelines.schedulers import predicted_clean
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 from latent_shift.runtime import seed
-from latent_shift.shift import frames, share_text
+from latent_shift.shift import frames
 
 
 class Motion(NamedTuple):
@@ -93,6 +96,45 @@ def denoising(
             residuals.append(float((motion - denoised + denoised.mean(dim=0)).square().sum()))
         motions[step] = Motion(residuals[0], residuals[1], float(motion.square().sum()))
     return errors.numpy(), motions
+
+
+@torch.no_grad()
+def held_out_losses(
+    pipe: LatentShiftPipeline,
+    store: LatentStore,
+    *,
+    splits: tuple[str, ...],
+    num_clips: int,
+    num_frames: int,
+    levels: int = 4,
+) -> dict[str, float]:
+    """Return the training loss of a model on held-out clips, by timestep: the same clips, captions and independent noise for
+    every model.
+
+    Args:
+        pipe: a model that predicts epsilon or v.
+        store: of latents.
+        splits: of the clips.
+        num_clips: how many, of different concepts as far as there are.
+        num_frames: of each clip.
+        levels: number of `timesteps`.
+    """
+    schedule, unet = DDPMScheduler.from_config(pipe.scheduler.config), pipe.unet
+    share_text(unet)
+    rng = np.random.default_rng(0)
+    indices = BalancedSampler(store, store.select(splits=splits, num_frames=num_frames)).draw(rng, num_clips)
+    errors = dict.fromkeys(timesteps(pipe, levels), 0.0)
+    for index in indices:
+        latents = torch.from_numpy(store.draw_window(rng, index, num_frames)[:, 0].astype(np.float32))
+        text_1LD = torch.from_numpy(store.embed([store.records[index].texts[0]]))
+        for step in errors:
+            timestep = torch.tensor([step])
+            noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
+            with frames(unet, num_frames):
+                output = unet(schedule.add_noise(latents, noise, timestep), timestep, text_1LD).sample
+            target = training_target(schedule, latents, noise, timestep)
+            errors[step] += float((output - target).square().mean()) / num_clips
+    return {str(step): error for step, error in errors.items()}
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from latent_shift.data.records import summarize
 from latent_shift.data.shards import without_secrets
 from latent_shift.data.store import Store, find_stores
 from latent_shift.files import full_disk_named, read_json_object, write_json
-from latent_shift.models.parts import downscale_factor, read_part, variants
+from latent_shift.models.parts import check_network, downscale_factor, read_part, variants
 from latent_shift.pipelines import catalog, loading
 from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
 from latent_shift.runtime import rank, resolve_precision
@@ -177,6 +177,9 @@ def _diffusers_folder(config: Config, base: Path) -> Path:
     else."""
     init = str(config.model.init)
     options = {"variant": config.model.variant, "prediction": config.model.prediction}
+    if not any(options.values()) and _is_denoiser_alone(Path(init)):
+        check_network(Path(init) / "unet")
+        return Path(init)
     catalog.check_model(init, **options)
     plain = not any(options.values()) and (
         init in loading.MODELS or (Path(init).is_dir() and None in variants(Path(init) / "unet"))
@@ -193,6 +196,16 @@ def _diffusers_folder(config: Config, base: Path) -> Path:
             f"{init}: expected a model of SD 1.x or 2.x; the family of Stable Diffusion XL can generate here, but not be trained"
         )
     return folder
+
+
+def _is_denoiser_alone(folder: Path) -> bool:
+    """Return whether a folder has a U-Net and its noise schedule, but no autoencoder: enough to train on a store of
+    latents, which has the others."""
+    return (
+        (folder / "model_index.json").exists()
+        and (folder / "unet").is_dir()
+        and not (folder / "vae").exists()
+    )
 
 
 def _default_size(init: Path | None) -> int:

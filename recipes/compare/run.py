@@ -1,0 +1,89 @@
+"""Rank ideas for a better shift: small models, three seeds each, and the loss at each noise level.
+
+    python recipes/compare/run.py                       # every idea, 180 steps: half an hour of one core for each idea
+    python recipes/compare/run.py distances attention   # these alone
+    python recipes/compare/run.py --full distances      # 600 steps, as in compare.py
+
+Every model starts from the image model of compare.py and sees the same clips, noise and timesteps. Writes docs/results/ideas.json, or
+ideas-full.json, with what was measured before; that is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from commands import run
+from compare import encode_latents
+
+from latent_shift.data.latents import LatentStore
+from latent_shift.evaluation.denoising import held_out_losses
+from latent_shift.files import write_json
+from latent_shift.pipelines.loading import load
+
+# Settings that differ from video.toml.
+IDEAS = {
+    "shift": "",
+    "hold": "model.edge=hold",
+    "none": "model.temporal=none",
+    "attention": "model.temporal=attention",
+    "eighth": "model.edge=hold model.forward=0.125 model.backward=0.125",
+    "distances": "model.edge=hold model.rule=recipes.compare.rules:distances",
+    "distances-zero": "model.rule=recipes.compare.rules:distances",
+    "near-and-far": "model.edge=hold model.rule=recipes.compare.rules:near_and_far",
+    "quarter-distances": "model.edge=hold model.rule=recipes.compare.rules:quarter_distances",
+    "eighth-distances": "model.edge=hold model.rule=recipes.compare.rules:eighth_distances",
+    "mean": "model.edge=hold model.rule=recipes.compare.rules:mean",
+    "much-mean": "model.edge=hold model.rule=recipes.compare.rules:much_mean",
+    "third-mean": "model.edge=hold model.rule=recipes.compare.rules:third_mean",
+    "lr-1e-3": "model.edge=hold optim.lr=1e-3",
+    "lr-2e-3": "model.edge=hold optim.lr=2e-3",
+    "attention-lr-1e-3": "model.temporal=attention optim.lr=1e-3",
+    "distances-lr-1e-3": "model.edge=hold model.rule=recipes.compare.rules:distances optim.lr=1e-3",
+}
+SHORT = "optim.steps=180 optim.warmup_steps=20 optim.cooldown_steps=60 optim.ema=0.97 train.validate_every=60 train.compile=false"
+NUM_SEEDS = 3
+NUM_CLIPS, NUM_FRAMES = 96, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ideas", nargs="*", metavar="idea", help=f"of {', '.join(IDEAS)}; default: all")
+    parser.add_argument("--full", action="store_true", help="600 steps instead of 180")
+    options = parser.parse_args()
+    if unknown := set(options.ideas) - set(IDEAS):
+        parser.error(f"unknown {', '.join(sorted(unknown))}; expected some of {', '.join(IDEAS)}")
+    encode_latents()
+    name = "ideas-full" if options.full else "ideas"
+    result = Path("docs/results") / f"{name}.json"
+    rows = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    store = LatentStore("data/compare-latents")
+    for idea in options.ideas or IDEAS:
+        for seed in range(NUM_SEEDS):
+            if rows.get(idea, {}).get(str(seed), {}).get("settings") == IDEAS[idea]:
+                continue
+            folder = f"runs/{name}/{idea}-seed-{seed}"
+            settings = f"{IDEAS[idea]} train.seed={seed} {'' if options.full else SHORT}"
+            run(
+                f"latent-shift train recipes/compare/video.toml --run {folder} {settings}",
+                result=f"{folder}/model/model_index.json",
+            )
+            pipe = load(f"{folder}/model", device="cpu")
+            losses = held_out_losses(
+                pipe, store, splits=("val_combo", "val_animation"), num_clips=NUM_CLIPS, num_frames=NUM_FRAMES
+            )
+            stats = [json.loads(line) for line in Path(folder, "stats.jsonl").read_text().splitlines()]
+            seconds = stats[-1]["seconds"] / stats[-1]["step"]
+            row = {"settings": IDEAS[idea], "loss": losses, "seconds_per_step": round(seconds, 4)}
+            rows.setdefault(idea, {})[str(seed)] = row
+            write_json(rows, result)
+            print(idea, seed, {step: round(loss, 4) for step, loss in losses.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

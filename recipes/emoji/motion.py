@@ -1,0 +1,156 @@
+"""Measure what a network of the size of `emoji` needs to obey words for motions: which edge, and how far channels shift.
+
+    python recipes/emoji/motion.py
+
+Ten things in each of the motions of compose.py are learned in 500 steps from `emoji`, once for each of VARIANTS; nothing else differs.
+Then clips of these things are denoised with the right caption, and with that of another motion of the same thing: how much larger the
+error of what changes from frame to frame is with the other caption says how much the network goes by the words. At pure noise
+(t = 999) only a network that can tell which frame is the first has something to go by. Writes docs/results/motion-words.json. A trained
+model is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import compose
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from commands import pack_emoji, run
+
+from latent_shift.data.latents import LatentStore
+from latent_shift.data.records import Record
+from latent_shift.data.store_writer import PIXELS, StoreWriter, store_folder
+from latent_shift.diffusion import training_target
+from latent_shift.files import write_json
+from latent_shift.pipelines.loading import folder as folder_of
+from latent_shift.pipelines.loading import load
+from latent_shift.shift import frames
+
+DATA, RESULT = Path("data/motion"), Path("docs/results/motion-words.json")
+THINGS = (
+    "pizza",
+    "rocket",
+    "cat face",
+    "red heart",
+    "automobile",
+    "snake",
+    "ghost",
+    "star",
+    "banana",
+    "frog",
+)
+CLIPS_OF_EACH = 3
+VARIANTS = {
+    "hold": "model.edge=hold",
+    "zero": "model.edge=zero",
+    "distances-hold": "model.edge=hold model.rule=recipes.compare.rules:distances",
+    "distances-zero": "model.edge=zero model.rule=recipes.compare.rules:distances",
+}
+SETTINGS = (
+    "data.path=data/motion-latents data.batch_size=4 data.num_frames=16 data.window=first data.image_share=0.1 data.val_splits=[] "
+    "diffusion.shared_noise=0.0 diffusion.timestep_shift=2.0 optim.steps=500 optim.warmup_steps=50 optim.cooldown_steps=0 optim.ema=0.98 "
+    "train.validate_every=500 train.sample_every=100000"
+)
+TIMESTEPS = (999, 950, 900, 800, 650)
+
+
+def compose_motions() -> None:
+    """Compose the clips as DATA."""
+    emoji = Path("data/emoji")
+    things, _ = compose.open_things(emoji)
+    cutouts = compose.Cutouts(emoji, things)
+    codes = [code for code, thing in things.items() if thing.names[0] in THINGS]
+    with store_folder(DATA, PIXELS, source=str(emoji)) as (out, stale):
+        writer = StoreWriter(out)
+        for number, (code, motion) in enumerate((code, motion) for code in codes for motion in compose.VERBS):
+            for turn in range(CLIPS_OF_EACH):
+                rng = np.random.default_rng([number, turn])
+                scene = compose.Scene(things=(code,), motion=motion)
+                record = Record(
+                    f"train/{code}/{motion}/{turn}", compose.captions(scene, things, rng), f"{code} {motion}", "train",
+                    labels=compose.labels(scene),
+                )  # fmt: skip
+                writer.add(record, compose.render(scene, cutouts, rng))
+        writer.close(stale=stale, dtype="uint8", fps=compose.FPS, size=compose.SIDE, source=str(emoji))
+
+
+def start(settings: str) -> str:
+    """Return a copy of `emoji` with the shift of a variant, which training goes on from."""
+    edge = "zero" if "edge=zero" in settings else "hold"
+    path = Path("runs/motion") / f"start-{edge}{'-distances' if 'rule' in settings else ''}"
+    if not path.exists():
+        from latent_shift.shift import Shift, inflate
+        from recipes.compare.rules import distances
+
+        pipe = load("emoji", device="cpu")
+        inflate(pipe.unet, Shift(edge=edge, rule=distances if "rule" in settings else None))
+        shutil.copytree(folder_of("emoji"), path)
+        pipe.save_pretrained(path)
+    return str(path)
+
+
+@torch.no_grad()
+def effect_of_words(model: str) -> dict[str, dict[str, float]]:
+    """Return, by timestep, the error with the right caption and how much larger it is with another."""
+    store, pipe = LatentStore("data/motion-latents"), load(model, device="cpu")
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    by_motion = {
+        (record.labels["thing"], record.labels["motion"]): index for index, record in enumerate(store.records)
+    }
+    motions = list(compose.VERBS)
+    errors = {timestep: np.zeros(2) for timestep in TIMESTEPS}
+    for (thing, motion), index in by_motion.items():
+        other = motions[(motions.index(motion) + len(motions) // 2) % len(motions)]
+        captions = [store.records[number].texts[0] for number in (index, by_motion[thing, other])]
+        text = torch.from_numpy(store.embed(captions)).repeat_interleave(16, dim=0)
+        latents = torch.from_numpy(store.window(index, 0, 16)[:, 0].astype(np.float32))
+        for timestep in TIMESTEPS:
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(index))
+            t = torch.tensor([timestep])
+            with frames(pipe.unet, 16):
+                noisy = schedule.add_noise(latents, noise, t)
+                output = pipe.unet(torch.cat([noisy, noisy]), t, text).sample
+            error = output.unflatten(0, (2, 16)) - training_target(schedule, latents, noise, t)
+            changing = error - error.mean(dim=1, keepdim=True)
+            errors[timestep] += changing.square().mean(dim=(1, 2, 3, 4)).numpy() / len(by_motion)
+    return {
+        str(timestep): {
+            "error": round(right, 4),
+            "other_caption_percent": round(100 * (other / right - 1), 2),
+        }
+        for timestep, (right, other) in errors.items()
+    }
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    pack_emoji()
+    if not (DATA / "store.json").exists():
+        compose_motions()
+    run(
+        "latent-shift encode data/motion data/motion-latents --autoencoder emoji --texts emoji",
+        result="data/motion-latents/store.json",
+    )
+    rows = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    for name, settings in VARIANTS.items():
+        run(
+            f"latent-shift train recipes/emoji/words.toml --run runs/motion/{name} model.init={start(settings)} {settings} {SETTINGS}",
+            result=f"runs/motion/{name}/model/model_index.json",
+        )
+        rows[name] = {"settings": settings, "timesteps": effect_of_words(f"runs/motion/{name}/model")}
+        write_json(rows, RESULT)
+        print(name, rows[name]["timesteps"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

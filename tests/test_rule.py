@@ -58,5 +58,5 @@ def test_a_wrong_name_is_told(rule):
 def test_a_rule_must_fit_the_layers():
     with pytest.raises(ValueError, match="has 3 offsets for 16 channels; expected one for each"):
         ls.inflate(sizes.unet("tiny", sample_size=4), Shift(rule=lambda num_channels: [0, 1, 2]))
-    with pytest.raises(ValidationError, match="no effect beside rule"):
+    with pytest.raises(ValidationError, match="channels have no effect beside rule"):
         tiny_config("video", "x", model={"size": "tiny", "rule": "tiny:two_back", "forward": 0.25})

@@ -40,6 +40,7 @@ OTHERS: dict[str, tuple] = {
     "model.forward": ("video", 0.0, {}),
     "model.backward": ("video", 0.0, {}),
     "model.edge": ("video", "wrap", {}),
+    "model.channels": ("video", "cheapest", {}),
     "model.rule": ("video", "tiny:two_back", {}),
     "lora.rank": ("image", 3, {"lora.rank": 2, "model.init": ...}),
     "lora.modules": ("image", ["to_q"], {"lora.rank": 2, "model.init": ...}),

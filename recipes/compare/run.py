@@ -15,6 +15,8 @@ import json
 import sys
 from pathlib import Path
 
+from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import run
 from compare import encode_latents
@@ -23,6 +25,7 @@ from latent_shift.data.latents import LatentStore
 from latent_shift.evaluation.denoising import held_out_losses
 from latent_shift.files import write_json
 from latent_shift.pipelines.loading import load
+from latent_shift.shift import has_temporal_layers, inflate, shift_of
 
 # Settings that differ from video.toml.
 IDEAS = {
@@ -39,6 +42,9 @@ IDEAS = {
     "mean": "model.edge=hold model.rule=recipes.compare.rules:mean",
     "much-mean": "model.edge=hold model.rule=recipes.compare.rules:much_mean",
     "third-mean": "model.edge=hold model.rule=recipes.compare.rules:third_mean",
+    "cheapest": "model.edge=hold model.channels=cheapest",
+    "cheapest-zero": "model.channels=cheapest",
+    "cheapest-quarter": "model.edge=hold model.channels=cheapest model.forward=0.25 model.backward=0.25",
     "lr-1e-3": "model.edge=hold optim.lr=1e-3",
     "lr-2e-3": "model.edge=hold optim.lr=2e-3",
     "attention-lr-1e-3": "model.temporal=attention optim.lr=1e-3",
@@ -47,6 +53,14 @@ IDEAS = {
 SHORT = "optim.steps=180 optim.warmup_steps=20 optim.cooldown_steps=60 optim.ema=0.97 train.validate_every=60 train.compile=false"
 NUM_SEEDS = 3
 NUM_CLIPS, NUM_FRAMES = 96, 8
+
+
+def measure(unet: ModelMixin, scheduler: SchedulerMixin, store: LatentStore) -> dict[str, float]:
+    """Return the loss on held-out clips by timestep."""
+    return held_out_losses(
+        unet, DDPMScheduler.from_config(scheduler.config), store, splits=("val_combo", "val_animation"), num_clips=NUM_CLIPS,
+        num_frames=NUM_FRAMES,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -74,12 +88,15 @@ def main() -> None:
                 result=f"{folder}/model/model_index.json",
             )
             pipe = load(f"{folder}/model", device="cpu")
-            losses = held_out_losses(
-                pipe, store, splits=("val_combo", "val_animation"), num_clips=NUM_CLIPS, num_frames=NUM_FRAMES
-            )
+            losses = measure(pipe.unet, pipe.scheduler, store)
             stats = [json.loads(line) for line in Path(folder, "stats.jsonl").read_text().splitlines()]
             seconds = stats[-1]["seconds"] / stats[-1]["step"]
             row = {"settings": IDEAS[idea], "loss": losses, "seconds_per_step": round(seconds, 4)}
+            if seed == 0 and not has_temporal_layers(pipe.unet):
+                start = UNet2DConditionModel.from_pretrained("recipes/compare/image-model/unet").eval()
+                row["loss_before_training"] = measure(
+                    inflate(start, shift_of(pipe.unet)), pipe.scheduler, store
+                )
             rows.setdefault(idea, {})[str(seed)] = row
             write_json(rows, result)
             print(idea, seed, {step: round(loss, 4) for step, loss in losses.items()}, flush=True)

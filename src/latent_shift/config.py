@@ -98,8 +98,8 @@ class Model(Section):
     )
     place: Literal["conv1", "conv2", "end", "kv", "attn", "ffn"] = Field(
         "conv1",
-        description="Where channels shift in a residual block: before its first convolution, before its second, or at its end; or, in a "
-        "transformer block, in keys and values (the default in a transformer), in all of self-attention, or in the feed-forward layer.",
+        description="Where a ResNet block shifts: before its first or second convolution, or at its end; where a transformer block "
+        "does: in keys and values (the default there), in all of self-attention, or in the feed-forward layer.",
     )
     forward: float = Field(
         1 / 3, ge=0, le=1, description="Fraction of channels taken from the previous frame."
@@ -109,10 +109,12 @@ class Model(Section):
         "zero",
         description="What fills the shifted channels at the ends of a clip: zeros, the other end, or the frame's own channels.",
     )
+    channels: Literal["first", "cheapest"] = Field(
+        "first", description="Which channels shift: the first and last, or those that cost the image network least (measured first)."
+    )  # fmt: skip
     rule: str | None = Field(
-        None,
-        description="An own shift instead of the fractions, as `module:function` (see docs/method.md).",
-    )
+        None, description="An own shift instead of the fractions, as `module:function` (see docs/method.md)."
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _one_start(self) -> Model:
@@ -126,8 +128,8 @@ class Model(Section):
         for name in SHIFT:
             if self.temporal != "shift" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect on temporal={self.temporal}: leave it out")
-        if self.rule and (self.forward, self.backward) != (1 / 3, 1 / 3):
-            raise ValueError("forward and backward have no effect beside rule: leave them out")
+        if self.rule and (self.forward, self.backward, self.channels) != (1 / 3, 1 / 3, "first"):
+            raise ValueError("forward, backward and channels have no effect beside rule: leave them out")
         if self.forward + self.backward > 1:
             raise ValueError(
                 f"forward and backward are fractions of the same channels: expected at most 1 together, "
@@ -136,8 +138,7 @@ class Model(Section):
         return self
 
 
-SHIFT = ("place", "forward", "backward", "edge", "rule")
-"""Settings of `model` for the shift."""
+SHIFT = ("place", "forward", "backward", "edge", "channels", "rule")  # settings of `model` for the shift
 
 
 class Lora(Section):
@@ -444,10 +445,9 @@ class Config(Section):
 
 PACKING = ("size", "fps", "aspects", "mirror")
 """Settings of `data` for packing and encoding a folder of videos; without effect on a store."""
-_DIFFUSION = [f"diffusion.{name}" for name in Diffusion.model_fields]
 _DISTILL = [f"distill.{name}" for name in Distill.model_fields]
 _PIXELS = [
-    *_DIFFUSION,
+    *[f"diffusion.{name}" for name in Diffusion.model_fields],
     *_DISTILL,
     "data.mirror",
     "data.image_share",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, SchedulerMixin
 
 from latent_shift.clip_text import share_text
 from latent_shift.data.latents import LatentStore
@@ -40,9 +40,9 @@ class Motion(NamedTuple):
     total: float
 
 
-def timesteps(pipe: LatentShiftPipeline, levels: int = 4) -> list[int]:
+def timesteps(scheduler: SchedulerMixin, levels: int = 4) -> list[int]:
     """Return `levels` evenly spaced training timesteps."""
-    steps = pipe.scheduler.config.num_train_timesteps
+    steps = scheduler.config.num_train_timesteps
     return [steps * (2 * level + 1) // (2 * levels) for level in range(levels)]
 
 
@@ -78,7 +78,7 @@ def denoising(
     embedding = text.embed(pipe.tokenizer, pipe.text_encoder, [prompt]).to(latents)
     motion = latents.float() - latents.float().mean(dim=0)
     motions = {}
-    for step in timesteps(pipe, levels):
+    for step in timesteps(schedule, levels):
         timestep = torch.tensor([step], device=unet.device)
         frame_noise = torch.randn(1, len(clip), *latents.shape[1:], generator=generator)
         clip_noise = torch.randn(1, 1, *latents.shape[1:], generator=generator)
@@ -100,7 +100,8 @@ def denoising(
 
 @torch.no_grad()
 def held_out_losses(
-    pipe: LatentShiftPipeline,
+    unet: ModelMixin,
+    schedule: DDPMScheduler,
     store: LatentStore,
     *,
     splits: tuple[str, ...],
@@ -108,22 +109,22 @@ def held_out_losses(
     num_frames: int,
     levels: int = 4,
 ) -> dict[str, float]:
-    """Return the training loss of a model on held-out clips, by timestep: the same clips, captions and independent noise for
-    every model.
+    """Return the training loss of a network on held-out clips, by timestep: the same clips, captions and independent noise
+    for every network.
 
     Args:
-        pipe: a model that predicts epsilon or v.
+        unet: inflated.
+        schedule: noise schedule of a network that predicts epsilon or v.
         store: of latents.
         splits: of the clips.
         num_clips: how many, of different concepts as far as there are.
         num_frames: of each clip.
         levels: number of `timesteps`.
     """
-    schedule, unet = DDPMScheduler.from_config(pipe.scheduler.config), pipe.unet
     share_text(unet)
     rng = np.random.default_rng(0)
     indices = BalancedSampler(store, store.select(splits=splits, num_frames=num_frames)).draw(rng, num_clips)
-    errors = dict.fromkeys(timesteps(pipe, levels), 0.0)
+    errors = dict.fromkeys(timesteps(schedule, levels), 0.0)
     for index in indices:
         latents = torch.from_numpy(store.draw_window(rng, index, num_frames)[:, 0].astype(np.float32))
         text_1LD = torch.from_numpy(store.embed([store.records[index].texts[0]]))

@@ -277,7 +277,7 @@ def denoising_of_real_clips(comparison: Comparison, measure: Measure) -> list[Re
         comparison.mean_record("denoising_error", errors.mean(axis=1), real=True),
         comparison.mean_record("denoising_error_of_end_frames", errors[:, [0, -1]].mean(axis=1), real=True),
     ]
-    for level, timestep in enumerate(denoising.timesteps(pipe)):
+    for level, timestep in enumerate(denoising.timesteps(pipe.scheduler)):
         for name, residual in (("", 0), ("_frame_by_frame", 1)):
             residual_and_total = motions[:, level][:, [residual, 2]]
             records.append(

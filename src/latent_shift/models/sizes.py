@@ -117,11 +117,13 @@ def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:
     )
 
 
-def inflate_unet(unet: UNet2DConditionModel, settings: Model) -> UNet2DConditionModel:
+def inflate_unet(
+    unet: UNet2DConditionModel, settings: Model, *, shift: Shift | None = None
+) -> UNet2DConditionModel:
     """Turn an image network into the video network of a recipe's table `model`: inflate it in place, or build
-    the baseline from its weights."""
+    the baseline from its weights. `shift` replaces the settings of the shift."""
     if settings.temporal not in BASELINES:
-        shift = shift_settings(settings)
+        shift = shift or shift_settings(settings)
         if shift.place == "conv1" and not isinstance(unet, UNet2DConditionModel):
             shift = replace(shift, place="kv")  # the default where there are no convolutions
         return inflate(unet, shift)  # type: ignore[return-value]

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -240,7 +241,10 @@ def check_start(config: Config, start: Path) -> None:
         now["model.temporal"] = config.model.temporal
         names = [field.name for field in fields(Shift) if field.name in trained or field.name == "rule"]
         saved = Shift(**{name: trained.get(name) for name in names})  # type: ignore[arg-type]
-        shift = sizes.shift_settings(config.model).resolved(
+        shift = sizes.shift_settings(config.model)
+        if config.model.channels == "cheapest" and saved.rule is not None:
+            shift = replace(shift, forward=1 / 3, backward=1 / 3, rule=saved.rule)
+        shift = shift.resolved(
             {name: sum(num for num, _ in runs) for name, runs in trained.get("rule") or ()}
         )
         before |= {f"model.{name}": getattr(saved, name) for name in names}
@@ -252,6 +256,14 @@ def check_start(config: Config, start: Path) -> None:
     ]
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def trained_rule(start: Path | None) -> Any:
+    """Return the rule of the shift that the model in `start` was trained with; None if it has none."""
+    index_file = start / "model_index.json" if start else None
+    if index_file is None or not index_file.exists():
+        return None
+    return read_settings(index_file, IndexSettings).get("latent_shift", {}).get("rule")
 
 
 def check_denoiser(unet: UNet2DConditionModel, store: Store) -> None:

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,11 +47,13 @@ class Prepared:
         store: a store, or a glob pattern of several: of pixels for autoencoders, else of latents.
         init: the diffusers folder with the starting weights; None for random weights.
         precision: "no" (float32), "bf16" or "fp16".
+        run: the run folder; None keeps nothing in it.
     """
 
     store: str
     init: Path | None
     precision: str
+    run: Path | None = field(default=None, compare=False)
 
 
 def prepare(
@@ -91,7 +93,7 @@ def prepare(
     if encodes and Store(store).info["dtype"] == "uint8":
         assert folder is not None  # check_source
         store = _encode_pixels(config, store, folder, run / "latents", source, device, open_bar)
-    return Prepared(store, folder, resolve_precision(config.train.precision, torch.device(device)))
+    return Prepared(store, folder, resolve_precision(config.train.precision, torch.device(device)), run)
 
 
 def _pack_videos(config: Config, init: Path | None, out: Path, source: dict, open_bar: Progress) -> str:

@@ -6,6 +6,7 @@ Shapes: B clips of F frames; C channels and h x w of the latents; L tokens, D wi
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,8 +28,10 @@ from latent_shift.data.latents import LatentStore
 from latent_shift.data.sampler import BalancedSampler
 from latent_shift.data.store import Store, caption_at_rate, open_pixel_store
 from latent_shift.diffusion import draw_timesteps, schedule_of
+from latent_shift.files import read_json, write_json
 from latent_shift.models import autoencoder, sizes
 from latent_shift.models.autoencoder import load_autoencoder
+from latent_shift.models.channel_cost import cheapest_channels
 from latent_shift.models.loading import open_network, open_text_encoder, open_tokenizer
 from latent_shift.models.parts import downscale_factor
 from latent_shift.models.prompt_syntax import escape_prompt
@@ -36,13 +39,17 @@ from latent_shift.noise import correlated_noise
 from latent_shift.pipelines.diagnosis import NotFiniteError
 from latent_shift.pipelines.lora import add_lora, save_lora
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
-from latent_shift.runtime import dtype_of, seed
+from latent_shift.runtime import dtype_of, rank, seed
+from latent_shift.shift import Shift, inflate, shift_of
 from latent_shift.training import checks
 from latent_shift.training.objectives import AutoencoderObjective, DenoisingObjective
 from latent_shift.training.prepare import Prepared
 from latent_shift.video import to_uint8
 
 log = logging.getLogger("latent_shift")
+
+COST_BATCHES = 12
+"""Batches of clips on which the cost of shifting each channel is measured."""
 
 
 class Stage(Protocol):
@@ -162,12 +169,41 @@ class DenoiserStage:
         self.model = open_unet(config, prepared, sample_size=sample_size)
         # The exported model generates at the size of its training.
         self.model.register_to_config(sample_size=sample_size)
+        shift = shift_of(self.model)
+        if config.model.channels == "cheapest" and num_frames > 1 and shift and shift.rule is None:
+            inflate(self.model, self._cheapest_channels(prepared.run))
         if config.lora:
             add_lora(self.model, config.lora, dtype=dtype_of(prepared.precision))
         share_text(self.model)
         checks.check_denoiser(self.model, self.store)
         self.schedule = schedule_of(config.diffusion)
         self.objective = self.make_objective(config, prepared)
+
+    def _cheapest_channels(self, run: Path | None) -> Shift:
+        """Return the shift with the channels that cost the starting model least on training clips; a run keeps them in
+        channels.json, since a resumed run must shift the same."""
+        shift, file = shift_of(self.model), run / "channels.json" if run else None
+        assert shift is not None
+        while file and rank() > 0 and not file.exists():
+            time.sleep(0.2)  # until the first process has measured them
+        if file and file.exists():
+            return Shift(place=shift.place, edge=shift.edge, rule=read_json(file))
+        num_frames = self.config.data.num_frames
+
+        def denoise_clips() -> None:
+            schedule = schedule_of(self.config.diffusion)
+            for number in range(COST_BATCHES):
+                # A seed of five numbers is that of no batch of training or validation.
+                rng = np.random.default_rng([self.config.train.seed, number, 0, 0, 2])
+                latents, noise, timesteps, text = self.draw_batch(rng, clips_only=True)
+                timesteps_N = timesteps.repeat_interleave(num_frames)
+                noisy = schedule.add_noise(latents.flatten(0, 1), noise.flatten(0, 1), timesteps_N)
+                self.model(noisy, timesteps_N, text.repeat_interleave(num_frames, dim=0))
+
+        shift = cheapest_channels(self.model, shift, denoise_clips, num_frames)
+        if file:
+            write_json(shift.rule, file)
+        return shift
 
     def make_objective(self, config: Config, prepared: Prepared) -> nn.Module:
         options = config.diffusion
@@ -180,11 +216,14 @@ class DenoiserStage:
         options = self.config.diffusion
         return draw_timesteps(rng, num, options.num_timesteps, shift=options.timestep_shift)
 
-    def draw_batch(self, rng: np.random.Generator, *, held_out: bool = False) -> tuple[Tensor, ...]:
+    def draw_batch(
+        self, rng: np.random.Generator, *, held_out: bool = False, clips_only: bool = False
+    ) -> tuple[Tensor, ...]:
         """Return latents and noise `(B, F, C, h, w)`, timesteps `(B,)`, and text `(B, L, D)`."""
         data, options = self.config.data, self.config.diffusion
         num_clips, num_frames = data.batch_size, data.num_frames
-        if num_frames > 1 and not held_out and rng.random() < data.image_share:
+        only_clips = held_out or clips_only
+        if num_frames > 1 and not only_clips and rng.random() < data.image_share:
             num_clips, num_frames = num_clips * num_frames, 1
         stride = 1 if num_frames == 1 else data.strides[0] if held_out else int(rng.choice(data.strides))
         sampler = self.held_out if held_out else self.samplers[num_frames, stride]
@@ -302,7 +341,8 @@ class DenoiserStage:
         if self.config.lora:
             save_lora(self.model, folder, call_defaults=pipe.call_defaults)
             return
-        pipe.unet = sizes.inflate_unet(type(self.model).from_config(self.model.config), self.config.model)
+        plain = type(self.model).from_config(self.model.config)
+        pipe.unet = sizes.inflate_unet(plain, self.config.model, shift=shift_of(self.model))
         pipe.unet.load_state_dict(weights)
         for part in (pipe.vae, pipe.text_encoder, pipe.unet):
             part.half()
@@ -325,7 +365,10 @@ def open_unet(
         unet = sizes.unet(str(config.model.size), sample_size=sample_size)
     else:
         unet = open_network(prepared.init / "unet", UNet2DConditionModel, dtype=dtype)  # type: ignore[assignment]
-    return sizes.inflate_unet(unet, config.model)
+    shift = sizes.shift_settings(config.model)
+    if config.model.channels == "cheapest" and (rule := checks.trained_rule(prepared.init)):
+        shift = Shift(place=shift.place, edge=shift.edge, rule=rule)
+    return sizes.inflate_unet(unet, config.model, shift=shift)
 
 
 def _held_out_sampler(config: Config, store: Store) -> BalancedSampler | None:

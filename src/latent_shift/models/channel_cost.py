@@ -1,0 +1,104 @@
+"""Choose which channels of each layer to shift: those that cost the image network least.
+
+A layer with weights W reads the shifted channels. Where channel c of a frame is replaced by that of a neighbour, the layer's output
+changes by W_c (x_c[f - 1] - x_c[f]); if channels differ independently, the expected squares add up. So the cost of shifting channel c
+is |W_c|^2 E (x_c[f - 1] - x_c[f])^2, measured on clips frame by frame. Taking the cheapest channels, the video network starts close to
+the image network (docs/method.md).
+
+Shapes: N images, the F frames of a clip adjacent; C channels, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from latent_shift.shift import Shift, frames, inflate
+from latent_shift.transformer_blocks import BLOCK_LAYERS, transformer_blocks
+
+
+@torch.no_grad()
+def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None], num_frames: int) -> Shift:
+    """Return settings that shift as many channels of each layer as `shift` does, but the cheapest.
+
+    Args:
+        network: an image network; it is inflated.
+        shift: the fractions, place and edge; no rule.
+        run: runs the network on noised clips, frame by frame.
+        num_frames: F of these clips.
+
+    Raises:
+        ValueError: a rule, which chooses its own channels.
+    """
+    if shift.rule is not None:
+        raise ValueError("a rule chooses its own channels: expected a shift by fractions")
+    readers = dict(_readers(network, shift.place))
+    changes: dict[str, list[Tensor]] = {name: [] for name in readers}
+
+    def measure(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple, *_: object) -> None:
+            x = args[0] if args[0].ndim == 4 else args[0].transpose(1, 2)
+            x_BFCS = x.flatten(2).unflatten(0, (-1, num_frames)).float()
+            changes[name].append((x_BFCS[:, 1:] - x_BFCS[:, :-1]).square().mean(dim=(0, 1, 3)))
+
+        return hook
+
+    handles = [layers[0].register_forward_pre_hook(measure(name)) for name, layers in readers.items()]
+    inflate(network, shift)
+    try:
+        with frames(network, 1):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    table = []
+    for name, layers in readers.items():
+        weights = torch.stack([_squared_weights(layer) for layer in layers]).sum(dim=0)
+        costs = weights * torch.stack(changes[name]).mean(dim=0)
+        table.append((name, _offsets(costs, shift)))
+    return Shift(place=shift.place, edge=shift.edge, rule=tuple(table))
+
+
+def _readers(network: nn.Module, place: str) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Yield the name of each shifted layer, as the rule of `Shift` has it, and the layers that read its channels."""
+    if place in ("conv1", "conv2"):
+        number = place[-1]
+        for name, block in network.named_modules():
+            if isinstance(block, ResnetBlock2D):
+                yield f"{name}.norm{number}".lstrip("."), [getattr(block, place)]
+        return
+    if place == "end":
+        raise ValueError('place="end" is read by no layer of its block: expected "conv1" or another place')
+    names = {block: name for name, block in network.named_modules()}
+    for block in transformer_blocks(network):
+        layers = BLOCK_LAYERS[type(block).__name__]
+        attention, feed_forward = getattr(block, layers.attention), getattr(block, layers.feed_forward)
+        if place == "ffn":
+            first = next(
+                layer for layer in feed_forward.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))
+            )
+            yield names[block], [first]
+        else:
+            keys = ("to_k", "to_v") if place == "kv" else ("to_k", "to_v", "to_q")
+            yield names[block], [getattr(attention, key) for key in keys]
+
+
+def _squared_weights(layer: nn.Module) -> Tensor:
+    """Return the sum of squares of a layer's weights for each input channel `(C,)`."""
+    weight = layer.get_parameter("weight").float()
+    return weight.square().sum(dim=[dim for dim in range(weight.ndim) if dim != 1])
+
+
+def _offsets(costs_C: Tensor, shift: Shift) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Return the groups of a layer's channels: by rising cost, the previous and the next frame take turns."""
+    num_moved = {offsets: stop - start for start, stop, offsets in shift.groups(len(costs_C))}
+    ahead, back = num_moved.get((-1,), 0), num_moved.get((1,), 0)
+    offsets = [0] * len(costs_C)
+    for rank, channel in enumerate(costs_C.argsort(stable=True)[: ahead + back].tolist()):
+        from_previous = (rank + 1) * ahead // (ahead + back) > rank * ahead // (ahead + back)
+        offsets[channel] = -1 if from_previous else 1
+    return tuple((len(list(run)), (offset,)) for offset, run in groupby(offsets))

@@ -1,0 +1,104 @@
+"""Choosing the channels to shift by what they cost the image network."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny import tiny_config
+
+import latent_shift as ls
+from latent_shift.models import sizes
+from latent_shift.models.channel_cost import cheapest_channels
+from latent_shift.pipelines import loading
+from latent_shift.shift import Shift, frames, reach, shift_of
+from latent_shift.training import checkpoint, checks
+from latent_shift.training.loop import train
+
+
+def test_the_cheapest_channels_of_a_layer_are_shifted():
+    """Against a slow measurement, channel by channel, of how much the convolution's output changes."""
+    torch.manual_seed(0)
+    unet = sizes.unet("tiny", sample_size=8).eval()
+    plain = copy.deepcopy(unet)
+    x, text = torch.randn(2 * 3, 4, 8, 8), torch.randn(6, 5, 32)
+    shift = cheapest_channels(unet, Shift(edge="hold"), lambda: unet(x, 7, text), 3)
+    assert shift.place == "conv1" and shift.edge == "hold"
+    name = "down_blocks.1.resnets.0"
+    block, inputs = plain.get_submodule(name), []
+    block.conv1.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
+    with torch.no_grad():
+        plain(x, 7, text)
+        y = inputs[0].unflatten(0, (2, 3))
+        costs = []
+        for channel in range(y.shape[2]):
+            change = torch.zeros_like(y[:, 1:])
+            change[:, :, channel] = y[:, 1:, channel] - y[:, :-1, channel]
+            kernel = block.conv1.weight[:, channel].square().sum()
+            costs.append(float(kernel * change.square().sum()))
+    offsets = [offset for num, (offset,) in dict(shift.rule)[f"{name}.norm1"] for _ in range(num)]
+    third = len(offsets) // 3
+    assert (offsets.count(-1), offsets.count(1)) == (third, third)
+    moved = {channel for channel, offset in enumerate(offsets) if offset}
+    assert moved == set(np.argsort(costs, kind="stable")[: 2 * third].tolist())
+    ls.inflate(unet, shift)
+    assert reach(unet) == reach(ls.inflate(plain, Shift()))
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [("tiny", "conv2"), ("tiny", "kv"), ("pixart", "ffn"), ("sana", "ffn"), ("sana", "attn")],
+)
+def test_every_place_has_layers_that_read_it(make, place, monkeypatch):
+    if make != "tiny":
+        network, config = sizes.TRANSFORMERS[make]
+        small = {"num_layers": 1, "num_attention_heads": 1, "cross_attention_dim": 32, "caption_channels": 32}
+        small |= {"num_cross_attention_heads": 1} if make == "sana" else {}
+        monkeypatch.setitem(sizes.TRANSFORMERS, make, (network, {**config, **small}))
+    network = sizes.unet(make, sample_size=8).eval()
+    x, text = torch.randn(4, 4, 8, 8), torch.randn(4, 5, 32)
+    settings = Shift(1 / 4, 1 / 8, place)
+    shift = cheapest_channels(network, settings, lambda: network(x, torch.tensor(7), text), 2)
+    for _, runs in shift.rule:
+        width = sum(num for num, _ in runs)
+        counts = [sum(num for num, offsets in runs if offsets == (offset,)) for offset in (-1, 1)]
+        assert counts == [width // 4, width // 8]
+    ls.inflate(network, shift)
+    with torch.no_grad(), frames(network, 4):
+        assert network(x, torch.tensor(7), text).sample.isfinite().all()
+    with pytest.raises(ValueError, match="a rule chooses its own channels"):
+        cheapest_channels(network, shift, lambda: None, 2)
+
+
+def test_a_place_that_nothing_reads_is_refused():
+    with pytest.raises(ValueError, match="is read by no layer"):
+        cheapest_channels(sizes.unet("tiny"), Shift(place="end"), lambda: None, 2)
+    with pytest.raises(ValidationError, match="channels have no effect beside rule"):
+        tiny_config("video", "x", model={"size": "tiny", "rule": "tiny:two_back", "channels": "cheapest"})
+
+
+def test_training_measures_once_and_saves_the_channels(latents, image_model, tmp_path):
+    settings = {"init": str(image_model), "channels": "cheapest", "edge": "hold"}
+    run = tmp_path / "run"
+    folder = train(tiny_config("video", latents, steps=2, model=settings), run)
+    rule = json.loads((run / "channels.json").read_text())
+    assert json.loads((folder / "model_index.json").read_text())["latent_shift"]["rule"] == rule
+    pipe = loading.load(folder)
+    clip = pipe("a red square", num_inference_steps=1, generator=ls.seed(0), chunk=2).frames
+    assert clip.shape == (1, 4, 32, 32, 3)
+    # A resumed run goes on with the same channels, although another start would give others.
+    newest = checkpoint.steps(run)[-1]
+    assert newest.name.endswith("2")
+    (run / "channels.json").write_text(json.dumps([[name, runs[::-1]] for name, runs in rule]))
+    more = train(tiny_config("video", latents, steps=3, model=settings), run)
+    assert dict(shift_of(loading.load(more).unet).rule) != dict(shift_of(pipe.unet).rule)
+    # Training goes on from a trained model with that model's channels, and with no others.
+    going_on = tiny_config("video", latents, steps=1, model={**settings, "init": str(folder)})
+    on = train(going_on, tmp_path / "on")
+    assert shift_of(loading.load(on).unet) == shift_of(loading.load(more).unet)
+    with pytest.raises(ValueError, match=r"model\.rule is None, but"):
+        checks.check_start(tiny_config("video", latents, model={"init": str(folder), "edge": "hold"}), folder)

@@ -239,6 +239,34 @@ def parts() -> str:
     )
 
 
+def ideas() -> str:
+    """Tabulate `recipes/compare/run.py`: loss on held-out clips by timestep, the mean and range of seeds, the best first."""
+    rows, results = [], read_result("ideas")
+    form = decimals(4)
+    for name, seeds in results.items():
+        losses = [list(seed["loss"].values()) for seed in seeds.values()]
+        spreads = [Spread.of(list(column)) for column in zip(*losses, strict=True)]
+        mean = Spread.of([sum(seed) / len(seed) for seed in losses])
+        before = next(iter(seeds.values())).get("loss_before_training", {})
+        start = form(sum(before.values()) / len(before)) if before else ""
+        settings = next(iter(seeds.values()))["settings"] or "the paper's shift"
+        rows.append(
+            (
+                mean.mean,
+                [name, f"`{settings}`", between(mean, form), *(form(each.mean) for each in spreads), start],
+            )
+        )
+    timesteps = next(iter(next(iter(results.values())).values()))["loss"]
+    header = [
+        "idea",
+        "settings",
+        "loss",
+        *(f"t = {timestep}" for timestep in timesteps),
+        "loss before training",
+    ]
+    return markdown_table(header, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
+
+
 def two_runs() -> str:
     """Tabulate the variants of `parts` in two runs on different machines, each training seed by itself."""
     variants = {"shift": PARTS["shift"], "shift-seed-1": "the same with another training seed"} | PARTS
@@ -530,6 +558,7 @@ TABLES: dict[str, Callable[[], str]] = {
         emoji,
         shift_and_attention,
         parts,
+        ideas,
         systems,
         measures,
         two_runs,

@@ -69,6 +69,11 @@ def scattered(num_channels):
     return [(-1, 0, 1, 0, -2, (-1, 1))[c * c % 6] for c in range(num_channels)]
 
 
+def shuffled(num_channels):
+    """A rule of many groups without means."""
+    return [(-1, 0, 1, 0, -2, 7)[c * c % 6] for c in range(num_channels)]
+
+
 def far_back(num_channels):
     """A causal rule, with means."""
     return [(-1, (0, -2, -3), 0, -3)[c % 4] for c in range(num_channels)]
@@ -109,7 +114,7 @@ def test_temporal_shift_moves_channels_to_neighbouring_frames(edge, ahead, back)
 
 
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("rule", [far, far_back, scattered])
+@pytest.mark.parametrize("rule", [far, far_back, scattered, shuffled])
 def test_a_rule_moves_channels_as_far_as_it_says(edge, rule):
     x = torch.randn(2 * 5, 32, 2, 3)
     expected = shift_by_offsets(x, 5, rule(32), edge)
@@ -119,9 +124,9 @@ def test_a_rule_moves_channels_as_far_as_it_says(edge, rule):
 
 
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("rule", [None, far, scattered])
+@pytest.mark.parametrize("rule", [None, far, scattered, shuffled])
 def test_temporal_shift_is_the_same_when_compiled(edge, rule):
-    x = torch.randn(8, 36 if rule is scattered else 9, 4, 4, requires_grad=True)
+    x = torch.randn(8, 36 if rule in (scattered, shuffled) else 9, 4, 4, requires_grad=True)
     torch.compiler.reset()  # each case is a graph of its own
     compiled = torch.compile(temporal_shift, backend="aot_eager", fullgraph=True)
     outputs = [call(x, 4, Shift(edge=edge, rule=rule)) for call in (temporal_shift, compiled)]
@@ -131,9 +136,9 @@ def test_temporal_shift_is_the_same_when_compiled(edge, rule):
 
 
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("rule", [None, far, scattered])
+@pytest.mark.parametrize("rule", [None, far, scattered, shuffled])
 def test_concatenate_shifted_equals_copy_shifted(edge, rule):
-    num_channels = 36 if rule is scattered else 9
+    num_channels = 36 if rule in (scattered, shuffled) else 9
     x = torch.randn(2, 4, num_channels, 4, 4)
     groups = Shift(rule=rule).groups(num_channels)
     expected = shift_kernels.copy_shifted(x, shift_kernels.flatten_groups(groups), edge, False)
@@ -180,11 +185,11 @@ def test_temporal_shift_has_the_reverse_shift_as_gradient(edge):
 
 
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("rule", [None, far, scattered])
+@pytest.mark.parametrize("rule", [None, far, scattered, shuffled])
 def test_temporal_shift_passes_gradcheck_to_second_order(edge, rule):
-    num_channels = 36 if rule is scattered else 9 if rule else 3
+    num_channels = 36 if rule in (scattered, shuffled) else 9 if rule else 3
     x = torch.randn(
-        4, num_channels, 1, 1 if rule is scattered else 2, requires_grad=True, dtype=torch.float64
+        4, num_channels, 1, 1 if rule in (scattered, shuffled) else 2, requires_grad=True, dtype=torch.float64
     )
     settings = Shift(edge=edge, rule=rule)
     assert torch.autograd.gradcheck(lambda x: temporal_shift(x, 4, settings) ** 2, x)
@@ -369,7 +374,7 @@ def test_laws_hold_in_a_network_with_a_rule(edge):
             torch.testing.assert_close(frame[0], whole[number], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", [None, far, scattered])
+@pytest.mark.parametrize("rule", [None, far, scattered, shuffled])
 @torch.no_grad()
 @pytest.mark.parametrize("edge", EDGES)
 def test_neighbors_by_index_equal_frames(edge, rule):

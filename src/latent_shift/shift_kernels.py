@@ -73,6 +73,8 @@ def copy_shifted(x_BFCHW: Tensor, groups: list[int], edge: Edge, adjoint: bool) 
         for start, stop, offsets in _parse_groups(tuple(groups)):
             _copy_mean(x_BFCHW[:, :, start:stop], y_BFCHW[:, :, start:stop], offsets, edge, adjoint)
         return y_BFCHW
+    if x_BFCHW.is_contiguous() and all(len(offsets) == 1 for *_, offsets in _parse_groups(tuple(groups))):
+        return _gather_planes(x_BFCHW, _parse_groups(tuple(groups)), edge, adjoint)
     order, merged = merge_groups(_parse_groups(tuple(groups)))
     order_C = torch.tensor(order, device=x_BFCHW.device)
     for start, stop, offsets in merged:
@@ -83,6 +85,30 @@ def copy_shifted(x_BFCHW: Tensor, groups: list[int], edge: Edge, adjoint: bool) 
         y = torch.empty_like(x)
         _copy_mean(x, y, offsets, edge, adjoint)
         y_BFCHW.index_copy_(2, order_C[start:stop], y)
+    return y_BFCHW
+
+
+def _gather_planes(x_BFCHW: Tensor, groups: Groups, edge: Edge, adjoint: bool) -> Tensor:
+    """Shift scattered channels in one pass: every channel of a frame is one row of memory."""
+    num_frames, num_channels = x_BFCHW.shape[1:3]
+    sign = -1 if adjoint else 1
+    offsets_C = torch.tensor([sign * offset for start, stop, (offset,) in groups for _ in range(start, stop)])
+    source_FC = torch.arange(num_frames)[:, None] + offsets_C
+    is_outside_FC = (source_FC < 0) | (source_FC >= num_frames)
+    source_FC = source_FC % num_frames if edge == "wrap" else source_FC.clamp(0, num_frames - 1)
+    rows = (source_FC * num_channels + torch.arange(num_channels)).flatten().to(x_BFCHW.device)
+    y_BFCHW = x_BFCHW.flatten(1, 2).index_select(1, rows)
+    if edge == "zero" or (edge == "hold" and adjoint):
+        y_BFCHW.index_fill_(1, is_outside_FC.flatten().nonzero().flatten().to(x_BFCHW.device), 0)
+    y_BFCHW = y_BFCHW.unflatten(1, (num_frames, num_channels))
+    if edge == "hold" and adjoint:
+        for offset in offsets_C.unique().tolist():
+            if offset:  # the other uses of the end frames
+                channels = (offsets_C == offset).nonzero().flatten().to(x_BFCHW.device)
+                num = min(abs(offset), num_frames)
+                dropped = x_BFCHW[:, :num] if offset > 0 else x_BFCHW[:, -num:]
+                end = y_BFCHW[:, 0 if offset > 0 else -1]
+                end.index_add_(1, channels, dropped.index_select(2, channels).sum(dim=1))
     return y_BFCHW
 
 

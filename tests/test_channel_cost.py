@@ -18,6 +18,8 @@ from latent_shift.pipelines import loading
 from latent_shift.shift import Shift, frames, reach, shift_of
 from latent_shift.training import checkpoint, checks
 from latent_shift.training.loop import train
+from latent_shift.training.prepare import Prepared
+from latent_shift.training.stages import DenoiserStage
 
 
 def test_the_cheapest_channels_of_a_layer_are_shifted():
@@ -85,7 +87,8 @@ def test_training_measures_once_and_saves_the_channels(latents, image_model, tmp
     settings = {"init": str(image_model), "channels": "cheapest", "edge": "hold"}
     run = tmp_path / "run"
     folder = train(tiny_config("video", latents, steps=2, model=settings), run)
-    rule = json.loads((run / "channels.json").read_text())
+    saved = json.loads((run / "channels.json").read_text())
+    rule = saved["rule"]
     assert json.loads((folder / "model_index.json").read_text())["latent_shift"]["rule"] == rule
     pipe = loading.load(folder)
     clip = pipe("a red square", num_inference_steps=1, generator=ls.seed(0), chunk=2).frames
@@ -93,9 +96,22 @@ def test_training_measures_once_and_saves_the_channels(latents, image_model, tmp
     # A resumed run goes on with the same channels, although another start would give others.
     newest = checkpoint.steps(run)[-1]
     assert newest.name.endswith("2")
-    (run / "channels.json").write_text(json.dumps([[name, runs[::-1]] for name, runs in rule]))
+    reversed_rule = [[name, runs[::-1]] for name, runs in rule]
+    (run / "channels.json").write_text(json.dumps({**saved, "rule": reversed_rule}))
     more = train(tiny_config("video", latents, steps=3, model=settings), run)
     assert dict(shift_of(loading.load(more).unet).rule) != dict(shift_of(pipe.unet).rule)
+    # What another run without a checkpoint measured for other settings is measured again.
+    quarter = {**settings, "forward": 0.25, "backward": 0.25}
+    other = tmp_path / "other"
+    other.mkdir()
+    stage = DenoiserStage(
+        tiny_config("video", latents, model=quarter), Prepared(str(latents), image_model, "no", other)
+    )
+    (other / "channels.json").write_text(json.dumps(saved))
+    again = DenoiserStage(
+        tiny_config("video", latents, model=quarter), Prepared(str(latents), image_model, "no", other)
+    )
+    assert shift_of(again.model) == shift_of(stage.model) != shift_of(pipe.unet)
     # Training goes on from a trained model with that model's channels, and with no others.
     going_on = tiny_config("video", latents, steps=1, model={**settings, "init": str(folder)})
     on = train(going_on, tmp_path / "on")

@@ -28,7 +28,7 @@ from latent_shift.data.latents import LatentStore
 from latent_shift.data.sampler import BalancedSampler
 from latent_shift.data.store import Store, caption_at_rate, open_pixel_store
 from latent_shift.diffusion import draw_timesteps, schedule_of
-from latent_shift.files import read_json, write_json
+from latent_shift.files import read_json_object, write_json
 from latent_shift.models import autoencoder, sizes
 from latent_shift.models.autoencoder import load_autoencoder
 from latent_shift.models.channel_cost import cheapest_channels
@@ -184,10 +184,11 @@ class DenoiserStage:
         channels.json, since a resumed run must shift the same."""
         shift, file = shift_of(self.model), run / "channels.json" if run else None
         assert shift is not None
-        while file and rank() > 0 and not file.exists():
+        source = {"model": self.config.model.init, "data": self.config.data.path, **shift.to_dict()}
+        while file and rank() > 0 and _read_channels(file, source) is None:
             time.sleep(0.2)  # until the first process has measured them
-        if file and file.exists():
-            return Shift(place=shift.place, edge=shift.edge, rule=read_json(file))
+        if file and (rule := _read_channels(file, source)) is not None:
+            return Shift(place=shift.place, edge=shift.edge, rule=rule)
         num_frames = self.config.data.num_frames
 
         def denoise_clips() -> None:
@@ -202,7 +203,7 @@ class DenoiserStage:
 
         shift = cheapest_channels(self.model, shift, denoise_clips, num_frames)
         if file:
-            write_json(shift.rule, file)
+            write_json({"source": source, "rule": shift.rule}, file)
         return shift
 
     def make_objective(self, config: Config, prepared: Prepared) -> nn.Module:
@@ -369,6 +370,13 @@ def open_unet(
     if config.model.channels == "cheapest" and (rule := checks.trained_rule(prepared.init)):
         shift = Shift(place=shift.place, edge=shift.edge, rule=rule)
     return sizes.inflate_unet(unet, config.model, shift=shift)
+
+
+def _read_channels(file: Path, source: dict[str, Any]) -> Any:
+    """Return the rule in a run's channels.json; None if there is none, or it was measured for other settings by a run that
+    left no checkpoint."""
+    saved = read_json_object(file) if file.exists() else {}
+    return saved.get("rule") if saved.get("source") == source else None
 
 
 def _held_out_sampler(config: Config, store: Store) -> BalancedSampler | None:

@@ -340,16 +340,24 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
             raise ValueError(
                 f"cannot shift a {type(layer).__name__}: inflate before adding adapters to this layer"
             )
-    names = {module: name for name, module in network.named_modules()}
-    shift = shift.resolved({names[layer]: _width(layer) for layer in layers})
-    groups_of = {layer: shift.groups(_width(layer), names[layer]) for layer in layers}
+    shift, groups_of = _resolve(network, shift, {layer: _width(layer) for layer in layers})
     deflate(network)
     state = _ShiftState(shift)
-    for layer, layer.shift_groups in groups_of.items():
+    for layer in layers:
+        layer.shift_groups = groups_of[layer]
         layer.__class__ = _SHIFT_CLASS[type(layer)]
         layer.shift_state = state
     network.__dict__["_shift_state"] = state
     return network
+
+
+def _resolve(
+    network: nn.Module, shift: Shift, widths: dict[nn.Module, int]
+) -> tuple[Shift, dict[nn.Module, Groups]]:
+    """Return the settings with the rule's numbers for layers of these widths, and the groups of each layer."""
+    names = {module: name for name, module in network.named_modules()}
+    shift = shift.resolved({names[layer]: width for layer, width in widths.items()})
+    return shift, {layer: shift.groups(width, names[layer]) for layer, width in widths.items()}
 
 
 def _inflate_transformer(network: nn.Module, shift: Shift) -> nn.Module:
@@ -360,9 +368,7 @@ def _inflate_transformer(network: nn.Module, shift: Shift) -> nn.Module:
         raise ValueError(
             f"{type(network).__name__} has no transformer block to shift; expected one of {', '.join(BLOCK_LAYERS)}"
         )
-    names = {module: name for name, module in network.named_modules()}
-    shift = shift.resolved({names[block]: width_of(block) for block in blocks})
-    groups_of = {block: shift.groups(width_of(block), names[block]) for block in blocks}
+    shift, groups_of = _resolve(network, shift, {block: width_of(block) for block in blocks})
     deflate(network)
     state = _ShiftState(shift)
     network.__dict__["_shift_state"] = state

@@ -8,7 +8,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from tiny import tiny_config
 
 import latent_shift as ls
@@ -72,15 +71,34 @@ def test_every_place_has_layers_that_read_it(make, place, monkeypatch):
     ls.inflate(network, shift)
     with torch.no_grad(), frames(network, 4):
         assert network(x, torch.tensor(7), text).sample.isfinite().all()
-    with pytest.raises(ValueError, match="a rule chooses its own channels"):
-        cheapest_channels(network, shift, lambda: None, 2)
+
+
+def test_a_rule_says_how_many_channels_come_from_where():
+    """The cheapest channels, and each distance gets cheap and dear ones alike."""
+    unet = sizes.unet("tiny", sample_size=8).eval()
+    x, text = torch.randn(2 * 3, 4, 8, 8), torch.randn(6, 5, 32)
+
+    def measure() -> None:
+        unet(x, 7, text)
+
+    by_fractions = cheapest_channels(unet, Shift(1 / 4, 1 / 4), measure, 3)
+    by_rule = cheapest_channels(
+        unet, Shift(rule=lambda num: [-2] * (num // 8) + [0] * (num // 2) + [-1, 1] * (num // 8) + [3] * (num // 8)),
+        measure, 3,
+    )  # fmt: skip
+    for (name, runs), (_, expected) in zip(by_rule.rule, by_fractions.rule, strict=True):
+        offsets, moved = (
+            [offset for num, (offset,) in each for _ in range(num)] for each in (runs, expected)
+        )
+        assert [bool(offset) for offset in offsets] == [bool(offset) for offset in moved], name
+        assert sorted(offset for offset in offsets if offset) == sorted([-2, -1, 1, 3] * (len(offsets) // 8))
+    with pytest.raises(ValueError, match="mean of several frames has no cost"):
+        cheapest_channels(unet, Shift(rule=lambda num: [(-1, 1)] * num), measure, 3)
 
 
 def test_a_place_that_nothing_reads_is_refused():
     with pytest.raises(ValueError, match="is read by no layer"):
         cheapest_channels(sizes.unet("tiny"), Shift(place="end"), lambda: None, 2)
-    with pytest.raises(ValidationError, match="channels have no effect beside rule"):
-        tiny_config("video", "x", model={"size": "tiny", "rule": "tiny:two_back", "channels": "cheapest"})
 
 
 def test_training_measures_once_and_saves_the_channels(latents, image_model, tmp_path):
@@ -116,5 +134,6 @@ def test_training_measures_once_and_saves_the_channels(latents, image_model, tmp
     going_on = tiny_config("video", latents, steps=1, model={**settings, "init": str(folder)})
     on = train(going_on, tmp_path / "on")
     assert shift_of(loading.load(on).unet) == shift_of(loading.load(more).unet)
-    with pytest.raises(ValueError, match=r"model\.rule is None, but"):
-        checks.check_start(tiny_config("video", latents, model={"init": str(folder), "edge": "hold"}), folder)
+    for other in ({"edge": "hold"}, quarter):
+        with pytest.raises(ValueError, match=r"was trained to shift other channels"):
+            checks.check_start(tiny_config("video", latents, model={**other, "init": str(folder)}), folder)

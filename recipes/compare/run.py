@@ -44,6 +44,8 @@ IDEAS = {
     "third-mean": "model.edge=hold model.rule=recipes.compare.rules:third_mean",
     "cheapest": "model.edge=hold model.channels=cheapest",
     "cheapest-zero": "model.channels=cheapest",
+    "cheapest-distances": "model.edge=hold model.channels=cheapest model.rule=recipes.compare.rules:distances",
+    "cheapest-distances-zero": "model.channels=cheapest model.rule=recipes.compare.rules:distances",
     "cheapest-quarter": "model.edge=hold model.channels=cheapest model.forward=0.25 model.backward=0.25",
     "lr-1e-3": "model.edge=hold optim.lr=1e-3",
     "lr-2e-3": "model.edge=hold optim.lr=2e-3",

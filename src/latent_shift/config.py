@@ -110,7 +110,7 @@ class Model(Section):
         description="What fills the shifted channels at the ends of a clip: zeros, the other end, or the frame's own channels.",
     )
     channels: Literal["first", "cheapest"] = Field(
-        "first", description="Which channels shift: the first and last, or those that cost the image network least (measured first)."
+        "first", description="Which channels shift: the first and last, or as the rule says; or those that cost the image network least."
     )  # fmt: skip
     rule: str | None = Field(
         None, description="An own shift instead of the fractions, as `module:function` (see docs/method.md)."
@@ -128,8 +128,8 @@ class Model(Section):
         for name in SHIFT:
             if self.temporal != "shift" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect on temporal={self.temporal}: leave it out")
-        if self.rule and (self.forward, self.backward, self.channels) != (1 / 3, 1 / 3, "first"):
-            raise ValueError("forward, backward and channels have no effect beside rule: leave them out")
+        if self.rule and (self.forward, self.backward) != (1 / 3, 1 / 3):
+            raise ValueError("forward and backward have no effect beside rule: leave them out")
         if self.forward + self.backward > 1:
             raise ValueError(
                 f"forward and backward are fractions of the same channels: expected at most 1 together, "

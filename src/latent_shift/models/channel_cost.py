@@ -27,15 +27,13 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
 
     Args:
         network: an image network; it is inflated.
-        shift: the fractions, place and edge; no rule.
+        shift: how many channels come from which frame, place and edge.
         run: runs the network on noised clips, frame by frame.
         num_frames: F of these clips.
 
     Raises:
-        ValueError: a rule, which chooses its own channels.
+        ValueError: a rule that averages over frames.
     """
-    if shift.rule is not None:
-        raise ValueError("a rule chooses its own channels: expected a shift by fractions")
     readers = dict(_readers(network, shift.place))
     changes: dict[str, list[Tensor]] = {name: [] for name in readers}
 
@@ -59,7 +57,7 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
     for name, layers in readers.items():
         weights = torch.stack([_squared_weights(layer) for layer in layers]).sum(dim=0)
         costs = weights * torch.stack(changes[name]).mean(dim=0)
-        table.append((name, _offsets(costs, shift)))
+        table.append((name, _offsets(costs, shift, name)))
     return Shift(place=shift.place, edge=shift.edge, rule=tuple(table))
 
 
@@ -93,12 +91,17 @@ def _squared_weights(layer: nn.Module) -> Tensor:
     return weight.square().sum(dim=[dim for dim in range(weight.ndim) if dim != 1])
 
 
-def _offsets(costs_C: Tensor, shift: Shift) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Return the groups of a layer's channels: by rising cost, the previous and the next frame take turns."""
-    num_moved = {offsets: stop - start for start, stop, offsets in shift.groups(len(costs_C))}
-    ahead, back = num_moved.get((-1,), 0), num_moved.get((1,), 0)
+def _offsets(costs_C: Tensor, shift: Shift, layer: str) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Return the groups of a layer's channels: by rising cost, the offsets of `shift` take turns."""
+    turns = []
+    for start, stop, frames_from in shift.groups(len(costs_C), layer):
+        if len(frames_from) > 1:
+            raise ValueError(
+                "a channel that is the mean of several frames has no cost: expected one frame for each"
+            )
+        if offset := frames_from[0]:
+            turns += [((number + 0.5) / (stop - start), -offset) for number in range(stop - start)]
     offsets = [0] * len(costs_C)
-    for rank, channel in enumerate(costs_C.argsort(stable=True)[: ahead + back].tolist()):
-        from_previous = (rank + 1) * ahead // (ahead + back) > rank * ahead // (ahead + back)
-        offsets[channel] = -1 if from_previous else 1
+    for channel, (_, negated) in zip(costs_C.argsort(stable=True).tolist(), sorted(turns), strict=False):
+        offsets[channel] = -negated
     return tuple((len(list(run)), (offset,)) for offset, run in groupby(offsets))

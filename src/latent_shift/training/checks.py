@@ -242,20 +242,31 @@ def check_start(config: Config, start: Path) -> None:
         names = [field.name for field in fields(Shift) if field.name in trained or field.name == "rule"]
         saved = Shift(**{name: trained.get(name) for name in names})  # type: ignore[arg-type]
         shift = sizes.shift_settings(config.model)
-        if config.model.channels == "cheapest" and saved.rule is not None:
+        widths = {name: sum(num for num, _ in runs) for name, runs in trained.get("rule") or ()}
+        if config.model.channels == "cheapest" and _sources(saved, widths) == _sources(shift, widths):
             shift = replace(shift, forward=1 / 3, backward=1 / 3, rule=saved.rule)
-        shift = shift.resolved(
-            {name: sum(num for num, _ in runs) for name, runs in trained.get("rule") or ()}
-        )
+        shift = shift.resolved(widths)
         before |= {f"model.{name}": getattr(saved, name) for name in names}
         now |= {f"model.{name}": getattr(shift, name) for name in names}
     problems = [
-        f"{name} is {_in_toml(now[name])}, but {config.model.init} was trained with {_in_toml(value)}: set it to that"
+        f"{config.model.init} was trained to shift other channels: set model.rule and model.channels as they were then"
+        if name == "model.rule"
+        else f"{name} is {_in_toml(now[name])}, but {config.model.init} was trained with {_in_toml(value)}: set it to that"
         for name, value in before.items()
         if now[name] != value
     ]
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _sources(shift: Shift, widths: dict[str, int]) -> dict[str, list[tuple[int, ...]]]:
+    """Return, for layers of these names and widths, the frames that channels are taken from, in no order of the channels."""
+    return {
+        name: sorted(
+            offsets for start, stop, offsets in shift.groups(width, name) for _ in range(start, stop)
+        )
+        for name, width in widths.items()
+    }
 
 
 def trained_rule(start: Path | None) -> Any:

@@ -170,7 +170,8 @@ class DenoiserStage:
         # The exported model generates at the size of its training.
         self.model.register_to_config(sample_size=sample_size)
         shift = shift_of(self.model)
-        if config.model.channels == "cheapest" and num_frames > 1 and shift and shift.rule is None:
+        going_on = checks.trained_rule(prepared.init) is not None
+        if config.model.channels == "cheapest" and num_frames > 1 and shift and not going_on:
             inflate(self.model, self._cheapest_channels(prepared.run))
         if config.lora:
             add_lora(self.model, config.lora, dtype=dtype_of(prepared.precision))

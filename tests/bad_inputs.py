@@ -26,12 +26,13 @@ from tiny import make_media, make_texts, tiny_config
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_shift import video
-from latent_shift.config import Config, dump
+from latent_shift.config import Config
 from latent_shift.data.encode import encode
 from latent_shift.data.pack import pack
 from latent_shift.folders import LOCK, MARKER
 from latent_shift.models import sizes
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
+from latent_shift.recipe import dump
 from latent_shift.runtime import seed
 
 

@@ -21,8 +21,8 @@ from latent_shift.benchmark.step import shift_overhead
 from latent_shift.benchmark.throughput import encoding, index
 from latent_shift.benchmark.timing import run_alone
 from latent_shift.benchmark.training import resuming, runs, training_step
-from latent_shift.config import load
 from latent_shift.models import sizes
+from latent_shift.recipe import load
 from latent_shift.runtime import has_bf16_units, peak_memory_gib
 from latent_shift.shift import Shift, frames, inflate
 from latent_shift.training import memory

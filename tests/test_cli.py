@@ -14,11 +14,11 @@ import typer
 from tiny import tiny_config
 from typer.testing import CliRunner
 
-from latent_shift import config, video
+from latent_shift import recipe, video
 from latent_shift.benchmark import timing
 from latent_shift.cli import main
-from latent_shift.config import dump
 from latent_shift.data.store import Store
+from latent_shift.recipe import dump
 
 runner = CliRunner()
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def parse(words: list[str]) -> None:
         name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, rest, parent=context)
     if context.command.name == "train":
-        config.load(ROOT / context.params["recipe"], context.params["overrides"])
+        recipe.load(ROOT / context.params["recipe"], context.params["overrides"])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from latent_shift.config import (
-    RENAMED_KEYS,
     Config,
     Data,
     Diffusion,
@@ -14,9 +13,8 @@ from latent_shift.config import (
     Model,
     Optim,
     Train,
-    dump,
-    load,
 )
+from latent_shift.recipe import RENAMED_KEYS, dump, load
 from latent_shift.training.optimizer import learning_rate
 
 RECIPE = """
@@ -69,6 +67,7 @@ def test_load_applies_overrides_and_reads_back_a_dump(recipe, tmp_path):
         (["data.num_frames=4"], "trains on single frames: data.num_frames must be 1"),
         (["model.init=there"], "give either size"),
         (["optim.cooldown_steps=95"], "together are more than optim.steps"),
+        (["diffusion.prediction=flow_prediction", "diffusion.schedule=linear"], "have no effect on a flow"),
         (["diffusion.zero_terminal_snr=true"], "zero_terminal_snr needs prediction v_prediction"),
         (["loss.kl=0.1"], "loss.kl has no effect in stage image: leave it out"),
         (["data.image_share=0.5"], "data.image_share has no effect in stage image"),

@@ -1,11 +1,14 @@
 """The objective against its formulas."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
 from latent_shift.clip_text import share_text
-from latent_shift.diffusion import draw_timesteps, noise_schedule
+from latent_shift.config import Prediction
+from latent_shift.diffusion import draw_timesteps, noise_schedule, training_target
 from latent_shift.models import sizes
 from latent_shift.noise import correlated_noise
 from latent_shift.shift import frames, inflate
@@ -26,7 +29,7 @@ def unet():
     return unet
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", get_args(Prediction))
 @pytest.mark.parametrize("min_snr", [None, 5.0])
 @pytest.mark.parametrize("motion_weight", [1.0, 3.0])
 @torch.no_grad()
@@ -40,13 +43,19 @@ def test_denoising_objective_is_the_formula(unet, prediction, min_snr, motion_we
     for clip in range(2):
         alpha_bar = torch.prod(1 - betas[: timesteps[clip] + 1])
         a, s = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+        if prediction == "flow_prediction":
+            a, s = 1 - timesteps[clip] / 1000, timesteps[clip] / 1000
         with frames(unet, 3):
             predicted = unet(
                 a * latents[clip] + s * noise[clip], timesteps[clip], text[clip : clip + 1]
             ).sample
-        target = noise[clip] if prediction == "epsilon" else a * noise[clip] - s * latents[clip]
-        snr = float(alpha_bar / (1 - alpha_bar))
-        weight = 1.0 if min_snr is None else min(snr, min_snr) / (snr if prediction == "epsilon" else snr + 1)
+        target = {
+            "epsilon": noise[clip], "v_prediction": a * noise[clip] - s * latents[clip], "flow_prediction": noise[clip] - latents[clip]
+        }[prediction]  # fmt: skip
+        snr = float(a / s) ** 2
+        # What an error of the prediction weighs as an error of the clean latents: (sigma / alpha)^2 of the noise, sigma^2 of a velocity.
+        x0_weight = snr if prediction == "epsilon" else float(s) ** -2
+        weight = 1.0 if min_snr is None else min(snr, min_snr) / x0_weight
         error = predicted - target
         steady = error.mean(dim=0, keepdim=True)
         expected.append(weight * (steady.square().mean() + motion_weight * (error - steady).square().mean()))
@@ -108,8 +117,10 @@ def test_noise_schedule_matches_its_definition():
     assert ending.alphas_cumprod[-1] == pytest.approx(0, abs=1e-7)
     assert ending.config.timestep_spacing == "trailing"
     assert len(noise_schedule(num_timesteps=10).betas) == 10
-    with pytest.raises(ValueError, match="expected a schedule that predicts epsilon or v_prediction"):
-        DenoisingObjective(torch.nn.Identity(), noise_schedule(prediction="sample"))
+    with pytest.raises(
+        ValueError, match="expected a schedule that predicts epsilon, v_prediction, flow_prediction"
+    ):
+        training_target(noise_schedule(prediction="sample"), *torch.zeros(3, 1))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])

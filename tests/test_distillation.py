@@ -185,6 +185,7 @@ def test_lora_makes_a_model_fast(latents, video_model, tmp_path):
     ("sections", "words"),
     [
         ({"model": {"size": "tiny"}}, "needs model.init"),
+        ({"diffusion": {"prediction": "flow_prediction"}}, "not a flow"),
         ({"distill": {"phases": 3, "solver_steps": 8}}, "expected a multiple of distill.phases=3"),
         ({"distill": {"phases": 2, "solver_steps": 12}}, "divides diffusion.num_timesteps=1000"),
         ({"train": {"sample_guidance": 3.0}}, "train.sample_guidance has no effect in stage distill"),

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import free_port, launch, tiny_config
 
-from latent_shift.config import dump
+from latent_shift.recipe import dump
 from latent_shift.training import checkpoint
 from latent_shift.training.loop import train
 

@@ -39,11 +39,14 @@ def size(request, monkeypatch):
 
 
 def test_training_saving_and_sampling(size, latents, tmp_path):
-    image = train(tiny_config("image", latents, model={"size": size}), tmp_path / "image")
-    folder = train(
-        tiny_config("video", latents, model={"init": str(image), "edge": "hold"}), tmp_path / "video"
-    )
+    """Of a flow, as such transformers are trained today; the other tests train them to predict noise."""
+    flow = {"prediction": "flow_prediction"}
+    image = train(tiny_config("image", latents, model={"size": size}, diffusion=flow), tmp_path / "image")
+    settings = {"init": str(image), "edge": "hold"}
+    folder = train(tiny_config("video", latents, model=settings, diffusion=flow), tmp_path / "video")
     pipe = loading.load(folder)
+    assert pipe.scheduler.config.use_flow_sigmas
+    assert catalog.describe(folder)["predicts"] == "flow_prediction"
     assert type(pipe.unet) is CLASSES[size][0]
     assert shift_of(pipe.unet) == Shift(place="kv", edge="hold")
     assert "widths" in catalog.describe(folder) and "place kv" in catalog.describe(folder)["shift"]
@@ -52,6 +55,10 @@ def test_training_saving_and_sampling(size, latents, tmp_path):
         "a red square", num_inference_steps=2, generator=ls.seed(0), loop=True
     ).frames
     assert loop.shape == (1, 4, 32, 32, 3) and np.array_equal(loop, again)
+    with pytest.raises(
+        ValueError, match=r"diffusion\.prediction is epsilon, but .* trained with flow_prediction"
+    ):
+        train(tiny_config("video", latents, model={"init": str(folder), "edge": "hold"}), tmp_path / "other")
     with pytest.raises(ValueError, match=r"expected a model of Stable Diffusion 1\.x or 2\.x"):
         export(str(folder), tmp_path / "exported")
 

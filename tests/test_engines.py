@@ -147,6 +147,18 @@ def test_what_an_engine_cannot_do_is_refused(folder, fields, words):
         pipeline.generate(Request(**{"prompt": "a red square", **fields}))
 
 
+def test_a_flow_is_not_exported(video_model, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from latent_shift.engines.export import export
+
+    pipe = load(video_model, device="cpu")
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **flow)
+    pipe.save_pretrained(tmp_path / "flow")
+    with pytest.raises(ValueError, match="predicts flow_prediction: the engines sample models that predict"):
+        export(str(tmp_path / "flow"), tmp_path / "exported")
+
+
 def test_sentence_embeddings_are_those_of_the_names(folder, model):
     pipe = load(model, device="cpu", dtype=torch.float32)
     texts = ["a red square", "blue", "a long and winding road of words and words"]

@@ -16,8 +16,11 @@ from tiny import enter_process, full_disk, launch, traced
 
 from latent_shift import video
 from latent_shift.cli.main import main
+from latent_shift.data.latents import LatentStore
 from latent_shift.data.pack import pack
+from latent_shift.data.sampler import BalancedSampler
 from latent_shift.data.store import Store
+from latent_shift.diffusion import noise_schedule
 from latent_shift.evaluation import (
     clip_metrics,
     denoising,
@@ -632,3 +635,28 @@ def test_denoising_equals_training_objective_and_knows_motion(packed, video_mode
     for timestep, motion in without.items():  # without a shift, frames together tell no more
         assert motion.residual == pytest.approx(motion.residual_per_frame, rel=1e-4)
         assert with_it[timestep].residual_per_frame == pytest.approx(motion.residual_per_frame, rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow_prediction"])
+def test_held_out_losses_of_a_network_that_predicts_zero(latents, video_model, prediction):
+    """They are the mean square of what it should have predicted: of independent noise and whitened latents."""
+    unet, store = load(video_model, device="cpu", dtype=torch.float32).unet, LatentStore(latents)
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    schedule = noise_schedule(prediction=prediction)
+    settings = {"splits": tuple(store.splits), "num_clips": 6, "num_frames": 4, "levels": 2}
+    losses = denoising.held_out_losses(unet, schedule, store, **settings)
+    torch.manual_seed(1)
+    assert losses == denoising.held_out_losses(unet, schedule, store, **settings)
+    rng, square = np.random.default_rng(0), []
+    for index in BalancedSampler(store, store.select(splits=store.splits, num_frames=4)).draw(rng, 6):
+        square.append(np.square(store.window(index, 0, 4)[:, 0].astype(np.float32)).mean())
+    latent = float(np.mean(square))
+    signal = schedule.alphas_cumprod
+    for step, loss in losses.items():
+        expected = {
+            "epsilon": 1.0,
+            "v_prediction": float(signal[int(step)] + (1 - signal[int(step)]) * latent),
+            "flow_prediction": 1 + latent,
+        }
+        assert loss == pytest.approx(expected[prediction], rel=0.15), step

@@ -16,12 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latent_shift import config
 from latent_shift.benchmark.hardware import matrix_rate
+from latent_shift.config import Config
 from latent_shift.data.store import Store
 from latent_shift.models import sizes
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.lora import load_lora
+from latent_shift.recipe import load
 from latent_shift.runtime import seed
 from latent_shift.shift import Shift, shift_of
 from latent_shift.training import memory, prepare, stages
@@ -47,7 +48,7 @@ def checkpoint(texts, tmp_path_factory):
 
 
 def resolved(checkpoint, media, *overrides):
-    return config.load(RECIPE, [f"model={checkpoint}", f"data={media}", *TINY, *overrides])
+    return load(RECIPE, [f"model={checkpoint}", f"data={media}", *TINY, *overrides])
 
 
 def image(folder, **changes):
@@ -253,7 +254,7 @@ def test_prepare_reports_mistakes_before_packing(checkpoint, video_model, media,
     ):
         with pytest.raises(ValueError, match=message):
             train(resolved(checkpoint, media, *options), tmp_path / "run")
-    from_scratch = config.Config.model_validate(
+    from_scratch = Config.model_validate(
         {
             "stage": "image",
             "data": {"path": str(media), "size": 32},
@@ -282,7 +283,7 @@ def test_train_reports_mistakes(checkpoint, media, tmp_path):
         ValueError,
         match=r"a lora adds to the weights of a trained denoiser: expected stage image, video or distill, and model\.init",
     ):
-        config.Config.model_validate({"stage": "image", "data": {"path": "x"}, "model": {"size": "tiny"}, "lora": {"rank": 2}, "optim": {"steps": 1000, "lr": 1e-3}})  # fmt: skip
+        Config.model_validate({"stage": "image", "data": {"path": "x"}, "model": {"size": "tiny"}, "lora": {"rank": 2}, "optim": {"steps": 1000, "lr": 1e-3}})  # fmt: skip
     with pytest.raises(
         ValueError,
         match=r"diffusion\.prediction is v_prediction, but .* was trained with epsilon: set it to that",
@@ -297,7 +298,7 @@ def test_train_reports_mistakes(checkpoint, media, tmp_path):
         "optim": {"steps": 1000, "lr": 1e-3},
     }
     with pytest.raises(ValueError, match=r"a folder of videos needs data\.size"):
-        prepare.prepare(config.Config.model_validate(scratch), tmp_path / "3")
+        prepare.prepare(Config.model_validate(scratch), tmp_path / "3")
     with pytest.raises(ValueError, match=r"no_such: expected one of emoji, or an existing folder"):
         prepare.prepare(resolved("no_such", media), tmp_path / "4")
     with pytest.raises(ValueError, match=r"with model\.place=end .*conv2 shifts and takes no LoRA"):

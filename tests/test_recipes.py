@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from latent_shift import config, video
+from latent_shift import video
 from latent_shift.evaluation.tables import find_seeds
+from latent_shift.recipe import load
 from latent_shift.training import checks, prepare
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -284,7 +285,7 @@ def test_commands_use_the_programs_of_this_environment(monkeypatch):
 
 def test_the_comparisons_image_model_can_be_trained_from(tmp_path):
     """It is a U-Net and its schedule alone: the store of latents has the rest."""
-    recipe = config.load(RECIPES / "compare" / "video.toml")
+    recipe = load(RECIPES / "compare" / "video.toml")
     start = RECIPES.parent / str(recipe.model.init)
     moved = recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": str(start)})})
     assert prepare._diffusers_folder(moved, tmp_path) == start

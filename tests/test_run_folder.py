@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from tiny import tiny_config
 
-from latent_shift.config import dump
 from latent_shift.folders import MARKER, read_kind
 from latent_shift.pipelines.diagnosis import NotFiniteError
+from latent_shift.recipe import dump
 from latent_shift.training import checkpoint, stages
 from latent_shift.training.loop import train
 

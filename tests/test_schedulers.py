@@ -20,7 +20,13 @@ from test_modes import sd
 
 from latent_shift.pipelines import clip_pipeline, conditioning, schedulers
 from latent_shift.pipelines.request import Request
-from latent_shift.pipelines.schedulers import EDM_SCHEDULERS, SCHEDULERS, check_scheduler, make_scheduler
+from latent_shift.pipelines.schedulers import (
+    EDM_SCHEDULERS,
+    FLOW_SCHEDULERS,
+    SCHEDULERS,
+    check_scheduler,
+    make_scheduler,
+)
 from latent_shift.runtime import seed
 from latent_shift.shift import Shift, inflate
 
@@ -34,6 +40,7 @@ EPSILON = EulerDiscreteScheduler(**STABLE_DIFFUSION, timestep_spacing="leading")
 ZERO_SNR = DPMSolverMultistepScheduler(
     **STABLE_DIFFUSION, timestep_spacing="trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True
 )  # fmt: skip
+FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
 
 CLIP = np.zeros((6, 32, 32, 3), np.float32)
 CLIP[5] = 1
@@ -188,6 +195,49 @@ def test_edm_schedulers_sample_a_known_clip_in_every_mode(pipe, answer, monkeypa
         torch.testing.assert_close(generate(pipe, mode, steps=10), answer, atol=1e-2, rtol=0)
 
 
+def know_the_flow(monkeypatch, answer, *, std=0.0, inputs=None):
+    """As `know_the_answer`, for a model that predicts a flow."""
+
+    def unet_predictor(unet, conditions, **options):
+        def predict(noisy, timestep, frame_indices):
+            sigma = timestep.double() / 1000
+            mean = answer[:, :, frame_indices] if answer.shape[2] > 1 else answer
+            error = noisy.double() - (1 - sigma) * mean
+            gain = std**2 * (1 - sigma) / ((1 - sigma) ** 2 * std**2 + sigma**2)
+            if inputs is not None:
+                inputs.append(error / sigma)
+            flow = (noisy - mean - gain * error) / sigma
+            return torch.cat([flow.to(noisy)] * len(conditions))
+
+        return predict
+
+    monkeypatch.setattr(clip_pipeline, "unet_predictor", unet_predictor)
+
+
+@pytest.mark.parametrize("name", FLOW_SCHEDULERS)
+def test_flows_are_sampled_in_every_mode(pipe, answer, monkeypatch, name):
+    pipe.scheduler = make_scheduler(name, FLOW)
+    know_the_flow(monkeypatch, answer)
+    errors = {mode: generate(pipe, mode, steps=10) - answer for mode in MODES}
+    know_the_flow(monkeypatch, answer[:, :, :1])
+    errors["stream"] = stream(pipe, monkeypatch, steps=10) - answer[:, :, :1]
+    for mode, error in errors.items():
+        assert error.std() < 0.02 * answer.std(), mode
+    pipe.disable_free_init()
+    inputs: list[torch.Tensor] = []
+    know_the_flow(monkeypatch, answer, inputs=inputs)
+    latents = torch.randn(1, 4, 6, 4, 4, generator=seed(1))
+    pipe("red", video=CLIP, mask=LEFT, latents=latents, num_inference_steps=5, guidance_scale=1.0)
+    for noise in inputs:  # of the known part, at the level of the timestep
+        torch.testing.assert_close(noise[..., 2:].float(), latents[..., 2:], atol=1e-3, rtol=1e-3)
+    know_the_flow(monkeypatch, torch.zeros(1, 4, 1, 4, 4), std=0.5)
+    for mode in ("text", "free init"):
+        assert 0.4 < generate(pipe, mode, steps=40).std() < 0.6
+    pipe.disable_free_init()
+    with pytest.raises(ValueError, match="takes no timesteps and no sigmas"):
+        pipe("red", timesteps=[900, 500, 100])
+
+
 @pytest.mark.parametrize("steps", [10, 20])
 def test_pndm_with_runge_kutta_steps_samples_a_known_clip_in_every_mode(pipe, answer, monkeypatch, steps):
     pipe.scheduler = PNDMScheduler(**STABLE_DIFFUSION)
@@ -228,6 +278,7 @@ def test_request_refuses_a_scheduler_before_a_model_is_loaded(name, message):
         ("EDMEuler", EPSILON, "'EDMEuler' has other noise levels than this model; expected one of DDIM"),
         ("DDIM", EDMEulerScheduler(), "'DDIM' has other noise levels than this model; expected one of EDMDPM"),
         ("PNDM", DDIMScheduler(clip_sample=False, prediction_type="sample"), "cannot sample a model that predicts 'sample'"),
+        ("DDIM", FLOW, "'DDIM' cannot sample a model that predicts a flow; expected DPMSolverMultistep or"),
         ("DDIM", DDIMScheduler(clip_sample=True), "clips latents as if they were pixels; expected clip_sample=False"),
     ],
 )  # fmt: skip
@@ -286,6 +337,19 @@ def test_check_own_scheduler_refuses_settings_that_sample_wrongly(name, settings
         ValueError, match=rf"scheduler '{name}' with {option}=.* leave {option} at its default"
     ):
         schedulers.check_own_scheduler(scheduler)
+
+
+@pytest.mark.parametrize("option", ["use_karras_sigmas", "use_dynamic_shifting"])
+def test_a_flow_has_the_noise_levels_of_a_flow(option):
+    plain = DPMSolverMultistepScheduler(prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match=r"with use_flow_sigmas=False .* correctly; set it"):
+        schedulers.check_own_scheduler(plain)
+    other = DPMSolverMultistepScheduler.from_config(
+        FLOW.config, **{option: True}, time_shift_type="exponential"
+    )
+    with pytest.raises(ValueError, match=rf"with {option}=True .* leave {option} at its default"):
+        schedulers.check_own_scheduler(other)
+    assert not make_scheduler("UniPCMultistep", EPSILON).config.use_flow_sigmas
 
 
 @pytest.mark.parametrize("sigmas", [[0.1, 1, 14], [14, -1], [1000, 10, 1], [float("nan")], []])

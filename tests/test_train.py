@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tiny import ROUNDING, alike, stage_of, tiny_config, traced
 
 from latent_shift import runtime, video
-from latent_shift.config import dump, load
 from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.pack import pack
@@ -24,6 +23,7 @@ from latent_shift.data.store import Store
 from latent_shift.models.autoencoder import to_pixels, whiten
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
+from latent_shift.recipe import dump, load
 from latent_shift.runtime import has_bf16_units, resolve_precision
 from latent_shift.training import checkpoint, checks, loop, prepare, stages
 from latent_shift.training.loop import train

@@ -1,17 +1,18 @@
-"""Diffusion as pure functions: noise schedules, timesteps, parameterization (noise, velocity, x0), noise
-that frames share.
+"""Diffusion as pure functions: noise schedules, timesteps, and what a network predicts (noise, velocity, or flow).
 
-Shapes: B clips, F frames.
+Shapes: N images.
 """
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
-from latent_shift.config import Diffusion
+from latent_shift.config import Diffusion, Prediction
 
 
 def noise_schedule(
@@ -22,7 +23,7 @@ def noise_schedule(
     zero_terminal_snr: bool = False,
 ) -> DDPMScheduler:
     """Return the training schedule: betas as in Stable Diffusion, or cosine, or rescaled to end in pure
-    noise (Lin et al. 2024)."""
+    noise (Lin et al. 2024). For a flow its betas have no effect, see `noise_levels`."""
     betas = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}.get(schedule, (1e-4, 0.02))
     return DDPMScheduler(
         num_train_timesteps=num_timesteps,
@@ -55,9 +56,30 @@ def draw_timesteps(
     return (num_timesteps * shift * u / (1 + (shift - 1) * u)).astype(np.int64)
 
 
+def noise_levels(schedule: SchedulerMixin, timesteps_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors `(N,)` of clean latents and of noise in what a network sees at its timesteps.
+
+    Their squares add up to 1 in diffusion, and the factors themselves in a flow, which is a straight line from the latents
+    to the noise (Liu et al. 2023, equation 1): the timestep over the number of timesteps is the factor of the noise.
+    """
+    if schedule.config.prediction_type == "flow_prediction":
+        sigma = timesteps_N / schedule.config.num_train_timesteps
+        return 1 - sigma, sigma
+    signal = schedule.alphas_cumprod.to(timesteps_N.device)[timesteps_N]
+    return signal.sqrt(), (1 - signal).sqrt()
+
+
+def add_noise(schedule: DDPMScheduler, latents_N: Tensor, noise_N: Tensor, timesteps_N: Tensor) -> Tensor:
+    """Return latents `(N, ...)` at the noise levels of timesteps `(N,)`, or all at that of `(1,)`."""
+    if schedule.config.prediction_type != "flow_prediction":
+        return schedule.add_noise(latents_N, noise_N, timesteps_N)
+    sigma = noise_levels(schedule, timesteps_N)[1].to(latents_N).reshape(-1, *[1] * (latents_N.ndim - 1))
+    return torch.lerp(latents_N, noise_N, sigma)
+
+
 def training_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return what a network learns to predict from noised latents: the noise, or the velocity (Salimans and
-    Ho 2022).
+    """Return what a network learns to predict from noised latents: the noise, the velocity of diffusion (Salimans and
+    Ho 2022), or that of a flow (Liu et al. 2023).
 
     Raises:
         ValueError: a schedule with another prediction type.
@@ -67,7 +89,11 @@ def training_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, tim
         return noise
     if prediction_type == "v_prediction":
         return schedule.get_velocity(latents, noise, timesteps)
-    raise ValueError(f"expected a schedule that predicts epsilon or v_prediction, got {prediction_type!r}")
+    if prediction_type == "flow_prediction":
+        return noise - latents
+    raise ValueError(
+        f"expected a schedule that predicts {', '.join(get_args(Prediction))}, got {prediction_type!r}"
+    )
 
 
 def ddim_step(

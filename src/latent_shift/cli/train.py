@@ -38,7 +38,7 @@ def train(
     force: outputs.Force = False,
 ) -> None:
     """Train an autoencoder, an image model or a video model."""
-    from latent_shift import config
+    from latent_shift.recipe import dump, load
 
     settings = recipe / "config.toml" if recipe.is_dir() else recipe
     if not settings.exists():
@@ -48,9 +48,9 @@ def train(
     )
     options = {"model.prediction": prediction, "model.variant": variant}
     extra = [f"{key}={value}" for key, value in options.items() if value is not None]
-    resolved = config.load(settings, [*(overrides or []), *extra])
+    resolved = load(settings, [*(overrides or []), *extra])
     if dry_run:
-        print(config.dump(resolved), end="")
+        print(dump(resolved), end="")
         return
     keep_freed_memory()
     quiet_libraries()

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -103,6 +103,10 @@ def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Pa
     if not is_unet or getattr(pipe, "text_encoder_2", None) is not None or has_temporal_layers(pipe.unet):
         raise ValueError(f"{model}: expected a model of Stable Diffusion 1.x or 2.x with the shift")
     scheduler = pipe.scheduler
+    if scheduler.config.prediction_type not in get_args(Settings.model_fields["prediction"].annotation):
+        raise ValueError(
+            f"{model} predicts {scheduler.config.prediction_type}: the engines sample models that predict epsilon or v_prediction"
+        )
     if type(scheduler).__name__ not in _SAMPLERS:
         scheduler = make_scheduler("DPMSolverMultistep", scheduler)
     check_own_scheduler(scheduler)

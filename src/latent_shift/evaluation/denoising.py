@@ -14,7 +14,7 @@ from latent_shift.clip_text import share_text
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.sampler import BalancedSampler
 from latent_shift.data.store import Store
-from latent_shift.diffusion import training_target
+from latent_shift.diffusion import add_noise, training_target
 from latent_shift.evaluation.clip_metrics import psnr
 from latent_shift.models import text
 from latent_shift.models.autoencoder import decode_latents, encode_frames, to_frames, to_pixels
@@ -60,7 +60,7 @@ def denoising(
     to temporal layers.
 
     Args:
-        pipe: a model that predicts epsilon or v.
+        pipe: of a model.
         clip: `(F, H, W, 3) uint8`.
         prompt: its caption.
         noise: (shared noise, noise correlation), as in `correlated_noise`.
@@ -83,7 +83,7 @@ def denoising(
         frame_noise = torch.randn(1, len(clip), *latents.shape[1:], generator=generator)
         clip_noise = torch.randn(1, 1, *latents.shape[1:], generator=generator)
         epsilon = correlated_noise(frame_noise, clip_noise, *noise)[0].to(latents)
-        noisy = schedule.add_noise(latents, epsilon, timestep)
+        noisy = add_noise(schedule, latents, epsilon, timestep)
         with frames(unet, len(clip)):
             together = unet(noisy, timestep, embedding).sample
         with frames(unet, 1):
@@ -114,7 +114,7 @@ def held_out_losses(
 
     Args:
         unet: inflated.
-        schedule: noise schedule of a network that predicts epsilon or v.
+        schedule: noise schedule of the network.
         store: of latents.
         splits: of the clips.
         num_clips: how many, of different concepts as far as there are.
@@ -132,7 +132,7 @@ def held_out_losses(
             timestep = torch.tensor([step])
             noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
             with frames(unet, num_frames):
-                output = unet(schedule.add_noise(latents, noise, timestep), timestep, text_1LD).sample
+                output = unet(add_noise(schedule, latents, noise, timestep), timestep, text_1LD).sample
             target = training_target(schedule, latents, noise, timestep)
             errors[step] += float((output - target).square().mean()) / num_clips
     return {str(step): error for step, error in errors.items()}

@@ -104,7 +104,7 @@ class TextEncoderSettings(_Settings):
 
 class SchedulerSettings(_Settings):
     class_name: Annotated[str, Field(alias="_class_name")]
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    prediction_type: Literal["epsilon", "v_prediction", "flow_prediction", "sample"] = "epsilon"
     num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
     beta_start: Fraction = 0.0001
     beta_end: Fraction = 0.02

@@ -24,6 +24,10 @@ SCHEDULERS = (
 )  # fmt: skip
 """Names of the schedulers for noise schedules of discrete timesteps, which Stable Diffusion has."""
 
+FLOW_SCHEDULERS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep")
+"""Names of those that also sample models that predict a flow. (DEISMultistep leaves noise.)"""
+_OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
 EDM_SCHEDULERS = ("EDMDPMSolverMultistep", "EDMEuler")
 """Names of the schedulers of models with EDM's preconditioning (Karras et al. 2022)."""
 
@@ -87,6 +91,8 @@ def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
     config = {**{name: value for name, value in neutral.items() if name in parameters}, **config}
     if type(like) is not scheduler_class:
         config.pop("algorithm_type", None)
+    if name in FLOW_SCHEDULERS:
+        config["use_flow_sigmas"] = config.get("prediction_type") == "flow_prediction"
     if name == "PNDM" and config.get("timestep_spacing") == "linspace":
         config["timestep_spacing"] = "leading"
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in parameters:
@@ -112,6 +118,12 @@ def check_own_scheduler(scheduler: SchedulerMixin) -> None:
     check_scheduler(name)
     limited = ("EulerAncestralDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "PNDM", *EDM_SCHEDULERS)
     predictions = ["epsilon", "v_prediction"] if name in limited else ["epsilon", "v_prediction", "sample"]
+    is_flow = config.prediction_type == "flow_prediction"
+    if is_flow and name not in FLOW_SCHEDULERS:
+        raise ValueError(
+            f"scheduler {name!r} cannot sample a model that predicts a flow; expected {' or '.join(FLOW_SCHEDULERS)}"
+        )
+    predictions += ["flow_prediction"] if name in FLOW_SCHEDULERS else []
     if config.prediction_type not in predictions:
         raise ValueError(
             f"scheduler {name!r} cannot sample a model that predicts {config.prediction_type!r}; expected "
@@ -128,7 +140,11 @@ def check_own_scheduler(scheduler: SchedulerMixin) -> None:
                 f"scheduler {name!r} clips latents as if they were pixels; expected {option}=False in its configuration"
             )
     unsuitable = {
-        "use_flow_sigmas": bool(config.get("use_flow_sigmas")),
+        "use_flow_sigmas": bool(config.get("use_flow_sigmas")) != is_flow,
+        **{
+            option: is_flow and bool(config.get(option))
+            for option in (*_OTHER_SIGMAS, "use_dynamic_shifting", "shift_terminal")
+        },
         "variance_type": config.get("variance_type") in ("learned", "learned_range"),
         "algorithm_type": name == "SASolver" and config.algorithm_type != "data_prediction",
         "predict_x0": not config.get("predict_x0", True),
@@ -143,7 +159,8 @@ def check_own_scheduler(scheduler: SchedulerMixin) -> None:
         if is_unsuitable:
             raise ValueError(
                 f"scheduler {name!r} with {option}={config[option]!r} does not sample a model that predicts "
-                f"{config.prediction_type!r} correctly; leave {option} at its default"
+                f"{config.prediction_type!r} correctly; "
+                f"{'set it' if option == 'use_flow_sigmas' and is_flow else f'leave {option} at its default'}"
             )
     if name == "PNDM" and config.timestep_spacing == "linspace":
         raise ValueError(
@@ -213,6 +230,10 @@ def set_timesteps(
     _check_custom_steps(
         "sigmas", sigmas, float(scheduler.sigmas.max()) if hasattr(scheduler, "sigmas") else math.inf
     )
+    if scheduler.config.get("use_flow_sigmas") and (timesteps is not None or sigmas is not None):
+        raise ValueError(
+            "a model that predicts a flow takes no timesteps and no sigmas; expected num_inference_steps"
+        )
     steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device, timesteps, sigmas)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
@@ -280,6 +301,10 @@ def input_scales(scheduler: SchedulerMixin, timestep: Tensor) -> tuple[Tensor, T
         sigma = (4 * timestep.float()).exp()
         signal = (sigma**2 + scheduler.config.sigma_data**2) ** -0.5
         return signal, sigma * signal
+    if scheduler.config.prediction_type == "flow_prediction":
+        from latent_shift.diffusion import noise_levels
+
+        return noise_levels(scheduler, timestep.float())
     alphas_cumprod = scheduler.alphas_cumprod.to(timestep.device, torch.float32).clamp(min=2**-24)
     log_snr = (alphas_cumprod / (1 - alphas_cumprod)).log()
     low = timestep.long().clamp(max=len(log_snr) - 1)
@@ -294,8 +319,8 @@ def predicted_clean(
     """Return the clean latents that a prediction implies.
 
     Args:
-        scheduler: of a model that predicts noise, v or clean latents.
-        inputs: the network's input, of unit variance; any shape.
+        scheduler: of a model that predicts noise, v, a flow or clean latents.
+        inputs: the network's input, with the factors of `input_scales`; any shape.
         prediction: its output for them, of the same shape.
         timestep: `(1,)` or a scalar.
     """
@@ -303,6 +328,8 @@ def predicted_clean(
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":
         return signal * inputs - noise * prediction
+    if kind == "flow_prediction":
+        return inputs - noise * prediction
     return prediction if kind == "sample" else (inputs - noise * prediction) / signal
 
 
@@ -310,6 +337,8 @@ def last_alpha(scheduler: SchedulerMixin) -> float:
     """Return the fraction of the variance that is signal at the last training timestep, the noisiest."""
     if _family_name(scheduler) in EDM_SCHEDULERS:
         return 1 / (1 + scheduler.config.sigma_max**2)
+    if scheduler.config.prediction_type == "flow_prediction":
+        return 0.0
     return float(scheduler.alphas_cumprod[-1])
 
 

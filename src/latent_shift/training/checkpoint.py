@@ -29,10 +29,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latent_shift.config import Config, dump, load
+from latent_shift.config import Config
 from latent_shift.data import shards
 from latent_shift.files import check_schema, parse_json, read_bytes, read_json_object, write_text
 from latent_shift.models.loading import one_line_errors
+from latent_shift.recipe import dump, load
 from latent_shift.training import fsdp
 from latent_shift.training.ema import EMA
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from latent_shift.config import PACKING, Config, load
+from latent_shift.config import PACKING, Config
 from latent_shift.data.readers import find_splits
 from latent_shift.data.store import Store, find_stores
 from latent_shift.diffusion import schedule_of
@@ -21,6 +21,7 @@ from latent_shift.models import sizes
 from latent_shift.models.loading import one_line_errors
 from latent_shift.models.network_classes import baseline_name, saved_class
 from latent_shift.models.parts import IndexSettings, read_part, read_settings, text_width
+from latent_shift.recipe import load
 from latent_shift.runtime import has_bf16_units, resolve_device, resolve_precision, world_size
 from latent_shift.shift import Shift
 from latent_shift.training import checkpoint

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from latent_shift.diffusion import training_target
+from latent_shift.diffusion import add_noise, noise_levels, training_target
 from latent_shift.models.perceptual import FeatureDistance
 from latent_shift.shift import frames
 
@@ -78,7 +78,7 @@ def attention_kernel(device: str, *, noise: Tensor) -> AbstractContextManager:
 
 
 class DenoisingObjective(nn.Module):
-    """Compute the mean squared error of a U-Net that predicts the noise or v.
+    """Compute the mean squared error of a network that predicts the noise, v or a flow.
 
     Args:
         unet: inflated, with one text per clip (`share_text`).
@@ -87,9 +87,6 @@ class DenoisingObjective(nn.Module):
         motion_weight: weight of the part of the error that differs from the clip's mean over frames. Still
             content is learned first; above 1 motion does not fall behind (the aim of MotionDirector's loss,
             Zhao et al. 2023, section 3.3).
-
-    Raises:
-        ValueError: the schedule predicts something else.
     """
 
     def __init__(
@@ -101,10 +98,6 @@ class DenoisingObjective(nn.Module):
         motion_weight: float = 1.0,
     ):
         super().__init__()
-        if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"expected a schedule that predicts epsilon or v_prediction, got {schedule.config.prediction_type!r}"
-            )
         self.unet = unet
         self.schedule = schedule
         self.min_snr = min_snr
@@ -118,7 +111,7 @@ class DenoisingObjective(nn.Module):
         num_frames = latents_BFCHW.shape[1]
         timesteps_N = timesteps_B.repeat_interleave(num_frames)
         latents, noise = latents_BFCHW.flatten(0, 1), noise_BFCHW.flatten(0, 1)
-        noisy = self.schedule.add_noise(latents, noise, timesteps_N)
+        noisy = add_noise(self.schedule, latents, noise, timesteps_N)
         target = training_target(self.schedule, latents, noise, timesteps_N)
         with frames(self.unet, num_frames):
             predicted = self.unet(noisy, timesteps_N, text_BLD).sample.float()
@@ -135,7 +128,7 @@ class DenoisingObjective(nn.Module):
         min(SNR, gamma)."""
         if self.min_snr is None:
             return 1.0
-        signal = self.schedule.alphas_cumprod.to(timesteps_B.device)[timesteps_B]
-        snr = signal / (1 - signal)
-        x0_weight = snr if self.schedule.config.prediction_type == "epsilon" else snr + 1
-        return snr.clamp(max=self.min_snr) / x0_weight
+        signal_B, noise_B = noise_levels(self.schedule, timesteps_B)
+        snr_B = (signal_B / noise_B).square()
+        predicts_noise = self.schedule.config.prediction_type == "epsilon"
+        return snr_B.clamp(max=self.min_snr) / (snr_B if predicts_noise else noise_B**-2)

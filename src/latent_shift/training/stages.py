@@ -27,7 +27,7 @@ from latent_shift.config import Config
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.sampler import BalancedSampler
 from latent_shift.data.store import Store, caption_at_rate, open_pixel_store
-from latent_shift.diffusion import draw_timesteps, schedule_of
+from latent_shift.diffusion import add_noise, draw_timesteps, schedule_of
 from latent_shift.files import read_json_object, write_json
 from latent_shift.models import autoencoder, sizes
 from latent_shift.models.autoencoder import load_autoencoder
@@ -199,7 +199,7 @@ class DenoiserStage:
                 rng = np.random.default_rng([self.config.train.seed, number, 0, 0, 2])
                 latents, noise, timesteps, text = self.draw_batch(rng, clips_only=True)
                 timesteps_N = timesteps.repeat_interleave(num_frames)
-                noisy = schedule.add_noise(latents.flatten(0, 1), noise.flatten(0, 1), timesteps_N)
+                noisy = add_noise(schedule, latents.flatten(0, 1), noise.flatten(0, 1), timesteps_N)
                 self.model(noisy, timesteps_N, text.repeat_interleave(num_frames, dim=0))
 
         shift = cheapest_channels(self.model, shift, denoise_clips, num_frames)
@@ -275,7 +275,8 @@ class DenoiserStage:
 
     def make_scheduler(self) -> SchedulerMixin:
         """Return the scheduler of the exported model."""
-        return DPMSolverMultistepScheduler.from_config(self.schedule.config)
+        is_flow = self.schedule.config.prediction_type == "flow_prediction"
+        return DPMSolverMultistepScheduler.from_config(self.schedule.config, use_flow_sigmas=is_flow)
 
     def call_defaults(self) -> dict[str, Any]:
         """Return the defaults of a call of the exported model."""

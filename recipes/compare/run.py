@@ -3,9 +3,10 @@
     python recipes/compare/run.py                       # every idea, 180 steps: half an hour of one core for each idea
     python recipes/compare/run.py distances attention   # these alone
     python recipes/compare/run.py --full distances      # 600 steps, as in compare.py
+    python recipes/compare/run.py --network pixart      # a small transformer, PixArt's or Sana's, and its own ideas
 
-Every model starts from the image model of compare.py and sees the same clips, noise and timesteps. Writes docs/results/ideas.json, or
-ideas-full.json, with what was measured before; that is not measured again.
+Every model starts from one image model, for a U-Net that of compare.py, and sees the same clips, noise and timesteps. Writes
+docs/results/ideas.json (ideas-full.json, ideas-pixart.json, ...) with what was measured before; that is not measured again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,11 +26,12 @@ from compare import encode_latents
 from latent_shift.data.latents import LatentStore
 from latent_shift.evaluation.denoising import held_out_losses
 from latent_shift.files import write_json
+from latent_shift.models.loading import open_network
 from latent_shift.pipelines.loading import load
 from latent_shift.shift import has_temporal_layers, inflate, shift_of
 
 # Settings that differ from video.toml.
-IDEAS = {
+UNET_IDEAS = {
     "shift": "",
     "hold": "model.edge=hold",
     "none": "model.temporal=none",
@@ -52,9 +55,31 @@ IDEAS = {
     "attention-lr-1e-3": "model.temporal=attention optim.lr=1e-3",
     "distances-lr-1e-3": "model.edge=hold model.rule=recipes.compare.rules:distances optim.lr=1e-3",
 }
+TRANSFORMER_IDEAS = {
+    "none": "model.temporal=none",
+    "attention": "model.temporal=attention",
+    "kv": "model.edge=hold model.place=kv",
+    "attn": "model.edge=hold model.place=attn",
+    "ffn": "model.edge=hold model.place=ffn",
+    "kv-cheapest": "model.edge=hold model.place=kv model.channels=cheapest",
+    "attn-cheapest": "model.edge=hold model.place=attn model.channels=cheapest",
+    "ffn-cheapest": "model.edge=hold model.place=ffn model.channels=cheapest",
+}
+IDEAS = {"unet": UNET_IDEAS, "pixart": TRANSFORMER_IDEAS, "sana": TRANSFORMER_IDEAS}
 SHORT = "optim.steps=180 optim.warmup_steps=20 optim.cooldown_steps=60 optim.ema=0.97 train.validate_every=60 train.compile=false"
-NUM_SEEDS = 3
 NUM_CLIPS, NUM_FRAMES = 96, 8
+
+
+def image_model(network: str) -> str:
+    """Return the folder of the image model that the ideas start from; a transformer is trained first."""
+    if network == "unet":
+        return "recipes/compare/image-model"
+    folder = f"runs/ideas-{network}/image"
+    run(
+        f"latent-shift train recipes/compare/transformer-image.toml --run {folder} model.size={network}",
+        result=f"{folder}/model/model_index.json",
+    )
+    return f"{folder}/model"
 
 
 def measure(unet: ModelMixin, scheduler: SchedulerMixin, store: LatentStore) -> dict[str, float]:
@@ -69,22 +94,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ideas", nargs="*", metavar="idea", help=f"of {', '.join(IDEAS)}; default: all")
+    parser.add_argument("ideas", nargs="*", metavar="idea", help="default: all")
+    parser.add_argument("--network", choices=IDEAS, default="unet")
     parser.add_argument("--full", action="store_true", help="600 steps instead of 180")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     options = parser.parse_args()
-    if unknown := set(options.ideas) - set(IDEAS):
-        parser.error(f"unknown {', '.join(sorted(unknown))}; expected some of {', '.join(IDEAS)}")
+    ideas = IDEAS[options.network]
+    if unknown := set(options.ideas) - set(ideas):
+        parser.error(f"unknown {', '.join(sorted(unknown))}; expected some of {', '.join(ideas)}")
     encode_latents()
-    name = "ideas-full" if options.full else "ideas"
+    init = image_model(options.network)
+    name = (
+        "ideas"
+        + ("-full" if options.full else "")
+        + (f"-{options.network}" if options.network != "unet" else "")
+    )
+    common = f"model.init={init} " + (
+        "diffusion.prediction=flow_prediction diffusion.zero_terminal_snr=false"
+        if options.network != "unet"
+        else ""
+    )
     result = Path("docs/results") / f"{name}.json"
     rows = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     store = LatentStore("data/compare-latents")
-    for idea in options.ideas or IDEAS:
-        for seed in range(NUM_SEEDS):
-            if rows.get(idea, {}).get(str(seed), {}).get("settings") == IDEAS[idea]:
+    for idea in options.ideas or ideas:
+        for seed in range(options.seeds):
+            if rows.get(idea, {}).get(str(seed), {}).get("settings") == ideas[idea]:
                 continue
             folder = f"runs/{name}/{idea}-seed-{seed}"
-            settings = f"{IDEAS[idea]} train.seed={seed} {'' if options.full else SHORT}"
+            settings = f"{ideas[idea]} {common} train.seed={seed} {'' if options.full else SHORT}"
             run(
                 f"latent-shift train recipes/compare/video.toml --run {folder} {settings}",
                 result=f"{folder}/model/model_index.json",
@@ -93,9 +131,9 @@ def main() -> None:
             losses = measure(pipe.unet, pipe.scheduler, store)
             stats = [json.loads(line) for line in Path(folder, "stats.jsonl").read_text().splitlines()]
             seconds = stats[-1]["seconds"] / stats[-1]["step"]
-            row = {"settings": IDEAS[idea], "loss": losses, "seconds_per_step": round(seconds, 4)}
+            row = {"settings": ideas[idea], "loss": losses, "seconds_per_step": round(seconds, 4)}
             if seed == 0 and not has_temporal_layers(pipe.unet):
-                start = UNet2DConditionModel.from_pretrained("recipes/compare/image-model/unet").eval()
+                start = open_network(Path(init, "unet"), UNet2DConditionModel, dtype=torch.float32).eval()
                 row["loss_before_training"] = measure(
                     inflate(start, shift_of(pipe.unet)), pipe.scheduler, store
                 )

@@ -11,10 +11,10 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from test_shift import tiny_unet
 
-from latent_shift import cuda_graphs
+from latent_shift import cuda_graphs, shift_kernels
 from latent_shift.cuda_graphs import use_cuda_graphs
 from latent_shift.runtime import seed
-from latent_shift.shift import Shift, frames, inflate, streaming
+from latent_shift.shift import Shift, ShiftGroupNorm, frames, inflate, streaming
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -75,6 +75,19 @@ def test_a_recording_keeps_no_output_of_a_caller(unet, replays):
     first, second, third = (call(unet, 0), call(unet, 0), call(unet, 0))
     call(unet, 1)
     assert torch.equal(first, third) and torch.equal(second, third)
+
+
+def test_a_recording_keeps_the_tables_of_the_shift(unet, replays, monkeypatch):
+    """A graph reads their memory, whatever the cache drops."""
+    monkeypatch.setattr(shift_kernels, "_tables", {})
+    graphs = use_cuda_graphs(unet)
+    for _ in range(2):
+        call(unet)
+    tables = shift_kernels.tables_in_use()
+    shift_kernels._tables.clear()
+    (recording,) = graphs.graphs.values()
+    widths = {layer.num_channels for layer in unet.modules() if isinstance(layer, ShiftGroupNorm)}
+    assert len(tables) == len(widths) and recording.kept == tables
 
 
 def test_frames_edges_and_shapes_have_graphs_of_their_own(unet, replays):

@@ -26,10 +26,15 @@ norm = nn.GroupNorm(2, 8)
 nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
 x = 3 + 2 * torch.randn(6, 8, 3, 5)
 for edge in ("zero", "hold", "wrap"):
-    for num_frames, shift in ((1, Shift()), (3, Shift(edge=edge)), (6, Shift(0.5, 0.25, edge=edge)), (3, Shift(0, 0.5, edge=edge))):
+    far = Shift(rule=lambda num_channels: [2, -1, 0, 7, 0, -4, 1, -9], edge=edge)
+    for num_frames, shift in ((3, Shift(edge=edge)), (6, Shift(0.5, 0.25, edge=edge)), (3, Shift(0, 0.5, edge=edge)), (3, far)):
         expected = temporal_shift(torch.nn.functional.silu(norm(x)), num_frames, shift)
-        torch.testing.assert_close(norm_silu_shift(x, norm, num_frames, shift), expected, rtol=1e-5, atol=1e-5)
-for wrong, words in ((lambda: norm_silu_shift(x, norm, 4, Shift()), "does not divide"), (lambda: norm_silu_shift(x.to(memory_format=torch.channels_last), norm), "contiguous")):
+        torch.testing.assert_close(norm_silu_shift(x, norm, num_frames, shift.groups(8), edge), expected, rtol=1e-5, atol=1e-5)
+groups, last = Shift().groups(8), x.to(memory_format=torch.channels_last)
+for wrong, words in (
+    (lambda: norm_silu_shift(x, norm, 4, groups), "does not divide"), (lambda: norm_silu_shift(last, norm, 3, groups), "contiguous"),
+    (lambda: norm_silu_shift(x, norm, 3, ((0, 8, (0, 1)),)), "mean of several frames"),
+):
     try:
         wrong()
     except ValueError as error:
@@ -38,7 +43,7 @@ for wrong, words in ((lambda: norm_silu_shift(x, norm, 4, Shift()), "does not di
         raise AssertionError(words)
 half = x.to(torch.bfloat16)
 expected = temporal_shift(torch.nn.functional.silu(norm(half.float())), 3, Shift())
-torch.testing.assert_close(norm_silu_shift(half, norm, 3, Shift()).float(), expected, rtol=1e-2, atol=1e-2)
+torch.testing.assert_close(norm_silu_shift(half, norm, 3, groups).float(), expected, rtol=1e-2, atol=1e-2)
 print("right")
 """
 
@@ -120,6 +125,6 @@ def test_gpu_gives_what_pytorch_gives(dtype):
         expected = fused_norm.F.silu(norm(x))
         from latent_shift.shift import temporal_shift
 
-        found = fused_norm.norm_silu_shift(x, norm, 16, shift)
+        found = fused_norm.norm_silu_shift(x, norm, 16, shift.groups(320), edge)
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found, temporal_shift(expected, 16, shift), rtol=tolerance, atol=tolerance)

@@ -157,11 +157,34 @@ def test_shift_op_passes_opcheck(edge, adjoint):
         torch.library.opcheck(shift_kernels.shift_op, (x.requires_grad_(), groups, edge, adjoint))
 
 
-def test_temporal_shift_keeps_the_memory_format():
-    x = torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last)
-    y = temporal_shift(x, 4)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, shift_by_loops(x, 4, 2, 2, "zero"))
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("rule", [None, far, scattered, shuffled])
+def test_temporal_shift_keeps_the_memory_format(edge, rule):
+    """With channels last the values and gradients are those of contiguous frames."""
+    x = torch.randn(8, 36, 4, 4, requires_grad=True)
+    y = temporal_shift(x, 4, Shift(edge=edge, rule=rule))
+    upstream = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(y, x, upstream)
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    z = temporal_shift(last, 4, Shift(edge=edge, rule=rule))
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(z, y)
+    (found,) = torch.autograd.grad(z, last, upstream.contiguous(memory_format=torch.channels_last))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, gradient)
+
+
+def test_tables_are_made_anew_after_they_were_dropped(monkeypatch):
+    x = torch.randn(8, 9, 2, 2)
+    settings = [Shift(edge=edge, rule=rule) for edge in EDGES for rule in (None, far)]
+    expected = [temporal_shift(x, 4, shift) for shift in settings]
+    monkeypatch.setattr(shift_kernels, "_MAX_TABLES", 2)
+    monkeypatch.setattr(shift_kernels, "_tables", {})
+    for _ in range(2):
+        assert all(
+            torch.equal(temporal_shift(x, 4, shift), y) for shift, y in zip(settings, expected, strict=True)
+        )
+    assert len(shift_kernels.tables_in_use()) == 2
 
 
 def test_temporal_shift_is_a_permutation_or_a_permutation_plus_zeros():

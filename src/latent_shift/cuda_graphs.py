@@ -10,12 +10,14 @@ import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from latent_shift.shift_kernels import tables_in_use
 
 log = logging.getLogger("latent_shift")
 
@@ -61,6 +63,8 @@ class _Recording:
     inputs: list[Tensor]
     outputs: Any
     replay: Callable[[], None]
+    kept: list[Any] = field(default_factory=tables_in_use)
+    """What the kernels read beside the inputs and the weights."""
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         for own, given in zip(self.inputs, tensors, strict=True):

@@ -15,7 +15,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latent_shift.shift import Shift, ShiftGroupNorm
+from latent_shift.shift import ShiftGroupNorm
+from latent_shift.shift_kernels import Edge, Groups, channel_offsets
 
 try:
     import triton
@@ -50,19 +51,18 @@ if triton is not None:
 
     @triton.jit
     def _apply_kernel(
-        x, y, mean, rstd, weight, bias, channels, pixels, channels_per_group, frames, ahead, back, EDGE: tl.constexpr, BLOCK: tl.constexpr
+        x, y, mean, rstd, weight, bias, shift, channels, pixels, channels_per_group, frames, EDGE: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
-        """One channel of one image: of its own frame, of the one before or of the one after."""
+        """One channel of one image, from the frame at its offset `shift`."""
         image = tl.program_id(0).to(tl.int64)
         channel = tl.program_id(1)
         frame = image % frames
-        step = tl.where(channel < ahead, -1, tl.where(channel >= channels - back, 1, 0))
-        source = frame + step
+        source = frame + tl.load(shift + channel)
         exists = (source >= 0) & (source < frames)
         if EDGE == 1:
-            source = (source + frames) % frames
+            source = (source % frames + frames) % frames
         else:
-            source = tl.where(exists, source, frame)
+            source = tl.minimum(tl.maximum(source, 0), frames - 1)
         image_from = image - frame + source
         group = image_from * (channels // channels_per_group) + channel // channels_per_group
         scale = tl.load(rstd + group) * tl.load(weight + channel).to(tl.float32)
@@ -80,38 +80,39 @@ if triton is not None:
 
 
 def norm_silu_shift(
-    x_NCHW: Tensor, norm: nn.GroupNorm, num_frames: int = 1, shift: Shift = Shift(0, 0)
+    x_NCHW: Tensor, norm: nn.GroupNorm, num_frames: int, groups: Groups, edge: Edge = "zero"
 ) -> Tensor:
-    """Return `temporal_shift(silu(norm(x)), num_frames, shift)`.
+    """Return the shift of `silu(norm(x))`.
 
     Args:
         x_NCHW: contiguous.
         norm: group norm with weight and bias.
         num_frames: F, a divisor of N.
-        shift: fractions and edge; no rule.
+        groups: of the channels, with their offsets (`Shift.groups`).
+        edge: as in `Shift`.
 
     Raises:
-        ValueError: `num_frames` does not divide the batch, or the tensor is not contiguous.
+        ValueError: `num_frames` does not divide the batch, the tensor is not contiguous, or a channel is the mean of several
+            frames.
     """
     num, channels, height, width = x_NCHW.shape
     if num % num_frames:
         raise ValueError(f"num_frames={num_frames} does not divide the batch of {num} frames")
     if not x_NCHW.is_contiguous():
         raise ValueError("expected a contiguous tensor, not one with channels last")
-    pixels, groups = height * width, norm.num_groups
+    pixels, num_groups = height * width, norm.num_groups
+    offsets_C = channel_offsets(groups, x_NCHW.device)
     y_NCHW = torch.empty_like(x_NCHW)
-    mean, rstd = torch.empty(2, num * groups, dtype=torch.float32, device=x_NCHW.device)
-    moved = {offset: stop - start for start, stop, (offset,) in shift.groups(channels) if num_frames > 1}
-    ahead, back = moved.get(-1, 0), moved.get(1, 0)
-    size = channels // groups * pixels
+    mean, rstd = torch.empty(2, num * num_groups, dtype=torch.float32, device=x_NCHW.device)
+    size = channels // num_groups * pixels
     with torch.cuda.device_of(x_NCHW):  # no effect on a CPU
-        _statistics_kernel[(num * groups,)](
+        _statistics_kernel[(num * num_groups,)](
             x_NCHW, mean, rstd, size, norm.eps, BLOCK=min(4096, triton.next_power_of_2(size))
         )
         block = min(1024, triton.next_power_of_2(pixels))
         _apply_kernel[(num, channels, triton.cdiv(pixels, block))](
-            x_NCHW, y_NCHW, mean, rstd, norm.weight, norm.bias, channels, pixels, channels // groups, num_frames, ahead, back,
-            EDGE=_EDGES[shift.edge], BLOCK=block,
+            x_NCHW, y_NCHW, mean, rstd, norm.weight, norm.bias, offsets_C, channels, pixels, channels // num_groups, num_frames,
+            EDGE=_EDGES[edge], BLOCK=block,
         )  # fmt: skip
     return y_NCHW
 
@@ -133,23 +134,23 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return (shortcut + hidden) / self.output_scale_factor
 
     def _applies(self, x_NCHW: Tensor) -> bool:
-        states = [norm.shift_state for norm in (self.norm1, self.norm2) if isinstance(norm, ShiftGroupNorm)]
+        shifted = [norm for norm in (self.norm1, self.norm2) if isinstance(norm, ShiftGroupNorm)]
+        states = [norm.shift_state for norm in shifted]
         return (
             (x_NCHW.is_cuda or INTERPRETED)
             and x_NCHW.is_contiguous()
             and not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
             and not torch.is_autocast_enabled(x_NCHW.device.type)
-            and all(
-                state.memory is None and state.neighbors is None and state.shift.rule is None
-                for state in states
-            )
+            and all(state.memory is None and state.neighbors is None for state in states)
+            and all(len(offsets) == 1 for norm in shifted for *_, offsets in norm.shift_groups)
         )
 
 
 def _run(norm: nn.GroupNorm, x_NCHW: Tensor) -> Tensor:
-    if isinstance(norm, ShiftGroupNorm):
-        return norm_silu_shift(x_NCHW, norm, norm.shift_state.num_frames, norm.shift_state.shift)
-    return norm_silu_shift(x_NCHW, norm)
+    if isinstance(norm, ShiftGroupNorm) and norm.shift_state.num_frames > 1:
+        state = norm.shift_state
+        return norm_silu_shift(x_NCHW, norm, state.num_frames, norm.shift_groups, state.shift.edge)
+    return norm_silu_shift(x_NCHW, norm, 1, ((0, norm.num_channels, (0,)),))
 
 
 def fuse_norms(network: nn.Module) -> nn.Module:

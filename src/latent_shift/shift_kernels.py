@@ -6,8 +6,11 @@ Shapes: B clips, F frames, C channels.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -18,7 +21,7 @@ Groups = tuple[tuple[int, int, tuple[int, ...]], ...]
 
 
 MAX_GROUPS = 16
-"""More groups than these are gathered by their offsets, instead of copied one by one."""
+"""More groups than these are brought into an order with fewer, before they are copied one by one."""
 
 
 def shift_clips(x_BFCHW: Tensor, groups: Groups, edge: Edge) -> Tensor:
@@ -61,87 +64,168 @@ def merge_groups(groups: Groups) -> tuple[list[int], Groups]:
 
 
 def copy_shifted(x_BFCHW: Tensor, groups: list[int], edge: Edge, adjoint: bool) -> Tensor:
-    """Shift by copies: a group of channels with one offset goes straight to its destination.
+    """Shift by copies, each channel of a frame from its source.
 
     Args:
         groups: see `flatten_groups`.
         adjoint: apply the adjoint instead: the shift in the opposite direction, plus the other uses of the end frames
             where the edge is held.
     """
-    y_BFCHW = torch.empty_like(x_BFCHW)
-    if len(groups) <= 4 * MAX_GROUPS:
-        for start, stop, offsets in _parse_groups(tuple(groups)):
-            _copy_mean(x_BFCHW[:, :, start:stop], y_BFCHW[:, :, start:stop], offsets, edge, adjoint)
-        return y_BFCHW
-    if x_BFCHW.is_contiguous() and all(len(offsets) == 1 for *_, offsets in _parse_groups(tuple(groups))):
-        return _gather_planes(x_BFCHW, _parse_groups(tuple(groups)), edge, adjoint)
-    order, merged = merge_groups(_parse_groups(tuple(groups)))
-    order_C = torch.tensor(order, device=x_BFCHW.device)
+    if x_BFCHW.is_contiguous():
+        settings = (*x_BFCHW.shape[:2], edge, adjoint, x_BFCHW.device)
+        return _gather_rows(x_BFCHW, _table(_Rows.of, tuple(groups), *settings))
+    x_BFHWC, y_BFCHW, merged = x_BFCHW.movedim(2, -1), torch.empty_like(x_BFCHW), _parse_groups(tuple(groups))
+    y_BFHWC, order_C = y_BFCHW.movedim(2, -1), None
+    if len(merged) > MAX_GROUPS:
+        order, merged = merge_groups(merged)
+        order_C = torch.tensor(order, device=x_BFCHW.device)
+        x_BFHWC, y_BFHWC = x_BFHWC.index_select(-1, order_C), torch.empty_like(x_BFHWC)
     for start, stop, offsets in merged:
-        if offsets == (0,):
-            y_BFCHW.index_copy_(2, order_C[start:stop], x_BFCHW.index_select(2, order_C[start:stop]))
-            continue
-        x = x_BFCHW.index_select(2, order_C[start:stop])
-        y = torch.empty_like(x)
-        _copy_mean(x, y, offsets, edge, adjoint)
-        y_BFCHW.index_copy_(2, order_C[start:stop], y)
+        _copy_mean(x_BFHWC[..., start:stop], y_BFHWC[..., start:stop], offsets, edge, adjoint)
+    if order_C is not None:
+        y_BFCHW.movedim(2, -1).index_copy_(-1, order_C, y_BFHWC)
     return y_BFCHW
 
 
-def _gather_planes(x_BFCHW: Tensor, groups: Groups, edge: Edge, adjoint: bool) -> Tensor:
-    """Shift scattered channels in one pass: every channel of a frame is one row of memory."""
-    num_frames, num_channels = x_BFCHW.shape[1:3]
-    sign = -1 if adjoint else 1
-    offsets_C = torch.tensor([sign * offset for start, stop, (offset,) in groups for _ in range(start, stop)])
-    source_FC = torch.arange(num_frames)[:, None] + offsets_C
-    is_outside_FC = (source_FC < 0) | (source_FC >= num_frames)
-    source_FC = source_FC % num_frames if edge == "wrap" else source_FC.clamp(0, num_frames - 1)
-    rows = (source_FC * num_channels + torch.arange(num_channels)).flatten().to(x_BFCHW.device)
-    y_BFCHW = x_BFCHW.flatten(1, 2).index_select(1, rows)
-    if edge == "zero" or (edge == "hold" and adjoint):
-        y_BFCHW.index_fill_(1, is_outside_FC.flatten().nonzero().flatten().to(x_BFCHW.device), 0)
-    y_BFCHW = y_BFCHW.unflatten(1, (num_frames, num_channels))
-    if edge == "hold" and adjoint:
-        for offset in offsets_C.unique().tolist():
-            if offset:  # the other uses of the end frames
-                channels = (offsets_C == offset).nonzero().flatten().to(x_BFCHW.device)
-                num = min(abs(offset), num_frames)
-                dropped = x_BFCHW[:, :num] if offset > 0 else x_BFCHW[:, -num:]
-                end = y_BFCHW[:, 0 if offset > 0 else -1]
-                end.index_add_(1, channels, dropped.index_select(2, channels).sum(dim=1))
-    return y_BFCHW
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The shift as a gather of rows: row (b * F + f) * C + c is channel c of frame f of clip b.
+
+    Attributes:
+        first: a source for each row `(B*F*C,)`.
+        empty: rows without a source, which become zero; None: there are none.
+        more: further sources to add, as (rows, their sources); no row comes twice in one of them.
+        scale: `(B*F*C, 1, 1)` factor of each row; None: all are 1.
+    """
+
+    first: Tensor
+    empty: Tensor | None
+    more: tuple[tuple[Tensor, Tensor], ...]
+    scale: Tensor | None
+
+    @classmethod
+    def of(
+        cls, groups: Groups, num_clips: int, num_frames: int, edge: Edge, adjoint: bool, device: torch.device
+    ) -> _Rows:
+        num_channels = groups[-1][1]
+        to, source = [], []
+        for start, stop, offsets in groups:
+            channels = np.arange(start, stop)
+            for offset in offsets:
+                frame_F = np.arange(num_frames)
+                from_F = frame_F + offset
+                exists_F = (from_F >= 0) & (from_F < num_frames)
+                if edge == "zero":
+                    frame_F, from_F = frame_F[exists_F], from_F[exists_F]
+                from_F = from_F % num_frames if edge == "wrap" else from_F.clip(0, num_frames - 1)
+                to.append((frame_F[:, None] * num_channels + channels).ravel())
+                source.append((from_F[:, None] * num_channels + channels).ravel())
+        to_E, source_E = np.concatenate(to), np.concatenate(source)
+        if adjoint:
+            to_E, source_E = source_E, to_E
+        # The first source of every row, then the second, and so on.
+        order = np.argsort(to_E, kind="stable")
+        to_E, source_E = to_E[order], source_E[order]
+        number_E = np.arange(len(to_E)) - np.searchsorted(to_E, to_E)
+        layers = [(to_E[number_E == n], source_E[number_E == n]) for n in range(number_E.max(initial=-1) + 1)]
+        first = np.zeros(num_frames * num_channels, np.int64)
+        has_source = np.zeros(len(first), bool)
+        if layers:
+            first[layers[0][0]], has_source[layers[0][0]] = layers[0][1], True
+
+        def in_all_clips(rows: np.ndarray) -> Tensor:
+            clips = np.arange(num_clips)[:, None] * len(first)
+            return torch.from_numpy((clips + rows).ravel()).to(device)
+
+        counts_C = np.concatenate([np.full(stop - start, len(offsets)) for start, stop, offsets in groups])
+        scale = np.tile(1 / counts_C, num_clips * num_frames).astype(np.float32)[:, None, None]
+        return cls(
+            in_all_clips(first),
+            None if has_source.all() else in_all_clips(np.flatnonzero(~has_source)),
+            tuple((in_all_clips(rows), in_all_clips(sources)) for rows, sources in layers[1:]),
+            torch.from_numpy(scale).to(device) if counts_C.max() > 1 else None,
+        )
 
 
-def _copy_mean(x_BFCHW: Tensor, y_BFCHW: Tensor, offsets: tuple[int, ...], edge: Edge, adjoint: bool) -> None:
-    """Write the mean of the frames at some offsets, or the adjoint of that, into `y_BFCHW`."""
-    _copy_frames(x_BFCHW, y_BFCHW, offsets[0], edge, adjoint)
+def _gather_rows(x_BFCHW: Tensor, rows: _Rows) -> Tensor:
+    x_RHW = x_BFCHW.flatten(0, 2)
+    y_RHW = x_RHW.index_select(0, rows.first)
+    if rows.empty is not None:
+        y_RHW.index_fill_(0, rows.empty, 0)
+    for to, sources in rows.more:
+        y_RHW.index_add_(0, to, x_RHW.index_select(0, sources))
+    if rows.scale is not None:
+        y_RHW *= rows.scale.to(y_RHW.dtype)
+    return y_RHW.unflatten(0, x_BFCHW.shape[:3])
+
+
+_tables: dict[tuple, Any] = {}
+_MAX_TABLES = 1024
+
+
+def _table(make: Callable[..., Any], groups: tuple[int, ...], *settings: Any) -> Any:
+    """Return the index tensors of a shift, made once for each of its settings."""
+    key = (make, groups, *settings)
+    table = _tables.get(key)
+    if table is None:
+        table = make(_parse_groups(groups), *settings)
+        while len(_tables) >= _MAX_TABLES:
+            _tables.pop(next(iter(_tables)), None)
+        _tables[key] = table
+    return table
+
+
+def tables_in_use() -> list[Any]:
+    """Return what a CUDA graph has to keep alive: the index tensors that its kernels read."""
+    return list(_tables.values())
+
+
+def channel_offsets(groups: Groups, device: torch.device) -> Tensor:
+    """Return the offset in frames of each channel `(C,)`, as int32.
+
+    Raises:
+        ValueError: a channel is the mean of several frames.
+    """
+    return _table(_channel_offsets, tuple(flatten_groups(groups)), device)
+
+
+def _channel_offsets(groups: Groups, device: torch.device) -> Tensor:
+    if any(len(offsets) > 1 for *_, offsets in groups):
+        raise ValueError("a channel that is the mean of several frames has no offset")
+    offsets_C = [offset for start, stop, (offset,) in groups for _ in range(start, stop)]
+    return torch.tensor(offsets_C, dtype=torch.int32, device=device)
+
+
+def _copy_mean(x_BF: Tensor, y_BF: Tensor, offsets: tuple[int, ...], edge: Edge, adjoint: bool) -> None:
+    """Write the mean of the frames at some offsets, or the adjoint of that, into `y_BF`."""
+    _copy_frames(x_BF, y_BF, offsets[0], edge, adjoint)
     if len(offsets) > 1:
-        term = torch.empty_like(x_BFCHW)
+        term = torch.empty_like(x_BF)
         for offset in offsets[1:]:
-            _copy_frames(x_BFCHW, term, offset, edge, adjoint)
-            y_BFCHW += term
-        y_BFCHW /= len(offsets)
+            _copy_frames(x_BF, term, offset, edge, adjoint)
+            y_BF += term
+        y_BF /= len(offsets)
 
 
-def _copy_frames(x_BFCHW: Tensor, y_BFCHW: Tensor, offset: int, edge: Edge, adjoint: bool) -> None:
-    """Write the frames at an offset, or the adjoint of that, into `y_BFCHW`."""
-    num = _num_filled(offset, x_BFCHW.shape[1], edge)
+def _copy_frames(x_BF: Tensor, y_BF: Tensor, offset: int, edge: Edge, adjoint: bool) -> None:
+    """Write the frames at an offset, or the adjoint of that, into `y_BF`."""
+    num = _num_filled(offset, x_BF.shape[1], edge)
     if num == 0:
-        y_BFCHW.copy_(x_BFCHW)
+        y_BF.copy_(x_BF)
         return
     from_previous = (offset < 0) != adjoint
     begin, end = slice(num), slice(-num, None)
     kept, filled = (slice(num, None), begin) if from_previous else (slice(-num), end)
     source, dropped = (slice(-num), end) if from_previous else (slice(num, None), begin)
-    y_BFCHW[:, kept] = x_BFCHW[:, source]
+    y_BF[:, kept] = x_BF[:, source]
     if edge == "wrap":
-        y_BFCHW[:, filled] = x_BFCHW[:, dropped]
+        y_BF[:, filled] = x_BF[:, dropped]
     elif edge == "zero" or adjoint:
-        y_BFCHW[:, filled] = 0
+        y_BF[:, filled] = 0
     else:
-        y_BFCHW[:, filled] = x_BFCHW[:, :1] if from_previous else x_BFCHW[:, -1:]
+        y_BF[:, filled] = x_BF[:, :1] if from_previous else x_BF[:, -1:]
     if edge == "hold" and adjoint:
-        y_BFCHW[:, -1 if from_previous else 0] += x_BFCHW[:, dropped].sum(dim=1)
+        y_BF[:, -1 if from_previous else 0] += x_BF[:, dropped].sum(dim=1)
 
 
 class _CopyShifted(torch.autograd.Function):

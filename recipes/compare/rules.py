@@ -38,6 +38,18 @@ def third_mean(num_channels: int) -> list[int | tuple[int, ...]]:
     return _with_mean(num_channels, num_channels // 3, num_channels // 6)
 
 
+def blend(num_channels: int) -> list[int | tuple[int, ...]]:
+    """A third of the channels each way, as the mean of their own frame and its neighbour."""
+    third = num_channels // 3
+    return [(-1, 0)] * third + [0] * (num_channels - 2 * third) + [(0, 1)] * third
+
+
+def blend_all(num_channels: int) -> list[int | tuple[int, ...]]:
+    """The paper's thirds, and half of the channels that stay are the mean of three frames."""
+    third, mean = num_channels // 3, num_channels // 6
+    return [-1] * third + [0] * (num_channels - 2 * third - mean) + [(-1, 0, 1)] * mean + [1] * third
+
+
 def _with_mean(num_channels: int, num_each_way: int, num_mean: int) -> list[int | tuple[int, ...]]:
     window = (-3, -2, -1, 0, 1, 2, 3)
     stays = num_channels - 2 * num_each_way - num_mean

@@ -30,9 +30,6 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
         shift: how many channels come from which frame, place and edge.
         run: runs the network on noised clips, frame by frame.
         num_frames: F of these clips.
-
-    Raises:
-        ValueError: a rule that averages over frames.
     """
     readers = dict(_readers(network, shift.place))
     changes: dict[str, list[Tensor]] = {name: [] for name in readers}
@@ -94,14 +91,11 @@ def _squared_weights(layer: nn.Module) -> Tensor:
 def _offsets(costs_C: Tensor, shift: Shift, layer: str) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Return the groups of a layer's channels: by rising cost, the offsets of `shift` take turns."""
     turns = []
-    for start, stop, frames_from in shift.groups(len(costs_C), layer):
-        if len(frames_from) > 1:
-            raise ValueError(
-                "a channel that is the mean of several frames has no cost: expected one frame for each"
-            )
-        if offset := frames_from[0]:
-            turns += [((number + 0.5) / (stop - start), -offset) for number in range(stop - start)]
-    offsets = [0] * len(costs_C)
-    for channel, (_, negated) in zip(costs_C.argsort(stable=True).tolist(), sorted(turns), strict=False):
-        offsets[channel] = -negated
-    return tuple((len(list(run)), (offset,)) for offset, run in groupby(offsets))
+    for start, stop, offsets in shift.groups(len(costs_C), layer):
+        if offsets != (0,):
+            turns += [((number + 0.5) / (stop - start), offsets) for number in range(stop - start)]
+    turns.sort(key=lambda turn: (turn[0], [-offset for offset in turn[1]]))
+    chosen: list[tuple[int, ...]] = [(0,)] * len(costs_C)
+    for channel, (_, offsets) in zip(costs_C.argsort(stable=True).tolist(), turns, strict=False):
+        chosen[channel] = offsets
+    return tuple((len(list(run)), offsets) for offsets, run in groupby(chosen))

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny import tiny_config
 
+from latent_shift.pipelines.loading import load
 from latent_shift.training import checkpoint, optimizer, stages
 from latent_shift.training.loop import train
 from latent_shift.training.optimizer import create_optimizer, step_if_finite
@@ -51,6 +53,34 @@ def test_train_ends_after_many_skipped_steps(latents, tmp_path, monkeypatch):
         for line in (tmp_path / "stats.jsonl").read_text().splitlines()
     ]
     assert [(row["loss"], row["skipped"]) for row in rows] == [(None, 1), (None, 1)]
+
+
+def test_layers_that_read_shifted_channels_learn_faster(latents, image_model, tmp_path):
+    """With AdamW a first step moves every number by the learning rate; a resumed run goes on at the rates of its recipe."""
+    settings = {"init": str(image_model), "channels": "cheapest"}
+    optim = {"lr": 1e-3, "shift_lr_scale": 3.0, "weight_decay": 0.0, "warmup_steps": 0, "ema": 0.0}
+    before = load(image_model, device="cpu", dtype=torch.float32).unet.state_dict()
+
+    def steps_of(num):
+        config = tiny_config(
+            "video", latents, steps=num, model=settings, optim=optim, train={"precision": "no"}
+        )
+        train(config, tmp_path / "run")
+        after = load_file(checkpoint.steps(tmp_path / "run")[-1] / "model.safetensors")
+        return {
+            name: (tensor - before[name.removeprefix("unet.")]).abs().max() for name, tensor in after.items()
+        }
+
+    for name, step in steps_of(1).items():
+        rate = 3e-3 if ".conv1." in name else 1e-3
+        assert step == pytest.approx(rate, rel=0.05) or not step, (
+            name
+        )  # no gradient: attention to a single position
+    steps = steps_of(2)
+    readers = [float(step) for name, step in steps.items() if ".conv1.weight" in name]
+    assert min(readers) > 4e-3 and len(readers) > 5
+    with pytest.raises(ValidationError, match="shift_lr_scale needs a shift"):
+        tiny_config("video", latents, model={"init": "x", "temporal": "none"}, optim=optim)
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "sharded", "scaled"])

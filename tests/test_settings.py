@@ -63,6 +63,7 @@ OTHERS: dict[str, tuple] = {
     "distill.huber_c": ("distill", 0.1, {}),
     "optim.steps": ("image", 3, {}),
     "optim.lr": ("image", 1e-4, {}),
+    "optim.shift_lr_scale": ("video", 3.0, {}),
     "optim.optimizer": ("image", "adamw8bit", {}),
     "optim.warmup_steps": ("image", 2, {}),
     "optim.cooldown_steps": ("image", 2, {"optim.warmup_steps": 0}),

@@ -75,7 +75,7 @@ def test_train_resumes_exactly(stage, packed, latents, tmp_path):
     assert checkpoint.steps(tmp_path / "parts")[-1].name == "step-00000002"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            loop, "learning_rate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or train_rate(*_)
+            loop, "set_learning_rate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or set_rate(*_)
         )
         train(config, tmp_path / "parts")
     assert checkpoint.steps(tmp_path / "parts")[-1].name == "step-00000003"
@@ -100,7 +100,7 @@ def test_train_resumes_exactly(stage, packed, latents, tmp_path):
     )
 
 
-train_rate = loop.learning_rate
+set_rate = loop.set_learning_rate
 
 
 def test_train_logs_every_validation(latents, tmp_path):

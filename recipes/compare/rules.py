@@ -38,6 +38,11 @@ def third_mean(num_channels: int) -> list[int | tuple[int, ...]]:
     return _with_mean(num_channels, num_channels // 3, num_channels // 6)
 
 
+def eighth_mean(num_channels: int) -> list[int | tuple[int, ...]]:
+    """An eighth each."""
+    return _with_mean(num_channels, num_channels // 8, num_channels // 8)
+
+
 def blend(num_channels: int) -> list[int | tuple[int, ...]]:
     """A third of the channels each way, as the mean of their own frame and its neighbour."""
     third = num_channels // 3

@@ -246,6 +246,9 @@ class Optim(Section):
 
     steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
     lr: float = Field(gt=0, description="Learning rate after warm-up.")
+    shift_lr_scale: float = Field(
+        1.0, gt=0, description="Factor of the learning rate in the layers that read shifted channels."
+    )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw",
         description="AdamW, or AdamW with 8-bit states, which take a quarter of the memory, from the extra `finetune`.",
@@ -370,6 +373,8 @@ class Config(Section):
             raise ValueError(
                 f"the layers of model.temporal={self.model.temporal} are new, and a lora only adds to trained weights: train without lora"
             )
+        if self.optim.shift_lr_scale != 1 and (self.model.temporal != "shift" or self.model.place == "end"):
+            raise ValueError("optim.shift_lr_scale needs a shift that a layer of its block reads")
         if self.optim.cooldown != "linear" and not self.optim.cooldown_steps:
             raise ValueError("optim.cooldown has no effect without optim.cooldown_steps")
         if not self.data.val_splits and (self.train.validate_every, self.train.val_batches) != (500, 8):
@@ -434,6 +439,7 @@ class Config(Section):
             "distill": self.distill,
             "train.shard": self.train.shard,
             "optim.optimizer": self.optim.optimizer,
+            "optim.shift_lr_scale": self.optim.shift_lr_scale,
             **{f"model.{name}": value for name, value in self.model.model_dump().items()},
             **{f"diffusion.{name}": getattr(self.diffusion, name) for name in diffusion},
         }
@@ -449,6 +455,7 @@ _PIXELS = [
     "data.image_share",
     "data.window",
     "data.strides",
+    "optim.shift_lr_scale",
     "train.compile",
     "train.sample_steps",
     "train.sample_guidance",
@@ -464,6 +471,7 @@ _IGNORED = {  # settings that have no effect in a stage
     "tiny_autoencoder": [*_PIXELS, "loss.kl"],
     "image": [
         *_DISTILL,
+        "optim.shift_lr_scale",
         "diffusion.motion_weight",
         "diffusion.shared_noise",
         "diffusion.noise_correlation",

@@ -31,7 +31,7 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
         run: runs the network on noised clips, frame by frame.
         num_frames: F of these clips.
     """
-    readers = dict(_readers(network, shift.place))
+    readers = dict(shifted_readers(network, shift.place))
     changes: dict[str, list[Tensor]] = {name: [] for name in readers}
 
     def measure(name: str) -> Callable[..., None]:
@@ -58,7 +58,7 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
     return Shift(place=shift.place, edge=shift.edge, rule=tuple(table))
 
 
-def _readers(network: nn.Module, place: str) -> Iterator[tuple[str, list[nn.Module]]]:
+def shifted_readers(network: nn.Module, place: str) -> Iterator[tuple[str, list[nn.Module]]]:
     """Yield the name of each shifted layer, as the rule of `Shift` has it, and the layers that read its channels."""
     if place in ("conv1", "conv2"):
         number = place[-1]

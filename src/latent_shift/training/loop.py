@@ -42,7 +42,7 @@ from latent_shift.training.distillation import DistillationStage
 from latent_shift.training.ema import EMA
 from latent_shift.training.memory import suggest_smaller_settings
 from latent_shift.training.objectives import attention_kernel
-from latent_shift.training.optimizer import learning_rate
+from latent_shift.training.optimizer import set_learning_rate
 from latent_shift.training.stages import AutoencoderStage, DenoiserStage, Stage
 from latent_shift.training.tiny_autoencoder import TinyAutoencoderStage
 
@@ -174,8 +174,7 @@ def train_step(state: TrainState, batches: Iterator[tuple[Tensor, ...]]) -> None
     """Take one optimizer step on the gradients of `optim.accumulate` batches, and update the averaged
     weights."""
     config, accelerator, optimizer = state.config, state.accelerator, state.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step)
+    set_learning_rate(optimizer, config, state.step)
     for _ in range(config.optim.accumulate):
         batch = next(batches)
         with (
@@ -288,7 +287,7 @@ def log_row(state: TrainState, report: Report | None = None) -> None:
             f"{state.run}: no gradient was finite in any of the {state.step} steps, so nothing was learned; {optim.DIVERGED}"
         )
     row |= {
-        "lr": state.optimizer.param_groups[-1]["lr"],
+        "lr": state.optimizer.param_groups[0]["lr"],
         "clips_per_s": num_steps
         * config.optim.accumulate
         * config.data.batch_size
@@ -395,7 +394,7 @@ def create_state(config: Config, prepared: prepare.Prepared, run: Path) -> Train
         fsdp.shard(objective, stage.model, accelerator)
     trained = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     parameters = list(trained.values())
-    optimizer = optim.create_optimizer(config, parameters)
+    optimizer = optim.create_optimizer(config, parameters, stage.model)
     if config.train.shard:
         fsdp.register_sharded_state(accelerator, objective, optimizer)
     else:

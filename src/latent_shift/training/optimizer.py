@@ -9,22 +9,57 @@ import torch
 from torch import Tensor, nn
 
 from latent_shift.config import Config
+from latent_shift.models.channel_cost import shifted_readers
+from latent_shift.shift import shift_of
 
 MAX_SKIPPED_STEPS = 50
 """Skipped steps in a row after which a run ends with an error; a gradient scaler finds its scale in fewer."""
 DIVERGED = "try a smaller optim.lr, or train.precision=no: the run then resumes from its last checkpoint, which is complete"
 
 
-def create_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer of `optim.optimizer`."""
+def create_optimizer(
+    config: Config, parameters: list[nn.Parameter], network: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """Return the optimizer of `optim.optimizer`.
+
+    Args:
+        config: of the run.
+        parameters: that are trained.
+        network: with them; inflated if `optim.shift_lr_scale` is not 1.
+    """
+    groups: Any = parameters
+    if config.optim.shift_lr_scale != 1 and network is not None:
+        after_shift = set(map(id, _read_shifted(network)))
+        groups = [
+            {
+                "params": [each for each in parameters if (id(each) in after_shift) == chosen],
+                "after_shift": chosen,
+            }
+            for chosen in (False, True)
+        ]
     options: dict[str, Any] = dict(
         lr=config.optim.lr, betas=(0.9, config.optim.beta2), weight_decay=config.optim.weight_decay
     )
     if config.optim.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options, fused=True)
+        return torch.optim.AdamW(groups, **options, fused=True)
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(parameters, **options)
+    return AdamW8bit(groups, **options)
+
+
+def _read_shifted(network: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the layers that read shifted channels."""
+    shift = shift_of(network)
+    assert shift is not None, "the settings ask for a shift"
+    layers = [layer for _, readers in shifted_readers(network, shift.place) for layer in readers]
+    return [parameter for layer in layers for parameter in layer.parameters()]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
+    """Set the rate of the step after `step` steps."""
+    for group in optimizer.param_groups:
+        scale = config.optim.shift_lr_scale if group.get("after_shift") else 1.0
+        group["lr"] = learning_rate(config, step) * scale
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor, config: Config) -> Tensor:

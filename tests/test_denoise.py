@@ -56,7 +56,7 @@ def test_in_chunks_with_full_halo_equals_the_whole_clip(unet, edge, place):
 
 
 @pytest.mark.parametrize("edge", ["zero", "hold"])
-@pytest.mark.parametrize("place", ["conv1", "conv2", "end"])
+@pytest.mark.parametrize("place", ["conv1", "conv2", "both", "end"])
 def test_streaming_equals_the_whole_clip(unet, edge, place):
     inflate(unet, Shift(backward=0, edge=edge, place=place))
     whole = predictor(unet)(clips(6), torch.tensor(500), torch.arange(6))

@@ -54,7 +54,7 @@ from latent_shift.fused_norm import FusedResnetBlock2D, fuse_norms
 from latent_shift.shift import Shift, frames, inflate
 
 torch.manual_seed(0)
-for place in ("conv1", "conv2", "end"):
+for place in ("conv1", "both", "end"):
     unet = inflate(tiny_unet(block_out_channels=(4,), norm_num_groups=2, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
                              attention_head_dim=2), Shift(edge="hold", place=place)).eval()
     fused = fuse_norms(copy.deepcopy(unet))

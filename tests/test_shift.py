@@ -25,7 +25,7 @@ from latent_shift.shift import (
 )
 
 EDGES = ("zero", "wrap", "hold")
-PLACES = ("conv1", "conv2", "end")
+PLACES = ("conv1", "conv2", "both", "end")
 
 
 def tiny_unet(**changes) -> UNet2DConditionModel:
@@ -278,7 +278,9 @@ def test_inflate_equals_a_network_with_shifted_convolutions(place):
     x, t, text = inputs(8)
     hooked = tiny_unet()
     for name, module in hooked.named_modules():
-        if "resnets" in name and name.endswith("conv1" if place == "conv1" else "conv2"):
+        if "resnets" in name and name.endswith(
+            {"both": ("conv1", "conv2"), "end": "conv2"}.get(place, place)
+        ):
             third = module.in_channels // 3 if place != "end" else module.out_channels // 3
             if place == "end":
                 module.register_forward_hook(
@@ -319,8 +321,8 @@ def test_frames_never_mixes_clips_of_a_batch():
 
 @torch.no_grad()
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(("backward", "seen"), [(1 / 3, [2, 3, 4]), (0, [3, 4])])
-def test_reach_is_one_frame_for_each_block(place, backward, seen):
+@pytest.mark.parametrize("backward", [1 / 3, 0])
+def test_reach_is_one_frame_for_each_shift_of_a_block(place, backward):
     torch.manual_seed(0)
     block = inflate(
         ResnetBlock2D(in_channels=12, out_channels=12, temb_channels=4, groups=3).eval(),
@@ -331,7 +333,10 @@ def test_reach_is_one_frame_for_each_block(place, backward, seen):
     changed[3] += torch.randn(12, 4, 4)
     with frames(block, 7):
         difference = (block(changed, temb) - block(x, temb)).abs().amax(dim=(1, 2, 3))
-    assert difference.nonzero().flatten().tolist() == seen
+    num_shifts = 2 if place == "both" else 1
+    first = 3 - (num_shifts if backward else 0)
+    assert reach(block) == (num_shifts, 3 - first)
+    assert difference.nonzero().flatten().tolist() == list(range(first, 4 + num_shifts))
 
 
 @torch.no_grad()
@@ -484,7 +489,10 @@ def test_inflate_leaves_the_network_unchanged_on_error():
     [
         (dict(forward=0.6, backward=0.6), "sum at most 1"),
         (dict(forward=-0.1), "at least 0"),
-        (dict(place="conv3"), "unknown place 'conv3'; expected one of conv1, conv2, end, kv, attn, ffn"),
+        (
+            dict(place="conv3"),
+            "unknown place 'conv3'; expected one of conv1, conv2, both, end, kv, attn, ffn",
+        ),
         (dict(rule=far, backward=0), "no effect beside a rule"),
         (dict(edge="mirror"), "unknown edge 'mirror'; expected one of zero, wrap, hold"),
     ],

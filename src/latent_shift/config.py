@@ -85,9 +85,9 @@ class Model(Section):
         description="How frames exchange information: the paper's shift, not at all, or a baseline: Latent-VDM (convolution and "
         "attention over time) or VDM (attention over time).",
     )
-    place: Literal["conv1", "conv2", "end", "kv", "attn", "ffn"] = Field(
+    place: Literal["conv1", "conv2", "both", "end", "kv", "attn", "ffn"] = Field(
         "conv1",
-        description="Where a ResNet block shifts: before its first or second convolution, or at its end; where a transformer block "
+        description="Where a ResNet block shifts: before its first convolution, its second, or both, or at its end; where a transformer block "
         "does: in keys and values (the default there), in all of self-attention, or in the feed-forward layer.",
     )
     forward: float = Field(

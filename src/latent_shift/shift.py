@@ -40,7 +40,7 @@ from latent_shift.transformer_blocks import (
     width_of,
 )
 
-Place = Literal["conv1", "conv2", "end", "kv", "attn", "ffn"]
+Place = Literal["conv1", "conv2", "both", "end", "kv", "attn", "ffn"]
 Rule = Callable[[int], Sequence[int | Sequence[int]]]
 Runs = tuple[tuple[int, tuple[int, ...]], ...]  # numbers of channels and their offsets
 Table = tuple[tuple[str, Runs], ...]  # by the name of a layer
@@ -57,7 +57,7 @@ class Shift:
             1/3, TSM uses 1/8.
         backward: fraction taken from the next frame. 0 makes the network causal.
         place: where a ResNet block is shifted. "conv1" shifts the input of its first convolution (as TSM
-            does), "conv2" the input of its second, "end" the output of the residual branch. The paper's text
+            does), "conv2" that of its second, "both" both, "end" the output of the residual branch. The paper's text
             and figure differ. Where a transformer block is shifted: "kv" shifts the tokens from which its
             self-attention takes keys and values, "attn" also those of the queries, "ffn" the input of the
             feed-forward layer; always the tokens of the image alone.
@@ -293,7 +293,7 @@ class ShiftConv2d(nn.Conv2d):
         return _shift(super().forward(x_NCHW), self.shift_state, self.shift_groups, self)
 
 
-_SHIFT_LAYER = {"conv1": "norm1", "conv2": "norm2", "end": "conv2"}
+_SHIFT_LAYERS = {"conv1": ["norm1"], "conv2": ["norm2"], "both": ["norm1", "norm2"], "end": ["conv2"]}
 _SHIFT_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: ShiftGroupNorm, nn.Conv2d: ShiftConv2d}
 
 
@@ -330,11 +330,11 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
             else "expected a U-Net such as UNet2DConditionModel"
         )
         raise ValueError(f"{type(network).__name__} has no ResnetBlock2D to shift; {hint}")
-    if shift.place == "conv2" and any(block.time_embedding_norm != "default" for block in blocks):
+    if shift.place in ("conv2", "both") and any(block.time_embedding_norm != "default" for block in blocks):
         raise ValueError(
-            'place="conv2" needs blocks that add the time embedding; these scale and shift by it: use place="conv1" or "end"'
+            f'place="{shift.place}" needs blocks that add the time embedding; these scale and shift by it: use place="conv1" or "end"'
         )
-    layers = [getattr(block, _SHIFT_LAYER[shift.place]) for block in blocks]
+    layers = [getattr(block, name) for block in blocks for name in _SHIFT_LAYERS[shift.place]]
     for layer in layers:
         if type(layer) not in {*_SHIFT_CLASS.keys(), *_SHIFT_CLASS.values()}:
             raise ValueError(

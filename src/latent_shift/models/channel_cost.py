@@ -60,11 +60,11 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
 
 def shifted_readers(network: nn.Module, place: str) -> Iterator[tuple[str, list[nn.Module]]]:
     """Yield the name of each shifted layer, as the rule of `Shift` has it, and the layers that read its channels."""
-    if place in ("conv1", "conv2"):
-        number = place[-1]
+    if place in ("conv1", "conv2", "both"):
         for name, block in network.named_modules():
             if isinstance(block, ResnetBlock2D):
-                yield f"{name}.norm{number}".lstrip("."), [getattr(block, place)]
+                for number in (1, 2) if place == "both" else (place[-1],):
+                    yield f"{name}.norm{number}".lstrip("."), [block.get_submodule(f"conv{number}")]
         return
     if place == "end":
         raise ValueError('place="end" is read by no layer of its block: expected "conv1" or another place')

@@ -116,7 +116,7 @@ class CallSettings(_Settings):
 
     forward: Fraction = 1 / 3
     backward: Fraction = 1 / 3
-    place: Literal["conv1", "conv2", "end", "kv", "attn", "ffn"] = "conv1"
+    place: Literal["conv1", "conv2", "both", "end", "kv", "attn", "ffn"] = "conv1"
     edge: Literal["zero", "wrap", "hold"] = "zero"
     rule: Table | None = None
     num_frames: Annotated[int, Field(ge=1, le=10_000)] = 16
@@ -133,7 +133,7 @@ class LoraSettings(CallSettings):
 
     forward: Fraction
     backward: Fraction
-    place: Literal["conv1", "conv2", "end", "kv", "attn", "ffn"]
+    place: Literal["conv1", "conv2", "both", "end", "kv", "attn", "ffn"]
     edge: Literal["zero", "wrap", "hold"]
     sample_size: Size
 

@@ -57,6 +57,8 @@ UNET_IDEAS = {
     "both": "model.edge=hold model.place=both model.channels=cheapest",
     "both-lr-2": "model.edge=hold model.place=both model.channels=cheapest optim.shift_lr_scale=2",
     "both-lr-3": "model.edge=hold model.place=both model.channels=cheapest optim.shift_lr_scale=3",
+    "both-sixth-mean": "model.edge=hold model.place=both model.channels=cheapest model.rule=recipes.compare.rules:mean",
+    "both-sixth-mean-lr": "model.edge=hold model.place=both model.channels=cheapest model.rule=recipes.compare.rules:mean optim.shift_lr_scale=2",
     "both-sixth": "model.edge=hold model.place=both model.channels=cheapest model.forward=0.1667 model.backward=0.1667",
     "both-quarter-mean": "model.edge=hold model.place=both model.channels=cheapest model.rule=recipes.compare.rules:much_mean",
     "both-quarter-mean-lr": "model.edge=hold model.place=both model.channels=cheapest model.rule=recipes.compare.rules:much_mean optim.shift_lr_scale=3",

@@ -28,7 +28,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from latent_shift.clip_text import unshare_text
-from latent_shift.shift_kernels import MAX_GROUPS, Edge, Groups, merge_groups, shift_clips
+from latent_shift.shift_kernels import MAX_GROUPS, Edge, Groups, intern_groups, merge_groups, shift_clips
 from latent_shift.transformer_blocks import (
     BLOCK_LAYERS,
     InputHook,
@@ -129,7 +129,7 @@ class Shift:
         for num, each in runs:
             groups += [(start, start + num, each)] if num else []
             start += num
-        return tuple(groups)
+        return intern_groups(tuple(groups))
 
     @property
     def is_causal(self) -> bool:

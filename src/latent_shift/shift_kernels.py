@@ -28,11 +28,10 @@ def shift_clips(x_BFCHW: Tensor, groups: Groups, edge: Edge) -> Tensor:
     """Take every group of channels from the frames at its offsets, by what is fastest here."""
     if not torch.compiler.is_compiling():
         shifted = _CopyShifted.apply if torch.is_grad_enabled() else copy_shifted
-    elif x_BFCHW.device.type != "cpu" or forward_ad._current_level >= 0:
+        return shifted(x_BFCHW, groups, edge, False)
+    if x_BFCHW.device.type != "cpu" or forward_ad._current_level >= 0:
         return concatenate_shifted(x_BFCHW, groups, edge)
-    else:
-        shifted = shift_op
-    return shifted(x_BFCHW, flatten_groups(groups), edge, False)
+    return shift_op(x_BFCHW, flatten_groups(groups), edge, False)
 
 
 def flatten_groups(groups: Groups) -> list[int]:
@@ -50,6 +49,12 @@ def _parse_groups(numbers: tuple[int, ...]) -> Groups:
     return tuple(groups)
 
 
+@functools.lru_cache(4096)
+def intern_groups(groups: Groups) -> Groups:
+    """Return one object for equal groups, whose tables are then shared."""
+    return groups
+
+
 @functools.lru_cache(1024)
 def merge_groups(groups: Groups) -> tuple[list[int], Groups]:
     """Return an order of the channels in which those with the same offsets are neighbours, and the groups in that order."""
@@ -63,18 +68,17 @@ def merge_groups(groups: Groups) -> tuple[list[int], Groups]:
     return [channel for members in channels.values() for channel in members], tuple(merged)
 
 
-def copy_shifted(x_BFCHW: Tensor, groups: list[int], edge: Edge, adjoint: bool) -> Tensor:
+def copy_shifted(x_BFCHW: Tensor, groups: Groups, edge: Edge, adjoint: bool) -> Tensor:
     """Shift by copies, each channel of a frame from its source.
 
     Args:
-        groups: see `flatten_groups`.
         adjoint: apply the adjoint instead: the shift in the opposite direction, plus the other uses of the end frames
             where the edge is held.
     """
     if x_BFCHW.is_contiguous():
         settings = (*x_BFCHW.shape[:2], edge, adjoint, x_BFCHW.device)
-        return _gather_rows(x_BFCHW, _table(_Rows.of, tuple(groups), *settings))
-    x_BFHWC, y_BFCHW, merged = x_BFCHW.movedim(2, -1), torch.empty_like(x_BFCHW), _parse_groups(tuple(groups))
+        return _gather_rows(x_BFCHW, _table(_Rows.of, groups, *settings))
+    x_BFHWC, y_BFCHW, merged = x_BFCHW.movedim(2, -1), torch.empty_like(x_BFCHW), groups
     y_BFHWC, order_C = y_BFCHW.movedim(2, -1), None
     if len(merged) > MAX_GROUPS:
         order, merged = merge_groups(merged)
@@ -95,31 +99,44 @@ class _Rows:
         first: a source for each row `(B*F*C,)`.
         empty: rows without a source, which become zero; None: there are none.
         more: further sources to add, as (rows, their sources); no row comes twice in one of them.
-        scale: `(B*F*C, 1, 1)` factor of each row; None: all are 1.
+        means: channels that are means over frames, as rows in the order of clips, frames and channels, and a matrix `(F, F)`
+            from the frames to their means.
     """
 
     first: Tensor
     empty: Tensor | None
     more: tuple[tuple[Tensor, Tensor], ...]
-    scale: Tensor | None
+    means: tuple[tuple[Tensor, Tensor], ...]
 
     @classmethod
     def of(
         cls, groups: Groups, num_clips: int, num_frames: int, edge: Edge, adjoint: bool, device: torch.device
     ) -> _Rows:
         num_channels = groups[-1][1]
-        to, source = [], []
+        frame_F = np.arange(num_frames)
+
+        def pairs(offset: int) -> tuple[np.ndarray, np.ndarray]:
+            """Return frames and their sources at an offset."""
+            from_F = frame_F + offset
+            exists_F = (from_F >= 0) & (from_F < num_frames)
+            if edge == "zero":
+                return frame_F[exists_F], from_F[exists_F]
+            return frame_F, from_F % num_frames if edge == "wrap" else from_F.clip(0, num_frames - 1)
+
+        def in_all_clips(rows: np.ndarray) -> Tensor:
+            clips = np.arange(num_clips)[:, None] * (num_frames * num_channels)
+            return torch.from_numpy((clips + rows.ravel()).ravel()).to(device)
+
+        to, source = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        means: dict[tuple[int, ...], list[np.ndarray]] = {}
         for start, stop, offsets in groups:
             channels = np.arange(start, stop)
-            for offset in offsets:
-                frame_F = np.arange(num_frames)
-                from_F = frame_F + offset
-                exists_F = (from_F >= 0) & (from_F < num_frames)
-                if edge == "zero":
-                    frame_F, from_F = frame_F[exists_F], from_F[exists_F]
-                from_F = from_F % num_frames if edge == "wrap" else from_F.clip(0, num_frames - 1)
-                to.append((frame_F[:, None] * num_channels + channels).ravel())
-                source.append((from_F[:, None] * num_channels + channels).ravel())
+            if len(offsets) > 1:
+                means.setdefault(offsets, []).append(channels)
+                offsets = (0,)  # any source: the means are written over it
+            to_F, from_F = pairs(offsets[0])
+            to.append((to_F[:, None] * num_channels + channels).ravel())
+            source.append((from_F[:, None] * num_channels + channels).ravel())
         to_E, source_E = np.concatenate(to), np.concatenate(source)
         if adjoint:
             to_E, source_E = source_E, to_E
@@ -127,23 +144,26 @@ class _Rows:
         order = np.argsort(to_E, kind="stable")
         to_E, source_E = to_E[order], source_E[order]
         number_E = np.arange(len(to_E)) - np.searchsorted(to_E, to_E)
-        layers = [(to_E[number_E == n], source_E[number_E == n]) for n in range(number_E.max(initial=-1) + 1)]
-        first = np.zeros(num_frames * num_channels, np.int64)
-        has_source = np.zeros(len(first), bool)
-        if layers:
-            first[layers[0][0]], has_source[layers[0][0]] = layers[0][1], True
-
-        def in_all_clips(rows: np.ndarray) -> Tensor:
-            clips = np.arange(num_clips)[:, None] * len(first)
-            return torch.from_numpy((clips + rows).ravel()).to(device)
-
-        counts_C = np.concatenate([np.full(stop - start, len(offsets)) for start, stop, offsets in groups])
-        scale = np.tile(1 / counts_C, num_clips * num_frames).astype(np.float32)[:, None, None]
+        first, has_source = (
+            np.zeros(num_frames * num_channels, np.int64),
+            np.zeros(num_frames * num_channels, bool),
+        )
+        first[to_E[number_E == 0]], has_source[to_E[number_E == 0]] = source_E[number_E == 0], True
+        more = [number_E == number for number in range(1, number_E.max(initial=0) + 1)]
+        mixed = []
+        for offsets, members in means.items():
+            matrix_FF = np.zeros((num_frames, num_frames))
+            for offset in offsets:
+                np.add.at(matrix_FF, pairs(offset), 1 / len(offsets))
+            rows = frame_F[:, None] * num_channels + np.concatenate(members)
+            mixed.append(
+                (in_all_clips(rows), torch.from_numpy(matrix_FF.T if adjoint else matrix_FF).to(device))
+            )
         return cls(
             in_all_clips(first),
             None if has_source.all() else in_all_clips(np.flatnonzero(~has_source)),
-            tuple((in_all_clips(rows), in_all_clips(sources)) for rows, sources in layers[1:]),
-            torch.from_numpy(scale).to(device) if counts_C.max() > 1 else None,
+            tuple((in_all_clips(to_E[chosen]), in_all_clips(source_E[chosen])) for chosen in more),
+            tuple(mixed),
         )
 
 
@@ -154,8 +174,9 @@ def _gather_rows(x_BFCHW: Tensor, rows: _Rows) -> Tensor:
         y_RHW.index_fill_(0, rows.empty, 0)
     for to, sources in rows.more:
         y_RHW.index_add_(0, to, x_RHW.index_select(0, sources))
-    if rows.scale is not None:
-        y_RHW *= rows.scale.to(y_RHW.dtype)
+    for mixed, matrix_FF in rows.means:
+        x_BFM = x_RHW.index_select(0, mixed).view(*x_BFCHW.shape[:2], -1)
+        y_RHW.index_copy_(0, mixed, torch.matmul(matrix_FF.to(x_BFM.dtype), x_BFM).view(-1, *x_RHW.shape[1:]))
     return y_RHW.unflatten(0, x_BFCHW.shape[:3])
 
 
@@ -163,16 +184,15 @@ _tables: dict[tuple, Any] = {}
 _MAX_TABLES = 1024
 
 
-def _table(make: Callable[..., Any], groups: tuple[int, ...], *settings: Any) -> Any:
-    """Return the index tensors of a shift, made once for each of its settings."""
-    key = (make, groups, *settings)
-    table = _tables.get(key)
-    if table is None:
-        table = make(_parse_groups(groups), *settings)
+def _table(make: Callable[..., Any], groups: Groups, *settings: Any) -> Any:
+    """Return the index tensors of a shift, made once for the groups of a layer and other settings."""
+    key = (make, id(groups), *settings)  # to hash the groups would take as long as to shift a small layer
+    entry = _tables.get(key)
+    if entry is None:
         while len(_tables) >= _MAX_TABLES:
             _tables.pop(next(iter(_tables)), None)
-        _tables[key] = table
-    return table
+        entry = _tables[key] = make(groups, *settings), groups  # which keeps their id
+    return entry[0]
 
 
 def tables_in_use() -> list[Any]:
@@ -186,7 +206,7 @@ def channel_offsets(groups: Groups, device: torch.device) -> Tensor:
     Raises:
         ValueError: a channel is the mean of several frames.
     """
-    return _table(_channel_offsets, tuple(flatten_groups(groups)), device)
+    return _table(_channel_offsets, groups, device)
 
 
 def _channel_offsets(groups: Groups, device: torch.device) -> Tensor:
@@ -233,7 +253,7 @@ class _CopyShifted(torch.autograd.Function):
     adjoint."""
 
     @staticmethod
-    def forward(x_BFCHW: Tensor, groups: list[int], edge: Edge, adjoint: bool) -> Tensor:  # type: ignore[override]
+    def forward(x_BFCHW: Tensor, groups: Groups, edge: Edge, adjoint: bool) -> Tensor:  # type: ignore[override]
         return copy_shifted(x_BFCHW, groups, edge, adjoint)
 
     @staticmethod
@@ -259,7 +279,7 @@ class _CopyShifted(torch.autograd.Function):
 # For torch.compile on a CPU: one opaque operator, whose copies the compiler does not turn into slower loops.
 shift_op = torch.library.custom_op(
     "latent_shift::shift",
-    copy_shifted,
+    lambda x, groups, edge, adjoint: copy_shifted(x, _parse_groups(tuple(groups)), edge, adjoint),
     mutates_args=(),
     schema="(Tensor x, int[] groups, str edge, bool adjoint) -> Tensor",
 )

@@ -51,38 +51,49 @@ if triton is not None:
 
     @triton.jit
     def _apply_kernel(
-        x, y, mean, rstd, weight, bias, shift, channels, pixels, channels_per_group, frames, EDGE: tl.constexpr, BLOCK: tl.constexpr
+        x, y, mean, rstd, weight, bias, sources, counts, channels, pixels, channels_per_group, frames, most, EDGE: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One channel of one image, from the frame at its offset `shift`."""
+        """One channel of one image: the mean of its norm at `counts` sources, which are offsets in frames; then SiLU."""
         image = tl.program_id(0).to(tl.int64)
         channel = tl.program_id(1)
         frame = image % frames
-        source = frame + tl.load(shift + channel)
-        exists = (source >= 0) & (source < frames)
-        if EDGE == 1:
-            source = (source % frames + frames) % frames
-        else:
-            source = tl.minimum(tl.maximum(source, 0), frames - 1)
-        image_from = image - frame + source
-        group = image_from * (channels // channels_per_group) + channel // channels_per_group
-        scale = tl.load(rstd + group) * tl.load(weight + channel).to(tl.float32)
-        offset = tl.load(bias + channel).to(tl.float32) - tl.load(mean + group) * scale
+        count = tl.load(counts + channel)
+        scale_of_channel = tl.load(weight + channel).to(tl.float32)
+        bias_of_channel = tl.load(bias + channel).to(tl.float32)
         offsets = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
         inside = offsets < pixels
-        value = tl.load(x + (image_from * channels + channel) * pixels + offsets, inside, other=0.0).to(
-            tl.float32
+        total = tl.zeros([BLOCK], tl.float32)
+        for number in range(count):
+            source = frame + tl.load(sources + channel * most + number)
+            exists = (source >= 0) & (source < frames)
+            if EDGE == 1:
+                source = (source % frames + frames) % frames
+            else:
+                source = tl.minimum(tl.maximum(source, 0), frames - 1)
+            image_from = image - frame + source
+            group = image_from * (channels // channels_per_group) + channel // channels_per_group
+            scale = tl.load(rstd + group) * scale_of_channel
+            offset = bias_of_channel - tl.load(mean + group) * scale
+            value = tl.load(x + (image_from * channels + channel) * pixels + offsets, inside, other=0.0).to(
+                tl.float32
+            )
+            value = value * scale + offset
+            if EDGE == 0:
+                value = tl.where(exists, value, 0.0)
+            total += value
+        total /= count
+        tl.store(
+            y + (image * channels + channel) * pixels + offsets,
+            (total / (1 + tl.exp(-total))).to(y.dtype.element_ty),
+            inside,
         )
-        value = value * scale + offset
-        value = value / (1 + tl.exp(-value))
-        if EDGE == 0:
-            value = tl.where(exists, value, 0.0)
-        tl.store(y + (image * channels + channel) * pixels + offsets, value.to(y.dtype.element_ty), inside)
 
 
 def norm_silu_shift(
     x_NCHW: Tensor, norm: nn.GroupNorm, num_frames: int, groups: Groups, edge: Edge = "zero"
 ) -> Tensor:
-    """Return the shift of `silu(norm(x))`.
+    """Return `silu` of the shift of `norm(x)`.
 
     Args:
         x_NCHW: contiguous.
@@ -92,8 +103,7 @@ def norm_silu_shift(
         edge: as in `Shift`.
 
     Raises:
-        ValueError: `num_frames` does not divide the batch, the tensor is not contiguous, or a channel is the mean of several
-            frames.
+        ValueError: `num_frames` does not divide the batch, or the tensor is not contiguous.
     """
     num, channels, height, width = x_NCHW.shape
     if num % num_frames:
@@ -101,7 +111,7 @@ def norm_silu_shift(
     if not x_NCHW.is_contiguous():
         raise ValueError("expected a contiguous tensor, not one with channels last")
     pixels, num_groups = height * width, norm.num_groups
-    offsets_C = channel_offsets(groups, x_NCHW.device)
+    sources_CK, counts_C = channel_offsets(groups, x_NCHW.device)
     y_NCHW = torch.empty_like(x_NCHW)
     mean, rstd = torch.empty(2, num * num_groups, dtype=torch.float32, device=x_NCHW.device)
     size = channels // num_groups * pixels
@@ -111,8 +121,8 @@ def norm_silu_shift(
         )
         block = min(1024, triton.next_power_of_2(pixels))
         _apply_kernel[(num, channels, triton.cdiv(pixels, block))](
-            x_NCHW, y_NCHW, mean, rstd, norm.weight, norm.bias, offsets_C, channels, pixels, channels // num_groups, num_frames,
-            EDGE=_EDGES[edge], BLOCK=block,
+            x_NCHW, y_NCHW, mean, rstd, norm.weight, norm.bias, sources_CK, counts_C, channels, pixels, channels // num_groups,
+            num_frames, sources_CK.shape[1], EDGE=_EDGES[edge], BLOCK=block,
         )  # fmt: skip
     return y_NCHW
 
@@ -134,15 +144,13 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return (shortcut + hidden) / self.output_scale_factor
 
     def _applies(self, x_NCHW: Tensor) -> bool:
-        shifted = [norm for norm in (self.norm1, self.norm2) if isinstance(norm, ShiftGroupNorm)]
-        states = [norm.shift_state for norm in shifted]
+        states = [norm.shift_state for norm in (self.norm1, self.norm2) if isinstance(norm, ShiftGroupNorm)]
         return (
             (x_NCHW.is_cuda or INTERPRETED)
             and x_NCHW.is_contiguous()
             and not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
             and not torch.is_autocast_enabled(x_NCHW.device.type)
             and all(state.memory is None and state.neighbors is None for state in states)
-            and all(len(offsets) == 1 for norm in shifted for *_, offsets in norm.shift_groups)
         )
 
 

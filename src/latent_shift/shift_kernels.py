@@ -200,20 +200,19 @@ def tables_in_use() -> list[Any]:
     return list(_tables.values())
 
 
-def channel_offsets(groups: Groups, device: torch.device) -> Tensor:
-    """Return the offset in frames of each channel `(C,)`, as int32.
-
-    Raises:
-        ValueError: a channel is the mean of several frames.
-    """
+def channel_offsets(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the offsets in frames of each channel `(C, K)`, and how many of them count `(C,)`, as int32."""
     return _table(_channel_offsets, groups, device)
 
 
-def _channel_offsets(groups: Groups, device: torch.device) -> Tensor:
-    if any(len(offsets) > 1 for *_, offsets in groups):
-        raise ValueError("a channel that is the mean of several frames has no offset")
-    offsets_C = [offset for start, stop, (offset,) in groups for _ in range(start, stop)]
-    return torch.tensor(offsets_C, dtype=torch.int32, device=device)
+def _channel_offsets(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor]:
+    offsets_C = [offsets for start, stop, offsets in groups for _ in range(start, stop)]
+    counts_C = [len(offsets) for offsets in offsets_C]
+    padded_CK = [[*offsets, *[0] * (max(counts_C) - len(offsets))] for offsets in offsets_C]
+    sources_CK, counts = (
+        torch.tensor(each, dtype=torch.int32, device=device) for each in (padded_CK, counts_C)
+    )
+    return sources_CK, counts
 
 
 def _copy_mean(x_BF: Tensor, y_BF: Tensor, offsets: tuple[int, ...], edge: Edge, adjoint: bool) -> None:

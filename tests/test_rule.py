@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -35,6 +36,16 @@ def test_a_rule_is_named_in_a_recipe_and_its_offsets_are_saved(latents, image_mo
     assert np.array_equal(*clips)
     stream = list(pipe.stream("a red square", num_frames=3, num_inference_steps=1, generator=ls.seed(0)))
     assert len(stream) == 3
+
+
+@pytest.mark.parametrize("num_channels", [6, 8, 64, 320])
+def test_neighbors_and_mean_are_a_sixth_each(num_channels):
+    rule = sizes.load_rule("latent_shift.rules:neighbors_and_mean")(num_channels)
+    counts = Counter(rule)
+    assert counts == {
+        -1: num_channels // 6, 1: num_channels // 6, (-3, -2, -1, 0, 1, 2, 3): num_channels // 6,
+        0: num_channels - 3 * (num_channels // 6),
+    }  # fmt: skip
 
 
 def test_training_goes_on_with_the_same_rule_alone(latents, image_model, tmp_path):

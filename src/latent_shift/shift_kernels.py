@@ -75,7 +75,9 @@ def copy_shifted(x_BFCHW: Tensor, groups: Groups, edge: Edge, adjoint: bool) -> 
         adjoint: apply the adjoint instead: the shift in the opposite direction, plus the other uses of the end frames
             where the edge is held.
     """
-    if x_BFCHW.is_contiguous():
+    if (
+        x_BFCHW.is_contiguous() and type(x_BFCHW) is Tensor
+    ):  # a fake one, which estimates memory, reads no real tables
         settings = (*x_BFCHW.shape[:2], edge, adjoint, x_BFCHW.device)
         return _gather_rows(x_BFCHW, _table(_Rows.of, groups, *settings))
     x_BFHWC, y_BFCHW, merged = x_BFCHW.movedim(2, -1), torch.empty_like(x_BFCHW), groups

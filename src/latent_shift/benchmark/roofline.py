@@ -15,6 +15,8 @@ from latent_shift.training import memory
 
 # These do not read their first argument.
 _OVERWRITES = {torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_}
+# These move some rows of their first argument, as often as it says here.
+_ROWS = {torch.ops.aten.index_fill_: 1, torch.ops.aten.index_copy_: 2, torch.ops.aten.index_add_: 3}
 
 
 class Work(TorchDispatchMode):
@@ -44,6 +46,10 @@ class Work(TorchDispatchMode):
         moved = sum(
             leaf.nbytes for leaf in tree_leaves((read, kwargs, output)) if isinstance(leaf, torch.Tensor)
         )
+        if func._overloadpacket in _ROWS:
+            whole, dim, index = args[:3]
+            rows = whole.nbytes * index.numel() // whole.shape[dim]
+            moved = rows * _ROWS[func._overloadpacket] + index.nbytes
         self.flops += flops
         self.bytes += moved
         self.seconds += max(flops / self.limits["flops_per_s"], moved / self.limits["bytes_per_s"])

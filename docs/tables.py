@@ -240,28 +240,29 @@ def parts() -> str:
 
 
 def ideas() -> str:
-    """Tabulate `recipes/compare/run.py`: loss on held-out clips by timestep, the mean and range of seeds, the best first."""
+    """Tabulate `recipes/compare/run.py`: loss on held-out clips by timestep, of the first seed and of all, the best first."""
     rows, results = [], read_result("ideas")
     form = decimals(4)
     for name, seeds in results.items():
-        losses = [list(seed["loss"].values()) for seed in seeds.values()]
-        spreads = [Spread.of(list(column)) for column in zip(*losses, strict=True)]
-        mean = Spread.of([sum(seed) / len(seed) for seed in losses])
-        before = next(iter(seeds.values())).get("loss_before_training", {})
-        start = form(sum(before.values()) / len(before)) if before else ""
-        settings = next(iter(seeds.values()))["settings"] or "the paper's shift"
-        rows.append(
-            (
-                mean.mean,
-                [name, f"`{settings}`", between(mean, form), *(form(each.mean) for each in spreads), start],
-            )
-        )
-    timesteps = next(iter(next(iter(results.values())).values()))["loss"]
+        losses = {number: list(seed["loss"].values()) for number, seed in seeds.items()}
+        means = {number: sum(each) / len(each) for number, each in losses.items()}
+        before = seeds["0"].get("loss_before_training", {})
+        cells = [
+            form(means["0"]),
+            *map(form, losses["0"]),
+            between(Spread.of(list(means.values())), form) if len(means) > 1 else "",
+            form(sum(before.values()) / len(before)) if before else "",
+        ]
+        settings = seeds["0"]["settings"] or "the paper's shift"
+        rows.append((means["0"], [name, f"`{settings}`", *cells]))
+    timesteps = next(iter(results.values()))["0"]["loss"]
+    at = [f"t = {timestep}" for timestep in timesteps]
     header = [
         "idea",
         "settings",
-        "loss",
-        *(f"t = {timestep}" for timestep in timesteps),
+        "loss, first seed",
+        *at,
+        "loss, mean over seeds",
         "loss before training",
     ]
     return markdown_table(header, [row for _, row in sorted(rows, key=lambda pair: pair[0])])

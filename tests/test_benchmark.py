@@ -229,7 +229,10 @@ def test_training_step_returns_times(video_model, monkeypatch):
     found = training_step(str(video_model), clips=2, num_frames=4, rounds=1)
     assert list(found) == [
         "8 images",
-        *(f"2 clips of 4 frames, {name}" for name in ("shift", "none", "attention", "shift, compiled")),
+        *(
+            f"2 clips of 4 frames, {name}"
+            for name in ("shift", "none", "attention", "mixed", "shift, compiled")
+        ),
     ]
     assert len(graphs) == 1
     assert found["8 images"]["ratio"] == 1 and all(row["seconds"] > 0 for row in found.values())

@@ -15,7 +15,7 @@ def third_mean(num_channels: int) -> list[int | tuple[int, ...]]:
     return _with_mean(num_channels, num_channels // 3, num_channels // 6)
 
 
-def quarter_mean(num_channels: int) -> list[int | tuple[int, ...]]:
+def much_mean(num_channels: int) -> list[int | tuple[int, ...]]:
     """A quarter of the channels from the previous frame, from the next, and from the mean of seven frames."""
     return _with_mean(num_channels, num_channels // 4, num_channels // 4)
 

@@ -27,8 +27,9 @@ from latent_shift.diffusion import noise_schedule
 from latent_shift.files import check_schema, read_json_lines, tensor_shapes
 from latent_shift.models import sizes
 from latent_shift.pipelines import loading
+from latent_shift.rules import neighbors_and_mean
 from latent_shift.runtime import dtype_of, resolve_precision
-from latent_shift.shift import deflate
+from latent_shift.shift import Shift, deflate, inflate
 from latent_shift.training.objectives import DenoisingObjective, attention_kernel
 
 
@@ -90,8 +91,9 @@ def training_step(
     """Time a step of the video stage against one of the image stage on as many single frames, forward and
     backward.
 
-    The video stage runs with the shift, with no temporal layers, with Latent-VDM's, and with the shift
-    compiled; the precision is the default of training on the device.
+    The video stage runs with the shift, with the rule `neighbors_and_mean` before both convolutions on channels in no order,
+    with no temporal layers, with Latent-VDM's, and with the shift compiled; the precision is the default of training on the
+    device.
 
     Args:
         model: as in `loading.load`.
@@ -112,6 +114,9 @@ def training_step(
     networks: dict[str, Any] = {
         setting.temporal: sizes.inflate_unet(copy.deepcopy(plain), setting).to(device) for setting in settings
     }
+    networks["mixed"] = inflate(copy.deepcopy(plain), Shift(place="both", edge="hold", rule=_mixed)).to(
+        device
+    )
     networks["shift, compiled"] = copy.deepcopy(networks["shift"])
     networks["shift, compiled"].compile(dynamic=False)
     dtype = dtype_of(resolve_precision("auto", torch.device(device)))
@@ -142,6 +147,12 @@ def training_step(
         for name, unet in networks.items()
     }
     return time_in_rounds(calls, rounds=rounds)
+
+
+def _mixed(num_channels: int) -> list[int | tuple[int, ...]]:
+    """Return the offsets of `neighbors_and_mean` in no order, as the cheapest channels have them."""
+    offsets = neighbors_and_mean(num_channels)
+    return [offsets[channel] for channel in np.random.default_rng(0).permutation(num_channels)]
 
 
 def resuming(

@@ -1,4 +1,4 @@
-"""Measure what a network of the size of `emoji` needs to obey words for motions: which edge, and how far channels shift.
+"""Measure what a network of the size of `emoji` needs to obey words for motions: which edge, and which shift.
 
     python recipes/emoji/motion.py
 
@@ -48,11 +48,13 @@ THINGS = (
     "frog",
 )
 CLIPS_OF_EACH = 3
+MIXED = "model.place=both model.channels=cheapest model.rule=latent_shift.rules:neighbors_and_mean"
 VARIANTS = {
     "hold": "model.edge=hold",
     "zero": "model.edge=zero",
-    "distances-hold": "model.edge=hold model.rule=recipes.compare.rules:distances",
     "distances-zero": "model.edge=zero model.rule=recipes.compare.rules:distances",
+    "mixed-hold": f"model.edge=hold {MIXED}",
+    "mixed-zero": f"model.edge=zero {MIXED}",
 }
 SETTINGS = (
     "data.path=data/motion-latents data.batch_size=4 data.num_frames=16 data.window=first data.image_share=0.1 data.val_splits=[] "
@@ -82,18 +84,13 @@ def compose_motions() -> None:
         writer.close(stale=stale, dtype="uint8", fps=compose.FPS, size=compose.SIDE, source=str(emoji))
 
 
-def start(settings: str) -> str:
-    """Return a copy of `emoji` with the shift of a variant, which training goes on from."""
-    edge = "zero" if "edge=zero" in settings else "hold"
-    path = Path("runs/motion") / f"start-{edge}{'-distances' if 'rule' in settings else ''}"
+def start() -> str:
+    """Return a copy of `emoji` that counts as an image model, so that training may shift other channels."""
+    path = Path("runs/motion/start")
     if not path.exists():
-        from latent_shift.shift import Shift, inflate
-        from recipes.compare.rules import distances
-
-        pipe = load("emoji", device="cpu")
-        inflate(pipe.unet, Shift(edge=edge, rule=distances if "rule" in settings else None))
         shutil.copytree(folder_of("emoji"), path)
-        pipe.save_pretrained(path)
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        write_json({**index, "latent_shift": {}}, path / "model_index.json")
     return str(path)
 
 
@@ -144,7 +141,7 @@ def main() -> None:
     rows = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
     for name, settings in VARIANTS.items():
         run(
-            f"latent-shift train recipes/emoji/words.toml --run runs/motion/{name} model.init={start(settings)} {settings} {SETTINGS}",
+            f"latent-shift train recipes/emoji/words.toml --run runs/motion/{name} model.init={start()} {settings} {SETTINGS}",
             result=f"runs/motion/{name}/model/model_index.json",
         )
         rows[name] = {"settings": settings, "timesteps": effect_of_words(f"runs/motion/{name}/model")}

@@ -132,6 +132,29 @@ def test_training_measures_once_and_saves_the_channels(latents, image_model, tmp
     going_on = tiny_config("video", latents, steps=1, model={**settings, "init": str(folder)})
     on = train(going_on, tmp_path / "on")
     assert shift_of(loading.load(on).unet) == shift_of(loading.load(more).unet)
-    for other in ({"edge": "hold"}, quarter):
+    for other in ({"edge": "hold"}, quarter, {**settings, "rule": "tiny:two_back"}):
         with pytest.raises(ValueError, match=r"was trained to shift other channels"):
             checks.check_start(tiny_config("video", latents, model={**other, "init": str(folder)}), folder)
+
+
+def test_a_rule_and_cheapest_channels_in_one_run(latents, image_model, tmp_path):
+    """The channels are measured once for a run; a model that was trained without them goes on without them; an image model's own
+    settings of the shift do not count."""
+    mixed = {"rule": "latent_shift.rules:neighbors_and_mean", "channels": "cheapest", "place": "both"}
+    image = train(
+        tiny_config("image", latents, model={"size": "tiny", "rule": "tiny:two_back"}), tmp_path / "image"
+    )
+    config = tiny_config("video", latents, steps=1, model={"init": str(image), **mixed})
+    folder = train(config, tmp_path / "run")
+    saved = (tmp_path / "run" / "channels.json").read_text()
+    stage = DenoiserStage(config, Prepared(str(latents), image, "no", tmp_path / "run"))
+    assert (tmp_path / "run" / "channels.json").read_text() == saved
+    assert shift_of(stage.model) == shift_of(loading.load(folder).unet)
+    widths = {offsets for _, runs in shift_of(stage.model).rule for _, offsets in runs}
+    assert widths == {(-1,), (0,), (1,), (-3, -2, -1, 0, 1, 2, 3)}
+    plain = train(
+        tiny_config("video", latents, steps=1, model={"init": str(image_model)}), tmp_path / "plain"
+    )
+    for other in (mixed, {"channels": "cheapest"}, {"channels": "cheapest", "forward": 0.1, "backward": 0.1}):
+        with pytest.raises(ValueError, match=r"model\.channels is cheapest, but .* was trained with first"):
+            checks.check_start(tiny_config("video", latents, model={"init": str(plain), **other}), plain)

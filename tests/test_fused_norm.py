@@ -49,6 +49,7 @@ print("right")
 NETWORK = """
 import copy, torch
 from test_shift import tiny_unet
+from latent_shift import shift_kernels
 from latent_shift.fused_norm import FusedResnetBlock2D, fuse_norms
 from latent_shift.shift import Shift, frames, inflate
 
@@ -65,6 +66,10 @@ for place in ("conv1", "both", "end"):
     with torch.no_grad(), frames(unet, 2), frames(fused, 2):
         torch.testing.assert_close(fused(*inputs).sample, unet(*inputs).sample, rtol=1e-4, atol=1e-4)
     assert calls and all(calls)
+    num_tables = len(shift_kernels._tables)
+    with torch.no_grad(), frames(fused, 2):
+        fused(*inputs)
+    assert len(shift_kernels._tables) == num_tables
     FusedResnetBlock2D._applies = forward
     last = copy.deepcopy(fused).to(memory_format=torch.channels_last)  # of the weights alone
     with torch.no_grad(), frames(unet, 2), frames(last, 2):

@@ -79,6 +79,14 @@ def test_layers_that_read_shifted_channels_learn_faster(latents, image_model, tm
     steps = steps_of(2)
     readers = [float(step) for name, step in steps.items() if ".conv1.weight" in name]
     assert min(readers) > 4e-3 and len(readers) > 5
+    adapters = {"rank": 2, "modules": ["to_q"]}
+    with pytest.raises(
+        ValueError, match="shift_lr_scale has no effect: no layer that reads shifted channels is trained"
+    ):
+        train(
+            tiny_config("video", latents, model={"init": str(image_model)}, optim=optim, lora=adapters),
+            tmp_path / "lora",
+        )
     with pytest.raises(ValidationError, match="shift_lr_scale needs a shift"):
         tiny_config("video", latents, model={"init": "x", "temporal": "none"}, optim=optim)
 

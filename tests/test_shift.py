@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from latent_shift import shift, shift_kernels
 from latent_shift.clip_text import share_text
 from latent_shift.engines.exported import neighbor_indices
+from latent_shift.rules import neighbors_and_mean
 from latent_shift.shift import (
     Shift,
     deflate,
@@ -179,12 +181,27 @@ def test_tables_are_made_anew_after_they_were_dropped(monkeypatch):
     settings = [Shift(edge=edge, rule=rule) for edge in EDGES for rule in (None, far)]
     expected = [temporal_shift(x, 4, shift) for shift in settings]
     monkeypatch.setattr(shift_kernels, "_MAX_TABLES", 2)
-    monkeypatch.setattr(shift_kernels, "_tables", {})
+    monkeypatch.setattr(shift_kernels, "_tables", OrderedDict())
     for _ in range(2):
         assert all(
             torch.equal(temporal_shift(x, 4, shift), y) for shift, y in zip(settings, expected, strict=True)
         )
-    assert len(shift_kernels.tables_in_use()) == 2
+    assert len(shift_kernels._tables) == 2
+
+
+def test_means_keep_the_precision_of_their_input():
+    """Under autocast, too, where a matrix product would not; whole numbers have no mean, and an empty batch no frames."""
+    x, shift = torch.randn(4, 12, 4, 4), Shift(rule=neighbors_and_mean, edge="hold")
+    expected = temporal_shift(x, 4, shift)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(temporal_shift(x, 4, shift), expected)
+    for like in (x, x.to(memory_format=torch.channels_last)):
+        with pytest.raises(
+            ValueError, match=r"means over frames need floating-point numbers, got torch\.int64"
+        ):
+            temporal_shift(like.long(), 4, shift)
+        assert temporal_shift(like[:0], 4, shift).shape == (0, 12, 4, 4)
+    assert torch.equal(temporal_shift(x.long(), 4), temporal_shift(x.long().float(), 4).long())
 
 
 def test_temporal_shift_is_a_permutation_or_a_permutation_plus_zeros():

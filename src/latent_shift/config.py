@@ -72,7 +72,7 @@ class Model(Section):
         None,
         description="A checkpoint to start from: a model's name, a diffusers folder, a single file or a Hub id.",
     )
-    prediction: Prediction | None = Field(
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(
         None,
         description="What `init` predicts, where it does not say so correctly (single files cannot always); unset: as it says.",
     )

@@ -10,14 +10,14 @@ import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from latent_shift.shift_kernels import tables_in_use
+from latent_shift.shift_kernels import collect_tables
 
 log = logging.getLogger("latent_shift")
 
@@ -63,7 +63,7 @@ class _Recording:
     inputs: list[Tensor]
     outputs: Any
     replay: Callable[[], None]
-    kept: list[Any] = field(default_factory=tables_in_use)
+    kept: list[Any]
     """What the kernels read beside the inputs and the weights."""
 
     def __call__(self, tensors: list[Tensor]) -> Any:
@@ -182,7 +182,8 @@ class CudaGraphs:
     ) -> _Recording | None:
         """Return a recorded call; None, after a word in the log, if it cannot be recorded or differs."""
         try:
-            recording = _Recording(own, *_record(call, own[0].device))
+            with collect_tables() as kept:
+                recording = _Recording(own, *_record(call, own[0].device), kept)
             if _equal(recording(tensors), expected):
                 return recording
             reason = "its output differs"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latent_shift.shift import ShiftGroupNorm
-from latent_shift.shift_kernels import Edge, Groups, channel_offsets
+from latent_shift.shift_kernels import Edge, Groups, channel_offsets, intern_groups
 
 try:
     import triton
@@ -158,7 +158,7 @@ def _run(norm: nn.GroupNorm, x_NCHW: Tensor) -> Tensor:
     if isinstance(norm, ShiftGroupNorm) and norm.shift_state.num_frames > 1:
         state = norm.shift_state
         return norm_silu_shift(x_NCHW, norm, state.num_frames, norm.shift_groups, state.shift.edge)
-    return norm_silu_shift(x_NCHW, norm, 1, ((0, norm.num_channels, (0,)),))
+    return norm_silu_shift(x_NCHW, norm, 1, intern_groups(((0, norm.num_channels, (0,)),)))
 
 
 def fuse_norms(network: nn.Module) -> nn.Module:

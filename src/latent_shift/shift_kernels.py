@@ -6,7 +6,10 @@ Shapes: B clips, F frames, C channels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,9 +78,12 @@ def copy_shifted(x_BFCHW: Tensor, groups: Groups, edge: Edge, adjoint: bool) -> 
         adjoint: apply the adjoint instead: the shift in the opposite direction, plus the other uses of the end frames
             where the edge is held.
     """
-    if (
-        x_BFCHW.is_contiguous() and type(x_BFCHW) is Tensor
-    ):  # a fake one, which estimates memory, reads no real tables
+    if x_BFCHW.numel() == 0:
+        return torch.empty_like(x_BFCHW)
+    if not x_BFCHW.is_floating_point() and any(len(offsets) > 1 for *_, offsets in groups):
+        raise ValueError(f"means over frames need floating-point numbers, got {x_BFCHW.dtype}")
+    # A fake tensor, which estimates memory, reads no real tables.
+    if x_BFCHW.is_contiguous() and type(x_BFCHW) is Tensor:
         settings = (*x_BFCHW.shape[:2], edge, adjoint, x_BFCHW.device)
         return _gather_rows(x_BFCHW, _table(_Rows.of, groups, *settings))
     x_BFHWC, y_BFCHW, merged = x_BFCHW.movedim(2, -1), torch.empty_like(x_BFCHW), groups
@@ -178,28 +184,41 @@ def _gather_rows(x_BFCHW: Tensor, rows: _Rows) -> Tensor:
         y_RHW.index_add_(0, to, x_RHW.index_select(0, sources))
     for mixed, matrix_FF in rows.means:
         x_BFM = x_RHW.index_select(0, mixed).view(*x_BFCHW.shape[:2], -1)
-        y_RHW.index_copy_(0, mixed, torch.matmul(matrix_FF.to(x_BFM.dtype), x_BFM).view(-1, *x_RHW.shape[1:]))
+        with torch.autocast(x_BFCHW.device.type, enabled=False):  # in the precision of the other channels
+            mean_BFM = torch.matmul(matrix_FF.to(x_BFM.dtype), x_BFM)
+        y_RHW.index_copy_(0, mixed, mean_BFM.view(-1, *x_RHW.shape[1:]))
     return y_RHW.unflatten(0, x_BFCHW.shape[:3])
 
 
-_tables: dict[tuple, Any] = {}
+_tables: OrderedDict[tuple, Any] = OrderedDict()
 _MAX_TABLES = 1024
+_lock = threading.Lock()
+_collector = threading.local()
 
 
 def _table(make: Callable[..., Any], groups: Groups, *settings: Any) -> Any:
     """Return the index tensors of a shift, made once for the groups of a layer and other settings."""
     key = (make, id(groups), *settings)  # to hash the groups would take as long as to shift a small layer
-    entry = _tables.get(key)
-    if entry is None:
-        while len(_tables) >= _MAX_TABLES:
-            _tables.pop(next(iter(_tables)), None)
-        entry = _tables[key] = make(groups, *settings), groups  # which keeps their id
+    with _lock:
+        entry = _tables.get(key)
+        if entry is None:
+            entry = _tables[key] = make(groups, *settings), groups  # which keeps their id
+            while len(_tables) > _MAX_TABLES:
+                _tables.popitem(last=False)
+        _tables.move_to_end(key)
+    if (kept := getattr(_collector, "kept", None)) is not None:
+        kept.append(entry)
     return entry[0]
 
 
-def tables_in_use() -> list[Any]:
-    """Return what a CUDA graph has to keep alive: the index tensors that its kernels read."""
-    return list(_tables.values())
+@contextmanager
+def collect_tables() -> Iterator[list[Any]]:
+    """Collect the index tensors that this thread's shifts read: what a CUDA graph of them has to keep alive."""
+    _collector.kept = []
+    try:
+        yield _collector.kept
+    finally:
+        _collector.kept = None
 
 
 def channel_offsets(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,8 @@ class Work(TorchDispatchMode):
         moved = sum(
             leaf.nbytes for leaf in tree_leaves((read, kwargs, output)) if isinstance(leaf, torch.Tensor)
         )
+        if func._overloadpacket == torch.ops.aten.index_select:
+            moved = 2 * output.nbytes + args[2].nbytes
         if func._overloadpacket in _ROWS:
             whole, dim, index = args[:3]
             rows = whole.nbytes * index.numel() // whole.shape[dim]

@@ -244,8 +244,11 @@ def check_start(config: Config, start: Path) -> None:
         saved = Shift(**{name: trained.get(name) for name in names})  # type: ignore[arg-type]
         shift = sizes.shift_settings(config.model)
         widths = {name: sum(num for num, _ in runs) for name, runs in trained.get("rule") or ()}
-        if config.model.channels == "cheapest" and _sources(saved, widths) == _sources(shift, widths):
-            shift = replace(shift, forward=1 / 3, backward=1 / 3, rule=saved.rule)
+        if config.model.channels == "cheapest":
+            if saved.rule is None:
+                before["model.channels"], now["model.channels"] = "first", "cheapest"
+            elif _sources(saved, widths) == _sources(shift, widths):
+                shift = replace(shift, forward=1 / 3, backward=1 / 3, rule=saved.rule)
         shift = shift.resolved(widths)
         before |= {f"model.{name}": getattr(saved, name) for name in names}
         now |= {f"model.{name}": getattr(shift, name) for name in names}
@@ -271,11 +274,12 @@ def _sources(shift: Shift, widths: dict[str, int]) -> dict[str, list[tuple[int, 
 
 
 def trained_rule(start: Path | None) -> Any:
-    """Return the rule of the shift that the model in `start` was trained with; None if it has none."""
+    """Return the rule of the shift that the video model in `start` was trained with; None if it has none."""
     index_file = start / "model_index.json" if start else None
     if index_file is None or not index_file.exists():
         return None
-    return read_settings(index_file, IndexSettings).get("latent_shift", {}).get("rule")
+    trained = read_settings(index_file, IndexSettings).get("latent_shift", {})
+    return trained.get("rule") if trained.get("num_frames", 1) > 1 else None
 
 
 def check_denoiser(unet: UNet2DConditionModel, store: Store) -> None:

@@ -390,11 +390,12 @@ def create_state(config: Config, prepared: prepare.Prepared, run: Path) -> Train
     if config.train.compile:
         stage.model.compile(dynamic=False)  # one graph for clips, one for single frames
     objective = stage.objective
+    after_shift = optim.names_after_shift(config, objective, stage.model)
     if config.train.shard:
         fsdp.shard(objective, stage.model, accelerator)
     trained = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     parameters = list(trained.values())
-    optimizer = optim.create_optimizer(config, parameters, stage.model)
+    optimizer = optim.create_optimizer(config, parameters, [trained[name] for name in after_shift])
     if config.train.shard:
         fsdp.register_sharded_state(accelerator, objective, optimizer)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,24 +19,23 @@ DIVERGED = "try a smaller optim.lr, or train.precision=no: the run then resumes 
 
 
 def create_optimizer(
-    config: Config, parameters: list[nn.Parameter], network: nn.Module | None = None
+    config: Config, parameters: list[nn.Parameter], after_shift: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
     """Return the optimizer of `optim.optimizer`.
 
     Args:
         config: of the run.
         parameters: that are trained.
-        network: with them; inflated if `optim.shift_lr_scale` is not 1.
+        after_shift: those of them that take `optim.shift_lr_scale` times the learning rate.
     """
     groups: Any = parameters
-    if config.optim.shift_lr_scale != 1 and network is not None:
-        after_shift = set(map(id, _read_shifted(network)))
+    if chosen := set(map(id, after_shift)):
         groups = [
             {
-                "params": [each for each in parameters if (id(each) in after_shift) == chosen],
-                "after_shift": chosen,
+                "params": [each for each in parameters if (id(each) in chosen) == is_chosen],
+                "after_shift": is_chosen,
             }
-            for chosen in (False, True)
+            for is_chosen in (False, True)
         ]
     options: dict[str, Any] = dict(
         lr=config.optim.lr, betas=(0.9, config.optim.beta2), weight_decay=config.optim.weight_decay
@@ -47,12 +47,29 @@ def create_optimizer(
     return AdamW8bit(groups, **options)
 
 
-def _read_shifted(network: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of the layers that read shifted channels."""
+def names_after_shift(config: Config, objective: nn.Module, network: nn.Module) -> set[str]:
+    """Return the names of the trained parameters of `objective` in the layers that read shifted channels, for
+    `optim.shift_lr_scale`; none where it is 1. To be called before the network is sharded, which renames its classes.
+
+    Raises:
+        ValueError: none of these is trained.
+    """
+    if config.optim.shift_lr_scale == 1:
+        return set()
     shift = shift_of(network)
     assert shift is not None, "the settings ask for a shift"
     layers = [layer for _, readers in shifted_readers(network, shift.place) for layer in readers]
-    return [parameter for layer in layers for parameter in layer.parameters()]
+    readers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    names = {
+        name
+        for name, parameter in objective.named_parameters()
+        if parameter.requires_grad and id(parameter) in readers
+    }
+    if not names:
+        raise ValueError(
+            "optim.shift_lr_scale has no effect: no layer that reads shifted channels is trained"
+        )
+    return names
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:

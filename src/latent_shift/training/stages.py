@@ -5,6 +5,7 @@ Shapes: B clips of F frames; C channels and h x w of the latents; L tokens, D wi
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -186,6 +187,7 @@ class DenoiserStage:
         shift, file = shift_of(self.model), run / "channels.json" if run else None
         assert shift is not None
         source = {"model": self.config.model.init, "data": self.config.data.path, **shift.to_dict()}
+        source = json.loads(json.dumps(source))  # a rule's tuples are lists in the file
         while file and rank() > 0 and _read_channels(file, source) is None:
             time.sleep(0.2)  # until the first process has measured them
         if file and (rule := _read_channels(file, source)) is not None:

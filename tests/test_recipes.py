@@ -249,8 +249,11 @@ def test_compare_seeds_trains_and_measures_three_of_each_system(run_script):
         trained["hold"] == "model.edge=hold train.seed=0"
         and trained["hold-seed-2"] == "model.edge=hold train.seed=2"
     )
+    assert "model.place=both model.channels=cheapest" in trained["mixed"]
     assert trained["shift"] == "train.seed=0" and trained["shift-seed-1"] == "train.seed=1"
-    seeds = {name: [f"{name}-seed-1", f"{name}-seed-2"] for name in ("shift", "hold", "attention", "none")}
+    seeds = {
+        name: [f"{name}-seed-1", f"{name}-seed-2"] for name in ("shift", "hold", "attention", "none", "mixed")
+    }
     assert find_seeds(list(trained)) == seeds  # the tables and the page group them by name
     assert all(
         f"-m {name}=runs/compare/{name}/model" in evaluate and f"runs/compare/{name} " in tabulate

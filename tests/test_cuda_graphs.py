@@ -87,7 +87,7 @@ def test_a_recording_keeps_the_tables_of_the_shift(unet, replays, monkeypatch):
     tables = set(map(id, shift_kernels._tables.values()))
     (recording,) = graphs.graphs.values()
     widths = {layer.num_channels for layer in unet.modules() if isinstance(layer, ShiftGroupNorm)}
-    assert len(tables) == len(widths) and set(map(id, recording.kept)) == tables
+    assert len(tables) == len(widths) and set(map(id, recording.tables)) == tables
 
 
 def test_frames_edges_and_shapes_have_graphs_of_their_own(unet, replays):

@@ -1,6 +1,6 @@
-"""Rank ideas for a better shift: small models, three seeds each, and the loss at each noise level.
+"""Rank ideas for a better shift: small models, some seeds each, and the loss at each noise level.
 
-    python recipes/compare/run.py                       # every idea, 180 steps: half an hour of one core for each idea
+    python recipes/compare/run.py                       # every idea, three seeds of 180 steps
     python recipes/compare/run.py distances attention   # these alone
     python recipes/compare/run.py --full distances      # 600 steps, as in compare.py
     python recipes/compare/run.py --network pixart      # a small transformer, PixArt's or Sana's, and its own ideas

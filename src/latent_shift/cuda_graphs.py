@@ -63,7 +63,7 @@ class _Recording:
     inputs: list[Tensor]
     outputs: Any
     replay: Callable[[], None]
-    kept: list[Any]
+    tables: list[Any]
     """What the kernels read beside the inputs and the weights."""
 
     def __call__(self, tensors: list[Tensor]) -> Any:
@@ -182,8 +182,8 @@ class CudaGraphs:
     ) -> _Recording | None:
         """Return a recorded call; None, after a word in the log, if it cannot be recorded or differs."""
         try:
-            with collect_tables() as kept:
-                recording = _Recording(own, *_record(call, own[0].device), kept)
+            with collect_tables() as tables:
+                recording = _Recording(own, *_record(call, own[0].device), tables)
             if _equal(recording(tensors), expected):
                 return recording
             reason = "its output differs"

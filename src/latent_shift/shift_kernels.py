@@ -206,19 +206,19 @@ def _table(make: Callable[..., Any], groups: Groups, *settings: Any) -> Any:
             while len(_tables) > _MAX_TABLES:
                 _tables.popitem(last=False)
         _tables.move_to_end(key)
-    if (kept := getattr(_collector, "kept", None)) is not None:
-        kept.append(entry)
+    if (tables := getattr(_collector, "tables", None)) is not None:
+        tables.append(entry)
     return entry[0]
 
 
 @contextmanager
 def collect_tables() -> Iterator[list[Any]]:
     """Collect the index tensors that this thread's shifts read: what a CUDA graph of them has to keep alive."""
-    _collector.kept = []
+    _collector.tables = []
     try:
-        yield _collector.kept
+        yield _collector.tables
     finally:
-        _collector.kept = None
+        _collector.tables = None
 
 
 def channel_offsets(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import latent_shift as ls
+from latent_shift.benchmark.roofline import Work
 from latent_shift.engines.export import export
 from latent_shift.models import dit, sizes
 from latent_shift.models.network_classes import baseline_of
 from latent_shift.pipelines import catalog, loading
 from latent_shift.shift import Shift, frames, shift_of
+from latent_shift.training import memory
 from latent_shift.training.loop import train
 
 CLASSES = {"pixart": (dit.PixArtDenoiser, dit.PixArtVDM), "sana": (dit.SanaDenoiser, dit.SanaVDM)}
@@ -61,6 +64,20 @@ def test_training_saving_and_sampling(size, latents, tmp_path):
         train(tiny_config("video", latents, model={"init": str(folder), "edge": "hold"}), tmp_path / "other")
     with pytest.raises(ValueError, match=r"expected a model of Stable Diffusion 1\.x or 2\.x"):
         export(str(folder), tmp_path / "exported")
+
+
+def test_memory_and_operations_of_a_step_are_estimated(size):
+    """With position embeddings, which are no parameters; weights and gradients cost twice the forward pass."""
+    config = tiny_config("video", "latents", model={"size": size}, train={"precision": "no"})
+    with torch.device("meta"):
+        network = sizes.unet(size, sample_size=8)
+    needs = memory.estimate(config, network, latents=(4, 8, 8), text_length=5, device="cpu")
+    assert needs.step > needs.weights == 4 * sizes.num_parameters(network) > 0
+    num_frames = config.data.batch_size * config.data.num_frames
+    with FakeTensorMode(), Work({"flops_per_s": 1.0, "bytes_per_s": 1.0}) as forward, torch.no_grad():
+        network = sizes.unet(size, sample_size=8)
+        network(torch.empty(num_frames, 4, 8, 8), 0, torch.empty(num_frames, 5, 32))
+    assert needs.flops == pytest.approx(3 * forward.flops, rel=0.1)
 
 
 def test_attention_over_time_starts_as_the_image_network(size):

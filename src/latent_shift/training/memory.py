@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from latent_shift.clip_text import share_text
 from latent_shift.config import Config
@@ -35,7 +36,26 @@ from latent_shift.training.objectives import DenoisingObjective, attention_kerne
 from latent_shift.training.prepare import Prepared
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLOPS = {**flop_registry, _FUSED: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention]}
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
+
+
+def _convolution_backward_flops(
+    gradient: Tensor, x: Tensor, weight: Tensor, *options: Any, out_val: tuple
+) -> int:
+    """Return the operations of the gradients of input and weights: as many each as forward.
+
+    PyTorch's own formula forgets the groups of the second and counts a depthwise convolution C-fold.
+    """
+    transposed: bool = options[4]
+    forward = conv_flop_count(x.shape, weight.shape, gradient.shape, transposed=transposed)
+    return forward * sum(result is not None for result in out_val[:2])
+
+
+FLOPS = {
+    **flop_registry,
+    _FUSED: flop_registry[torch.ops.aten._scaled_dot_product_flash_attention],
+    _CONVOLUTION_BACKWARD: _convolution_backward_flops,
+}
 """Multiplications and additions of an operation; PyTorch's table lacks the attention of CPUs."""
 
 
@@ -159,13 +179,15 @@ def estimate(
 
 
 def _fake(module: nn.Module) -> None:
-    """Move the parameters of a module from the meta device to a fake device that autocast supports."""
+    """Move a module from the meta device to a fake device that autocast supports."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             part.register_parameter(
                 name,
                 nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad),
             )
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 class _Live(TorchDispatchMode):

@@ -47,7 +47,8 @@ def _convolution_backward_flops(
     PyTorch's own formula forgets the groups of the second and counts a depthwise convolution C-fold.
     """
     transposed: bool = options[4]
-    forward = conv_flop_count(x.shape, weight.shape, gradient.shape, transposed=transposed)
+    x_shape, weight_shape, output_shape = (list(each.shape) for each in (x, weight, gradient))
+    forward: int = conv_flop_count(x_shape, weight_shape, output_shape, transposed=transposed)
     return forward * sum(result is not None for result in out_val[:2])
 
 

@@ -298,10 +298,14 @@ def test_copies_and_gradient_checkpointing(plain_and_place):
 
 
 def test_the_examples_of_the_documentation_run(tmp_path):
-    """docs/method.md: a rule, and diffusers' own pipeline of PixArt, with a tiny T5."""
-    page = (Path(__file__).parent.parent / "docs" / "method.md").read_text(encoding="utf-8")
-    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    """docs/method.md: a rule, and diffusers' own pipeline of PixArt, with a tiny T5; README: that pipeline."""
+    root = Path(__file__).parent.parent
+    examples, in_readme = (
+        re.findall(r"```python\n(.*?)```", (root / page).read_text(encoding="utf-8"), re.DOTALL)
+        for page in ("docs/method.md", "README.md")
+    )
     assert len(examples) == 3
+    (of_readme,) = [example for example in in_readme if "any/pixart" in example]
     letters = [(token, -1.0) for token in ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]]
     encoder = T5EncoderModel(
         T5Config(vocab_size=len(letters), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
@@ -326,8 +330,10 @@ def test_the_examples_of_the_documentation_run(tmp_path):
         "PixArtTransformer2DModel": PixArtTransformer2DModel,
         "PixArtSigmaPipeline": Quick,
     }
-    for example in examples:
+    for example in (*examples, of_readme):
         exec(example.replace('"any/pixart"', repr(str(tmp_path))).replace("4, 128, 128", "4, 8, 8"), names)
+        if "clip" in names:
+            clip = names.pop("clip")
+            assert len(clip) == 16 and clip[0].size == (64, 64)
     assert reach(names["unet"]) == (2 * 11, 2 * 11)
-    assert len(names["clip"]) == 16 and names["clip"][0].size == (64, 64)
     assert shift_of(names["transformer"]).place == "kv"

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from latent_shift.evaluation.measures import HIGHER, LOWER, MEASURES, REAL
@@ -31,16 +32,16 @@ def summary() -> str:
     for timing in read_result("sweep-h200")["points"]:  # of two measurements the first
         if (timing["frames"], timing["side"], timing["clips"]) == (16, 64, 1):
             times.setdefault(timing["name"], timing["seconds"] * 1e3)
-    names = {"shift": "Latent-Shift", "attention": "Latent-VDM", "none": "frame by frame"}
+    names = {"shift": "Latent-Shift", "mixed": None, "attention": "Latent-VDM", "none": "frame by frame"}
     rows = [
         ["parameters added, 6 M network", *(f"{sizes[name] / sizes['none'] - 1:.0%}" for name in names), ""],
-        ["sampling step of 16 frames at SD 1.5's size, ms", *(f"{times[network]:.0f}" for network in names.values()), ""],
+        ["sampling step of 16 frames at SD 1.5's size, ms", *(f"{times[network]:.0f}" if network else "not measured" for network in names.values()), ""],
     ]  # fmt: skip
     for measure, places in {"denoising_error": 3, "motion_seen_at_375": 2, "flicker": 1}.items():
         form = decimals(places)
         means = [point(results.cells[name][measure], form) for name in names]
         rows.append([label(measure), *means, results.real(measure, form, with_interval=False)])
-    return markdown_table(["", "shift", ATTENTION, "no shift", "real clips"], rows)
+    return markdown_table(["", "shift", "better shift", ATTENTION, "no shift", "real clips"], rows)
 
 
 def emoji() -> str:
@@ -71,7 +72,7 @@ def emoji() -> str:
 def shift_and_attention() -> str:
     """Tabulate `recipes/compare`: the shift, attention and neither."""
     results = Results("seeds")
-    names = ("shift", "hold", "attention", "none")
+    names = ("shift", "hold", "mixed", "attention", "none")
     rows = [
         ["loss on held-out clips", *results.losses(names), ""],
         ["parameters", *(f"{results.parameters[name] / 1e6:.2f} M" for name in names), ""],
@@ -96,6 +97,7 @@ def shift_and_attention() -> str:
         "measure, 60 clips of 8 frames",
         "shift",
         "shift, edges held",
+        "better shift",
         ATTENTION,
         "no shift",
         "real clips",
@@ -152,32 +154,52 @@ def parts() -> str:
 
 
 def ideas() -> str:
-    """Tabulate `recipes/compare/run.py`: loss on held-out clips by timestep, of the first seed and of all, the best first."""
-    rows, results = [], read_result("ideas")
+    """Tabulate `recipes/compare/run.py` for the U-Net."""
+    return ranked("ideas")
+
+
+def ideas_pixart() -> str:
+    """Tabulate `recipes/compare/run.py --network pixart`."""
+    return ranked("ideas-pixart")
+
+
+def ideas_sana() -> str:
+    """Tabulate `recipes/compare/run.py --network sana`."""
+    return ranked("ideas-sana")
+
+
+def ranked(name: str) -> str:
+    """Tabulate the loss on held-out clips by timestep, of the first seed and of all, the best first.
+
+    Where no layers over time and attention are among the ideas, with the fraction of attention's gain that an idea reaches.
+    """
+    rows, results = [], read_result(name)
     form = decimals(4)
-    for name, seeds in results.items():
-        losses = {number: list(seed["loss"].values()) for number, seed in seeds.items()}
-        means = {number: sum(each) / len(each) for number, each in losses.items()}
-        before = seeds["0"].get("loss_before_training", {})
+    means = {
+        idea: {number: mean(seed["loss"].values()) for number, seed in seeds.items()}
+        for idea, seeds in results.items()
+    }
+    both_ends = {"none", "attention"} <= means.keys()
+    for idea, seeds in results.items():
+        first = seeds["0"]
+        before = first.get("loss_before_training", {})
         cells = [
-            form(means["0"]),
-            *map(form, losses["0"]),
-            between(Spread.of(list(means.values())), form) if len(means) > 1 else "",
-            form(sum(before.values()) / len(before)) if before else "",
+            form(means[idea]["0"]),
+            *map(form, first["loss"].values()),
+            between(Spread.of(list(means[idea].values())), form) if len(seeds) > 1 else "",
+            form(mean(before.values())) if before else "",
         ]
-        settings = seeds["0"]["settings"] or "the paper's shift"
-        rows.append((means["0"], [name, f"`{settings}`", *cells]))
+        if both_ends:
+            none, attention = means["none"]["0"], means["attention"]["0"]
+            cells.insert(1, percent((none - means[idea]["0"]) / (none - attention)))
+        settings = first["settings"] or "the paper's shift"
+        rows.append((means[idea]["0"], [idea, f"`{settings}`", *cells]))
     timesteps = next(iter(results.values()))["0"]["loss"]
-    at = [f"t = {timestep}" for timestep in timesteps]
-    header = [
-        "idea",
-        "settings",
-        "loss, first seed",
-        *at,
-        "loss, mean over seeds",
-        "loss before training",
-    ]
-    return markdown_table(header, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
+    head = ["idea", "settings", "loss, first seed", *(f"t = {timestep}" for timestep in timesteps)]
+    if both_ends:
+        head.insert(3, "of attention's gain")
+    head += ["loss, mean over seeds", "loss before training"]
+    return markdown_table(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 
 def two_runs() -> str:
@@ -472,6 +494,8 @@ TABLES: dict[str, Callable[[], str]] = {
         shift_and_attention,
         parts,
         ideas,
+        ideas_pixart,
+        ideas_sana,
         systems,
         measures,
         two_runs,

@@ -11,6 +11,8 @@ from torch import nn
 
 from latent_shift import config
 from latent_shift.data.encode import encode
+from latent_shift.data.latents import LatentStore
+from latent_shift.files import write_json
 from latent_shift.training import checkpoint, loop
 from latent_shift.training.loop import train
 
@@ -31,6 +33,7 @@ OTHERS: dict[str, tuple] = {
     "data.image_share": ("video", 1.0, {}),
     "data.splits": ("image", ["val_concept"], {}),
     "data.val_splits": ("image", ["val_concept"], {}),
+    "data.concept_weights": ("image", "weights.json", {}),
     "model.size": ("autoencoder", "emoji", {}),
     "model.init": ("video", None, {}),
     "model.prediction": ("image", "epsilon", {"model.init": ...}),  # converted into the run folder
@@ -178,6 +181,9 @@ def test_setting_changes_the_outcome(
         value = str(
             encode(packed, tmp_path / "mirrored", autoencoder=autoencoder, texts=texts, mirror=True).folder
         )
+    if key == "data.concept_weights":
+        value = str(tmp_path / value)
+        write_json({LatentStore(latents).records[0].concept: 1e6}, value)
     value = {"stage": "video", "model.init": str(image_model)}.get(key, value)
 
     def run(folder, changes: dict[str, object]) -> object:

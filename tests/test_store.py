@@ -93,6 +93,9 @@ def test_sampler_draws_batches_of_one_size_and_concepts_equally_often(two_sizes)
     assert np.allclose(
         share, [0.25, 0.5, 0.25], atol=0.04
     )  # "a" as often as "b", and both of its clips equally often
+    weighed = BalancedSampler(two_sizes, [0, 1, 2], {two_sizes.records[1].concept: 3.0})
+    share = np.bincount(np.concatenate([weighed.draw(rng, 4) for _ in range(1500)]), minlength=3) / 6000
+    assert np.allclose(share, [0.125, 0.75, 0.125], atol=0.04)
     with pytest.raises(ValueError, match="no record to train on"):
         BalancedSampler(two_sizes, [])
 

@@ -61,6 +61,22 @@ def test_train_lowers_the_loss(packed, tmp_path):
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
 
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        ({"purple": 2}, "has no concept 'purple'"),
+        ({"{concept}": 0}, "greater than 0"),
+        ({"{concept}": "often"}, "valid number"),
+        ([1], "expected a JSON object"),
+    ],
+)
+def test_concept_weights_are_those_of_known_concepts(weights, problem, latents, tmp_path):
+    concept, file = LatentStore(latents).records[0].concept, tmp_path / "weights.json"
+    file.write_text(json.dumps(weights).replace("{concept}", concept))
+    with pytest.raises(ValueError, match=rf"weights\.json: .*{problem}"):
+        stage_of(tiny_config("image", latents, data={"concept_weights": str(file)}))
+
+
 @pytest.mark.parametrize("stage", ["autoencoder", "image", "video"])
 def test_train_resumes_exactly(stage, packed, latents, tmp_path):
     """Six steps without a break equal 2 + 1 + 3 steps: weights, averages and optimizer states, on a CPU bit for bit."""

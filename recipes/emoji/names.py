@@ -11,12 +11,12 @@ docs/results/names.json.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 from compose import open_things
+from splits import was_held_out
 
 from latent_shift.data.store import Store
 from latent_shift.files import write_json
@@ -51,11 +51,7 @@ def main() -> None:
     embed = embedder(open_tokenizer(model / "tokenizer"), open_text_encoder(model / "text_encoder").float())
     things, _ = open_things(args.folder)
     if args.former_split:
-        things = {
-            code: thing
-            for code, thing in things.items()
-            if int(hashlib.sha256(code.encode()).hexdigest(), 16) % 20
-        }
+        things = {code: thing for code, thing in things.items() if not was_held_out(code)}
     names = list(dict.fromkeys(name for thing in things.values() for name in thing.names))
     known = Names(tuple(names), embed(names), 0.0)
 

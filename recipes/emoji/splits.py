@@ -28,6 +28,11 @@ def is_held_out(name: str, percent: int = 5) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < percent
 
 
+def was_held_out(concept: str) -> bool:
+    """Return whether a concept was held out whole of the weights from before words.toml."""
+    return int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 20 == 0
+
+
 @functools.cache
 def measured_captions() -> frozenset[str]:
     """Return the captions of protocol emoji: their clips are trained on."""

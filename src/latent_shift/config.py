@@ -59,6 +59,10 @@ class Data(Section):
         description="Probability that a step of the video stage trains on single frames instead of clips.",
     )
     splits: list[str] = Field(["train"], min_length=1, description="Splits to train on.")
+    concept_weights: str | None = Field(
+        None,
+        description="JSON file with the weights of some concepts: one of weight 8 is drawn 8 times as often as one that is not named.",
+    )
     val_splits: list[str] = Field(
         [], description="Splits on which the validation loss is computed; empty: no validation."
     )

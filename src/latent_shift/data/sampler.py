@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from latent_shift.data.store import Store
+from latent_shift.data.store import Store, text_digest
 
 
 class BalancedSampler:
@@ -13,21 +15,27 @@ class BalancedSampler:
     Args:
         store: the store of the records.
         indices: `(N,)` records to sample from.
+        concept_weights: how much likelier than the others some concepts are.
 
     Raises:
         ValueError: no records.
     """
 
-    def __init__(self, store: Store, indices: np.ndarray):
+    def __init__(
+        self, store: Store, indices: np.ndarray, concept_weights: Mapping[str, float] | None = None
+    ):
         if not len(indices):
             raise ValueError(
                 "no record to train on: check the names of the splits and that clips have enough frames"
             )
         self._all = np.asarray(indices)
         rows = store.index[indices]
-        _, concept_ids, counts = np.unique(rows["concept"], return_inverse=True, return_counts=True)
+        concepts, concept_ids, counts = np.unique(
+            rows["concept"], return_inverse=True, return_counts=True
+        )
         self._concept_ids = concept_ids
-        weights = 1 / counts[concept_ids]
+        factors = {text_digest(concept): weight for concept, weight in (concept_weights or {}).items()}
+        weights = (np.array([factors.get(int(concept), 1.0) for concept in concepts]) / counts)[concept_ids]
         shape_ids = store.shape_ids()[rows["shard"]]
         groups = [shape_ids == shape_id for shape_id in np.unique(shape_ids)]
         self._indices = [np.asarray(indices)[group] for group in groups]

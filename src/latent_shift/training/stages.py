@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
+from pydantic import Field
 from torch import Tensor, nn
 
 from latent_shift import video
@@ -27,9 +28,9 @@ from latent_shift.clip_text import share_text
 from latent_shift.config import Config
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.sampler import BalancedSampler
-from latent_shift.data.store import Store, caption_at_rate, open_pixel_store
+from latent_shift.data.store import Store, caption_at_rate, open_pixel_store, text_digest
 from latent_shift.diffusion import add_noise, draw_timesteps, schedule_of
-from latent_shift.files import read_json_object, write_json
+from latent_shift.files import check_schema, read_json_object, write_json
 from latent_shift.models import autoencoder, sizes
 from latent_shift.models.autoencoder import load_autoencoder
 from latent_shift.models.channel_cost import cheapest_channels
@@ -84,7 +85,9 @@ class AutoencoderStage:
         self.config = config
         self.store = open_pixel_store(prepared.store)
         checks.check_store(config, self.store)
-        self.sampler = BalancedSampler(self.store, self.store.select(splits=config.data.splits))
+        self.sampler = BalancedSampler(
+            self.store, self.store.select(splits=config.data.splits), _concept_weights(config, self.store)
+        )
         self.held_out = _held_out_sampler(config, self.store)
         self.objective = self.make_objective(config, prepared)
         self.model = self.objective.vae
@@ -158,9 +161,12 @@ class DenoiserStage:
         self.store = LatentStore(prepared.store)
         checks.check_store(config, self.store)
         num_frames, strides = config.data.num_frames, config.data.strides
+        concept_weights = _concept_weights(config, self.store)
         self.samplers = {
             (length, stride): BalancedSampler(
-                self.store, self.store.select(splits=config.data.splits, num_frames=length, stride=stride)
+                self.store,
+                self.store.select(splits=config.data.splits, num_frames=length, stride=stride),
+                concept_weights,
             )
             for length, stride in {(1, 1), *((num_frames, stride) for stride in strides)}
         }
@@ -381,6 +387,19 @@ def _read_channels(file: Path, source: dict[str, Any]) -> Any:
     left no checkpoint."""
     saved = read_json_object(file) if file.exists() else {}
     return saved.get("rule") if saved.get("source") == source else None
+
+
+def _concept_weights(config: Config, store: Store) -> dict[str, float]:
+    """Return the weights in the file of `data.concept_weights`; raise ValueError for a concept that the store lacks."""
+    if config.data.concept_weights is None:
+        return {}
+    file = Path(config.data.concept_weights)
+    schema = dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    weights: dict[str, float] = check_schema(read_json_object(file), schema, file)
+    known = set(store.index["concept"].tolist())
+    if absent := [concept for concept in weights if text_digest(concept) not in known]:
+        raise ValueError(f"{file}: {config.data.path} has no concept {absent[0]!r}")
+    return weights
 
 
 def _held_out_sampler(config: Config, store: Store) -> BalancedSampler | None:

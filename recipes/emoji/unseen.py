@@ -1,0 +1,29 @@
+"""Write recipes/emoji/unseen.json: weights of the concepts that weights from before words.toml have never seen.
+
+    python recipes/emoji/unseen.py
+
+One concept in twenty was held out then, snake and airplane among them. With equal weights such a concept is drawn a dozen times in
+1,000 steps of words.toml, too seldom to be learned in the steps that a CPU can do; the others are known and need rehearsal only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from splits import was_held_out
+
+from latent_shift.data.store import Store
+
+WEIGHT = 8
+
+
+def main() -> None:
+    concepts = {record.concept for record in Store("data/emoji-*latents").records}
+    unseen = sorted(concept for concept in concepts if was_held_out(concept.removesuffix(" composed")))
+    text = json.dumps(dict.fromkeys(unseen, WEIGHT), indent=1) + "\n"
+    Path(__file__).with_suffix(".json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,13 +9,14 @@ import urllib.request
 
 import psutil
 import pytest
+from limited_process import run_process
 
 from latent_shift.benchmark.server import Server
 from latent_shift.serve.server import name_models
 
 
 def run_command(*words):
-    """Return the exit status and standard error of `latent-shift`."""
+    """Return the exit status and standard error of `latent-shift` in a new interpreter."""
     result = subprocess.run(
         [sys.executable, "-m", "latent_shift", *map(str, words)], capture_output=True, text=True
     )
@@ -100,7 +101,9 @@ def test_life_of_a_server(video_model, tmp_path):
     ],
 )
 def test_refused_starts(options, words, tmp_path):
-    status, errors = run_command("serve", "--data", tmp_path / "data", "--no-open", *options)
+    status, _, errors, _ = run_process(
+        ["serve", "--data", tmp_path / "data", "--no-open", *options], tmp_path
+    )
     assert status != 0
     assert words in errors
     assert "Traceback" not in errors
@@ -114,7 +117,9 @@ def test_port_in_use(tmp_path):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        status, errors = run_command("serve", "--data", tmp_path, "--port", port, "--no-open")
+        status, _, errors, _ = run_process(
+            ["serve", "--data", tmp_path, "--port", port, "--no-open"], tmp_path
+        )
     assert status == 1
     assert f"cannot listen at 127.0.0.1:{port}" in errors
 

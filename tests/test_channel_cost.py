@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny import tiny_config
 
 import latent_shift as ls
@@ -97,6 +98,20 @@ def test_a_rule_says_how_many_channels_come_from_where():
 def test_a_place_that_nothing_reads_is_refused():
     with pytest.raises(ValueError, match="is read by no layer"):
         cheapest_channels(sizes.unet("tiny"), Shift(place="end"), lambda: None, 2)
+    with pytest.raises(ValidationError, match="channels=cheapest needs a place whose channels a layer"):
+        tiny_config("video", "x", model={"size": "tiny", "channels": "cheapest", "place": "end"})
+
+
+def test_costs_that_say_nothing_are_refused():
+    network = sizes.unet("tiny", sample_size=4)
+    x, text = torch.full((4, 4, 4, 4), torch.nan), torch.randn(4, 5, 32)
+    with pytest.raises(ValueError, match="clips of 2 frames or more, got 1"):
+        cheapest_channels(network, Shift(), lambda: network(x, 0, text), 1)
+    with pytest.raises(ValueError, match="run did not call "):
+        cheapest_channels(network, Shift(), lambda: None, 2)
+    with pytest.raises(ValueError, match="are not finite: check the weights and the clips"):
+        cheapest_channels(network, Shift(), lambda: network(x, 0, text), 2)
+    assert shift_of(network) is None
 
 
 def test_training_measures_once_and_saves_the_channels(latents, image_model, tmp_path):

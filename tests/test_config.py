@@ -71,6 +71,12 @@ def test_load_applies_overrides_and_reads_back_a_dump(recipe, tmp_path):
         (["diffusion.zero_terminal_snr=true"], "zero_terminal_snr needs prediction v_prediction"),
         (["loss.kl=0.1"], "loss.kl has no effect in stage image: leave it out"),
         (["data.image_share=0.5"], "data.image_share has no effect in stage image"),
+        (["model.channels=cheapest"], "model.channels has no effect in stage image"),
+        (["model.rule=''"], "model.rule: String should have at least 1 character"),
+        (
+            ["diffusion.num_timesteps=1"],
+            "diffusion.num_timesteps: Input should be greater than or equal to 2",
+        ),
         (
             ["stage=autoencoder", "diffusion.min_snr=5.0"],
             "diffusion.min_snr has no effect in stage autoencoder",

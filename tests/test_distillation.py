@@ -11,7 +11,7 @@ from latent_shift.pipelines.loading import load
 from latent_shift.pipelines.lora import load_lora
 from latent_shift.pipelines.schedulers import distilled_scheduler, make_scheduler
 from latent_shift.runtime import seed
-from latent_shift.shift import frames
+from latent_shift.shift import frames, shift_of
 from latent_shift.training.loop import train
 
 DISTILL = {"phases": 2, "solver_steps": 8, "guidance_scale": 2.0}
@@ -44,6 +44,17 @@ def test_step_is_that_of_diffusers(prediction, zero_snr):
         expected = scheduler.step(output, timestep, sample, return_dict=False)[0]
         got = ddim_step(schedule, sample, output, timesteps, timesteps - 250)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(
+        ValueError, match="expected a schedule that predicts epsilon or v, got 'flow_prediction'"
+    ):
+        ddim_step(noise_schedule(prediction="flow_prediction"), sample, output, timesteps, timesteps - 250)
+
+
+def test_a_teacher_shifts_the_channels_of_its_student(latents, image_model):
+    settings = {"init": str(image_model), "channels": "cheapest"}
+    stage = stage_of(distill_config(latents, image_model, model=settings, data={"num_frames": 4}))
+    assert shift_of(stage.objective.teacher) == shift_of(stage.model)
+    assert shift_of(stage.model).rule is not None
 
 
 def test_batches_are_on_the_grid_of_the_teacher(latents, video_model):

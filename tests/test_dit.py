@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import latent_shift as ls
 from latent_shift.benchmark.roofline import Work
 from latent_shift.engines.export import export
+from latent_shift.evaluation import systems
 from latent_shift.models import dit, sizes
 from latent_shift.models.network_classes import baseline_of
 from latent_shift.pipelines import catalog, loading
@@ -104,6 +105,29 @@ def test_attention_over_time_starts_as_the_image_network(size):
         plain(x, t, text, timestep_cond=torch.zeros(6, 2))
 
 
+def test_texts_are_of_images_or_of_clips(size):
+    network = sizes.unet(size, sample_size=8)
+    for num, num_texts in ((5, 2), (1, 2), (3, 2)):
+        with pytest.raises(
+            ValueError, match=f"a text for each image or for each clip, got {num_texts} for {num}"
+        ):
+            network(torch.randn(num, 4, 8, 8), 0, torch.randn(num_texts, 5, 32))
+
+
+def test_sizes_are_multiples_of_a_patch_and_loras_need_a_unet(size, latents, tmp_path):
+    folder = train(tiny_config("image", latents, model={"size": size}, steps=1), tmp_path / "image")
+    multiple = loading.load(folder).size_multiple
+    assert catalog.sampling_defaults(folder)["multiple"] == multiple == 16
+    with pytest.raises(ValueError, match="in multiples of 16, got 40 and 32"):
+        loading.load(folder)("a red square", num_inference_steps=1, height=40)
+    settings = {"init": str(folder)}
+    video = train(tiny_config("video", latents, model=settings, steps=1), tmp_path / "video")
+    more = tiny_config("video", latents, model={"init": str(video)}, steps=1)
+    assert shift_of(loading.load(train(more, tmp_path / "more")).unet) == Shift(place="kv")
+    with pytest.raises(ValueError, match="lora needs a U-Net, got a "):
+        train(tiny_config("video", latents, model=settings, lora={"rank": 2}), tmp_path / "lora")
+
+
 def test_the_baseline_trains(size, latents, tmp_path):
     image = train(tiny_config("image", latents, model={"size": size}, steps=1), tmp_path / "image")
     config = tiny_config(
@@ -111,6 +135,7 @@ def test_the_baseline_trains(size, latents, tmp_path):
     )
     pipe = loading.load(train(config, tmp_path / "video"))
     assert type(pipe.unet) is CLASSES[size][1]
+    assert systems._title(pipe) == "attention over time"
     assert any(p.any() for name, p in pipe.unet.named_parameters() if "over_time.to_out.weight" in name)
     assert pipe("a red square", num_inference_steps=1, generator=ls.seed(0)).frames.shape == (1, 4, 32, 32, 3)
     with pytest.raises(ValueError, match="there is no such baseline of a"):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections import OrderedDict
 
 import numpy as np
@@ -201,6 +202,11 @@ def test_means_keep_the_precision_of_their_input():
         ):
             temporal_shift(like.long(), 4, shift)
         assert temporal_shift(like[:0], 4, shift).shape == (0, 12, 4, 4)
+        full = torch.full_like(like, 40_000, dtype=torch.float16)  # a sum would not hold
+        torch.testing.assert_close(temporal_shift(full, 4, shift), full, rtol=2e-3, atol=0)
+        whole = shift_kernels.concatenate_shifted(full.unflatten(0, (1, 4)), shift.groups(12), "hold")
+        torch.testing.assert_close(whole[0], full, rtol=2e-3, atol=0)
+    assert temporal_shift(x.to("meta"), 4, shift).shape == x.shape
     assert torch.equal(temporal_shift(x.long(), 4), temporal_shift(x.long().float(), 4).long())
 
 
@@ -438,7 +444,7 @@ def test_neighbors_by_index_equal_frames(edge, rule):
         with frames(unet, num):
             expected = unet(x, t, text).sample
         with neighbors(unet, previous, following):
-            tolerance = 1e-6 if rule else 0  # the order of the terms of a mean
+            tolerance = 4e-6 if rule else 0  # the order of the terms of a mean
             torch.testing.assert_close(unet(x, t, text).sample, expected, rtol=0, atol=tolerance)
     with pytest.raises(ValueError, match="not inflated"), neighbors(tiny_unet(), previous, following):
         pass
@@ -506,6 +512,7 @@ def test_inflate_leaves_the_network_unchanged_on_error():
     [
         (dict(forward=0.6, backward=0.6), "sum at most 1"),
         (dict(forward=-0.1), "at least 0"),
+        (dict(forward=math.nan), "at least 0"),
         (
             dict(place="conv3"),
             "unknown place 'conv3'; expected one of conv1, conv2, both, end, kv, attn, ffn",

@@ -65,8 +65,10 @@ def test_train_lowers_the_loss(packed, tmp_path):
     ("weights", "problem"),
     [
         ({"purple": 2}, "has no concept 'purple'"),
-        ({"{concept}": 0}, "greater than 0"),
-        ({"{concept}": "often"}, "valid number"),
+        ({"{concept}": 0}, "greater than or equal to"),
+        ({"{concept}": 1e308}, "less than or equal to"),
+        ({"{concept}": "8"}, "valid number"),
+        ({"{concept}": True}, "valid number"),
         ([1], "expected a JSON object"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from pathlib import Path
 
@@ -14,18 +15,21 @@ from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    LatteTransformer3DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import latent_shift as ls
 from latent_shift.models import sizes
 from latent_shift.pipelines.noise import draw_noise
-from latent_shift.shift import Shift, deflate, frames, inflate, reach, shift_of, streaming
+from latent_shift.shift import Shift, deflate, frames, inflate, neighbors, reach, shift_of, streaming
 
 NUM_LAYERS = 2
 PLACES = ("kv", "attn", "ffn")
@@ -213,6 +217,19 @@ def test_frame_noise_is_that_of_a_clip():
     )
     assert torch.equal(noise, expected[0].transpose(0, 1))
     assert ls.frame_noise(2, (4, 8, 8), loop=True).shape == (2, 4, 8, 8)
+    assert torch.equal(ls.frame_noise(3, (4, 8, 8), generator=ls.seed(0), shared_noise=0.2, noise_correlation=0.5, dtype=torch.float16), noise.half())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shared_noise": 2}, {"shared_noise": -1}, {"shared_noise": math.nan}, {"noise_correlation": 1.5}, {"noise_correlation": 1, "loop": True},
+        {"num_frames": 0}, {"generator": 3},
+    ],
+)  # fmt: skip
+def test_frame_noise_refuses_what_is_no_noise(options):
+    with pytest.raises(ValueError, match=r"expected|must be 1 or more"):
+        ls.frame_noise(**{"num_frames": 3, "shape_Chw": (4, 8, 8)} | options)
 
 
 @torch.no_grad()
@@ -268,6 +285,23 @@ def test_a_lora_sees_the_shifted_tokens(place):
     network.unload_lora()
     with frames(network, 4):
         fused = predict(network, x)
+    # Of a stream or by indices, too, where nothing has been called inside `frames` before.
+    network = inflate(network_of("sana"), Shift(place=place, backward=0))
+    torch.manual_seed(0)
+    network.add_adapter(config)
+    memory: dict = {}
+    for number in range(2):
+        with streaming(network, memory):
+            streamed = predict(network, x[number : number + 1])
+    network = inflate(network_of("sana"), Shift(place=place, backward=0))
+    torch.manual_seed(0)
+    network.add_adapter(config)
+    with neighbors(network, torch.tensor([2, 0]), torch.tensor([1, 2])):
+        by_index = predict(network, x[:2])
+    with frames(network, 2):
+        expected = predict(network, x[:2])
+    torch.testing.assert_close(streamed[0], expected[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_index, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(*outputs)
     torch.testing.assert_close(fused, outputs[0], rtol=1e-4, atol=1e-4)
 
@@ -280,6 +314,87 @@ def test_inflate_takes_a_transformer_and_says_what_it_cannot_shift():
         ValueError, match="Linear has no transformer block to shift; expected one of BasicTransformerBlock"
     ):
         inflate(torch.nn.Linear(2, 2), Shift(place="kv"))
+    with pytest.raises(ValueError, match="expected the settings as a Shift, got 'kv'"):
+        inflate(network_of("pixart"), "kv")
+    with pytest.raises(
+        ValueError, match=r"expected a network such as pipe\.unet or pipe\.transformer, got a Pix"
+    ):
+        inflate(pixart_pipeline(network_of("pixart")))
+
+
+def test_networks_with_time_of_their_own_are_refused():
+    latte = LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, cross_attention_dim=16, caption_channels=8, sample_size=8, patch_size=2,
+        norm_type="ada_norm_single", video_length=4, in_channels=4, out_channels=4,
+    )  # fmt: skip
+    unet = UNet3DConditionModel(
+        block_out_channels=(8, 8), norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+    )  # fmt: skip
+    for network, shift in ((latte, None), (unet, Shift()), (unet, Shift(place="kv"))):
+        with pytest.raises(ValueError, match="has temporal layers of its own"):
+            inflate(network, shift)
+
+
+def test_attention_that_reads_the_text_alone_is_not_shifted():
+    network = UNet2DConditionModel(
+        block_out_channels=(8, 8), norm_num_groups=4, cross_attention_dim=8, layers_per_block=1, only_cross_attention=(True, False),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        mid_block_type=None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="has no transformer block to shift"):
+        inflate(network, Shift(place="kv"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["pixart", "sd3", "flux"])
+def test_fused_projections_are_not_ignored(name):
+    """Fused, one layer reads the tokens of queries, keys and values."""
+    network, x = inflate(network_of(name), Shift(place="kv")), torch.randn(4, 4, 8, 8)
+    network.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"call unfuse_qkv_projections\(\)"), frames(network, 4):
+        pass
+    network.unfuse_qkv_projections()
+    with frames(network, 4):
+        predict(network, x)
+    inflate(network, Shift(place="attn"))
+    with frames(network, 4):
+        expected = predict(network, x)
+    network.fuse_qkv_projections()
+    with frames(network, 4):
+        torch.testing.assert_close(predict(network, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["kv", "attn"])
+def test_both_attentions_of_sd35_are_shifted(place):
+    torch.manual_seed(0)
+    network = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=12, num_attention_heads=2, joint_attention_dim=8,
+        caption_projection_dim=24, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8, dual_attention_layers=(0, 1),
+    ).eval()  # fmt: skip
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    for block in network.transformer_blocks:  # what is left is the second attention of each block
+        for projection in (block.attn.to_k, block.attn.to_v, block.attn.to_q):
+            torch.nn.init.zeros_(projection.weight)
+    inflate(network, Shift(place=place, backward=0))
+    assert reach(network) == (2, 0)
+    x = torch.randn(4, 4, 8, 8)
+    other = x.clone()
+    other[0] += 1
+    with frames(network, 4):
+        changed = (predict(network, x) - predict(network, other)).abs().amax(dim=(1, 2, 3)) > 1e-6
+    assert changed.tolist() == [True, True, True, False]
+
+
+@torch.no_grad()
+def test_a_compiled_transformer_is_the_one_inside():
+    network = inflate(network_of("pixart"))
+    compiled = torch.compile(network, backend="eager")
+    assert reach(compiled) == reach(network) == (NUM_LAYERS, NUM_LAYERS)
+    ls.deflate(compiled)
+    assert shift_of(network) is None and not network.transformer_blocks[0].attn1.to_k._forward_pre_hooks
 
 
 def test_copies_and_gradient_checkpointing(plain_and_place):

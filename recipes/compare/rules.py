@@ -21,7 +21,7 @@ def much_mean(num_channels: int) -> list[int | tuple[int, ...]]:
 
 
 def eighth_mean(num_channels: int) -> list[int | tuple[int, ...]]:
-    """An eighth each."""
+    """An eighth of the channels from the previous frame, from the next, and from the mean of seven frames."""
     return _with_mean(num_channels, num_channels // 8, num_channels // 8)
 
 

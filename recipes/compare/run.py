@@ -12,6 +12,7 @@ docs/results/ideas.json (ideas-full.json, ideas-pixart.json, ...) with what was 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -122,8 +123,10 @@ def main() -> None:
         for seed in range(options.seeds):
             if rows.get(idea, {}).get(str(seed), {}).get("settings") == ideas[idea]:
                 continue
-            folder = f"runs/{name}/{idea}-seed-{seed}"
             settings = f"{ideas[idea]} {common} train.seed={seed} {'' if options.full else SHORT}"
+            # With other settings it is another run.
+            digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+            folder = f"runs/{name}/{idea}-seed-{seed}-{digest}"
             run(
                 f"latent-shift train recipes/compare/video.toml --run {folder} {settings}",
                 result=f"{folder}/model/model_index.json",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from compose import open_things
-from splits import was_held_out
+from splits import is_unseen
 
 from latent_shift.data.store import Store
 from latent_shift.files import write_json
@@ -51,7 +51,7 @@ def main() -> None:
     embed = embedder(open_tokenizer(model / "tokenizer"), open_text_encoder(model / "text_encoder").float())
     things, _ = open_things(args.folder)
     if args.former_split:
-        things = {code: thing for code, thing in things.items() if not was_held_out(code)}
+        things = {code: thing for code, thing in things.items() if not is_unseen(code)}
     names = list(dict.fromkeys(name for thing in things.values() for name in thing.names))
     known = Names(tuple(names), embed(names), 0.0)
 

@@ -28,8 +28,8 @@ def is_held_out(name: str, percent: int = 5) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < percent
 
 
-def was_held_out(concept: str) -> bool:
-    """Return whether a concept was held out whole of the weights from before words.toml."""
+def is_unseen(concept: str) -> bool:
+    """Return whether the model from before words.toml has never seen a concept: one in twenty was held out whole."""
     return int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 20 == 0
 
 

@@ -1,9 +1,10 @@
-"""Write recipes/emoji/unseen.json: weights of the concepts that weights from before words.toml have never seen.
+"""Write recipes/emoji/unseen.json: how often training draws the concepts that the model from before words.toml has never seen.
 
     python recipes/emoji/unseen.py
 
-One concept in twenty was held out then, snake and airplane among them. With equal weights such a concept is drawn a dozen times in
-1,000 steps of words.toml, too seldom to be learned in the steps that a CPU can do; the others are known and need rehearsal only.
+One concept in twenty was held out of it, snake and airplane among them. Drawn as often as the others, such a concept comes up a dozen
+times in 1,000 steps of words.toml, too seldom to be learned in the steps that a CPU can do; the others are known and need rehearsal
+only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from splits import was_held_out
+from splits import is_unseen
 
 from latent_shift.data.store import Store
 
@@ -20,7 +21,7 @@ WEIGHT = 8
 
 def main() -> None:
     concepts = {record.concept for record in Store("data/emoji-*latents").records}
-    unseen = sorted(concept for concept in concepts if was_held_out(concept.removesuffix(" composed")))
+    unseen = sorted(concept for concept in concepts if is_unseen(concept.removesuffix(" composed")))
     text = json.dumps(dict.fromkeys(unseen, WEIGHT), indent=1) + "\n"
     Path(__file__).with_suffix(".json").write_text(text, encoding="utf-8")
 

@@ -61,7 +61,7 @@ class Data(Section):
     splits: list[str] = Field(["train"], min_length=1, description="Splits to train on.")
     concept_weights: str | None = Field(
         None,
-        description="JSON file with the weights of some concepts: one of weight 8 is drawn 8 times as often as one that is not named.",
+        description="JSON file of sampling weights by concept; a concept of weight 8 is drawn 8 times as often as one that is left out.",
     )
     val_splits: list[str] = Field(
         [], description="Splits on which the validation loss is computed; empty: no validation."
@@ -87,12 +87,12 @@ class Model(Section):
     temporal: Literal["shift", "none", "attention", "vdm"] = Field(
         "shift",
         description="How frames exchange information: the paper's shift, not at all, or a baseline: Latent-VDM (convolution and "
-        "attention over time) or VDM (attention over time).",
+        "attention over time; in a transformer attention alone) or VDM (attention over time).",
     )
     place: Literal["conv1", "conv2", "both", "end", "kv", "attn", "ffn"] = Field(
         "conv1",
         description="Where a ResNet block shifts: before its first convolution, its second, or both, or at its end; where a transformer block "
-        "does: in keys and values (the default there), in all of self-attention, or in the feed-forward layer.",
+        "does: in keys and values (`conv1` means them, too), in all of self-attention, or in the feed-forward layer.",
     )
     forward: float = Field(
         1 / 3, ge=0, le=1, description="Fraction of channels taken from the previous frame."
@@ -106,7 +106,9 @@ class Model(Section):
         "first", description="Which channels shift: the first and last, or as the rule says; or those that cost the image network least."
     )  # fmt: skip
     rule: str | None = Field(
-        None, description="An own shift instead of the fractions, as `module:function` (see docs/method.md)."
+        None,
+        min_length=1,
+        description="A custom shift instead of the fractions, as `module:function` (see docs/method.md).",
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -121,6 +123,10 @@ class Model(Section):
         for name in SHIFT:
             if self.temporal != "shift" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect on temporal={self.temporal}: leave it out")
+        if self.channels == "cheapest" and self.place == "end":
+            raise ValueError(
+                "channels=cheapest needs a place whose channels a layer of the block reads, not end"
+            )
         if self.rule and (self.forward, self.backward) != (1 / 3, 1 / 3):
             raise ValueError("forward and backward have no effect beside rule: leave them out")
         if self.forward + self.backward > 1:
@@ -159,7 +165,7 @@ class Diffusion(Section):
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
         "scaled_linear", description="Beta schedule, by diffusers' name; scaled_linear is Stable Diffusion's."
     )
-    num_timesteps: int = Field(1000, ge=1, description="Number of training timesteps.")
+    num_timesteps: int = Field(1000, ge=2, description="Number of training timesteps.")
     zero_terminal_snr: bool = Field(
         False, description="Rescale the schedule to end in pure noise; needs v_prediction."
     )
@@ -475,6 +481,7 @@ _IGNORED = {  # settings that have no effect in a stage
     "tiny_autoencoder": [*_PIXELS, "loss.kl"],
     "image": [
         *_DISTILL,
+        "model.channels",
         "optim.shift_lr_scale",
         "diffusion.motion_weight",
         "diffusion.shared_noise",

@@ -106,7 +106,14 @@ def ddim_step(
         noisy_N: samples `(N, ...)` at `timesteps_N`.
         prediction_N: of the network for them, of the same shape.
         timesteps_N, next_timesteps_N: `(N,)`, of each sample; -1 is without noise.
+
+    Raises:
+        ValueError: a schedule with another prediction type.
     """
+    if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"expected a schedule that predicts epsilon or v, got {schedule.config.prediction_type!r}"
+        )
     signals = torch.cat([schedule.alphas_cumprod, torch.ones(1)]).to(noisy_N.device)  # the last is that of -1
     shape = (-1, *[1] * (noisy_N.ndim - 1))
 

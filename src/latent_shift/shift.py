@@ -7,8 +7,8 @@ frame i+1, and the rest stay. A 2D convolution after the shift sees three frames
 convolution whose temporal kernel is a fixed mask.
 
     unet = UNet2DConditionModel.from_pretrained("any/stable-diffusion", subfolder="unet")
-    inflate(unet, Shift())                      # in place, no new weights, same state_dict; deflate(unet)
-    undoes it with frames(unet, 16):
+    inflate(unet, Shift())      # in place, no new weights, same state_dict; deflate(unet) undoes it
+    with frames(unet, 16):
         epsilon = unet(noisy, t, text).sample   # (B*16, 4, H, W), the frames of a clip side by side
 
 Shapes: B clips, F frames, C channels, N = B*F; the frames of a clip are adjacent in a batch.
@@ -16,8 +16,9 @@ Shapes: B clips, F frames, C channels, N = B*F; the frames of a clip are adjacen
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -28,7 +29,15 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from latent_shift.clip_text import unshare_text
-from latent_shift.shift_kernels import MAX_GROUPS, Edge, Groups, intern_groups, merge_groups, shift_clips
+from latent_shift.shift_kernels import (
+    MAX_GROUPS,
+    Edge,
+    Groups,
+    intern_groups,
+    mean_of,
+    merge_groups,
+    shift_clips,
+)
 from latent_shift.transformer_blocks import (
     BLOCK_LAYERS,
     InputHook,
@@ -64,14 +73,15 @@ class Shift:
         edge: fill for the vacated channels of the first and last frame: "zero" (the paper), "wrap" (values
             from the other end of the clip; the network then commutes with rotating the frames, so clips
             loop) or "hold" (the values of the first or last frame).
-        rule: an own shift instead of the two fractions: a function from the number of channels C to C whole
+        rule: a custom shift instead of the two fractions: a function from the number of channels C to C whole
             numbers, the frame that each channel is taken from, relative to its own: -1 is the previous frame, 2
-            the one after the next; several numbers for a channel are averaged over. Or these numbers for each layer
-            by name, as `((name, ((num_channels, offsets), ...)), ...)`: an inflated network holds and saves its rule so.
+            the one after the next; a tuple of numbers takes the mean of those frames. Or these numbers for each layer,
+            as `((name, ((num_channels, offsets), ...)), ...)`: an inflated network holds and saves its rule so. The
+            names are those of norms or convolutions in a U-Net, and of blocks where tokens are shifted.
 
     Raises:
         ValueError: fractions that are negative or sum to more than 1, an unknown place or edge, a rule beside
-            fractions.
+            fractions, or one that is neither a function nor such a table.
     """
 
     forward: float = 1 / 3
@@ -84,11 +94,8 @@ class Shift:
         if self.rule is not None and (self.forward, self.backward) != (1 / 3, 1 / 3):
             raise ValueError("forward and backward have no effect beside a rule: leave them out")
         if self.rule is not None and not callable(self.rule):  # JSON has lists for tuples
-            table = tuple(
-                (name, tuple((num, tuple(offsets)) for num, offsets in runs)) for name, runs in self.rule
-            )
-            object.__setattr__(self, "rule", table)
-        if self.forward < 0 or self.backward < 0 or self.forward + self.backward > 1 + 1e-9:
+            object.__setattr__(self, "rule", _checked_table(self.rule))
+        if not (self.forward >= 0 and self.backward >= 0 and self.forward + self.backward <= 1 + 1e-9):
             raise ValueError(
                 f"forward and backward are fractions of the channels: expected both at least 0 and their sum at most 1, "
                 f"got forward={self.forward}, backward={self.backward}"
@@ -106,23 +113,32 @@ class Shift:
         Fractions are rounded down (the widths of Stable Diffusion do not divide by 3; the paper does not say how
         it rounds).
 
+        Args:
+            num_channels: C.
+            layer: name of the layer, for a rule that is a table.
+
         Raises:
-            ValueError: the rule has another number of offsets, or none for this layer.
+            ValueError: the rule gives anything but C offsets, or a table lacks this layer.
         """
         if self.rule is None:
             ahead, back = int(num_channels * self.forward + 1e-6), int(num_channels * self.backward + 1e-6)
             runs: Runs = ((ahead, (-1,)), (num_channels - ahead - back, (0,)), (back, (1,)))
         elif callable(self.rule):
-            offsets = (
-                tuple(map(int, each)) if isinstance(each, Sequence) else (int(each),)
-                for each in self.rule(num_channels)
-            )
-            runs = tuple((len(list(run)), each) for each, run in groupby(offsets))
+            given: Any = self.rule(num_channels)
+            if not isinstance(given, Iterable) or isinstance(given, Mapping):
+                raise ValueError(
+                    f"the rule of the shift: expected one offset for each channel, got {given!r}"
+                )
+            runs = tuple((len(list(run)), each) for each, run in groupby(map(_checked_offsets, given)))
+        elif layer in (table := dict(self.rule)):
+            runs = table[layer]
         else:
-            runs = dict(self.rule).get(layer, ())
-        if sum(num for num, _ in runs) != num_channels:
             raise ValueError(
-                f"the rule of the shift has {sum(num for num, _ in runs)} offsets for {num_channels} channels"
+                f"the rule of the shift is that of a network with other layers: it has none of the name {layer!r}"
+            )
+        if (num := sum(num for num, _ in runs)) != num_channels:
+            raise ValueError(
+                f"the rule of the shift has {num} offset{'s' * (num != 1)} for {num_channels} channels"
                 f"{' of ' + layer if layer else ''}; expected one for each"
             )
         groups, start = [], 0
@@ -133,10 +149,15 @@ class Shift:
 
     @property
     def is_causal(self) -> bool:
-        """Whether no channel comes from a later frame."""
+        """Whether no channel comes from a later frame.
+
+        Raises:
+            ValueError: a rule that is a function, whose offsets are known once a network is inflated with it.
+        """
         if self.rule is None:
             return self.backward == 0
-        assert not callable(self.rule), "the rule of an inflated network is a table"
+        if callable(self.rule):
+            raise ValueError("expected the settings of an inflated network, shift_of(network)")
         return all(max(offsets) <= 0 for _, runs in self.rule for _, offsets in runs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,7 +168,11 @@ class Shift:
         return settings
 
     def resolved(self, widths: dict[str, int]) -> Shift:
-        """Return the settings with the rule's numbers for layers of these names and widths instead of the rule."""
+        """Return the settings with the rule's numbers for layers of these names and widths instead of the rule.
+
+        Raises:
+            ValueError: as `groups`.
+        """
         if not callable(self.rule):
             return self
         table = tuple(
@@ -155,6 +180,42 @@ class Shift:
             for name, width in widths.items()
         )
         return replace(self, rule=table)
+
+
+_MAX_OFFSET = 1000
+"""As far as a model folder may say."""
+
+
+def _checked_offsets(each: Any) -> tuple[int, ...]:
+    """Return the offsets of a channel as a tuple; raise ValueError for anything but whole numbers."""
+    numbers = tuple(each) if isinstance(each, (tuple, list)) else (each,)
+    whole = numbers and all(
+        hasattr(number, "__index__") and not isinstance(number, bool) for number in numbers
+    )
+    if not whole or max(abs(int(number)) for number in numbers) > _MAX_OFFSET:
+        raise ValueError(
+            f"the rule of the shift: expected whole numbers from -{_MAX_OFFSET} to {_MAX_OFFSET}, or tuples of them, got {each!r}"
+        )
+    return tuple(map(int, numbers))
+
+
+def _checked_table(rule: Any) -> Table:
+    """Return a rule's numbers for each layer as tuples; raise ValueError for anything else."""
+    try:
+        table = tuple(
+            (
+                str(name),
+                tuple((operator.index(num), _checked_offsets(tuple(offsets))) for num, offsets in runs),
+            )
+            for name, runs in rule
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected rule as a function or a table, see Shift: {error}") from error
+    if len(dict(table)) < len(table) or any(num < 1 for _, runs in table for num, _ in runs):
+        raise ValueError(
+            "the rule of the shift: expected each layer once, and one channel or more in each run"
+        )
+    return table
 
 
 def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> Tensor:
@@ -165,13 +226,14 @@ def temporal_shift(x_NCHW: Tensor, num_frames: int, shift: Shift = Shift()) -> T
     Args:
         x_NCHW: `(B*F, C, ...)`, the frames of a clip adjacent.
         num_frames: F. A single frame has no neighbours and is returned unchanged.
-        shift: fractions and edge; `place` has no effect here.
+        shift: fractions or a rule, and edge; `place` has no effect here.
 
     Returns:
         The shifted tensor, with the shape and memory format of `x_NCHW`.
 
     Raises:
-        ValueError: `num_frames` does not divide the batch.
+        ValueError: `num_frames` does not divide the batch, a rule that does not fit C (the table of an inflated network
+            is for its layers), or one with means for a tensor of whole numbers.
     """
     return _shift_frames(x_NCHW, num_frames, shift.groups(x_NCHW.shape[1]), shift.edge)
 
@@ -209,7 +271,7 @@ def _gather_shifted(x_NCHW: Tensor, previous_N: Tensor, next_N: Tensor, groups: 
             for _ in range(abs(offset) - 1):
                 source_N = neighbor_N[source_N]
             frames_at.append(group[source_N[:num]] if offset else group[:num])
-        shifted.append(sum(frames_at[1:], frames_at[0]) / len(offsets) if len(offsets) > 1 else frames_at[0])
+        shifted.append(mean_of(frames_at))
     return torch.cat(shifted, dim=1)
 
 
@@ -228,9 +290,7 @@ class _ShiftState(threading.local):
         self.neighbors: tuple[Tensor, Tensor] | None = None
 
     # A thread's state cannot be copied; a copy of the network starts as the image network.
-    def __reduce__(
-        self,
-    ):
+    def __reduce__(self):
         return _ShiftState, (self.inflated,)
 
     @contextmanager
@@ -257,13 +317,10 @@ def _shift(x_NCHW: Tensor, state: _ShiftState, groups: Groups, layer: nn.Module)
         group, farthest = x_NCHW[:, start:stop], -min(offsets)
         if farthest:
             fill = group if state.shift.edge == "hold" else torch.zeros_like(group)
-            frames_of_group = [
-                *memory.get(start, [fill.clone()] * farthest),
-                group.clone(),
-            ]  # the oldest first
+            # The oldest first.
+            frames_of_group = [*memory.get(start, [fill.clone()] * farthest), group.clone()]
             memory[start] = frames_of_group[1:]
-            terms = [frames_of_group[offset - 1] for offset in offsets]
-            group = sum(terms[1:], terms[0]) / len(terms) if len(terms) > 1 else terms[0]
+            group = mean_of([frames_of_group[offset - 1] for offset in offsets])
         shifted.append(group)
     return torch.cat(shifted, dim=1)
 
@@ -294,6 +351,11 @@ class ShiftConv2d(nn.Conv2d):
 
 
 _SHIFT_LAYERS = {"conv1": ["norm1"], "conv2": ["norm2"], "both": ["norm1", "norm2"], "end": ["conv2"]}
+_TEMPORAL_LAYERS = {
+    "AnimateDiffTransformer3D", "LatteTransformer3DModel", "SpatioTemporalResBlock", "TemporalConvLayer", "TransformerSpatioTemporalModel",
+    "TransformerTemporalModel",
+}  # fmt: skip
+"""Classes of diffusers with which a network relates frames already."""
 _SHIFT_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: ShiftGroupNorm, nn.Conv2d: ShiftConv2d}
 
 
@@ -311,10 +373,18 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
         `network`.
 
     Raises:
-        ValueError: no block to shift, a block that cannot be shifted at this place, or a network with
-            temporal layers of its own.
+        ValueError: no block to shift, a block that cannot be shifted at this place, a rule that does not fit, or a
+            network with temporal layers of its own.
     """
-    if has_temporal_layers(network):
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"expected a network such as pipe.unet or pipe.transformer, got a {type(network).__name__}"
+        )
+    if shift is not None and not isinstance(shift, Shift):
+        raise ValueError(f"expected the settings as a Shift, got {shift!r}")
+    if has_temporal_layers(network) or any(
+        type(module).__name__ in _TEMPORAL_LAYERS for module in network.modules()
+    ):
         raise ValueError(
             f"{type(network).__name__} has temporal layers of its own; expected an image U-Net such as UNet2DConditionModel"
         )
@@ -373,7 +443,7 @@ def _inflate_transformer(network: nn.Module, shift: Shift) -> nn.Module:
     state = _ShiftState(shift)
     network.__dict__["_shift_state"] = state
     network.__dict__["_shift_hooks"] = [
-        (parent, name, InputHook(_shift, state, groups_of[block], has_text))
+        (block, parent, name, InputHook(_shift, state, groups_of[block], has_text))
         for block in blocks
         for parent, name, has_text in shifted_inputs(block, shift.place)
     ]
@@ -406,10 +476,10 @@ def deflate(network: nn.Module) -> nn.Module:
         checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _CheckpointClips):
             layer._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
+        for name in ("_shift_state", "_shift_hooks"):  # of a compiled network they are on the one inside
+            layer.__dict__.pop(name, None)
     remove_hooks(network)
     unshare_text(network)
-    for name in ("_shift_state", "_shift_hooks"):
-        network.__dict__.pop(name, None)
     return network
 
 
@@ -424,6 +494,15 @@ def shift_of(network: nn.Module) -> Shift | None:
     return state.shift if state else None
 
 
+def _state_of(network: nn.Module) -> _ShiftState:
+    """Return the state of an inflated network, whose hooks are then where its layers are now; raise ValueError for another."""
+    state: _ShiftState | None = getattr(network, "_shift_state", None)
+    if state is None:
+        raise ValueError(f"{type(network).__name__} is not inflated; call inflate(network, Shift()) first")
+    place_hooks(network)
+    return state
+
+
 @contextmanager
 def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> Iterator[nn.Module]:
     """Treat every `num_frames` successive images of a batch as one clip, inside this block and this thread.
@@ -436,14 +515,11 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
     Raises:
         ValueError: `network` is not inflated, or `num_frames` is not positive.
     """
-    state: _ShiftState | None = getattr(network, "_shift_state", None)
-    if state is None:
-        raise ValueError(f"{type(network).__name__} is not inflated; call inflate(network, Shift()) first")
+    state = _state_of(network)
     if edge is not None and has_temporal_layers(network):
         raise ValueError(f"{type(network).__name__} has no edge to set: only a shifted network can loop")
     if num_frames < 1:
         raise ValueError(f"num_frames must be 1 or more, got {num_frames}")
-    place_hooks(network)
     if getattr(network, "is_gradient_checkpointing", False):
         for module in network.modules():
             checkpoint = getattr(module, "_gradient_checkpointing_func", None)
@@ -466,9 +542,9 @@ def neighbors(network: nn.Module, previous_N: Tensor, next_N: Tensor) -> Iterato
     Raises:
         ValueError: `network` is not inflated, or has temporal layers of its own.
     """
-    state: _ShiftState | None = getattr(network, "_shift_state", None)
-    if state is None or has_temporal_layers(network):
-        raise ValueError(f"{type(network).__name__} is not inflated; call inflate(network, Shift()) first")
+    state = _state_of(network)
+    if has_temporal_layers(network):
+        raise ValueError(f"{type(network).__name__} relates frames by layers of its own, not by a shift")
     with state.using(1, state.shift, neighbors=(previous_N, next_N)):
         yield network
 
@@ -486,16 +562,17 @@ def streaming(network: nn.Module, memory: Memory) -> Iterator[nn.Module]:
     Raises:
         ValueError: `network` is not inflated, not causal, or loops.
     """
-    state: _ShiftState | None = getattr(network, "_shift_state", None)
-    if (
-        state is None
-        or not state.shift.is_causal
-        or state.shift.edge == "wrap"
-        or has_temporal_layers(network)
-    ):
-        settings = "not inflated" if state is None else f"inflated with {state.shift}"
+    state = _state_of(network)
+    if has_temporal_layers(network):
+        raise ValueError(f"{type(network).__name__} relates frames by layers of its own, not by a shift")
+    if not state.shift.is_causal:
+        wanted = "Shift(backward=0)" if state.shift.rule is None else "a rule without positive offsets"
         raise ValueError(
-            f'a stream needs a causal shift: expected Shift(backward=0, edge="zero" or "hold"), {type(network).__name__} is {settings}'
+            f"a stream needs a causal shift: expected {wanted}; here channels come from later frames"
+        )
+    if state.shift.edge == "wrap":
+        raise ValueError(
+            'a stream has no end that leads into its start: expected edge="zero" or "hold", not "wrap"'
         )
     with state.using(1, state.shift, memory):
         yield network
@@ -513,14 +590,13 @@ def reach(network: nn.Module) -> tuple[int, int]:
         raise ValueError(
             f"{type(network).__name__} attends to all frames of a clip: it cannot be run in chunks"
         )
-    layers = [layer for layer in network.modules() if isinstance(layer, (ShiftGroupNorm, ShiftConv2d))]
-    hooks = [
-        hook for _, name, hook in network.__dict__.get("_shift_hooks", ()) if name != "to_v"
-    ]  # to_k is as far
-    offsets = [
-        [offset for *_, offsets in groups for offset in offsets]
-        for groups in [layer.shift_groups for layer in layers] + [hook.groups for hook in hooks]
-    ]
+    groups_of: dict[nn.Module, Groups] = {}  # a block once, whose layers are all shifted alike
+    for module in network.modules():
+        if isinstance(module, (ShiftGroupNorm, ShiftConv2d)):
+            groups_of[module] = module.shift_groups
+        for block, *_, hook in module.__dict__.get("_shift_hooks", ()):
+            groups_of[block] = hook.groups
+    offsets = [[offset for *_, offsets in groups for offset in offsets] for groups in groups_of.values()]
     return sum(max(0, -min(each)) for each in offsets), sum(max(0, max(each)) for each in offsets)
 
 

@@ -9,7 +9,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -160,7 +160,7 @@ class _Rows:
         more = [number_E == number for number in range(1, number_E.max(initial=0) + 1)]
         mixed = []
         for offsets, members in means.items():
-            matrix_FF = np.zeros((num_frames, num_frames))
+            matrix_FF = np.zeros((num_frames, num_frames), np.float32 if device.type == "mps" else np.float64)
             for offset in offsets:
                 np.add.at(matrix_FF, pairs(offset), 1 / len(offsets))
             rows = frame_F[:, None] * num_channels + np.concatenate(members)
@@ -184,10 +184,15 @@ def _gather_rows(x_BFCHW: Tensor, rows: _Rows) -> Tensor:
         y_RHW.index_add_(0, to, x_RHW.index_select(0, sources))
     for mixed, matrix_FF in rows.means:
         x_BFM = x_RHW.index_select(0, mixed).view(*x_BFCHW.shape[:2], -1)
-        with torch.autocast(x_BFCHW.device.type, enabled=False):  # in the precision of the other channels
+        with _without_autocast(x_BFCHW.device.type):  # in the precision of the other channels
             mean_BFM = torch.matmul(matrix_FF.to(x_BFM.dtype), x_BFM)
         y_RHW.index_copy_(0, mixed, mean_BFM.view(-1, *x_RHW.shape[1:]))
     return y_RHW.unflatten(0, x_BFCHW.shape[:3])
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 _tables: OrderedDict[tuple, Any] = OrderedDict()
@@ -238,13 +243,13 @@ def _channel_offsets(groups: Groups, device: torch.device) -> tuple[Tensor, Tens
 
 def _copy_mean(x_BF: Tensor, y_BF: Tensor, offsets: tuple[int, ...], edge: Edge, adjoint: bool) -> None:
     """Write the mean of the frames at some offsets, or the adjoint of that, into `y_BF`."""
-    _copy_frames(x_BF, y_BF, offsets[0], edge, adjoint)
     if len(offsets) > 1:
-        term = torch.empty_like(x_BF)
-        for offset in offsets[1:]:
-            _copy_frames(x_BF, term, offset, edge, adjoint)
-            y_BF += term
-        y_BF /= len(offsets)
+        x_BF = x_BF / len(offsets)  # before the sum, which half precision may not hold
+    _copy_frames(x_BF, y_BF, offsets[0], edge, adjoint)
+    term = torch.empty_like(x_BF)
+    for offset in offsets[1:]:
+        _copy_frames(x_BF, term, offset, edge, adjoint)
+        y_BF += term
 
 
 def _copy_frames(x_BF: Tensor, y_BF: Tensor, offset: int, edge: Edge, adjoint: bool) -> None:
@@ -330,9 +335,16 @@ def concatenate_shifted(x_BFCHW: Tensor, groups: Groups, edge: Edge) -> Tensor:
     shifted = []
     for start, stop, offsets in groups:
         group = x_BFCHW[:, :, start:stop]
-        first, *others = (_frames_at(group, offset, edge) for offset in offsets)
-        shifted.append(sum(others, first) / len(offsets) if others else first)
+        shifted.append(mean_of([_frames_at(group, offset, edge) for offset in offsets]))
     return torch.cat(shifted, dim=2)
+
+
+def mean_of(terms: list[Tensor]) -> Tensor:
+    """Return the mean of tensors of one shape; each is divided before the sum, which half precision may not hold."""
+    if len(terms) == 1:
+        return terms[0]
+    first, *others = (term / len(terms) for term in terms)
+    return sum(others, first)
 
 
 def _frames_at(x_BFCHW: Tensor, offset: int, edge: Edge) -> Tensor:

@@ -15,36 +15,51 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class BlockLayers:
-    """Names of the layers of a transformer block, and whether they take text and image as one sequence."""
+    """Names of the layers of a transformer block, and whether they take text and image as one sequence.
+
+    `second_attention`: of the image tokens alone, beside the first; None in a block without one.
+    """
 
     attention: str
     feed_forward: str
     has_text: bool = False
+    second_attention: str = ""
 
 
 # By the name of the class: importing all of them would take seconds.
 BLOCK_LAYERS = {
     "BasicTransformerBlock": BlockLayers("attn1", "ff"),  # PixArt; the attention of U-Nets, too
     "SanaTransformerBlock": BlockLayers("attn1", "ff"),
-    "JointTransformerBlock": BlockLayers("attn", "ff"),  # Stable Diffusion 3
+    "JointTransformerBlock": BlockLayers(
+        "attn", "ff", second_attention="attn2"
+    ),  # Stable Diffusion 3; 3.5 has two
     "FluxTransformerBlock": BlockLayers("attn", "ff"),
     "FluxSingleTransformerBlock": BlockLayers("attn", "proj_mlp", has_text=True),
 }
 
 
 def transformer_blocks(network: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a network whose layers are known."""
+    """Return the blocks of a network whose layers are known, but for those whose attention reads the text alone."""
     return [
         module
         for module in network.modules()
-        if type(module).__name__ in BLOCK_LAYERS and type(module).__module__.startswith("diffusers.")
+        if type(module).__name__ in BLOCK_LAYERS
+        and type(module).__module__.startswith("diffusers.")
+        and not getattr(module, "only_cross_attention", False)
     ]
 
 
 def width_of(block: nn.Module) -> int:
     """Return the number of channels D of a block's tokens."""
-    attention: Any = getattr(block, BLOCK_LAYERS[type(block).__name__].attention)
+    attention: Any = attentions(block)[0]
     return int(attention.to_q.in_features)
+
+
+def attentions(block: nn.Module) -> list[nn.Module]:
+    """Return the layers of a block's self-attention."""
+    layers = BLOCK_LAYERS[type(block).__name__]
+    first, second = (getattr(block, name, None) for name in (layers.attention, layers.second_attention))
+    return [layer for layer in (first, second) if layer is not None]
 
 
 def shifted_inputs(block: nn.Module, place: str) -> Iterator[tuple[nn.Module, str, bool]]:
@@ -52,10 +67,15 @@ def shifted_inputs(block: nn.Module, place: str) -> Iterator[tuple[nn.Module, st
     whether text precedes the image in its input."""
     layers = BLOCK_LAYERS[type(block).__name__]
     if place == "kv":
-        for name in ("to_k", "to_v"):
-            yield getattr(block, layers.attention), name, layers.has_text
+        for attention in attentions(block):
+            for name in ("to_k", "to_v"):
+                yield attention, name, layers.has_text
+    elif place == "attn":
+        for name in (layers.attention, layers.second_attention):
+            if getattr(block, name, None) is not None:
+                yield block, name, layers.has_text
     else:
-        yield block, layers.attention if place == "attn" else layers.feed_forward, layers.has_text
+        yield block, layers.feed_forward, layers.has_text
 
 
 @dataclass(eq=False)
@@ -101,14 +121,31 @@ class TextHook:
 
 def place_hooks(network: nn.Module) -> None:
     """Put each hook of an inflated transformer on the layer that its block calls: adapters (LoRA) replace a layer by one
-    of their own, and give it back."""
-    for parent, name, hook in network.__dict__.get("_shift_hooks", ()):
+    of their own, and give it back.
+
+    Raises:
+        ValueError: queries, keys and values have been fused into one layer, which reads the same tokens for all three.
+    """
+    for _, parent, name, hook in getattr(network, "_shift_hooks", ()):
+        if name in ("to_k", "to_v") and _is_fused(parent):
+            raise ValueError(
+                'place="kv" shifts the input of keys and values, not that of queries: call unfuse_qkv_projections(), or use place="attn"'
+            )
         layer = getattr(parent, name)
         if hook in layer._forward_pre_hooks.values():
             continue
         for inner in layer.modules():
             _remove(inner, hook)
         layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _is_fused(attention: Any) -> bool:
+    """Return whether one layer computes queries, keys and values. (diffusers' `Attention` keeps its flag when it is unfused, and takes
+    its other processor back; newer classes have the flag alone.)"""
+    by_processor = type(attention).__name__ == "Attention"
+    return bool(getattr(attention, "fused_projections", False)) and (
+        not by_processor or type(attention.processor).__name__.startswith("Fused")
+    )
 
 
 def remove_hooks(network: nn.Module) -> None:

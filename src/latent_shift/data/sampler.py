@@ -15,7 +15,7 @@ class BalancedSampler:
     Args:
         store: the store of the records.
         indices: `(N,)` records to sample from.
-        concept_weights: how much likelier than the others some concepts are.
+        concept_weights: relative probability by concept; 1 for those that are left out.
 
     Raises:
         ValueError: no records.

@@ -26,7 +26,7 @@ from latent_shift.models.prompt_syntax import escape_prompt
 from latent_shift.pipelines import loading
 from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.runtime import resolve_device, seed
-from latent_shift.shift import Shift, shift_of
+from latent_shift.shift import Shift, has_temporal_layers, shift_of
 from latent_shift.video import to_uint8
 
 
@@ -228,12 +228,16 @@ def _title(pipe: ClipPipeline) -> str:
         return "Latent-VDM, the paper's baseline without convolution in time"
     if isinstance(pipe.unet, LatentVDMUNet):
         return "Latent-VDM, the paper's baseline"
+    if has_temporal_layers(pipe.unet):
+        return "attention over time"
     shift = shift_of(pipe.unet) or Shift()
     if not shift.forward and not shift.backward:
         return "the image model, frame by frame"
     settings = ["Latent-Shift"]
     for name, value in vars(shift).items():
-        if value != getattr(Shift(), name):
+        if name == "rule" and value is not None:
+            settings.append("a custom rule")
+        elif value != getattr(Shift(), name):
             settings.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
     return ", ".join(settings)
 

@@ -2,8 +2,8 @@
 
 A layer with weights W reads the shifted channels. Where channel c of a frame is replaced by that of a neighbour, the layer's output
 changes by W_c (x_c[f - 1] - x_c[f]); if channels differ independently, the expected squares add up. So the cost of shifting channel c
-is |W_c|^2 E (x_c[f - 1] - x_c[f])^2, measured on clips frame by frame. Taking the cheapest channels, the video network starts close to
-the image network (docs/method.md).
+is |W_c|^2 E (x_c[f - 1] - x_c[f])^2, measured on clips frame by frame; channels that come from farther away, or become means, are
+chosen by the same cost. Taking the cheapest channels, the video network starts close to the image network (docs/method.md).
 
 Shapes: N images, the F frames of a clip adjacent; C channels, S positions.
 """
@@ -17,8 +17,8 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from latent_shift.shift import Shift, frames, inflate
-from latent_shift.transformer_blocks import BLOCK_LAYERS, transformer_blocks
+from latent_shift.shift import Shift, deflate, frames, inflate
+from latent_shift.transformer_blocks import BLOCK_LAYERS, attentions, transformer_blocks
 
 
 @torch.no_grad()
@@ -26,11 +26,21 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
     """Return settings that shift as many channels of each layer as `shift` does, but the cheapest.
 
     Args:
-        network: an image network; it is inflated.
+        network: an image network. It is inflated with `shift` for the measurement, and deflated again.
         shift: how many channels come from which frame, place and edge.
         run: runs the network on noised clips, frame by frame.
-        num_frames: F of these clips.
+        num_frames: F of these clips, 2 or more.
+
+    Returns:
+        Settings whose rule is a table, for `inflate`.
+
+    Raises:
+        ValueError: clips of one frame, `place="end"`, a `run` that does not run the network, or costs that are not finite.
     """
+    if num_frames < 2:
+        raise ValueError(
+            f"channels change from frame to frame: expected clips of 2 frames or more, got {num_frames}"
+        )
     readers = dict(shifted_readers(network, shift.place))
     changes: dict[str, list[Tensor]] = {name: [] for name in readers}
 
@@ -50,10 +60,17 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
     finally:
         for handle in handles:
             handle.remove()
+        deflate(network)
     table = []
     for name, layers in readers.items():
+        if not changes[name]:
+            raise ValueError(f"run did not call {name}: expected it to run the network on clips")
         weights = torch.stack([_squared_weights(layer) for layer in layers]).sum(dim=0)
         costs = weights * torch.stack(changes[name]).mean(dim=0)
+        if not costs.isfinite().all():
+            raise ValueError(
+                f"the costs of the channels of {name} are not finite: check the weights and the clips"
+            )
         table.append((name, _offsets(costs, shift, name)))
     return Shift(place=shift.place, edge=shift.edge, rule=tuple(table))
 
@@ -63,23 +80,22 @@ def shifted_readers(network: nn.Module, place: str) -> Iterator[tuple[str, list[
     if place in ("conv1", "conv2", "both"):
         for name, block in network.named_modules():
             if isinstance(block, ResnetBlock2D):
-                for number in (1, 2) if place == "both" else (place[-1],):
+                for number in {"conv1": (1,), "conv2": (2,), "both": (1, 2)}[place]:
                     yield f"{name}.norm{number}".lstrip("."), [block.get_submodule(f"conv{number}")]
         return
     if place == "end":
         raise ValueError('place="end" is read by no layer of its block: expected "conv1" or another place')
     names = {block: name for name, block in network.named_modules()}
     for block in transformer_blocks(network):
-        layers = BLOCK_LAYERS[type(block).__name__]
-        attention, feed_forward = getattr(block, layers.attention), getattr(block, layers.feed_forward)
         if place == "ffn":
+            feed_forward = getattr(block, BLOCK_LAYERS[type(block).__name__].feed_forward)
             first = next(
                 layer for layer in feed_forward.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))
             )
             yield names[block], [first]
         else:
             keys = ("to_k", "to_v") if place == "kv" else ("to_k", "to_v", "to_q")
-            yield names[block], [getattr(attention, key) for key in keys]
+            yield names[block], [getattr(attention, key) for attention in attentions(block) for key in keys]
 
 
 def _squared_weights(layer: nn.Module) -> Tensor:

@@ -65,14 +65,16 @@ def _check_options(network: nn.Module, options: dict[str, Any]) -> None:
 
 
 def _of_each_image(sample_NChw: Tensor, timestep: Tensor | float, text_NLD: Tensor) -> tuple[Tensor, Tensor]:
-    num = sample_NChw.shape[0]
+    num, num_texts = sample_NChw.shape[0], text_NLD.shape[0]
+    if num_texts == 0 or num % num_texts:
+        raise ValueError(f"expected a text for each image or for each clip, got {num_texts} for {num} images")
     timesteps = torch.as_tensor(timestep, device=sample_NChw.device).expand(num)
-    return timesteps, text_NLD.repeat_interleave(num // text_NLD.shape[0], dim=0)
+    return timesteps, text_NLD.repeat_interleave(num // num_texts, dim=0)
 
 
 class PixArtVDM(PixArtDenoiser):
-    """`PixArtDenoiser` with attention over time after each block: what Latent-VDM is to a U-Net. `frames(network, F)` sets how
-    many frames make a clip."""
+    """`PixArtDenoiser` with attention over time after each block, what `VDMUNet` is to a U-Net. `frames(network, F)` sets how many
+    frames make a clip."""
 
     @functools.wraps(PixArtTransformer2DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import pkgutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditionModel
 
 from latent_shift.config import Model
 from latent_shift.models.dit import PixArtDenoiser, SanaDenoiser
@@ -123,10 +124,7 @@ def inflate_unet(
     """Turn an image network into the video network of a recipe's table `model`: inflate it in place, or build
     the baseline from its weights. `shift` replaces the settings of the shift."""
     if settings.temporal not in BASELINES:
-        shift = shift or shift_settings(settings)
-        if shift.place == "conv1" and not isinstance(unet, UNet2DConditionModel):
-            shift = replace(shift, place="kv")  # the default where there are no convolutions
-        return inflate(unet, shift)  # type: ignore[return-value]
+        return inflate(unet, for_network(shift or shift_settings(settings), type(unet)))  # type: ignore[return-value]
     baseline = baseline_of(unet, settings.temporal)
     if type(unet) is baseline:
         return unet
@@ -144,22 +142,45 @@ def shift_settings(settings: Model) -> Shift:
     return Shift(settings.forward, settings.backward, settings.place, settings.edge, rule)
 
 
+def for_network(shift: Shift, network: type[ModelMixin]) -> Shift:
+    """Return the settings for a class of networks: "conv1", the default of recipes, is "kv" in a transformer."""
+    if shift.place == "conv1" and not issubclass(network, UNet2DConditionModel):
+        return replace(shift, place="kv")
+    return shift
+
+
 def load_rule(path: str) -> Rule:
     """Return the function that `module:function` names; modules are also found in the working directory.
 
     Raises:
-        ValueError: there is no such module or function.
+        ValueError: there is no such module or function. Whatever the function raises becomes a ValueError, too.
     """
+    before = list(sys.path)
     sys.path.append("")
     try:
+        if ":" not in path:
+            raise ValueError("no colon")
         rule = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"model.rule={path}: expected module:function ({error})") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"model.rule={path}: expected module:function ({_kind(error)})") from error
     finally:
-        sys.path.remove("")
+        sys.path[:] = before
     if not callable(rule):
         raise ValueError(f"model.rule={path}: expected a function, got {rule!r}")
-    return rule  # type: ignore[no-any-return]
+
+    def checked(num_channels: int) -> Sequence[int | Sequence[int]]:
+        try:
+            return list(rule(num_channels))
+        except Exception as error:
+            raise ValueError(
+                f"model.rule={path}: fails for {num_channels} channels ({_kind(error)})"
+            ) from error
+
+    return checked
+
+
+def _kind(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def num_parameters(model) -> int:

@@ -177,7 +177,7 @@ _OTHER_FILES = {
         "this is a motion module of AnimateDiff; Latent-Shift needs none: load the image model itself"
     ),
     ("joint_blocks", "double_blocks", "transformer_blocks.0.ff_context"): (
-        "this is a transformer (SD 3, FLUX); the shift needs a U-Net with ResNet blocks: SD 1.x, 2.x or XL"
+        "this is a transformer (SD 3, FLUX), which is shifted inside diffusers' own pipeline (ls.inflate, docs/method.md); expected a U-Net: SD 1.x, 2.x or XL"
     ),
     ("edm_mean", "edm_std"): f"this is Playground 2.5 (edm_mean), which {_EDM}",
     ("edm_vpred.",): f"this is CosXL (edm_vpred), which {_EDM}",
@@ -411,7 +411,7 @@ def sampling_defaults(model: str | Path) -> dict[str, float | None]:
     factor, size = downscale_factor(vae), unet.get("sample_size")
     sides: Sequence[int | None] = size if isinstance(size, (list, tuple)) else (size, size)
     height, width = (None if side is None else side * factor for side in sides)
-    return {**family, **own, "height": height, "width": width, "multiple": factor}
+    return {**family, **own, "height": height, "width": width, "multiple": factor * unet.get("patch_size", 1)}
 
 
 def describe(model: str | Path) -> dict[str, str]:
@@ -431,7 +431,7 @@ def describe(model: str | Path) -> dict[str, str]:
         for name in ("forward", "backward", "place", "edge")
     }
     if settings.get("rule"):
-        shift = {"place": shift["place"], "edge": shift["edge"], "rule": "of its own"}
+        shift = {"place": shift["place"], "edge": shift["edge"], "rule": "custom"}
     widths = unet.get("block_out_channels") or [unet["num_attention_heads"] * unet["attention_head_dim"]]
     lines["widths"] = ", ".join(map(str, widths))
     lines["text width"] = str(text_width(unet))

@@ -569,11 +569,20 @@ class ClipPipeline(DiffusionPipeline):
     def _latent_shape(
         self, num_clips: int, num_frames: int, height: int, width: int
     ) -> tuple[int, int, int, int, int]:
-        factor = self.vae_scale_factor
+        factor, multiple = self.vae_scale_factor, self.size_multiple
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"expected height and width in multiples of {multiple}, got {height} and {width}"
+            )
         return num_clips, self.unet.config.in_channels, num_frames, height // factor, width // factor
 
     def _default(self, name: str, value):
         return self.call_defaults[name] if value is None else value
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels of which height and width have to be multiples: a latent, or in a transformer a patch of latents."""
+        return int(self.vae_scale_factor * getattr(self.unet.config, "patch_size", 1))
 
     def resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width in pixels; None stands for the size the U-Net was trained at."""

@@ -262,6 +262,8 @@ def add_lora(unet: UNet2DConditionModel, lora: Lora, *, dtype: torch.dtype) -> N
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError("lora needs the extra: pip install 'latent-shift-video[lora]'") from error
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(f"lora needs a U-Net, got a {type(unet).__name__}")
     shifting = [
         name
         for name, part in unet.named_modules()

@@ -24,6 +24,7 @@ def frame_noise(
     shared_noise: float = 0.0,
     noise_correlation: float = 0.0,
     loop: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Draw the initial noise of one clip as images `(F, C, h, w)`: the argument `latents` of diffusers' own pipelines,
     inside `frames`.
@@ -35,13 +36,24 @@ def frame_noise(
         shared_noise: fraction of the variance that all frames share, in [0, 1].
         noise_correlation: correlation of the rest between successive frames, in [0, 1).
         loop: the last frame leads into the first.
+        dtype: of the result, that of the pipeline.
+
+    Raises:
+        ValueError: no frames, fractions outside their ranges, or anything but a generator.
     """
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be 1 or more, got {num_frames}")
+    if not 0 <= shared_noise <= 1:
+        raise ValueError(f"expected shared_noise between 0 and 1, got {shared_noise}")
+    if not 0 <= noise_correlation < 1:
+        raise ValueError(f"expected noise_correlation from 0 to below 1, got {noise_correlation}")
+    check_generator(generator)
     channels, height, width = shape_Chw
     noise_BCFhw = draw_noise(
         (1, channels, num_frames, height, width), generator=generator, device=torch.device("cpu"), shared_noise=shared_noise,
         noise_correlation=noise_correlation, loop=loop,
     )  # fmt: skip
-    return noise_BCFhw[0].transpose(0, 1)
+    return noise_BCFhw[0].transpose(0, 1).to(dtype)
 
 
 def check_generator(generator: Any, num_clips: int | None = None) -> None:

@@ -225,7 +225,7 @@ def _resolve_size(pipe: ClipPipeline, request: Request) -> tuple[int, int]:
     height, width = request.height, request.width
     if request.video is not None and None in (height, width):
         height, width = size_like(
-            shapes[request.video], height, width, model_size=pipe.resolve_size(None, None), multiple=pipe.vae_scale_factor
+            shapes[request.video], height, width, model_size=pipe.resolve_size(None, None), multiple=pipe.size_multiple
         )  # fmt: skip
     height, width = pipe.resolve_size(height, width)
     for path, (rows, columns) in shapes.items():

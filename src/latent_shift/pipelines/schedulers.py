@@ -32,7 +32,7 @@ EDM_SCHEDULERS = ("EDMDPMSolverMultistep", "EDMEuler")
 """Names of the schedulers of models with EDM's preconditioning (Karras et al. 2022)."""
 
 _UNSUITABLE = {
-    "samples flow-matching models": (
+    "samples flow-matching models by noise levels of its own (a flow trained here takes DPMSolverMultistep, DPMSolverSinglestep or UniPCMultistep)": (
         "FlowMapEulerDiscrete", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", "Helios", "HeliosDMD",
         "LTXEulerAncestralRF", "MiniMaxH3", "Piflow", "RFD4Proteina", "SCM",
     ),

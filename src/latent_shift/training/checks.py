@@ -8,15 +8,17 @@ import re
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from pydantic import Field
 
 from latent_shift.config import PACKING, Config
 from latent_shift.data.readers import find_splits
 from latent_shift.data.store import Store, find_stores
 from latent_shift.diffusion import schedule_of
+from latent_shift.files import check_schema, read_json_object
 from latent_shift.models import sizes
 from latent_shift.models.loading import one_line_errors
 from latent_shift.models.network_classes import baseline_name, saved_class
@@ -70,7 +72,17 @@ def check_settings(config: Config, run: Path) -> None:
         )  # fmt: skip
     if config.model.size:
         sizes.check_size(config.model.size, autoencoder=config.reads_pixels)
+    if config.model.rule:
+        sizes.load_rule(config.model.rule)
+    if config.data.concept_weights:
+        read_concept_weights(config.data.concept_weights)
     check_same_run(config, run)
+
+
+def read_concept_weights(path: str) -> dict[str, float]:
+    """Return the weights in the file of `data.concept_weights`, by concept; raise ValueError for a file of another kind."""
+    schema = dict[str, Annotated[float, Field(strict=True, ge=1e-6, le=1e6)]]
+    return check_schema(read_json_object(path), schema, path)  # type: ignore[no-any-return]
 
 
 def check_same_run(config: Config, run: Path) -> None:
@@ -226,6 +238,9 @@ def check_start(config: Config, start: Path) -> None:
         ValueError: it was trained with another noise schedule, prediction, shift, or temporal layers.
     """
     now, before = dict[str, object](), dict[str, object]()
+    network = saved_class(start / "unet", UNet2DConditionModel)
+    if config.lora and not issubclass(network, UNet2DConditionModel):
+        raise ValueError(f"lora needs a U-Net, got a {network.__name__}")
     scheduler_file, index_file = start / "scheduler" / "scheduler_config.json", start / "model_index.json"
     if scheduler_file.exists():
         settings = {name: value for name, value in read_part(start / "scheduler").items() if name in _LEARNED}
@@ -237,12 +252,11 @@ def check_start(config: Config, start: Path) -> None:
     trained = read_settings(index_file, IndexSettings).get("latent_shift", {}) if index_file.exists() else {}
     if trained.get("num_frames", 1) > 1:  # an image model has not learned from shifted channels
         shifted = trained.get("forward") or trained.get("backward")
-        network = saved_class(start / "unet", UNet2DConditionModel)
         before["model.temporal"] = baseline_name(network) or ("shift" if shifted else "none")
         now["model.temporal"] = config.model.temporal
         names = [field.name for field in fields(Shift) if field.name in trained or field.name == "rule"]
         saved = Shift(**{name: trained.get(name) for name in names})  # type: ignore[arg-type]
-        shift = sizes.shift_settings(config.model)
+        shift = sizes.for_network(sizes.shift_settings(config.model), network)
         widths = {name: sum(num for num, _ in runs) for name, runs in trained.get("rule") or ()}
         if config.model.channels == "cheapest":
             if saved.rule is None:
@@ -253,7 +267,7 @@ def check_start(config: Config, start: Path) -> None:
         before |= {f"model.{name}": getattr(saved, name) for name in names}
         now |= {f"model.{name}": getattr(shift, name) for name in names}
     problems = [
-        f"{config.model.init} was trained to shift other channels: set model.rule and model.channels as they were then"
+        f"{config.model.init} was trained to shift other channels: expected the model.rule and model.channels of that run"
         if name == "model.rule"
         else f"{name} is {_in_toml(now[name])}, but {config.model.init} was trained with {_in_toml(value)}: set it to that"
         for name, value in before.items()

@@ -24,7 +24,7 @@ from latent_shift.config import Config, Distill
 from latent_shift.diffusion import ddim_step, draw_timesteps
 from latent_shift.pipelines.schedulers import distilled_scheduler
 from latent_shift.runtime import dtype_of
-from latent_shift.shift import frames
+from latent_shift.shift import frames, shift_of
 from latent_shift.training.prepare import Prepared
 from latent_shift.training.stages import DenoiserStage, open_unet
 
@@ -137,7 +137,9 @@ class DistillationStage(DenoiserStage):
     def make_objective(self, config: Config, prepared: Prepared) -> nn.Module:
         teacher = None
         if config.lora is None:
-            teacher = open_unet(config, prepared, dtype=dtype_of(prepared.precision))
+            teacher = open_unet(
+                config, prepared, dtype=dtype_of(prepared.precision), shift=shift_of(self.model)
+            )
             share_text(teacher)
         empty_text = torch.from_numpy(self.store.embed([""])).float()
         return DistillationObjective(self.model, teacher, self.schedule, empty_text, config.distill)

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
-from pydantic import Field
 from torch import Tensor, nn
 
 from latent_shift import video
@@ -35,15 +34,15 @@ from latent_shift.models import autoencoder, sizes
 from latent_shift.models.autoencoder import load_autoencoder
 from latent_shift.models.channel_cost import cheapest_channels
 from latent_shift.models.loading import open_network, open_text_encoder, open_tokenizer
-from latent_shift.models.parts import downscale_factor
+from latent_shift.models.parts import Table, downscale_factor
 from latent_shift.models.prompt_syntax import escape_prompt
 from latent_shift.noise import correlated_noise
 from latent_shift.pipelines.diagnosis import NotFiniteError
 from latent_shift.pipelines.lora import add_lora, save_lora
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
-from latent_shift.runtime import dtype_of, rank, seed
+from latent_shift.runtime import dtype_of, rank, resolve_device, seed
 from latent_shift.shift import Shift, inflate, shift_of
-from latent_shift.training import checks
+from latent_shift.training import checkpoint, checks
 from latent_shift.training.objectives import AutoencoderObjective, DenoisingObjective
 from latent_shift.training.prepare import Prepared
 from latent_shift.video import to_uint8
@@ -176,10 +175,9 @@ class DenoiserStage:
         self.model = open_unet(config, prepared, sample_size=sample_size)
         # The exported model generates at the size of its training.
         self.model.register_to_config(sample_size=sample_size)
-        shift = shift_of(self.model)
-        going_on = checks.trained_rule(prepared.init) is not None
-        if config.model.channels == "cheapest" and num_frames > 1 and shift and not going_on:
-            inflate(self.model, self._cheapest_channels(prepared.run))
+        cheapest = config.model.channels == "cheapest" and checks.trained_rule(prepared.init) is None
+        if num_frames > 1 and (cheapest or config.model.rule):
+            inflate(self.model, self._channels(prepared.run, cheapest=cheapest))
         if config.lora:
             add_lora(self.model, config.lora, dtype=dtype_of(prepared.precision))
         share_text(self.model)
@@ -187,18 +185,40 @@ class DenoiserStage:
         self.schedule = schedule_of(config.diffusion)
         self.objective = self.make_objective(config, prepared)
 
-    def _cheapest_channels(self, run: Path | None) -> Shift:
-        """Return the shift with the channels that cost the starting model least on training clips; a run keeps them in
-        channels.json, since a resumed run must shift the same."""
+    def _channels(self, run: Path | None, *, cheapest: bool) -> Shift:
+        """Return the shift with the offsets of every channel: of the rule, or by what the channels cost the starting model
+        on training clips. A run keeps them in channels.json, because its checkpoints are of these channels.
+
+        Raises:
+            ValueError: a run with checkpoints whose channels are others, or unknown.
+        """
         shift, file = shift_of(self.model), run / "channels.json" if run else None
         assert shift is not None
         source = {"model": self.config.model.init, "data": self.config.data.path, **shift.to_dict()}
         source = json.loads(json.dumps(source))  # a rule's tuples are lists in the file
-        while file and rank() > 0 and _read_channels(file, source) is None:
+        if file is None:
+            return self._cheapest_channels(shift) if cheapest else shift
+        deadline = time.monotonic() + 3600
+        while rank() > 0 and _read_channels(file, source) is None:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{file}: the first process has not written it; do the processes share a disk?"
+                )
             time.sleep(0.2)  # until the first process has measured them
-        if file and (rule := _read_channels(file, source)) is not None:
+        if (rule := _read_channels(file, source)) is not None:
             return Shift(place=shift.place, edge=shift.edge, rule=rule)
-        num_frames = self.config.data.num_frames
+        if checkpoint.steps(file.parent):
+            raise ValueError(
+                f"{file.parent} has checkpoints of other channels than model.rule and {file.name} give now; choose another folder with --run"
+            )
+        shift = self._cheapest_channels(shift) if cheapest else shift
+        write_json({"source": source, "rule": shift.rule}, file)
+        return shift
+
+    def _cheapest_channels(self, shift: Shift) -> Shift:
+        """Return the shift with the channels that cost the starting model least on training clips."""
+        num_frames, device = self.config.data.num_frames, resolve_device()
+        log.info("measures what shifting each channel costs, on %d batches", COST_BATCHES)
 
         def denoise_clips() -> None:
             schedule = schedule_of(self.config.diffusion)
@@ -208,12 +228,14 @@ class DenoiserStage:
                 latents, noise, timesteps, text = self.draw_batch(rng, clips_only=True)
                 timesteps_N = timesteps.repeat_interleave(num_frames)
                 noisy = add_noise(schedule, latents.flatten(0, 1), noise.flatten(0, 1), timesteps_N)
-                self.model(noisy, timesteps_N, text.repeat_interleave(num_frames, dim=0))
+                texts = text.repeat_interleave(num_frames, dim=0)
+                self.model(noisy.to(device), timesteps_N.to(device), texts.to(device))
 
-        shift = cheapest_channels(self.model, shift, denoise_clips, num_frames)
-        if file:
-            write_json({"source": source, "rule": shift.rule}, file)
-        return shift
+        self.model.to(device)
+        try:
+            return cheapest_channels(self.model, shift, denoise_clips, num_frames)
+        finally:
+            self.model.cpu()
 
     def make_objective(self, config: Config, prepared: Prepared) -> nn.Module:
         options = config.diffusion
@@ -363,7 +385,12 @@ class DenoiserStage:
 
 
 def open_unet(
-    config: Config, prepared: Prepared, *, sample_size: int = 0, dtype: torch.dtype = torch.float32
+    config: Config,
+    prepared: Prepared,
+    *,
+    sample_size: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shift: Shift | None = None,
 ) -> UNet2DConditionModel:
     """Return the inflated U-Net that a run starts from: that of `model.init`, or one with random weights.
 
@@ -371,34 +398,36 @@ def open_unet(
         config, prepared: of the run.
         sample_size: side of the latents of a U-Net with random weights.
         dtype: of the weights.
+        shift: replaces the settings of the shift.
     """
     if prepared.init is None:
         unet = sizes.unet(str(config.model.size), sample_size=sample_size)
     else:
         unet = open_network(prepared.init / "unet", UNet2DConditionModel, dtype=dtype)  # type: ignore[assignment]
-    shift = sizes.shift_settings(config.model)
+    shift = shift or sizes.shift_settings(config.model)
     if config.model.channels == "cheapest" and (rule := checks.trained_rule(prepared.init)):
         shift = Shift(place=shift.place, edge=shift.edge, rule=rule)
     return sizes.inflate_unet(unet, config.model, shift=shift)
 
 
 def _read_channels(file: Path, source: dict[str, Any]) -> Any:
-    """Return the rule in a run's channels.json; None if there is none, or it was measured for other settings by a run that
-    left no checkpoint."""
+    """Return the rule in a run's channels.json; None if there is none, or it is for other settings."""
     saved = read_json_object(file) if file.exists() else {}
-    return saved.get("rule") if saved.get("source") == source else None
+    if saved.get("source") != source:
+        return None
+    return check_schema(saved.get("rule"), Table, file)
 
 
 def _concept_weights(config: Config, store: Store) -> dict[str, float]:
-    """Return the weights in the file of `data.concept_weights`; raise ValueError for a concept that the store lacks."""
+    """Return the weights of `data.concept_weights`; raise ValueError for a concept of which nothing is trained on."""
     if config.data.concept_weights is None:
         return {}
-    file = Path(config.data.concept_weights)
-    schema = dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
-    weights: dict[str, float] = check_schema(read_json_object(file), schema, file)
-    known = set(store.index["concept"].tolist())
+    weights = checks.read_concept_weights(config.data.concept_weights)
+    known = set(store.index[store.select(splits=config.data.splits)]["concept"].tolist())
     if absent := [concept for concept in weights if text_digest(concept) not in known]:
-        raise ValueError(f"{file}: {config.data.path} has no concept {absent[0]!r}")
+        raise ValueError(
+            f"{config.data.concept_weights}: {config.data.path} has no concept {absent[0]!r} in data.splits"
+        )
     return weights
 
 

@@ -65,6 +65,8 @@ TRANSFORMER_IDEAS = {
     "ffn": "model.edge=hold model.place=ffn",
     "kv-cheapest": f"{CHEAPEST} model.place=kv",
     "kv-sixth-mean": f"{CHEAPEST} model.place=kv model.rule=latent_shift.rules:neighbors_and_mean",
+    "both": "model.edge=hold model.place=both",
+    "both-sixth-mean": f"{CHEAPEST} model.place=both model.rule=latent_shift.rules:neighbors_and_mean",
     "ffn-sixth-mean": f"{CHEAPEST} model.place=ffn model.rule=latent_shift.rules:neighbors_and_mean",
 }
 IDEAS = {"unet": UNET_IDEAS, "pixart": TRANSFORMER_IDEAS, "sana": TRANSFORMER_IDEAS}

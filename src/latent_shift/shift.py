@@ -46,7 +46,6 @@ from latent_shift.transformer_blocks import (
     remove_hooks,
     shifted_inputs,
     transformer_blocks,
-    width_of,
 )
 
 Place = Literal["conv1", "conv2", "both", "end", "kv", "attn", "ffn"]
@@ -69,7 +68,7 @@ class Shift:
             does), "conv2" that of its second, "both" both, "end" the output of the residual branch. The paper's text
             and figure differ. Where a transformer block is shifted: "kv" shifts the tokens from which its
             self-attention takes keys and values, "attn" also those of the queries, "ffn" the input of the
-            feed-forward layer; always the tokens of the image alone.
+            feed-forward layer, "both" is "kv" and "ffn"; always the tokens of the image alone.
         edge: fill for the vacated channels of the first and last frame: "zero" (the paper), "wrap" (values
             from the other end of the clip; the network then commutes with rotating the frames, so clips
             loop) or "hold" (the values of the first or last frame).
@@ -77,7 +76,8 @@ class Shift:
             numbers, the frame that each channel is taken from, relative to its own: -1 is the previous frame, 2
             the one after the next; a tuple of numbers takes the mean of those frames. Or these numbers for each layer,
             as `((name, ((num_channels, offsets), ...)), ...)`: an inflated network holds and saves its rule so. The
-            names are those of norms or convolutions in a U-Net, and of blocks where tokens are shifted.
+            names are those of norms or convolutions in a U-Net, and of attention or feed-forward layers where tokens
+            are shifted.
 
     Raises:
         ValueError: fractions that are negative or sum to more than 1, an unknown place or edge, a rule beside
@@ -391,11 +391,12 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
     blocks = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
     if shift is None:
         shift = Shift(place="kv") if transformer_blocks(network) and not blocks else Shift()
-    if shift.place in ("kv", "attn", "ffn"):
+    in_transformer = shift.place == "both" and not blocks and transformer_blocks(network)
+    if shift.place in ("kv", "attn", "ffn") or in_transformer:
         return _inflate_transformer(network, shift)
     if not blocks:
         hint = (
-            'use place="kv", "attn" or "ffn"'
+            'use place="kv", "attn", "ffn" or "both"'
             if transformer_blocks(network)
             else "expected a U-Net such as UNet2DConditionModel"
         )
@@ -438,14 +439,13 @@ def _inflate_transformer(network: nn.Module, shift: Shift) -> nn.Module:
         raise ValueError(
             f"{type(network).__name__} has no transformer block to shift; expected one of {', '.join(BLOCK_LAYERS)}"
         )
-    shift, groups_of = _resolve(network, shift, {block: width_of(block) for block in blocks})
+    inputs = [each for block in blocks for each in shifted_inputs(block, shift.place)]
+    shift, groups_of = _resolve(network, shift, {each.layer: each.width for each in inputs})
     deflate(network)
     state = _ShiftState(shift)
     network.__dict__["_shift_state"] = state
     network.__dict__["_shift_hooks"] = [
-        (block, parent, name, InputHook(_shift, state, groups_of[block], has_text))
-        for block in blocks
-        for parent, name, has_text in shifted_inputs(block, shift.place)
+        (each, InputHook(_shift, state, groups_of[each.layer], each.has_text)) for each in inputs
     ]
     for block in blocks:
         if BLOCK_LAYERS[type(block).__name__].has_text:
@@ -590,12 +590,12 @@ def reach(network: nn.Module) -> tuple[int, int]:
         raise ValueError(
             f"{type(network).__name__} attends to all frames of a clip: it cannot be run in chunks"
         )
-    groups_of: dict[nn.Module, Groups] = {}  # a block once, whose layers are all shifted alike
+    groups_of: dict[nn.Module, Groups] = {}  # once for inputs that are shifted side by side
     for module in network.modules():
         if isinstance(module, (ShiftGroupNorm, ShiftConv2d)):
             groups_of[module] = module.shift_groups
-        for block, *_, hook in module.__dict__.get("_shift_hooks", ()):
-            groups_of[block] = hook.groups
+        for each, hook in module.__dict__.get("_shift_hooks", ()):
+            groups_of[each.layer] = hook.groups
     offsets = [[offset for *_, offsets in groups for offset in offsets] for groups in groups_of.values()]
     return sum(max(0, -min(each)) for each in offsets), sum(max(0, max(each)) for each in offsets)
 

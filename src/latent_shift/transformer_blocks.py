@@ -49,10 +49,22 @@ def transformer_blocks(network: nn.Module) -> list[nn.Module]:
     ]
 
 
-def width_of(block: nn.Module) -> int:
-    """Return the number of channels D of a block's tokens."""
-    attention: Any = attentions(block)[0]
-    return int(attention.to_q.in_features)
+@dataclass(frozen=True)
+class ShiftedInput:
+    """A layer of a block whose input is shifted.
+
+    Attributes:
+        parent, name: the module that calls it, and its name there.
+        layer: the attention or feed-forward layer that names its channels: layers side by side shift the same ones.
+        width: number of channels D.
+        has_text: whether text precedes the image in the input.
+    """
+
+    parent: nn.Module
+    name: str
+    layer: nn.Module
+    width: int
+    has_text: bool
 
 
 def attentions(block: nn.Module) -> list[nn.Module]:
@@ -62,20 +74,30 @@ def attentions(block: nn.Module) -> list[nn.Module]:
     return [layer for layer in (first, second) if layer is not None]
 
 
-def shifted_inputs(block: nn.Module, place: str) -> Iterator[tuple[nn.Module, str, bool]]:
-    """Yield the layers of a block whose inputs are shifted at a place: the module that calls each, its name there, and
-    whether text precedes the image in its input."""
+def width_of(block: nn.Module) -> int:
+    """Return the number of channels D of a block's tokens."""
+    attention: Any = attentions(block)[0]
+    return int(attention.to_q.in_features)
+
+
+def shifted_inputs(block: nn.Module, place: str) -> Iterator[ShiftedInput]:
+    """Yield the inputs of a block that are shifted at a place."""
     layers = BLOCK_LAYERS[type(block).__name__]
-    if place == "kv":
-        for attention in attentions(block):
+    attention, width = attentions(block)[0], width_of(block)
+    if place in ("kv", "both"):
+        for each in attentions(block):
             for name in ("to_k", "to_v"):
-                yield attention, name, layers.has_text
-    elif place == "attn":
+                yield ShiftedInput(each, name, attention, width, layers.has_text)
+    if place == "attn":
         for name in (layers.attention, layers.second_attention):
             if getattr(block, name, None) is not None:
-                yield block, name, layers.has_text
-    else:
-        yield block, layers.feed_forward, layers.has_text
+                yield ShiftedInput(block, name, attention, width, layers.has_text)
+    if place in ("ffn", "both"):
+        # In the blocks that join text and image, both layers read the same tokens.
+        feed_forward = (
+            attention if place == "both" and layers.has_text else block.get_submodule(layers.feed_forward)
+        )
+        yield ShiftedInput(block, layers.feed_forward, feed_forward, width, layers.has_text)
 
 
 @dataclass(eq=False)
@@ -126,7 +148,8 @@ def place_hooks(network: nn.Module) -> None:
     Raises:
         ValueError: queries, keys and values have been fused into one layer, which reads the same tokens for all three.
     """
-    for _, parent, name, hook in getattr(network, "_shift_hooks", ()):
+    for shifted, hook in getattr(network, "_shift_hooks", ()):
+        parent, name = shifted.parent, shifted.name
         if name in ("to_k", "to_v") and _is_fused(parent):
             raise ValueError(
                 'place="kv" shifts the input of keys and values, not that of queries: call unfuse_qkv_projections(), or use place="attn"'

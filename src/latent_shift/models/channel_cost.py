@@ -18,7 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from latent_shift.shift import Shift, deflate, frames, inflate
-from latent_shift.transformer_blocks import BLOCK_LAYERS, attentions, transformer_blocks
+from latent_shift.transformer_blocks import shifted_inputs, transformer_blocks
 
 
 @torch.no_grad()
@@ -77,25 +77,28 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
 
 def shifted_readers(network: nn.Module, place: str) -> Iterator[tuple[str, list[nn.Module]]]:
     """Yield the name of each shifted layer, as the rule of `Shift` has it, and the layers that read its channels."""
-    if place in ("conv1", "conv2", "both"):
-        for name, block in network.named_modules():
-            if isinstance(block, ResnetBlock2D):
-                for number in {"conv1": (1,), "conv2": (2,), "both": (1, 2)}[place]:
-                    yield f"{name}.norm{number}".lstrip("."), [block.get_submodule(f"conv{number}")]
+    blocks = [(name, block) for name, block in network.named_modules() if isinstance(block, ResnetBlock2D)]
+    if place in ("conv1", "conv2") or (place == "both" and blocks):
+        for name, block in blocks:
+            for number in {"conv1": (1,), "conv2": (2,), "both": (1, 2)}[place]:
+                yield f"{name}.norm{number}".lstrip("."), [block.get_submodule(f"conv{number}")]
         return
     if place == "end":
         raise ValueError('place="end" is read by no layer of its block: expected "conv1" or another place')
-    names = {block: name for name, block in network.named_modules()}
+    names = {module: name for name, module in network.named_modules()}
+    readers: dict[str, list[nn.Module]] = {}
     for block in transformer_blocks(network):
-        if place == "ffn":
-            feed_forward = getattr(block, BLOCK_LAYERS[type(block).__name__].feed_forward)
-            first = next(
-                layer for layer in feed_forward.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))
-            )
-            yield names[block], [first]
-        else:
-            keys = ("to_k", "to_v") if place == "kv" else ("to_k", "to_v", "to_q")
-            yield names[block], [getattr(attention, key) for attention in attentions(block) for key in keys]
+        for each in shifted_inputs(block, place):
+            reader = each.parent.get_submodule(each.name)
+            readers.setdefault(names[each.layer], []).extend(_first_layers(reader))
+    yield from readers.items()
+
+
+def _first_layers(reader: nn.Module) -> list[nn.Module]:
+    """Return the layers with weights that read the input of a layer: three in self-attention, else the first."""
+    if hasattr(reader, "to_q"):
+        return [reader.get_submodule(name) for name in ("to_k", "to_v", "to_q")]
+    return [next(layer for layer in reader.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))]
 
 
 def _squared_weights(layer: nn.Module) -> Tensor:

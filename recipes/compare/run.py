@@ -64,10 +64,10 @@ TRANSFORMER_IDEAS = {
     "attn": "model.edge=hold model.place=attn",
     "ffn": "model.edge=hold model.place=ffn",
     "kv-cheapest": f"{CHEAPEST} model.place=kv",
-    "kv-sixth-mean": f"{CHEAPEST} model.place=kv model.rule=latent_shift.rules:neighbors_and_mean",
+    "attn-cheapest": f"{CHEAPEST} model.place=attn",
+    "attn-sixth-mean": f"{CHEAPEST} model.place=attn model.rule=latent_shift.rules:neighbors_and_mean",
     "both": "model.edge=hold model.place=both",
     "both-sixth-mean": f"{CHEAPEST} model.place=both model.rule=latent_shift.rules:neighbors_and_mean",
-    "ffn-sixth-mean": f"{CHEAPEST} model.place=ffn model.rule=latent_shift.rules:neighbors_and_mean",
 }
 IDEAS = {"unet": UNET_IDEAS, "pixart": TRANSFORMER_IDEAS, "sana": TRANSFORMER_IDEAS}
 SHORT = "optim.steps=180 optim.warmup_steps=20 optim.cooldown_steps=60 optim.ema=0.97 train.validate_every=60 train.compile=false"

@@ -84,11 +84,11 @@ def shifted_inputs(block: nn.Module, place: str) -> Iterator[ShiftedInput]:
     """Yield the inputs of a block that are shifted at a place."""
     layers = BLOCK_LAYERS[type(block).__name__]
     attention, width = attentions(block)[0], width_of(block)
-    if place in ("kv", "both"):
+    if place == "kv":
         for each in attentions(block):
             for name in ("to_k", "to_v"):
                 yield ShiftedInput(each, name, attention, width, layers.has_text)
-    if place == "attn":
+    if place in ("attn", "both"):
         for name in (layers.attention, layers.second_attention):
             if getattr(block, name, None) is not None:
                 yield ShiftedInput(block, name, attention, width, layers.has_text)

@@ -28,20 +28,23 @@ def summary() -> str:
     """Tabulate what README shows: the cost and the gain of the shift and of attention."""
     results = Results("seeds")
     sizes = results.parameters
+    names = {
+        name: title for name, title in COMPARED.items() if name in results.table.names and name != "hold"
+    }
     times: dict[str, float] = {}
     for timing in read_result("sweep-h200")["points"]:  # of two measurements the first
         if (timing["frames"], timing["side"], timing["clips"]) == (16, 64, 1):
             times.setdefault(timing["name"], timing["seconds"] * 1e3)
-    names = {"shift": "Latent-Shift", "mixed": None, "attention": "Latent-VDM", "none": "frame by frame"}
+    timed = {"shift": "Latent-Shift", "attention": "Latent-VDM", "none": "frame by frame"}
     rows = [
         ["parameters added, 6 M network", *(f"{sizes[name] / sizes['none'] - 1:.0%}" for name in names), ""],
-        ["sampling step of 16 frames at SD 1.5's size, ms", *(f"{times[network]:.0f}" if network else "not measured" for network in names.values()), ""],
+        ["sampling step of 16 frames at SD 1.5's size, ms", *(f"{times[timed[name]]:.0f}" if name in timed else "not measured" for name in names), ""],
     ]  # fmt: skip
     for measure, places in {"denoising_error": 3, "motion_seen_at_375": 2, "flicker": 1}.items():
         form = decimals(places)
         means = [point(results.cells[name][measure], form) for name in names]
         rows.append([label(measure), *means, results.real(measure, form, with_interval=False)])
-    return markdown_table(["", "shift", "better shift", ATTENTION, "no shift", "real clips"], rows)
+    return markdown_table(["", *names.values(), "real clips"], rows)
 
 
 def emoji() -> str:
@@ -72,7 +75,7 @@ def emoji() -> str:
 def shift_and_attention() -> str:
     """Tabulate `recipes/compare`: the shift, attention and neither."""
     results = Results("seeds")
-    names = ("shift", "hold", "mixed", "attention", "none")
+    names = {name: title for name, title in COMPARED.items() if name in results.table.names}
     rows = [
         ["loss on held-out clips", *results.losses(names), ""],
         ["parameters", *(f"{results.parameters[name] / 1e6:.2f} M" for name in names), ""],
@@ -93,19 +96,19 @@ def shift_and_attention() -> str:
                 results.real(measure, form, with_interval=False),
             ]
         )
-    head = [
-        "measure, 60 clips of 8 frames",
-        "shift",
-        "shift, edges held",
-        "better shift",
-        ATTENTION,
-        "no shift",
-        "real clips",
-    ]
+    head = ["measure, 60 clips of 8 frames", *names.values(), "real clips"]
     return results.caption(differences=True) + markdown_table(head, rows)
 
 
 ATTENTION = "attention (Latent-VDM)"
+COMPARED = {
+    "shift": "shift",
+    "hold": "shift, edges held",
+    "mixed": "better shift",
+    "attention": ATTENTION,
+    "none": "no shift",
+}
+"""Systems of `compare.py seeds`."""
 NETWORKS = {"frame by frame": "no shift", "Latent-VDM": ATTENTION}
 """Names on the pages of networks that `latent-shift bench` names otherwise."""
 PARTS = {
@@ -161,11 +164,6 @@ def ideas() -> str:
 def ideas_pixart() -> str:
     """Tabulate `recipes/compare/run.py --network pixart`."""
     return ranked("ideas-pixart")
-
-
-def ideas_sana() -> str:
-    """Tabulate `recipes/compare/run.py --network sana`."""
-    return ranked("ideas-sana")
 
 
 def ranked(name: str) -> str:
@@ -495,7 +493,6 @@ TABLES: dict[str, Callable[[], str]] = {
         parts,
         ideas,
         ideas_pixart,
-        ideas_sana,
         systems,
         measures,
         two_runs,

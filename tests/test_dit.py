@@ -52,8 +52,8 @@ def test_training_saving_and_sampling(size, latents, tmp_path):
     assert pipe.scheduler.config.use_flow_sigmas
     assert catalog.describe(folder)["predicts"] == "flow_prediction"
     assert type(pipe.unet) is CLASSES[size][0]
-    assert shift_of(pipe.unet) == Shift(place="kv", edge="hold")
-    assert "widths" in catalog.describe(folder) and "place kv" in catalog.describe(folder)["shift"]
+    assert shift_of(pipe.unet) == Shift(place="attn", edge="hold")
+    assert "widths" in catalog.describe(folder) and "place attn" in catalog.describe(folder)["shift"]
     loop = pipe("a red square", num_inference_steps=2, generator=ls.seed(0), loop=True).frames
     again = loading.load(folder)(
         "a red square", num_inference_steps=2, generator=ls.seed(0), loop=True
@@ -123,7 +123,7 @@ def test_sizes_are_multiples_of_a_patch_and_loras_need_a_unet(size, latents, tmp
     settings = {"init": str(folder)}
     video = train(tiny_config("video", latents, model=settings, steps=1), tmp_path / "video")
     more = tiny_config("video", latents, model={"init": str(video)}, steps=1)
-    assert shift_of(loading.load(train(more, tmp_path / "more")).unet) == Shift(place="kv")
+    assert shift_of(loading.load(train(more, tmp_path / "more")).unet) == Shift(place="attn")
     with pytest.raises(ValueError, match="lora needs a U-Net, got a "):
         train(tiny_config("video", latents, model=settings, lora={"rank": 2}), tmp_path / "lora")
 

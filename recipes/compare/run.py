@@ -66,8 +66,6 @@ TRANSFORMER_IDEAS = {
     "kv-cheapest": f"{CHEAPEST} model.place=kv",
     "attn-cheapest": f"{CHEAPEST} model.place=attn",
     "attn-sixth-mean": f"{CHEAPEST} model.place=attn model.rule=latent_shift.rules:neighbors_and_mean",
-    "both": "model.edge=hold model.place=both",
-    "both-sixth-mean": f"{CHEAPEST} model.place=both model.rule=latent_shift.rules:neighbors_and_mean",
 }
 IDEAS = {"unet": UNET_IDEAS, "pixart": TRANSFORMER_IDEAS, "sana": TRANSFORMER_IDEAS}
 SHORT = "optim.steps=180 optim.warmup_steps=20 optim.cooldown_steps=60 optim.ema=0.97 train.validate_every=60 train.compile=false"

@@ -68,7 +68,7 @@ class Shift:
             does), "conv2" that of its second, "both" both, "end" the output of the residual branch. The paper's text
             and figure differ. Where a transformer block is shifted: "kv" shifts the tokens from which its
             self-attention takes keys and values, "attn" also those of the queries, "ffn" the input of the
-            feed-forward layer, "both" is "attn" and "ffn"; always the tokens of the image alone.
+            feed-forward layer; always the tokens of the image alone.
         edge: fill for the vacated channels of the first and last frame: "zero" (the paper), "wrap" (values
             from the other end of the clip; the network then commutes with rotating the frames, so clips
             loop) or "hold" (the values of the first or last frame).
@@ -367,7 +367,7 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
     Args:
         network: a module with diffusers `ResnetBlock2D`s (a U-Net), or a transformer with blocks of PixArt, Sana,
             Stable Diffusion 3 or Flux. A network that is already inflated takes the new settings.
-        shift: settings of the shift; default: `Shift()` for a U-Net, `Shift(place="kv")` for a transformer.
+        shift: settings of the shift; default: `Shift()` for a U-Net, `Shift(place="attn")` for a transformer.
 
     Returns:
         `network`.
@@ -390,13 +390,12 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
         )
     blocks = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
     if shift is None:
-        shift = Shift(place="kv") if transformer_blocks(network) and not blocks else Shift()
-    in_transformer = shift.place == "both" and not blocks and transformer_blocks(network)
-    if shift.place in ("kv", "attn", "ffn") or in_transformer:
+        shift = Shift(place="attn") if transformer_blocks(network) and not blocks else Shift()
+    if shift.place in ("kv", "attn", "ffn"):
         return _inflate_transformer(network, shift)
     if not blocks:
         hint = (
-            'use place="kv", "attn", "ffn" or "both"'
+            'use place="kv", "attn" or "ffn"'
             if transformer_blocks(network)
             else "expected a U-Net such as UNet2DConditionModel"
         )

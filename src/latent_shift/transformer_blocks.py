@@ -88,15 +88,12 @@ def shifted_inputs(block: nn.Module, place: str) -> Iterator[ShiftedInput]:
         for each in attentions(block):
             for name in ("to_k", "to_v"):
                 yield ShiftedInput(each, name, attention, width, layers.has_text)
-    if place in ("attn", "both"):
+    elif place == "attn":
         for name in (layers.attention, layers.second_attention):
             if getattr(block, name, None) is not None:
                 yield ShiftedInput(block, name, attention, width, layers.has_text)
-    if place in ("ffn", "both"):
-        # In the blocks that join text and image, both layers read the same tokens.
-        feed_forward = (
-            attention if place == "both" and layers.has_text else block.get_submodule(layers.feed_forward)
-        )
+    else:
+        feed_forward = block.get_submodule(layers.feed_forward)
         yield ShiftedInput(block, layers.feed_forward, feed_forward, width, layers.has_text)
 
 

@@ -92,7 +92,7 @@ class SanaVDM(SanaDenoiser):
 
 
 def _add_temporal_attention(network: nn.Module) -> None:
-    inflate(network, Shift(0, 0, place="kv"))  # moves no channel; its state holds the number of frames
+    inflate(network, Shift(0, 0, place="attn"))  # moves no channel; its state holds the number of frames
     hook = _AttendOverTime(network.__dict__["_shift_state"])
     for block in transformer_blocks(network):
         width = width_of(block)

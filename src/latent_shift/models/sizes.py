@@ -143,9 +143,9 @@ def shift_settings(settings: Model) -> Shift:
 
 
 def for_network(shift: Shift, network: type[ModelMixin]) -> Shift:
-    """Return the settings for a class of networks: "conv1", the default of recipes, is "kv" in a transformer."""
+    """Return the settings for a class of networks: "conv1", the default of recipes, is "attn" in a transformer."""
     if shift.place == "conv1" and not issubclass(network, UNet2DConditionModel):
-        return replace(shift, place="kv")
+        return replace(shift, place="attn")
     return shift
 
 

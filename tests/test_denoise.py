@@ -70,10 +70,18 @@ def test_streaming_equals_the_whole_clip(unet, edge, place):
         torch.testing.assert_close(predictor(unet)(clips(6), torch.tensor(500), torch.arange(6)), whole)
 
 
-@pytest.mark.parametrize("shift", [None, Shift(), Shift(backward=0, edge="wrap")])
-def test_streaming_requires_a_causal_shift(shift):
+@pytest.mark.parametrize(
+    ("shift", "message"),
+    [
+        (None, "is not inflated"),
+        (Shift(), r"expected Shift\(backward=0\); here channels come from later frames"),
+        (Shift(rule=lambda num: [1] * num), "expected a rule without positive offsets"),
+        (Shift(backward=0, edge="wrap"), 'expected edge="zero" or "hold"'),
+    ],
+)
+def test_streaming_requires_a_causal_shift(shift, message):
     network = sizes.unet("tiny", sample_size=4)
     if shift:
         inflate(network, shift)
-    with pytest.raises(ValueError, match="expected Shift\\(backward=0"), streaming(network, {}):
+    with pytest.raises(ValueError, match=message), streaming(network, {}):
         pass

@@ -95,7 +95,7 @@ def test_latent_vdm_rejects_what_only_a_shift_can_do(network):
         ls.frames(network, 4, edge="wrap"),
     ):
         pass
-    with pytest.raises(ValueError, match="a stream needs a causal shift"), streaming(network, {}):
+    with pytest.raises(ValueError, match="relates frames by layers of its own"), streaming(network, {}):
         pass
 
 

@@ -30,12 +30,11 @@ from torch import Tensor, nn
 
 from latent_shift.clip_text import unshare_text
 from latent_shift.shift_kernels import (
-    MAX_GROUPS,
     Edge,
     Groups,
+    gather_shifted,
     intern_groups,
     mean_of,
-    merge_groups,
     shift_clips,
 )
 from latent_shift.transformer_blocks import (
@@ -251,30 +250,6 @@ def _shift_frames(x_NCHW: Tensor, num_frames: int, groups: Groups, edge: Edge) -
     return shift_clips(x_BFCHW, groups, edge).flatten(0, 1)
 
 
-def _gather_shifted(x_NCHW: Tensor, previous_N: Tensor, next_N: Tensor, groups: Groups, edge: Edge) -> Tensor:
-    """Shift by the indices of neighbours, see `neighbors`."""
-    if len(groups) > MAX_GROUPS:
-        order, merged = merge_groups(groups)
-        order_C = torch.tensor(order, device=x_NCHW.device)
-        gathered = _gather_shifted(x_NCHW[:, order_C], previous_N, next_N, merged, edge)
-        return gathered[:, order_C.argsort()]
-    num, shifted = x_NCHW.shape[0], []
-    if edge == "zero":  # index N is a frame of zeros, and its own neighbour
-        x_NCHW = torch.cat([x_NCHW, torch.zeros_like(x_NCHW[:1])])
-        previous_N, next_N = (
-            torch.cat([each, torch.full_like(each[:1], num)]) for each in (previous_N, next_N)
-        )
-    for start, stop, offsets in groups:
-        group, frames_at = x_NCHW[:, start:stop], []
-        for offset in offsets:
-            neighbor_N = source_N = previous_N if offset < 0 else next_N
-            for _ in range(abs(offset) - 1):
-                source_N = neighbor_N[source_N]
-            frames_at.append(group[source_N[:num]] if offset else group[:num])
-        shifted.append(mean_of(frames_at))
-    return torch.cat(shifted, dim=1)
-
-
 class _ShiftState(threading.local):
     """State that the shifted layers of one network share: the settings, the number of frames in a clip, and,
     when frames come one after the other, the channels that each layer passes on to the next frame. Every
@@ -309,7 +284,7 @@ class _ShiftState(threading.local):
 def _shift(x_NCHW: Tensor, state: _ShiftState, groups: Groups, layer: nn.Module) -> Tensor:
     """Shift the input or output of a layer among the frames of a clip, or of a stream."""
     if state.neighbors is not None:
-        return _gather_shifted(x_NCHW, *state.neighbors, groups, state.shift.edge)
+        return gather_shifted(x_NCHW, *state.neighbors, groups, state.shift.edge)
     if state.memory is None:
         return _shift_frames(x_NCHW, state.num_frames, groups, state.shift.edge)
     shifted, memory = [], state.memory.setdefault(layer, {})

@@ -339,6 +339,30 @@ def concatenate_shifted(x_BFCHW: Tensor, groups: Groups, edge: Edge) -> Tensor:
     return torch.cat(shifted, dim=2)
 
 
+def gather_shifted(x_NCHW: Tensor, previous_N: Tensor, next_N: Tensor, groups: Groups, edge: Edge) -> Tensor:
+    """Shift images `(N, C, ...)` by the indices of their neighbours, see `shift.neighbors`."""
+    if len(groups) > MAX_GROUPS:
+        order, merged = merge_groups(groups)
+        order_C = torch.tensor(order, device=x_NCHW.device)
+        gathered = gather_shifted(x_NCHW[:, order_C], previous_N, next_N, merged, edge)
+        return gathered[:, order_C.argsort()]
+    num, shifted = x_NCHW.shape[0], []
+    if edge == "zero":  # index N is a frame of zeros, and its own neighbour
+        x_NCHW = torch.cat([x_NCHW, torch.zeros_like(x_NCHW[:1])])
+        previous_N, next_N = (
+            torch.cat([each, torch.full_like(each[:1], num)]) for each in (previous_N, next_N)
+        )
+    for start, stop, offsets in groups:
+        group, frames_at = x_NCHW[:, start:stop], []
+        for offset in offsets:
+            neighbor_N = source_N = previous_N if offset < 0 else next_N
+            for _ in range(abs(offset) - 1):
+                source_N = neighbor_N[source_N]
+            frames_at.append(group[source_N[:num]] if offset else group[:num])
+        shifted.append(mean_of(frames_at))
+    return torch.cat(shifted, dim=1)
+
+
 def mean_of(terms: list[Tensor]) -> Tensor:
     """Return the mean of tensors of one shape; each is divided before the sum, which half precision may not hold."""
     if len(terms) == 1:

@@ -31,7 +31,7 @@ from latent_shift.models.parts import (
     text_width,
     variants,
 )
-from latent_shift.pipelines.limits import CALL_DEFAULTS, XL_GUIDANCE_SCALE
+from latent_shift.pipelines.limits import CALL_DEFAULTS, XL_GUIDANCE_SCALE, size_multiple
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 MODELS = {
@@ -411,7 +411,7 @@ def sampling_defaults(model: str | Path) -> dict[str, float | None]:
     factor, size = downscale_factor(vae), unet.get("sample_size")
     sides: Sequence[int | None] = size if isinstance(size, (list, tuple)) else (size, size)
     height, width = (None if side is None else side * factor for side in sides)
-    return {**family, **own, "height": height, "width": width, "multiple": factor * unet.get("patch_size", 1)}
+    return {**family, **own, "height": height, "width": width, "multiple": size_multiple(factor, unet)}
 
 
 def describe(model: str | Path) -> dict[str, str]:

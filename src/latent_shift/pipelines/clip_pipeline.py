@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from latent_shift.noise import ar1_step
+from latent_shift.pipelines import limits
 from latent_shift.pipelines.conditioning import (
     Pictures,
     check_family_arguments,
@@ -50,7 +51,6 @@ from latent_shift.pipelines.denoise import (
 from latent_shift.pipelines.diagnosis import check_finite
 from latent_shift.pipelines.free_init import Filter, FreeInit
 from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
-from latent_shift.pipelines.limits import CALL_DEFAULTS, check_distilled, check_effects, check_numbers
 from latent_shift.pipelines.lora import has_lora, merged
 from latent_shift.pipelines.noise import check_generator, check_latents, draw_noise
 from latent_shift.pipelines.prompts import encode_prompts
@@ -86,7 +86,7 @@ class ClipPipeline(DiffusionPipeline):
     """
 
     family_arguments: ClassVar[tuple[str, ...]] = ()
-    family_defaults: ClassVar[dict[str, float]] = CALL_DEFAULTS
+    family_defaults: ClassVar[dict[str, float]] = limits.CALL_DEFAULTS
     free_init: FreeInit | None = None
     call_defaults: dict[str, float]
     encode_family_prompts: Callable[..., dict[str, Tensor]]
@@ -118,10 +118,10 @@ class ClipPipeline(DiffusionPipeline):
     def set_model_defaults(self, defaults: dict[str, float]) -> None:
         """Set defaults of a call that a model or a LoRA brings; they are saved with it even where they equal
         the general ones. Raise ValueError for an unknown name."""
-        unknown = set(defaults) - set(CALL_DEFAULTS)
+        unknown = set(defaults) - set(limits.CALL_DEFAULTS)
         if unknown:
             raise ValueError(
-                f"unknown latent_shift settings {sorted(unknown)}; expected fields of Shift or {sorted(CALL_DEFAULTS)}"
+                f"unknown latent_shift settings {sorted(unknown)}; expected fields of Shift or {sorted(limits.CALL_DEFAULTS)}"
             )
         self._model_defaults |= defaults
         self.call_defaults |= defaults
@@ -292,7 +292,7 @@ class ClipPipeline(DiffusionPipeline):
         )
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self.resolve_size(height, width)
-        check_numbers(
+        limits.check_numbers(
             num_frames=num_frames, num_inference_steps=num_inference_steps, height=height, width=width, chunk=chunk, halo=halo,
             num_videos_per_prompt=num_videos_per_prompt, decode_batch_size=decode_batch_size, guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale, eta=eta, strength=strength, shared_noise=shared_noise, noise_correlation=noise_correlation,
@@ -327,7 +327,7 @@ class ClipPipeline(DiffusionPipeline):
         self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
         device = self._execution_device
         use_guidance = custom_guider or self.do_classifier_free_guidance
-        check_effects(
+        limits.check_effects(
             num_frames=num_frames, has_latents=latents is not None, guided=use_guidance, **motion, return_dict=return_dict,
             negative_prompt=negative_prompt, negative_prompt_2=family.get("negative_prompt_2"),
             negative_prompt_embeds=negative_prompt_embeds,
@@ -456,7 +456,7 @@ class ClipPipeline(DiffusionPipeline):
         num_inference_steps = self._default("num_inference_steps", num_inference_steps)
         shared_noise, noise_correlation = self._noise_settings(shared_noise, noise_correlation)
         height, width = self.resolve_size(height, width)
-        check_numbers(
+        limits.check_numbers(
             num_frames=num_frames, num_inference_steps=num_inference_steps, height=height, width=width, guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale, eta=eta, shared_noise=shared_noise, noise_correlation=noise_correlation,
         )  # fmt: skip
@@ -466,7 +466,7 @@ class ClipPipeline(DiffusionPipeline):
         use_guidance, device = self.do_classifier_free_guidance, self._execution_device
         check_image_prompts(self, None, None)
         self._check_distilled(num_inference_steps, guided=use_guidance)
-        check_effects(
+        limits.check_effects(
             guided=use_guidance,
             negative_prompt=negative_prompt,
             negative_prompt_2=family.get("negative_prompt_2"),
@@ -508,7 +508,7 @@ class ClipPipeline(DiffusionPipeline):
         check_distilled_scheduler(self.scheduler)
         if custom:
             raise ValueError("a distilled model has its own timesteps; expected no timesteps and no sigmas")
-        check_distilled(num_inference_steps, distilled_steps, guided=guided)
+        limits.check_distilled(num_inference_steps, distilled_steps, guided=guided)
         if self.free_init and self.free_init.use_fast_sampling:
             raise ValueError(
                 "use_fast_sampling of FreeInit takes other steps than a distilled model knows; expected it off"
@@ -569,20 +569,12 @@ class ClipPipeline(DiffusionPipeline):
     def _latent_shape(
         self, num_clips: int, num_frames: int, height: int, width: int
     ) -> tuple[int, int, int, int, int]:
-        factor, multiple = self.vae_scale_factor, self.size_multiple
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"expected height and width in multiples of {multiple}, got {height} and {width}"
-            )
+        factor = self.vae_scale_factor
+        limits.check_size(height, width, limits.size_multiple(factor, self.unet.config))
         return num_clips, self.unet.config.in_channels, num_frames, height // factor, width // factor
 
     def _default(self, name: str, value):
         return self.call_defaults[name] if value is None else value
-
-    @property
-    def size_multiple(self) -> int:
-        """Pixels of which height and width have to be multiples: a latent, or in a transformer a patch of latents."""
-        return int(self.vae_scale_factor * getattr(self.unet.config, "patch_size", 1))
 
     def resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width in pixels; None stands for the size the U-Net was trained at."""

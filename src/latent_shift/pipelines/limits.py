@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -149,3 +150,19 @@ def check_numbers(**numbers: float | None) -> None:
             raise ValueError(f"fps must be above 0, got {number}")
         elif name in _RANGES and not _RANGES[name][0] <= number <= _RANGES[name][1]:
             raise ValueError(f"{name} must be from {_RANGES[name][0]} to {_RANGES[name][1]}, got {number:g}")
+
+
+def size_multiple(factor: int, network: Mapping[str, Any]) -> int:
+    """Return the pixels of which height and width have to be multiples: a latent's, or in a transformer a patch's.
+
+    Args:
+        factor: pixels to a side of a latent.
+        network: configuration of the denoiser.
+    """
+    return factor * int(network.get("patch_size") or 1)
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raise ValueError for a size in pixels that the network would cut."""
+    if height % multiple or width % multiple:
+        raise ValueError(f"expected height and width in multiples of {multiple}, got {height} and {width}")

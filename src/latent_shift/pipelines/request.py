@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from latent_shift.models.prompt_syntax import parse_prompt
-from latent_shift.pipelines.limits import check_effects, check_numbers
+from latent_shift.pipelines.limits import check_effects, check_numbers, size_multiple
 from latent_shift.pipelines.schedulers import check_scheduler, make_scheduler
 from latent_shift.runtime import check_seed, seed
 from latent_shift.video import read, to_uint8
@@ -225,7 +225,8 @@ def _resolve_size(pipe: ClipPipeline, request: Request) -> tuple[int, int]:
     height, width = request.height, request.width
     if request.video is not None and None in (height, width):
         height, width = size_like(
-            shapes[request.video], height, width, model_size=pipe.resolve_size(None, None), multiple=pipe.size_multiple
+            shapes[request.video], height, width, model_size=pipe.resolve_size(None, None), 
+            multiple=size_multiple(pipe.vae_scale_factor, pipe.unet.config),
         )  # fmt: skip
     height, width = pipe.resolve_size(height, width)
     for path, (rows, columns) in shapes.items():

@@ -7,7 +7,7 @@ VENV ?= .venv
 PIP_ARGS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS)
-# A third of the time of a test is waiting: one process more than there are cores, four at most.
+# Tests wait for processes and files: one worker more than there are cores, four at most.
 WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores + 1 : 4)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 # No test and no recipe reads from a hub.

@@ -28,9 +28,7 @@ def summary() -> str:
     """Tabulate what README shows: the cost and the gain of the shift and of attention."""
     results = Results("seeds")
     sizes = results.parameters
-    names = {
-        name: title for name, title in COMPARED.items() if name in results.table.names and name != "hold"
-    }
+    names = {name: title for name, title in COMPARED.items() if name != "hold"}
     times: dict[str, float] = {}
     for timing in read_result("sweep-h200")["points"]:  # of two measurements the first
         if (timing["frames"], timing["side"], timing["clips"]) == (16, 64, 1):
@@ -75,7 +73,7 @@ def emoji() -> str:
 def shift_and_attention() -> str:
     """Tabulate `recipes/compare`: the shift, attention and neither."""
     results = Results("seeds")
-    names = {name: title for name, title in COMPARED.items() if name in results.table.names}
+    names = COMPARED
     rows = [
         ["loss on held-out clips", *results.losses(names), ""],
         ["parameters", *(f"{results.parameters[name] / 1e6:.2f} M" for name in names), ""],

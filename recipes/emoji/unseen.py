@@ -1,10 +1,9 @@
-"""Write recipes/emoji/unseen.json: how often training draws the concepts that the model from before words.toml has never seen.
+"""Write recipes/emoji/unseen.json: sampling weights of the concepts that the model from before words.toml has never seen.
 
     python recipes/emoji/unseen.py
 
-One concept in twenty was held out of it, snake and airplane among them. Drawn as often as the others, such a concept comes up a dozen
-times in 1,000 steps of words.toml, too seldom to be learned in the steps that a CPU can do; the others are known and need rehearsal
-only.
+One concept in twenty was held out of it, snake and airplane among them. Sampled as often as the others, such a concept comes up too
+seldom to be learned in the steps that a CPU can do; the others are known and need rehearsal only.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Data(Section):
     splits: list[str] = Field(["train"], min_length=1, description="Splits to train on.")
     concept_weights: str | None = Field(
         None,
-        description="JSON file of sampling weights by concept; a concept of weight 8 is drawn 8 times as often as one that is left out.",
+        description="JSON file of sampling weights by concept; a concept of weight 8 is sampled 8 times as often as one that is left out.",
     )
     val_splits: list[str] = Field(
         [], description="Splits on which the validation loss is computed; empty: no validation."

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 class BlockLayers:
     """Names of the layers of a transformer block, and whether they take text and image as one sequence.
 
-    `second_attention`: of the image tokens alone, beside the first; None in a block without one.
+    `second_attention`: of the image tokens alone, beside the first; empty for a block without one.
     """
 
     attention: str
@@ -30,9 +30,8 @@ class BlockLayers:
 BLOCK_LAYERS = {
     "BasicTransformerBlock": BlockLayers("attn1", "ff"),  # PixArt; the attention of U-Nets, too
     "SanaTransformerBlock": BlockLayers("attn1", "ff"),
-    "JointTransformerBlock": BlockLayers(
-        "attn", "ff", second_attention="attn2"
-    ),  # Stable Diffusion 3; 3.5 has two
+    # Stable Diffusion 3; 3.5 has a second attention.
+    "JointTransformerBlock": BlockLayers("attn", "ff", second_attention="attn2"),
     "FluxTransformerBlock": BlockLayers("attn", "ff"),
     "FluxSingleTransformerBlock": BlockLayers("attn", "proj_mlp", has_text=True),
 }

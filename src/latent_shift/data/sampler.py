@@ -21,18 +21,14 @@ class BalancedSampler:
         ValueError: no records.
     """
 
-    def __init__(
-        self, store: Store, indices: np.ndarray, concept_weights: Mapping[str, float] | None = None
-    ):
+    def __init__(self, store: Store, indices: np.ndarray, concept_weights: Mapping[str, float] | None = None):
         if not len(indices):
             raise ValueError(
                 "no record to train on: check the names of the splits and that clips have enough frames"
             )
         self._all = np.asarray(indices)
         rows = store.index[indices]
-        concepts, concept_ids, counts = np.unique(
-            rows["concept"], return_inverse=True, return_counts=True
-        )
+        concepts, concept_ids, counts = np.unique(rows["concept"], return_inverse=True, return_counts=True)
         self._concept_ids = concept_ids
         factors = {text_digest(concept): weight for concept, weight in (concept_weights or {}).items()}
         weights = (np.array([factors.get(int(concept), 1.0) for concept in concepts]) / counts)[concept_ids]

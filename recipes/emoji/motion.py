@@ -1,6 +1,7 @@
 """Measure what a network of the size of `emoji` needs to obey words for motions: which edge, and which shift.
 
-    python recipes/emoji/motion.py
+    python recipes/emoji/motion.py            # every variant
+    python recipes/emoji/motion.py zero hold  # these alone
 
 Ten things in each of the motions of compose.py are learned in 500 steps from `emoji`, once for each of VARIANTS; nothing else differs.
 Then clips of these things are denoised with the right caption, and with that of another motion of the same thing: how much larger the
@@ -128,9 +129,13 @@ def effect_of_words(model: str) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("variants", nargs="*", metavar="variant", help="default: all")
+    variants = parser.parse_args().variants or list(VARIANTS)
+    if unknown := sorted(set(variants) - set(VARIANTS)):
+        parser.error(f"no variant {unknown[0]!r}: there are {', '.join(VARIANTS)}")
     pack_emoji()
     if not (DATA / "store.json").exists():
         compose_motions()
@@ -139,7 +144,8 @@ def main() -> None:
         result="data/motion-latents/store.json",
     )
     rows = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-    for name, settings in VARIANTS.items():
+    for name in variants:
+        settings = VARIANTS[name]
         run(
             f"latent-shift train recipes/emoji/words.toml --run runs/motion/{name} model.init={start()} {settings} {SETTINGS}",
             result=f"runs/motion/{name}/model/model_index.json",

@@ -19,7 +19,7 @@ WEIGHT = 8
 
 
 def main() -> None:
-    concepts = {record.concept for record in Store("data/emoji-*latents").records}
+    concepts = {record.concept for record in Store("data/emoji-*latents").records if record.split == "train"}
     unseen = sorted(concept for concept in concepts if is_unseen(concept.removesuffix(" composed")))
     text = json.dumps(dict.fromkeys(unseen, WEIGHT), indent=1) + "\n"
     Path(__file__).with_suffix(".json").write_text(text, encoding="utf-8")

@@ -28,7 +28,7 @@ def summary() -> str:
     """Tabulate what README shows: the cost and the gain of the shift and of attention."""
     results = Results("seeds")
     sizes = results.parameters
-    names = {name: title for name, title in COMPARED.items() if name != "hold"}
+    names = {name: COMPARED[name] for name in ("shift", "mixed", "attention", "none")}
     times: dict[str, float] = {}
     for timing in read_result("sweep-h200")["points"]:  # of two measurements the first
         if (timing["frames"], timing["side"], timing["clips"]) == (16, 64, 1):
@@ -104,6 +104,7 @@ COMPARED = {
     "hold": "shift, edges held",
     "mixed": "better shift",
     "attention": ATTENTION,
+    "attention-equal-time": "attention, as long as the better shift",
     "none": "no shift",
 }
 """Systems of `compare.py seeds`."""

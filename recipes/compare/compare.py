@@ -1,7 +1,7 @@
 """Compare the parts of the shift, both baselines and no shift, with small models (6 M parameters) on the emoji data.
 
     python recipes/compare/compare.py            # train, measure, write the page
-    python recipes/compare/compare.py seeds      # train and measure three seeds each of the shift, held edges, mixed, attention and none
+    python recipes/compare/compare.py seeds      # train and measure three seeds each of the systems of SEEDS
     python recipes/compare/compare.py image      # train the common image model anew, and delete what was trained from the old one
     python recipes/compare/compare.py page       # only write docs/page from what was measured
 
@@ -39,12 +39,15 @@ VARIANTS = {
 }
 # What won among the ideas of run.py (docs/method.md, "A better shift").
 MIXED = "model.edge=hold model.place=both model.channels=cheapest model.rule=latent_shift.rules:neighbors_and_mean"
+# As many steps with attention take as long as 600 with MIXED: `latent-shift bench training -m runs/compare/none/model`.
+EQUAL_TIME_STEPS = 515
 # Trainings that differ in the random numbers alone: `latent-shift report` and docs/tables.py show them as one system by their names.
 SEEDS = {
     name if seed == 0 else f"{name}-seed-{seed}": f"{settings} train.seed={seed}".lstrip()
     for name, settings in {
         **{name: VARIANTS[name] for name in ("shift", "hold", "attention", "none")},
         "mixed": MIXED,
+        "attention-equal-time": f"{VARIANTS['attention']} optim.steps={EQUAL_TIME_STEPS}",
     }.items()
     for seed in range(3)
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from latent_shift.rules import shares
+
 
 def distances(num_channels: int) -> list[int]:
     """A third of the channels each way, from one, two and four frames away."""
@@ -12,26 +14,20 @@ def distances(num_channels: int) -> list[int]:
 
 def third_mean(num_channels: int) -> list[int | tuple[int, ...]]:
     """The paper's thirds, but half of the channels that stay become the mean of seven frames."""
-    return _with_mean(num_channels, num_channels // 3, num_channels // 6)
+    return shares(num_channels, num_channels // 3, num_channels // 6)
 
 
-def much_mean(num_channels: int) -> list[int | tuple[int, ...]]:
+def quarter_mean(num_channels: int) -> list[int | tuple[int, ...]]:
     """A quarter of the channels from the previous frame, from the next, and from the mean of seven frames."""
-    return _with_mean(num_channels, num_channels // 4, num_channels // 4)
+    return shares(num_channels, num_channels // 4, num_channels // 4)
 
 
 def eighth_mean(num_channels: int) -> list[int | tuple[int, ...]]:
     """An eighth of the channels from the previous frame, from the next, and from the mean of seven frames."""
-    return _with_mean(num_channels, num_channels // 8, num_channels // 8)
+    return shares(num_channels, num_channels // 8, num_channels // 8)
 
 
 def blend(num_channels: int) -> list[int | tuple[int, ...]]:
     """A third of the channels each way, as the mean of their own frame and its neighbour."""
     third = num_channels // 3
     return [(-1, 0)] * third + [0] * (num_channels - 2 * third) + [(0, 1)] * third
-
-
-def _with_mean(num_channels: int, num_each_way: int, num_mean: int) -> list[int | tuple[int, ...]]:
-    window = (-3, -2, -1, 0, 1, 2, 3)
-    stays = num_channels - 2 * num_each_way - num_mean
-    return [-1] * num_each_way + [0] * stays + [window] * num_mean + [1] * num_each_way

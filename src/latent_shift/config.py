@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from latent_shift.shift_settings import Edge, Place
+
 Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
 
 
@@ -89,7 +91,7 @@ class Model(Section):
         description="How frames exchange information: the paper's shift, not at all, or a baseline: Latent-VDM (convolution and "
         "attention over time; in a transformer attention alone) or VDM (attention over time).",
     )
-    place: Literal["conv1", "conv2", "both", "end", "kv", "attn", "ffn"] = Field(
+    place: Place = Field(
         "conv1",
         description="Where a ResNet block shifts: before its first convolution, its second, or both, or at its end; where a transformer block "
         "does: in keys and values, in all of self-attention (`conv1` means that, too), or in the feed-forward layer.",
@@ -98,7 +100,7 @@ class Model(Section):
         1 / 3, ge=0, le=1, description="Fraction of channels taken from the previous frame."
     )
     backward: float = Field(1 / 3, ge=0, le=1, description="Fraction of channels taken from the next frame.")
-    edge: Literal["zero", "wrap", "hold"] = Field(
+    edge: Edge = Field(
         "zero",
         description="What fills the shifted channels at the ends of a clip: zeros, the other end, or the frame's own channels.",
     )

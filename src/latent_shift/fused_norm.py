@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latent_shift.shift import ShiftGroupNorm
-from latent_shift.shift_kernels import Edge, Groups, channel_offsets, intern_groups
+from latent_shift.shift_kernels import channel_offsets
+from latent_shift.shift_settings import Edge, Groups, intern_groups
 
 try:
     import triton

@@ -8,6 +8,11 @@ def neighbors_and_mean(num_channels: int) -> list[int | tuple[int, ...]]:
 
     Meant for `place="both"` and the channels that cost the image least (`model.channels = "cheapest"`).
     """
-    sixth = num_channels // 6
-    stays = num_channels - 3 * sixth
-    return [*[-1] * sixth, *[0] * stays, *[(-3, -2, -1, 0, 1, 2, 3)] * sixth, *[1] * sixth]
+    return shares(num_channels, num_channels // 6, num_channels // 6)
+
+
+def shares(num_channels: int, num_each_way: int, num_mean: int) -> list[int | tuple[int, ...]]:
+    """So many channels from the previous frame, as many from the next, so many the mean of seven frames; the others stay."""
+    window = (-3, -2, -1, 0, 1, 2, 3)
+    stays = num_channels - 2 * num_each_way - num_mean
+    return [*[-1] * num_each_way, *[0] * stays, *[window] * num_mean, *[1] * num_each_way]

@@ -11,17 +11,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-Edge = Literal["zero", "wrap", "hold"]
-Groups = tuple[tuple[int, int, tuple[int, ...]], ...]
-"""First channel, end, and offsets in frames of every group of channels, which becomes the mean over its offsets."""
-
+from latent_shift.shift_settings import Edge, Groups
 
 MAX_GROUPS = 16
 """More groups than these are brought into an order with fewer, before they are copied one by one."""
@@ -50,12 +47,6 @@ def _parse_groups(numbers: tuple[int, ...]) -> Groups:
         stop, num = next(rest), next(rest)
         groups.append((start, stop, tuple(next(rest) for _ in range(num))))
     return tuple(groups)
-
-
-@functools.lru_cache(4096)
-def intern_groups(groups: Groups) -> Groups:
-    """Return one object for equal groups, whose tables are then shared."""
-    return groups
 
 
 @functools.lru_cache(1024)

@@ -32,6 +32,7 @@ from latent_shift.pipelines.catalog import MODELS
 from latent_shift.pipelines.limits import check_distilled
 from latent_shift.pipelines.provenance import describe
 from latent_shift.pipelines.request import Clip, Request
+from latent_shift.shift_settings import Edge
 
 SETTINGS = "exported.json"
 PARTS = ("text_encoder", "unet", "decoder")
@@ -69,7 +70,7 @@ class Settings(BaseModel):
     channels: int = Field(ge=1)
     factor: int = Field(ge=1, description="pixels per latent pixel of the decoder")
     multiple: int = Field(ge=1, description="of which height and width of the latents are multiples")
-    edge: Literal["zero", "wrap", "hold"]
+    edge: Edge
     sampler: Literal["ddim", "dpm-solver++"]
     spacing: Literal["trailing", "leading"]
     offset: int = 0

@@ -24,6 +24,7 @@ from latent_shift.files import (
     split_lines,
     tensor_shapes,
 )
+from latent_shift.shift_settings import Edge, Place
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Depth = Annotated[int, Field(ge=1, le=1_000)]
@@ -116,8 +117,8 @@ class CallSettings(_Settings):
 
     forward: Fraction = 1 / 3
     backward: Fraction = 1 / 3
-    place: Literal["conv1", "conv2", "both", "end", "kv", "attn", "ffn"] = "conv1"
-    edge: Literal["zero", "wrap", "hold"] = "zero"
+    place: Place = "conv1"
+    edge: Edge = "zero"
     rule: Table | None = None
     num_frames: Annotated[int, Field(ge=1, le=10_000)] = 16
     fps: Annotated[float, Field(gt=0, le=1000)] = 8
@@ -133,8 +134,8 @@ class LoraSettings(CallSettings):
 
     forward: Fraction
     backward: Fraction
-    place: Literal["conv1", "conv2", "both", "end", "kv", "attn", "ffn"]
-    edge: Literal["zero", "wrap", "hold"]
+    place: Place
+    edge: Edge
     sample_size: Size
 
 

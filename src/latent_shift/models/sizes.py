@@ -17,7 +17,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditio
 from latent_shift.config import Model
 from latent_shift.models.dit import PixArtDenoiser, SanaDenoiser
 from latent_shift.models.network_classes import BASELINES, baseline_of
-from latent_shift.shift import Rule, Shift, inflate
+from latent_shift.shift import Shift, inflate
+from latent_shift.shift_settings import Rule
 
 AUTOENCODERS: dict[str, dict] = {
     # 8x down, 4 channels, no attention: works on any size. Parameters: tiny 0.06 M, emoji 3.1 M.

@@ -61,7 +61,8 @@ from latent_shift.pipelines.schedulers import (
     set_timesteps,
     timesteps_for_strength,
 )
-from latent_shift.shift import Edge, Shift, has_temporal_layers, inflate, reach, shift_of
+from latent_shift.shift import Shift, has_temporal_layers, inflate, reach, shift_of
+from latent_shift.shift_settings import Edge
 
 
 @dataclass

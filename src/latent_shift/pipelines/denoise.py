@@ -23,7 +23,8 @@ from torch import Tensor
 
 from latent_shift.clip_text import share_text
 from latent_shift.pipelines.schedulers import input_scales, predicted_clean, step_order
-from latent_shift.shift import Edge, frames, streaming
+from latent_shift.shift import frames, streaming
+from latent_shift.shift_settings import Edge
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 Condition = dict[str, Any]

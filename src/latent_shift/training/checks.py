@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import fields, replace
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -262,7 +262,7 @@ def check_start(config: Config, start: Path) -> None:
             if saved.rule is None:
                 before["model.channels"], now["model.channels"] = "first", "cheapest"
             elif _sources(saved, widths) == _sources(shift, widths):
-                shift = replace(shift, forward=1 / 3, backward=1 / 3, rule=saved.rule)
+                shift = shift.with_rule(saved.rule)
         shift = shift.resolved(widths)
         before |= {f"model.{name}": getattr(saved, name) for name in names}
         now |= {f"model.{name}": getattr(shift, name) for name in names}

@@ -206,7 +206,7 @@ class DenoiserStage:
                 )
             time.sleep(0.2)  # until the first process has measured them
         if (rule := _read_channels(file, source)) is not None:
-            return Shift(place=shift.place, edge=shift.edge, rule=rule)
+            return shift.with_rule(rule)
         if checkpoint.steps(file.parent):
             raise ValueError(
                 f"{file.parent} has checkpoints of other channels than model.rule and {file.name} give now; choose another folder with --run"
@@ -406,7 +406,7 @@ def open_unet(
         unet = open_network(prepared.init / "unet", UNet2DConditionModel, dtype=dtype)  # type: ignore[assignment]
     shift = shift or sizes.shift_settings(config.model)
     if config.model.channels == "cheapest" and (rule := checks.trained_rule(prepared.init)):
-        shift = Shift(place=shift.place, edge=shift.edge, rule=rule)
+        shift = shift.with_rule(rule)
     return sizes.inflate_unet(unet, config.model, shift=shift)
 
 

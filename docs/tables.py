@@ -165,6 +165,11 @@ def ideas_pixart() -> str:
     return ranked("ideas-pixart")
 
 
+def ideas_sana() -> str:
+    """Tabulate `recipes/compare/run.py --network sana`."""
+    return ranked("ideas-sana")
+
+
 def ranked(name: str) -> str:
     """Tabulate the loss on held-out clips by timestep, of the first seed and of all, the best first.
 
@@ -465,6 +470,29 @@ def peers() -> str:
     return markdown_table(["sampling step, 16 frames", "parameters", *variants], rows)
 
 
+def training_speed() -> str:
+    """Tabulate `latent-shift bench training`, of `emoji` and of the networks of the comparison."""
+    steps = [read_result(name)["step"] for name in ("training", "training-comparison")]
+    names = {
+        "64 images": "64 images",
+        "4 clips of 16 frames, none": "4 clips of 16 frames, no shift",
+        "4 clips of 16 frames, shift": "the paper's shift",
+        "4 clips of 16 frames, mixed": "the better shift",
+        "4 clips of 16 frames, attention": ATTENTION,
+        "4 clips of 16 frames, shift, compiled": "the paper's shift, compiled",
+    }
+    rows = []
+    for name, title in names.items():
+        row = [title]
+        for step in steps:
+            time, form = step[name], decimals(2)
+            ratios = f"{form(time['ratio'])} ({form(time['ratio_least'])} to {form(time['ratio_most'])})"
+            row += [f"{time['seconds']:.2f} s", ratios]
+        rows.append(row)
+    ratio = "ratio to 64 images, median and range"
+    return markdown_table(["training step", "emoji, 23 M", ratio, "comparison, 6 M", ratio], rows)
+
+
 def long_clips() -> str:
     """Tabulate `latent-shift bench memory`: sampling long clips."""
     peaks = {
@@ -492,6 +520,7 @@ TABLES: dict[str, Callable[[], str]] = {
         parts,
         ideas,
         ideas_pixart,
+        ideas_sana,
         systems,
         measures,
         two_runs,
@@ -502,6 +531,7 @@ TABLES: dict[str, Callable[[], str]] = {
         sweep_on_gpu,
         peers,
         long_clips,
+        training_speed,
         training_memory,
         bad_inputs,
         faults_of_training,

@@ -3,7 +3,8 @@
     python recipes/benchmark.py            # all but gpu, hours on two cores
     python recipes/benchmark.py peers      # those whose name is given
 
-`gpu` needs a GPU, and takes some minutes of it. `measures` fetches and packs the emoji data first. Run it from the root of a clone on an otherwise idle machine.
+`gpu` needs a GPU, and takes some minutes of it. `measures` fetches and packs the emoji data first, `training-comparison` needs
+`recipes/compare/compare.py seeds` before. Run it from the root of a clone on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ BENCHMARKS = {
     "memory": "bench memory",
     "sweep": "bench sweep --plots docs/results",
     "measures": "bench measures data/emoji-128 --num 164",
-    "training": "bench training",
+    "training": "bench training --rounds 20",
+    "training-comparison": "bench training -m runs/compare/none/model --rounds 40",
     "encode": "bench encode",
     "gpu": "bench gpu",
     "index": "bench index --clips 10000000",

@@ -56,6 +56,7 @@ VARIANTS = {
     "distances-zero": "model.edge=zero model.rule=recipes.compare.rules:distances",
     "mixed-hold": f"model.edge=hold {MIXED}",
     "mixed-zero": f"model.edge=zero {MIXED}",
+    "counting-zero": f"model.edge=zero {MIXED.replace('latent_shift.rules:neighbors_and_mean', 'recipes.compare.rules:counting')}",
 }
 SETTINGS = (
     "data.path=data/motion-latents data.batch_size=4 data.num_frames=16 data.window=first data.image_share=0.1 data.val_splits=[] "

@@ -54,7 +54,14 @@ def test_the_cheapest_channels_of_a_layer_are_shifted():
 
 @pytest.mark.parametrize(
     ("make", "place"),
-    [("tiny", "both"), ("tiny", "kv"), ("pixart", "ffn"), ("sana", "ffn"), ("sana", "attn")],
+    [
+        ("tiny", "both"),
+        ("tiny", "kv"),
+        ("pixart", "ffn"),
+        ("sana", "ffn"),
+        ("sana", "attn"),
+        ("sana", "both"),
+    ],
 )
 def test_every_place_has_layers_that_read_it(make, place, monkeypatch):
     if make != "tiny":

@@ -32,7 +32,7 @@ from latent_shift.pipelines.noise import draw_noise
 from latent_shift.shift import Shift, deflate, frames, inflate, neighbors, reach, shift_of, streaming
 
 NUM_LAYERS = 2
-PLACES = ("kv", "attn", "ffn")
+PLACES = ("kv", "attn", "ffn", "both")
 
 
 def pixart():
@@ -308,7 +308,9 @@ def test_a_lora_sees_the_shifted_tokens(place):
 
 def test_inflate_takes_a_transformer_and_says_what_it_cannot_shift():
     assert shift_of(inflate(network_of("pixart"))) == Shift(place="attn")
-    with pytest.raises(ValueError, match='has no ResnetBlock2D to shift; use place="kv", "attn" or "ffn"'):
+    with pytest.raises(
+        ValueError, match='has no ResnetBlock2D to shift; use place="kv", "attn", "ffn" or "both"'
+    ):
         inflate(network_of("pixart"), Shift())
     with pytest.raises(
         ValueError, match="Linear has no transformer block to shift; expected one of BasicTransformerBlock"

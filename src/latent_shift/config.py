@@ -94,7 +94,7 @@ class Model(Section):
     place: Place = Field(
         "conv1",
         description="Where a ResNet block shifts: before its first convolution, its second, or both, or at its end; where a transformer block "
-        "does: in keys and values, in all of self-attention (`conv1` means that, too), or in the feed-forward layer.",
+        "does: in keys and values, in all of self-attention (`conv1` means that, too), in the feed-forward layer, or in both of these (`both`).",
     )
     forward: float = Field(
         1 / 3, ge=0, le=1, description="Fraction of channels taken from the previous frame."

@@ -189,14 +189,15 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
             f"{type(network).__name__} has temporal layers of its own; expected an image U-Net such as UNet2DConditionModel"
         )
     blocks = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
+    is_transformer = bool(transformer_blocks(network)) and not blocks
     if shift is None:
-        shift = Shift(place="attn") if transformer_blocks(network) and not blocks else Shift()
-    if shift.place in ("kv", "attn", "ffn"):
+        shift = Shift(place="attn") if is_transformer else Shift()
+    if shift.place in ("kv", "attn", "ffn") or (shift.place == "both" and is_transformer):
         return _inflate_transformer(network, shift)
     if not blocks:
         hint = (
-            'use place="kv", "attn" or "ffn"'
-            if transformer_blocks(network)
+            'use place="kv", "attn", "ffn" or "both"'
+            if is_transformer
             else "expected a U-Net such as UNet2DConditionModel"
         )
         raise ValueError(f"{type(network).__name__} has no ResnetBlock2D to shift; {hint}")

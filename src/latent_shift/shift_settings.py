@@ -36,7 +36,7 @@ class Shift:
             does), "conv2" that of its second, "both" both, "end" the output of the residual branch. The paper's text
             and figure differ. Where a transformer block is shifted: "kv" shifts the tokens from which its
             self-attention takes keys and values, "attn" also those of the queries, "ffn" the input of the
-            feed-forward layer; always the tokens of the image alone.
+            feed-forward layer, "both" the inputs of self-attention and of the feed-forward layer; always the tokens of the image alone.
         edge: fill for the vacated channels of the first and last frame: "zero" (the paper), "wrap" (values
             from the other end of the clip; the network then commutes with rotating the frames, so clips
             loop) or "hold" (the values of the first or last frame).

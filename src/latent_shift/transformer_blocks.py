@@ -87,11 +87,11 @@ def shifted_inputs(block: nn.Module, place: str) -> Iterator[ShiftedInput]:
         for each in attentions(block):
             for name in ("to_k", "to_v"):
                 yield ShiftedInput(each, name, attention, width, layers.has_text)
-    elif place == "attn":
+    if place in ("attn", "both"):
         for name in (layers.attention, layers.second_attention):
             if getattr(block, name, None) is not None:
                 yield ShiftedInput(block, name, attention, width, layers.has_text)
-    else:
+    if place in ("ffn", "both"):
         feed_forward = block.get_submodule(layers.feed_forward)
         yield ShiftedInput(block, layers.feed_forward, feed_forward, width, layers.has_text)
 

@@ -77,11 +77,11 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
 
 def shifted_readers(network: nn.Module, place: str) -> Iterator[tuple[str, list[nn.Module]]]:
     """Yield the name of each shifted layer, as the rule of `Shift` has it, and the layers that read its channels."""
-    if place in ("conv1", "conv2", "both"):
-        for name, block in network.named_modules():
-            if isinstance(block, ResnetBlock2D):
-                for number in {"conv1": (1,), "conv2": (2,), "both": (1, 2)}[place]:
-                    yield f"{name}.norm{number}".lstrip("."), [block.get_submodule(f"conv{number}")]
+    blocks = [(name, block) for name, block in network.named_modules() if isinstance(block, ResnetBlock2D)]
+    if place in ("conv1", "conv2", "both") and blocks:
+        for name, block in blocks:
+            for number in {"conv1": (1,), "conv2": (2,), "both": (1, 2)}[place]:
+                yield f"{name}.norm{number}".lstrip("."), [block.get_submodule(f"conv{number}")]
         return
     if place == "end":
         raise ValueError('place="end" is read by no layer of its block: expected "conv1" or another place')

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class BlockLayers:
-    """Names of the layers of a transformer block, and whether they take text and image as one sequence.
+    """Names of the layers of a transformer block, and whether they take text and image as one sequence (in Flux: side by side).
 
     `second_attention`: of the image tokens alone, beside the first; empty for a block without one.
     """
@@ -92,8 +92,11 @@ def shifted_inputs(block: nn.Module, place: str) -> Iterator[ShiftedInput]:
             if getattr(block, name, None) is not None:
                 yield ShiftedInput(block, name, attention, width, layers.has_text)
     if place in ("ffn", "both"):
-        feed_forward = block.get_submodule(layers.feed_forward)
-        yield ShiftedInput(block, layers.feed_forward, feed_forward, width, layers.has_text)
+        side_by_side = (
+            place == "both" and layers.has_text
+        )  # attention and feed-forward layer read the same tokens
+        layer = attention if side_by_side else block.get_submodule(layers.feed_forward)
+        yield ShiftedInput(block, layers.feed_forward, layer, width, layers.has_text)
 
 
 @dataclass(eq=False)

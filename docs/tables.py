@@ -170,6 +170,11 @@ def ideas_sana() -> str:
     return ranked("ideas-sana")
 
 
+def ideas_full_sana() -> str:
+    """Tabulate `recipes/compare/run.py --full --network sana`."""
+    return ranked("ideas-full-sana")
+
+
 def ranked(name: str) -> str:
     """Tabulate the loss on held-out clips by timestep, of the first seed and of all, the best first.
 
@@ -521,6 +526,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ideas,
         ideas_pixart,
         ideas_sana,
+        ideas_full_sana,
         systems,
         measures,
         two_runs,

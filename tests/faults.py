@@ -163,24 +163,28 @@ def check_and_delete(run: Path) -> None:
 
 
 def asked_to_stop(config: Config, run: Path, kills: int) -> str:
-    process = start_run(config, run)
-    wait_for_step(run, 5, process)
-    process.terminate()
-    process.join()
-    assert process.exitcode == 0 and not (run / "model").exists()
+    _stop(config, run, signal.SIGTERM)
     run_to_end(config, run)
     return "SIGTERM: it saves and exits with 0"
 
 
 def interrupted(config: Config, run: Path, kills: int) -> str:
-    process = start_run(config, run)
-    wait_for_step(run, 5, process)
-    os.kill(process.pid, signal.SIGINT)
-    process.join()
-    assert process.exitcode == 0 and not (run / "model").exists()
-    assert "the same command resumes from there" in run.with_suffix(".log").read_text(encoding="utf-8")
+    log = _stop(config, run, signal.SIGINT)
+    assert "the same command resumes from there" in log
     run_to_end(config, run)
     return "Ctrl-C: it saves and exits with 0"
+
+
+def _stop(config: Config, run: Path, number: int) -> str:
+    """Send a signal to a run after its second step, and return what it printed."""
+    process = start_run(config, run)
+    wait_for_step(run, 2, process)
+    os.kill(process.pid, number)
+    process.join()
+    log = run.with_suffix(".log").read_text(encoding="utf-8")
+    assert process.exitcode == 0, log
+    assert not (run / "model").exists(), f"it had ended before the signal came: {log}"
+    return log
 
 
 def full_disk(config: Config, run: Path, kills: int) -> str:

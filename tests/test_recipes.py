@@ -251,9 +251,9 @@ def test_compare_seeds_trains_and_measures_three_of_each_system(run_script):
     )
     assert "model.place=both model.channels=cheapest" in trained["mixed"]
     assert trained["shift"] == "train.seed=0" and trained["shift-seed-1"] == "train.seed=1"
-    seeds = {
-        name: [f"{name}-seed-1", f"{name}-seed-2"] for name in ("shift", "hold", "attention", "none", "mixed")
-    }
+    assert trained["attention-equal-time"] == "model.temporal=attention optim.steps=515 train.seed=0"
+    systems = ("shift", "hold", "attention", "none", "mixed", "attention-equal-time")
+    seeds = {name: [f"{name}-seed-1", f"{name}-seed-2"] for name in systems}
     assert find_seeds(list(trained)) == seeds  # the tables and the page group them by name
     assert all(
         f"-m {name}=runs/compare/{name}/model" in evaluate and f"runs/compare/{name} " in tabulate

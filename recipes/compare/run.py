@@ -71,7 +71,6 @@ TRANSFORMER_IDEAS = {
     "ffn-sixth-mean": f"{CHEAPEST} model.place=ffn model.rule=latent_shift.rules:neighbors_and_mean",
     "both-sixth-mean": f"{CHEAPEST} model.place=both model.rule=latent_shift.rules:neighbors_and_mean",
     "both-counting": f"{CHEAPEST} model.place=both model.rule=recipes.compare.rules:counting",
-    "attn-counting": f"{CHEAPEST} model.place=attn model.rule=recipes.compare.rules:counting",
 }
 IDEAS = {"unet": UNET_IDEAS, "pixart": TRANSFORMER_IDEAS, "sana": TRANSFORMER_IDEAS}
 SHORT = "optim.steps=180 optim.warmup_steps=20 optim.cooldown_steps=60 optim.ema=0.97 train.validate_every=60 train.compile=false"

@@ -92,9 +92,8 @@ def shifted_inputs(block: nn.Module, place: str) -> Iterator[ShiftedInput]:
             if getattr(block, name, None) is not None:
                 yield ShiftedInput(block, name, attention, width, layers.has_text)
     if place in ("ffn", "both"):
-        side_by_side = (
-            place == "both" and layers.has_text
-        )  # attention and feed-forward layer read the same tokens
+        # Attention and feed-forward layer read the same tokens where they are side by side.
+        side_by_side = place == "both" and layers.has_text
         layer = attention if side_by_side else block.get_submodule(layers.feed_forward)
         yield ShiftedInput(block, layers.feed_forward, layer, width, layers.has_text)
 

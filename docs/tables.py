@@ -2,13 +2,14 @@
 
     python docs/tables.py   # a test compares the pages with the files
 
-A page holds each table between two markers, `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a
-function of this file. Labels come from the table of measures (latent_shift/evaluation/measures.py).
+A page holds each table between two markers, `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is one
+of TABLES. Labels come from the table of measures (latent_shift/evaluation/measures.py).
 """
 
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -79,8 +80,8 @@ def shift_and_attention() -> str:
         ["parameters", *(f"{results.parameters[name] / 1e6:.2f} M" for name in names), ""],
     ]
     places = {
-        "denoising_error": 3, "denoising_error_of_end_frames": 3, "motion_seen_at_375": 3, "motion_error": 3, "flicker": 2,
-        "warping_error": 2, "persistence": 3, "coherence": 3, "loop_gap": 3, "retrieval_top5": 3,
+        "denoising_error": 3, "denoising_error_of_end_frames": 3, "motion_seen_at_125": 3, "motion_seen_at_375": 3, "motion_error": 3,
+        "flicker": 2, "warping_error": 2, "persistence": 3, "coherence": 3, "loop_gap": 3, "retrieval_top5": 3,
     }  # fmt: skip
     for measure, digits in places.items():
         form = decimals(digits)
@@ -155,30 +156,13 @@ def parts() -> str:
     )
 
 
-def ideas() -> str:
-    """Tabulate `recipes/compare/run.py` for the U-Net."""
-    return ranked("ideas")
-
-
-def ideas_pixart() -> str:
-    """Tabulate `recipes/compare/run.py --network pixart`."""
-    return ranked("ideas-pixart")
-
-
-def ideas_sana() -> str:
-    """Tabulate `recipes/compare/run.py --network sana`."""
-    return ranked("ideas-sana")
-
-
-def ideas_full_sana() -> str:
-    """Tabulate `recipes/compare/run.py --full --network sana`."""
-    return ranked("ideas-full-sana")
-
-
 def ranked(name: str) -> str:
-    """Tabulate the loss on held-out clips by timestep, of the first seed and of all, the best first.
+    """Tabulate `recipes/compare/run.py`: the loss on held-out clips by timestep, of the first seed and of all, the best first.
 
     Where no layers over time and attention are among the ideas, with the fraction of attention's gain that an idea reaches.
+
+    Args:
+        name: of the file of results.
     """
     rows, results = [], read_result(name)
     form = decimals(4)
@@ -193,7 +177,9 @@ def ranked(name: str) -> str:
         cells = [
             form(means[idea]["0"]),
             *map(form, first["loss"].values()),
-            between(Spread.of(list(means[idea].values())), form) if len(seeds) > 1 else "",
+            f"{between(Spread.of(list(means[idea].values())), form)}; {len(seeds)} seeds"
+            if len(seeds) > 1
+            else "",
             form(mean(before.values())) if before else "",
         ]
         if both_ends:
@@ -516,17 +502,14 @@ def training_memory() -> str:
     return markdown_table(["memory of a training step, GiB", *next(iter(configurations.values()))], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
+IDEAS = ("ideas", "ideas-pixart", "ideas-sana", "ideas-full-sana", "ideas-full-pixart")
+TABLES: dict[str, Callable[[], str]] = {name.replace("-", "_"): partial(ranked, name) for name in IDEAS} | {
     function.__name__: function
     for function in (
         summary,
         emoji,
         shift_and_attention,
         parts,
-        ideas,
-        ideas_pixart,
-        ideas_sana,
-        ideas_full_sana,
         systems,
         measures,
         two_runs,

@@ -24,7 +24,7 @@ from latent_shift.training.stages import DenoiserStage
 
 
 def test_the_cheapest_channels_of_a_layer_are_shifted():
-    """Against a slow measurement, channel by channel, of how much the convolution's output changes."""
+    """Against the formula, channel by channel. (How much outputs change is measured in test_transformers.py.)"""
     torch.manual_seed(0)
     unet = sizes.unet("tiny", sample_size=8).eval()
     plain = copy.deepcopy(unet)

@@ -8,6 +8,7 @@ from tiny import ROUNDING, tiny_config
 
 import latent_shift as ls
 from latent_shift.clip_text import share_text
+from latent_shift.config import Model
 from latent_shift.models import sizes
 from latent_shift.models.baselines import LatentVDMUNet, TemporalAttention
 from latent_shift.pipelines import loading
@@ -23,7 +24,7 @@ def image():
 
 @pytest.fixture
 def network(image):
-    return LatentVDMUNet.from_unet(image).eval()
+    return sizes.inflate_unet(image, Model(size="tiny", temporal="attention")).eval()
 
 
 def awake(network):

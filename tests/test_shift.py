@@ -278,7 +278,9 @@ def test_inflate_adds_no_parameters_and_deflate_undoes_it(place):
     )
     deflate(unet)
     assert [type(module) for module in unet.modules()] == types and shift_of(unet) is None
-    assert not any("clip" in vars(module) for module in unet.modules())
+    assert not any(
+        name.startswith(("shift_", "_shift_")) for module in unet.modules() for name in vars(module)
+    )
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -477,6 +479,49 @@ def test_gradient_checkpointing_keeps_the_gradients():
         gradients.append([parameter.grad for parameter in unet.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+def test_gradient_checkpointing_keeps_the_neighbours():
+    gradients = []
+    x, t, text = inputs(4)
+    order = torch.tensor([2, 0, 3, 1])
+    for checkpointing in (False, True):
+        unet = inflate(tiny_unet()).train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        with neighbors(unet, order, order.flip(0)):
+            loss = unet(x, t, text).sample.square().mean()
+        with frames(unet, 2):  # busy with clips
+            loss.backward()
+        gradients.append([parameter.grad for parameter in unet.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_a_stream_with_gradient_checkpointing_is_refused():
+    unet = inflate(tiny_unet(), Shift(backward=0)).train()
+    unet.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="runs calls again"), streaming(unet, {}):
+        pass
+    with torch.no_grad(), streaming(unet, {}):
+        unet(*inputs(1))
+
+
+def test_no_channel_is_copied_where_none_moves(monkeypatch):
+    """The baselines are inflated for the number of frames alone."""
+    unet = inflate(tiny_unet(), Shift(0, 0))
+    monkeypatch.setattr(shift, "shift_clips", None)
+    x, t, text = inputs(4)
+    with torch.no_grad(), frames(unet, 4):
+        assert torch.equal(unet(x, t, text).sample, tiny_unet()(x, t, text).sample)
+
+
+def test_another_edge_leaves_the_settings():
+    unet = inflate(tiny_unet(), Shift(edge="hold"))
+    with frames(unet, 4, edge="wrap"):
+        assert shift_of(unet) == Shift(edge="hold")
+    with pytest.raises(ValueError, match="unknown edge 'loop'"), frames(unet, 4, edge="loop"):
+        pass
 
 
 def test_gradient_checkpointing_of_copies_uses_their_own_state():

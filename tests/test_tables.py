@@ -177,5 +177,5 @@ def test_docs_tables_replace_marked_tables(docs_tables, tmp_path, monkeypatch):
         "<!-- end of table -->\nafter\n"
     )
     page.write_text("<!-- table: nothing -->\n<!-- end of table -->")
-    with pytest.raises(ValueError, match=r"page\.md: no table nothing; expected one of summary"):
+    with pytest.raises(ValueError, match=r"page\.md: no table nothing; expected one of ideas, "):
         docs_tables.with_tables("page.md")

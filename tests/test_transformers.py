@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import re
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import latent_shift as ls
 from latent_shift.models import sizes
+from latent_shift.models.channel_cost import cheapest_channels
 from latent_shift.pipelines.noise import draw_noise
 from latent_shift.shift import Shift, deflate, frames, inflate, neighbors, reach, shift_of, streaming
 
@@ -49,10 +51,10 @@ def sana():
     )  # fmt: skip
 
 
-def sd3():
+def sd3(**options):
     return SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=NUM_LAYERS, attention_head_dim=12, num_attention_heads=2,
-        joint_attention_dim=8, caption_projection_dim=24, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
+        joint_attention_dim=8, caption_projection_dim=24, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8, **options,
     )  # fmt: skip
 
 
@@ -68,7 +70,8 @@ NETWORKS = {"pixart": pixart, "sana": sana, "sd3": sd3, "flux": flux}
 
 def network_of(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    network = NETWORKS[name]().eval()
+    make = NETWORKS.get(name) or functools.partial(sd3, dual_attention_layers=(0, 1))  # "sd35"
+    network = make().eval()
     for parameter in network.parameters():  # some start at zero
         torch.nn.init.normal_(parameter, std=0.2)
     return network
@@ -374,13 +377,7 @@ def test_fused_projections_are_not_ignored(name):
 @torch.no_grad()
 @pytest.mark.parametrize("place", ["kv", "attn"])
 def test_both_attentions_of_sd35_are_shifted(place):
-    torch.manual_seed(0)
-    network = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=12, num_attention_heads=2, joint_attention_dim=8,
-        caption_projection_dim=24, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8, dual_attention_layers=(0, 1),
-    ).eval()  # fmt: skip
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    network = network_of("sd35")
     for block in network.transformer_blocks:  # what is left is the second attention of each block
         for projection in (block.attn.to_k, block.attn.to_v, block.attn.to_q):
             torch.nn.init.zeros_(projection.weight)
@@ -397,10 +394,79 @@ def test_both_attentions_of_sd35_are_shifted(place):
 @torch.no_grad()
 def test_a_compiled_transformer_is_the_one_inside():
     network = inflate(network_of("pixart"))
-    compiled = torch.compile(network, backend="eager")
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    x = torch.randn(4, 4, 8, 8)
+    with frames(network, 4):
+        torch.testing.assert_close(predict(compiled, x), predict(network, x))
     assert reach(compiled) == reach(network) == (NUM_LAYERS, NUM_LAYERS)
     ls.deflate(compiled)
     assert shift_of(network) is None and not network.transformer_blocks[0].attn1.to_k._forward_pre_hooks
+
+
+# The layers that read what a place shifts, beside each other, and the number of text tokens before it.
+READERS = {
+    ("pixart", "kv"): ("transformer_blocks.0.attn1", ["attn1.to_k", "attn1.to_v"], 0),
+    ("sana", "attn"): ("transformer_blocks.0.attn1", ["attn1.to_q", "attn1.to_k", "attn1.to_v"], 0),
+    ("sd35", "attn"): (
+        "transformer_blocks.0.attn",
+        [f"{attention}.to_{each}" for attention in ("attn", "attn2") for each in "qkv"],
+        0,
+    ),
+    ("flux", "both"): (
+        "single_transformer_blocks.0.attn",
+        ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+        5,
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "place"), READERS)
+def test_the_cheapest_channels_change_the_layers_that_read_them_least(name, place):
+    network, (layer, readers, num_text) = network_of(name), READERS[name, place]
+    block, costs = network.get_submodule(layer.rpartition(".")[0]), torch.zeros(24)
+
+    def measure(reader: torch.nn.Module, args: tuple) -> None:
+        image_NDS = args[0].movedim(-1, 1)[:, :, num_text:] if args[0].ndim == 3 else args[0]
+        for channel in range(24):
+            shifted_NDS = image_NDS.clone()
+            shifted_NDS[1:, channel] = image_NDS[:-1, channel]
+            outputs = (
+                reader.forward(x if x.ndim == 4 else x.movedim(1, -1)) for x in (image_NDS, shifted_NDS)
+            )
+            costs[channel] += (next(outputs) - next(outputs)).square().sum()
+
+    x = torch.randn(3, 4, 8, 8)
+    handles = [block.get_submodule(reader).register_forward_pre_hook(measure) for reader in readers]
+    predict(network, x)
+    for handle in handles:
+        handle.remove()
+    shift = cheapest_channels(network, Shift(1 / 4, 1 / 8, place), lambda: predict(network, x), 3)
+    moved = [offsets != (0,) for num, offsets in dict(shift.rule)[layer] for _ in range(num)]
+    assert set(torch.tensor(moved).nonzero().flatten().tolist()) == set(costs.argsort()[:9].tolist())
+
+
+@torch.no_grad()
+def test_the_cheapest_channels_of_a_depthwise_convolution_have_the_smallest_kernels():
+    """Where channels change alike."""
+    network = network_of("sana")
+    convolution = network.transformer_blocks[0].ff.conv_depth
+    scale = torch.rand(convolution.in_channels)
+    convolution.weight.copy_(scale[:, None, None, None].expand_as(convolution.weight))
+    convolution.register_forward_pre_hook(
+        lambda layer, args: torch.randn(1).expand_as(args[0]) + frame_numbers
+    )
+    frame_numbers = torch.arange(3.0)[:, None, None, None]
+    x = torch.randn(3, 4, 8, 8)
+    shift = cheapest_channels(network, Shift(1 / 4, 1 / 8, "ffn"), lambda: predict(network, x), 3)
+    moved = [
+        offsets != (0,)
+        for num, offsets in dict(shift.rule)["transformer_blocks.0.ff.conv_depth"]
+        for _ in range(num)
+    ]
+    num = sum(moved)
+    assert num == len(moved) // 4 + len(moved) // 8
+    assert set(torch.tensor(moved).nonzero().flatten().tolist()) == set(scale.argsort()[:num].tolist())
 
 
 def test_copies_and_gradient_checkpointing(plain_and_place):

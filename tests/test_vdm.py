@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import stage_of, tiny_config
 
+from latent_shift.config import Model
 from latent_shift.data.encode import encode
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.pack import pack
@@ -31,7 +32,7 @@ def test_pixel_space_keeps_pixels():
 
 
 def test_vdm_unet_has_no_temporal_convolution():
-    network = VDMUNet.from_unet(sizes.unet("tiny", sample_size=8))
+    network = sizes.inflate_unet(sizes.unet("tiny", sample_size=8), Model(size="tiny", temporal="vdm"))
     kinds = {type(module) for module in network.modules()}
     assert TemporalAttention in kinds and TemporalConv not in kinds
 

@@ -88,8 +88,14 @@ def train_image_model() -> None:
     shutil.copy("runs/compare/image/model/model_index.json", "recipes/compare/image-model")
     for name in ("image", *VARIANTS, *SEEDS):
         shutil.rmtree(f"runs/compare/{name}", ignore_errors=True)
-    for name in ("parts-of-the-shift", "systems", "seeds"):
-        shutil.rmtree(f"evals/{name}", ignore_errors=True)
+    for folder in (
+        "evals/parts-of-the-shift",
+        "evals/systems",
+        "evals/seeds",
+        "runs/ideas",
+        "runs/ideas-full",
+    ):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def train(variants: Mapping[str, str]) -> None:

@@ -1,12 +1,14 @@
 """Rank ideas for a better shift: small models, some seeds each, and the loss at each noise level.
 
     python recipes/compare/run.py                       # every idea, three seeds of 180 steps
-    python recipes/compare/run.py distances attention   # these alone
-    python recipes/compare/run.py --full distances      # 600 steps, as in compare.py
+    python recipes/compare/run.py cheapest attention    # these alone
+    python recipes/compare/run.py --full cheapest       # 600 steps, as in compare.py
+    python recipes/compare/run.py --seeds 1             # the first seed alone
     python recipes/compare/run.py --network pixart      # a small transformer, PixArt's or Sana's, and its own ideas
 
 Every model starts from one image model, for a U-Net that of compare.py, and sees the same clips, noise and timesteps. Writes
-docs/results/ideas.json (ideas-full.json, ideas-pixart.json, ...) with what was measured before; that is not measured again.
+docs/results/ideas.json (ideas-full.json, ideas-pixart.json, ...) with what was measured before; that is not measured again, unless
+settings or the image model have changed.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from compare import encode_latents
 
 from latent_shift.data.latents import LatentStore
 from latent_shift.evaluation.denoising import held_out_losses
+from latent_shift.evaluation.features import digest
 from latent_shift.files import write_json
 from latent_shift.models.loading import open_network
 from latent_shift.pipelines.loading import load
@@ -38,10 +41,7 @@ UNET_IDEAS = {
     "hold": "model.edge=hold",
     "none": "model.temporal=none",
     "attention": "model.temporal=attention",
-    "distances": "model.edge=hold model.rule=recipes.compare.rules:distances",
     "distances-zero": "model.rule=recipes.compare.rules:distances",
-    "mean": "model.edge=hold model.rule=latent_shift.rules:neighbors_and_mean",
-    "third-mean": "model.edge=hold model.rule=recipes.compare.rules:third_mean",
     "cheapest": CHEAPEST,
     "cheapest-distances": f"{CHEAPEST} model.rule=recipes.compare.rules:distances",
     "cheapest-mean": f"{CHEAPEST} model.rule=recipes.compare.rules:third_mean",
@@ -49,13 +49,9 @@ UNET_IDEAS = {
     "cheapest-sixth-mean": f"{CHEAPEST} model.rule=latent_shift.rules:neighbors_and_mean",
     "cheapest-eighth-mean": f"{CHEAPEST} model.rule=recipes.compare.rules:eighth_mean",
     "cheapest-blend": f"{CHEAPEST} model.rule=recipes.compare.rules:blend",
-    "cheapest-lr-3": f"{CHEAPEST} optim.shift_lr_scale=3",
-    "both-third": f"{CHEAPEST} model.place=both",
     "both-sixth": f"{CHEAPEST} model.place=both model.forward=0.1667 model.backward=0.1667",
-    "both-quarter-mean": f"{CHEAPEST} model.place=both model.rule=recipes.compare.rules:quarter_mean",
     "both-sixth-mean": f"{CHEAPEST} model.place=both model.rule=latent_shift.rules:neighbors_and_mean",
     "both-sixth-mean-lr-2": f"{CHEAPEST} model.place=both model.rule=latent_shift.rules:neighbors_and_mean optim.shift_lr_scale=2",
-    "both-eighth-mean": f"{CHEAPEST} model.place=both model.rule=recipes.compare.rules:eighth_mean",
 }
 TRANSFORMER_IDEAS = {
     "none": "model.temporal=none",
@@ -66,13 +62,13 @@ TRANSFORMER_IDEAS = {
     "both": "model.edge=hold model.place=both",
     "attn-distances": "model.edge=hold model.place=attn model.rule=recipes.compare.rules:distances",
     "kv-cheapest": f"{CHEAPEST} model.place=kv",
-    "attn-cheapest": f"{CHEAPEST} model.place=attn",
     "attn-sixth-mean": f"{CHEAPEST} model.place=attn model.rule=latent_shift.rules:neighbors_and_mean",
     "ffn-sixth-mean": f"{CHEAPEST} model.place=ffn model.rule=latent_shift.rules:neighbors_and_mean",
     "both-sixth-mean": f"{CHEAPEST} model.place=both model.rule=latent_shift.rules:neighbors_and_mean",
     "both-counting": f"{CHEAPEST} model.place=both model.rule=recipes.compare.rules:counting",
 }
 IDEAS = {"unet": UNET_IDEAS, "pixart": TRANSFORMER_IDEAS, "sana": TRANSFORMER_IDEAS}
+FLOW = "diffusion.prediction=flow_prediction diffusion.zero_terminal_snr=false"
 SHORT = "optim.steps=180 optim.warmup_steps=20 optim.cooldown_steps=60 optim.ema=0.97 train.validate_every=60 train.compile=false"
 NUM_CLIPS, NUM_FRAMES = 96, 8
 
@@ -116,31 +112,30 @@ def main() -> None:
         + ("-full" if options.full else "")
         + (f"-{options.network}" if options.network != "unet" else "")
     )
-    common = f"model.init={init} " + (
-        "diffusion.prediction=flow_prediction diffusion.zero_terminal_snr=false"
-        if options.network != "unet"
-        else ""
-    )
+    training = [
+        f"model.init={init}",
+        *([] if options.network == "unet" else [FLOW]),
+        *([] if options.full else [SHORT]),
+    ]
+    common = {"training": " ".join(training), "image_model": digest(Path(init, "unet"))}
     result = Path("docs/results") / f"{name}.json"
     rows = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     store = LatentStore("data/compare-latents")
     for idea in options.ideas or ideas:
         for seed in range(options.seeds):
-            if rows.get(idea, {}).get(str(seed), {}).get("settings") == ideas[idea]:
+            settings = {"settings": ideas[idea], **common}
+            if settings.items() <= rows.get(idea, {}).get(str(seed), {}).items():
                 continue
-            settings = f"{ideas[idea]} {common} train.seed={seed} {'' if options.full else SHORT}"
             # With other settings it is another run.
-            digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-            folder = f"runs/{name}/{idea}-seed-{seed}-{digest}"
+            number = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+            folder = f"runs/{name}/{idea}-seed-{seed}-{number}"
             run(
-                f"latent-shift train recipes/compare/video.toml --run {folder} {settings}",
+                f"latent-shift train recipes/compare/video.toml --run {folder} {ideas[idea]} {common['training']} train.seed={seed}",
                 result=f"{folder}/model/model_index.json",
             )
             pipe = load(f"{folder}/model", device="cpu")
             losses = measure(pipe.unet, pipe.scheduler, store)
-            stats = [json.loads(line) for line in Path(folder, "stats.jsonl").read_text().splitlines()]
-            seconds = stats[-1]["seconds"] / stats[-1]["step"]
-            row = {"settings": ideas[idea], "loss": losses, "seconds_per_step": round(seconds, 4)}
+            row: dict = {**settings, "loss": losses}
             if seed == 0 and not has_temporal_layers(pipe.unet):
                 start = open_network(Path(init, "unet"), UNet2DConditionModel, dtype=torch.float32).eval()
                 row["loss_before_training"] = measure(

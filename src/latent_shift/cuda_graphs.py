@@ -117,7 +117,7 @@ class CudaGraphs:
         others = tuple((None,) if torch.is_tensor(leaf) else leaf for leaf in leaves)
         shapes = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
         state: Any = self.network._shift_state
-        key = (spec, shapes, others, state.num_frames, state.shift, self._weights())
+        key = (spec, shapes, others, state.num_frames, state.edge, state, self._weights())
         with self._lock:
             if key in self.graphs:
                 self.graphs.move_to_end(key)

@@ -158,7 +158,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 def _run(norm: nn.GroupNorm, x_NCHW: Tensor) -> Tensor:
     if isinstance(norm, ShiftGroupNorm) and norm.shift_state.num_frames > 1:
         state = norm.shift_state
-        return norm_silu_shift(x_NCHW, norm, state.num_frames, norm.shift_groups, state.shift.edge)
+        return norm_silu_shift(x_NCHW, norm, state.num_frames, norm.shift_groups, state.edge)
     return norm_silu_shift(x_NCHW, norm, 1, intern_groups(((0, norm.num_channels, (0,)),)))
 
 

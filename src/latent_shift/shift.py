@@ -19,7 +19,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -71,52 +72,54 @@ def _shift_frames(x_NCHW: Tensor, num_frames: int, groups: Groups, edge: Edge) -
         raise ValueError(
             f"num_frames={num_frames} does not divide the batch of {batch} frames; pass num_frames={nearest}"
         )
+    if len(groups) == 1 and groups[0][2] == (0,):  # the baselines', which need the number of frames alone
+        return x_NCHW
     x_BFCHW = x_NCHW.unflatten(0, (-1, num_frames))
     return shift_clips(x_BFCHW, groups, edge).flatten(0, 1)
 
 
 class _ShiftState(threading.local):
-    """State that the shifted layers of one network share: the settings, the number of frames in a clip, and,
-    when frames come one after the other, the channels that each layer passes on to the next frame. Every
-    thread has its own, so that two threads can use one network at once; a thread starts with the image
-    network (one frame)."""
+    """State that the shifted layers of one network share: the settings, and those of the clips at hand: the number
+    of frames, the edge, and, when frames come one after the other, the channels that each layer passes on to the
+    next frame. Every thread has its own, so that two threads can use one network at once; a thread starts with the
+    image network (one frame)."""
 
     def __init__(self, shift: Shift):
-        self.inflated = shift
         self.shift = shift
-        self.num_frames = 1
         self.num_text_tokens = 0
+        self.num_frames = 1
+        self.edge: Edge = shift.edge
         self.memory: Memory | None = None
         self.neighbors: tuple[Tensor, Tensor] | None = None
 
     # A thread's state cannot be copied; a copy of the network starts as the image network.
     def __reduce__(self):
-        return _ShiftState, (self.inflated,)
+        return _ShiftState, (self.shift,)
 
     @contextmanager
     def using(
-        self, num_frames: int, shift: Shift, memory: Memory | None = None,
+        self, num_frames: int, edge: Edge, memory: Memory | None = None,
         neighbors: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[None]:  # fmt: skip
-        before = self.num_frames, self.shift, self.memory, self.neighbors
-        self.num_frames, self.shift, self.memory, self.neighbors = num_frames, shift, memory, neighbors
+        before = self.num_frames, self.edge, self.memory, self.neighbors
+        self.num_frames, self.edge, self.memory, self.neighbors = num_frames, edge, memory, neighbors
         try:
             yield
         finally:
-            self.num_frames, self.shift, self.memory, self.neighbors = before
+            self.num_frames, self.edge, self.memory, self.neighbors = before
 
 
 def _shift(x_NCHW: Tensor, state: _ShiftState, groups: Groups, layer: nn.Module) -> Tensor:
     """Shift the input or output of a layer among the frames of a clip, or of a stream."""
     if state.neighbors is not None:
-        return gather_shifted(x_NCHW, *state.neighbors, groups, state.shift.edge)
+        return gather_shifted(x_NCHW, *state.neighbors, groups, state.edge)
     if state.memory is None:
-        return _shift_frames(x_NCHW, state.num_frames, groups, state.shift.edge)
+        return _shift_frames(x_NCHW, state.num_frames, groups, state.edge)
     shifted, memory = [], state.memory.setdefault(layer, {})
     for start, stop, offsets in groups:
         group, farthest = x_NCHW[:, start:stop], -min(offsets)
         if farthest:
-            fill = group if state.shift.edge == "hold" else torch.zeros_like(group)
+            fill = group if state.edge == "hold" else torch.zeros_like(group)
             # The oldest first.
             frames_of_group = [*memory.get(start, [fill.clone()] * farthest), group.clone()]
             memory[start] = frames_of_group[1:]
@@ -320,12 +323,10 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
         raise ValueError(f"{type(network).__name__} has no edge to set: only a shifted network can loop")
     if num_frames < 1:
         raise ValueError(f"num_frames must be 1 or more, got {num_frames}")
-    if getattr(network, "is_gradient_checkpointing", False):
-        for module in network.modules():
-            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-            if checkpoint is not None and not isinstance(checkpoint, _CheckpointClips):
-                module._gradient_checkpointing_func = _CheckpointClips(checkpoint, state)  # type: ignore[assignment]
-    with state.using(num_frames, state.shift if edge is None else replace(state.shift, edge=edge)):
+    if edge not in (None, *get_args(Edge)):
+        raise ValueError(f"unknown edge {edge!r}; expected one of {', '.join(get_args(Edge))}")
+    _checkpoint_clips(network, state)
+    with state.using(num_frames, edge or state.edge):
         yield network
 
 
@@ -345,7 +346,8 @@ def neighbors(network: nn.Module, previous_N: Tensor, next_N: Tensor) -> Iterato
     state = _state_of(network)
     if has_temporal_layers(network):
         raise ValueError(f"{type(network).__name__} relates frames by layers of its own, not by a shift")
-    with state.using(1, state.shift, neighbors=(previous_N, next_N)):
+    _checkpoint_clips(network, state)
+    with state.using(1, state.edge, neighbors=(previous_N, next_N)):
         yield network
 
 
@@ -360,7 +362,7 @@ def streaming(network: nn.Module, memory: Memory) -> Iterator[nn.Module]:
             for each sequence of calls that makes a clip: when sampling, one for each timestep.
 
     Raises:
-        ValueError: `network` is not inflated, not causal, or loops.
+        ValueError: `network` is not inflated, not causal, or loops, or gradient checkpointing would run a frame twice.
     """
     state = _state_of(network)
     if has_temporal_layers(network):
@@ -370,11 +372,15 @@ def streaming(network: nn.Module, memory: Memory) -> Iterator[nn.Module]:
         raise ValueError(
             f"a stream needs a causal shift: expected {wanted}; here channels come from later frames"
         )
-    if state.shift.edge == "wrap":
+    if state.edge == "wrap":
         raise ValueError(
             'a stream has no end that leads into its start: expected edge="zero" or "hold", not "wrap"'
         )
-    with state.using(1, state.shift, memory):
+    if getattr(network, "is_gradient_checkpointing", False) and torch.is_grad_enabled():
+        raise ValueError(
+            "a stream keeps what each call passes on, and gradient checkpointing runs calls again: disable it, or use torch.no_grad()"
+        )
+    with state.using(1, state.edge, memory):
         yield network
 
 
@@ -404,20 +410,30 @@ def _width(layer: nn.GroupNorm | nn.Conv2d) -> int:
     return layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.out_channels
 
 
+def _checkpoint_clips(network: nn.Module, state: _ShiftState) -> None:
+    """Let gradient checkpointing, where a network uses it, keep the clips of the forward pass."""
+    if getattr(network, "is_gradient_checkpointing", False):
+        for module in network.modules():
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if checkpoint is not None and not isinstance(checkpoint, _CheckpointClips):
+                module._gradient_checkpointing_func = _CheckpointClips(checkpoint, state)  # type: ignore[assignment]
+
+
 @dataclass
 class _CheckpointClips:
-    """Gradient checkpointing that runs blocks again with the frames of the forward pass, although `frames`
-    has ended by then. (An object and not a closure, so that a deep copy of the network refers to the state
+    """Gradient checkpointing that runs blocks again with the clips of the forward pass, although `frames` or
+    `neighbors` has ended by then. (An object and not a closure, so that a deep copy of the network refers to the state
     of the copy.)"""
 
     checkpoint: Callable
     state: _ShiftState
 
     def __call__(self, block: Callable, *args):
-        num_frames, shift = self.state.num_frames, self.state.shift
+        state = self.state
+        num_frames, edge, nearby = state.num_frames, state.edge, state.neighbors
 
         def run(*inputs):
-            with self.state.using(num_frames, shift):
+            with state.using(num_frames, edge, neighbors=nearby):
                 return block(*inputs)
 
         return self.checkpoint(run, *args)

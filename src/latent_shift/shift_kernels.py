@@ -62,6 +62,13 @@ def merge_groups(groups: Groups) -> tuple[list[int], Groups]:
     return [channel for members in channels.values() for channel in members], tuple(merged)
 
 
+def _merge_order(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor, Groups]:
+    """Return the order of `merge_groups` and its inverse `(C,)`, and the groups in that order."""
+    order, merged = merge_groups(groups)
+    order_C = torch.tensor(order, device=device)
+    return order_C, order_C.argsort(), merged
+
+
 def copy_shifted(x_BFCHW: Tensor, groups: Groups, edge: Edge, adjoint: bool) -> Tensor:
     """Shift by copies, each channel of a frame from its source.
 
@@ -73,15 +80,17 @@ def copy_shifted(x_BFCHW: Tensor, groups: Groups, edge: Edge, adjoint: bool) -> 
         return torch.empty_like(x_BFCHW)
     if not x_BFCHW.is_floating_point() and any(len(offsets) > 1 for *_, offsets in groups):
         raise ValueError(f"means over frames need floating-point numbers, got {x_BFCHW.dtype}")
-    # A fake tensor, which estimates memory, reads no real tables.
-    if x_BFCHW.is_contiguous() and type(x_BFCHW) is Tensor:
+    is_fake = (
+        type(x_BFCHW) is not Tensor
+    )  # as memory is estimated with: it reads no real tables, and must not leave its own
+    if x_BFCHW.is_contiguous() and not is_fake:
         settings = (*x_BFCHW.shape[:2], edge, adjoint, x_BFCHW.device)
         return _gather_rows(x_BFCHW, _table(_Rows.of, groups, *settings))
     x_BFHWC, y_BFCHW, merged = x_BFCHW.movedim(2, -1), torch.empty_like(x_BFCHW), groups
     y_BFHWC, order_C = y_BFCHW.movedim(2, -1), None
     if len(merged) > MAX_GROUPS:
-        order, merged = merge_groups(merged)
-        order_C = torch.tensor(order, device=x_BFCHW.device)
+        settings = groups, x_BFCHW.device
+        order_C, _, merged = _merge_order(*settings) if is_fake else _table(_merge_order, *settings)
         x_BFHWC, y_BFHWC = x_BFHWC.index_select(-1, order_C), torch.empty_like(x_BFHWC)
     for start, stop, offsets in merged:
         _copy_mean(x_BFHWC[..., start:stop], y_BFHWC[..., start:stop], offsets, edge, adjoint)
@@ -234,8 +243,10 @@ def _channel_offsets(groups: Groups, device: torch.device) -> tuple[Tensor, Tens
 
 def _copy_mean(x_BF: Tensor, y_BF: Tensor, offsets: tuple[int, ...], edge: Edge, adjoint: bool) -> None:
     """Write the mean of the frames at some offsets, or the adjoint of that, into `y_BF`."""
-    if len(offsets) > 1:
-        x_BF = x_BF / len(offsets)  # before the sum, which half precision may not hold
+    if len(offsets) == 1:
+        _copy_frames(x_BF, y_BF, offsets[0], edge, adjoint)
+        return
+    x_BF = x_BF / len(offsets)  # before the sum, which half precision may not hold
     _copy_frames(x_BF, y_BF, offsets[0], edge, adjoint)
     term = torch.empty_like(x_BF)
     for offset in offsets[1:]:
@@ -318,11 +329,8 @@ def concatenate_shifted(x_BFCHW: Tensor, groups: Groups, edge: Edge) -> Tensor:
     """Shift by concatenation: for forward-mode derivatives in a compiled function, and for compilers that fuse it
     into the previous operation. (On a CPU the compiled loops are not vectorised, which makes a step 9 % slower.)"""
     if len(groups) > MAX_GROUPS:
-        order, merged = merge_groups(groups)
-        order_C = torch.tensor(order, device=x_BFCHW.device)
-        return concatenate_shifted(x_BFCHW.index_select(2, order_C), merged, edge).index_select(
-            2, order_C.argsort()
-        )
+        order_C, inverse_C, merged = _merge_order(groups, x_BFCHW.device)
+        return concatenate_shifted(x_BFCHW.index_select(2, order_C), merged, edge).index_select(2, inverse_C)
     shifted = []
     for start, stop, offsets in groups:
         group = x_BFCHW[:, :, start:stop]
@@ -333,10 +341,8 @@ def concatenate_shifted(x_BFCHW: Tensor, groups: Groups, edge: Edge) -> Tensor:
 def gather_shifted(x_NCHW: Tensor, previous_N: Tensor, next_N: Tensor, groups: Groups, edge: Edge) -> Tensor:
     """Shift images `(N, C, ...)` by the indices of their neighbours, see `shift.neighbors`."""
     if len(groups) > MAX_GROUPS:
-        order, merged = merge_groups(groups)
-        order_C = torch.tensor(order, device=x_NCHW.device)
-        gathered = gather_shifted(x_NCHW[:, order_C], previous_N, next_N, merged, edge)
-        return gathered[:, order_C.argsort()]
+        order_C, inverse_C, merged = _merge_order(groups, x_NCHW.device)
+        return gather_shifted(x_NCHW[:, order_C], previous_N, next_N, merged, edge)[:, inverse_C]
     num, shifted = x_NCHW.shape[0], []
     if edge == "zero":  # index N is a frame of zeros, and its own neighbour
         x_NCHW = torch.cat([x_NCHW, torch.zeros_like(x_NCHW[:1])])

@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class BlockLayers:
-    """Names of the layers of a transformer block, and whether they take text and image as one sequence (in Flux: side by side).
+    """Names of the layers of a transformer block whose inputs can be shifted.
 
-    `second_attention`: of the image tokens alone, beside the first; empty for a block without one.
+    Attributes:
+        attention: self-attention.
+        feed_forward: the feed-forward layer, or its convolution where it has one, as the paper shifts before convolutions.
+        has_text: whether they take text and image as one sequence (in Flux: side by side).
+        second_attention: of the image tokens alone, beside the first; empty for a block without one.
     """
 
     attention: str
@@ -29,7 +33,7 @@ class BlockLayers:
 # By the name of the class: importing all of them would take seconds.
 BLOCK_LAYERS = {
     "BasicTransformerBlock": BlockLayers("attn1", "ff"),  # PixArt; the attention of U-Nets, too
-    "SanaTransformerBlock": BlockLayers("attn1", "ff"),
+    "SanaTransformerBlock": BlockLayers("attn1", "ff.conv_depth"),
     # Stable Diffusion 3; 3.5 has a second attention.
     "JointTransformerBlock": BlockLayers("attn", "ff", second_attention="attn2"),
     "FluxTransformerBlock": BlockLayers("attn", "ff"),
@@ -94,8 +98,13 @@ def shifted_inputs(block: nn.Module, place: str) -> Iterator[ShiftedInput]:
     if place in ("ffn", "both"):
         # Attention and feed-forward layer read the same tokens where they are side by side.
         side_by_side = place == "both" and layers.has_text
-        layer = attention if side_by_side else block.get_submodule(layers.feed_forward)
-        yield ShiftedInput(block, layers.feed_forward, layer, width, layers.has_text)
+        parent, _, name = layers.feed_forward.rpartition(".")
+        layer: Any = block.get_submodule(layers.feed_forward)
+        if isinstance(layer, nn.Conv2d):
+            width = layer.in_channels
+        yield ShiftedInput(
+            block.get_submodule(parent), name, attention if side_by_side else layer, width, layers.has_text
+        )
 
 
 @dataclass(eq=False)

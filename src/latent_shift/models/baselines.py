@@ -119,13 +119,6 @@ class LatentVDMUNet(UNet2DConditionModel):
             module.__dict__["shift_state"] = state
         self.temporal_layers = True
 
-    @classmethod
-    def from_unet(cls, unet: UNet2DConditionModel) -> LatentVDMUNet:
-        """Return a network with the weights of an image U-Net, whose images it generates before training."""
-        network = cls.from_config(unet.config)
-        network.load_state_dict(unet.state_dict(), strict=False)
-        return network
-
 
 class VDMUNet(LatentVDMUNet):
     """A `UNet2DConditionModel` with attention over time and no temporal convolution."""

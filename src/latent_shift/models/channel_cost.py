@@ -41,19 +41,27 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
         raise ValueError(
             f"channels change from frame to frame: expected clips of 2 frames or more, got {num_frames}"
         )
-    readers = dict(shifted_readers(network, shift.place))
-    changes: dict[str, list[Tensor]] = {name: [] for name in readers}
+    costs: dict[str, Tensor] = {}
 
-    def measure(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple, *_: object) -> None:
-            x = args[0] if args[0].ndim == 4 else args[0].transpose(1, 2)
+    def measure(name: str, has_text: bool) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple) -> None:
+            x = args[0]
+            if x.ndim == 3:
+                num_text = network.__dict__["_shift_state"].num_text_tokens if has_text else 0
+                x = x[:, num_text:].transpose(1, 2)
             x_BFCS = x.flatten(2).unflatten(0, (-1, num_frames)).float()
-            changes[name].append((x_BFCS[:, 1:] - x_BFCS[:, :-1]).square().mean(dim=(0, 1, 3)))
+            change_C = (x_BFCS[:, 1:] - x_BFCS[:, :-1]).square().mean(dim=(0, 1, 3))
+            costs[name] = costs.get(name, 0) + _squared_weights(layer) * change_C
 
         return hook
 
-    handles = [layers[0].register_forward_pre_hook(measure(name)) for name, layers in readers.items()]
+    readers = list(shifted_readers(network, shift.place))
     inflate(network, shift)
+    handles = [
+        layer.register_forward_pre_hook(measure(name, has_text))
+        for name, layers, has_text in readers
+        for layer in layers
+    ]
     try:
         with frames(network, 1):
             run()
@@ -62,36 +70,38 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
             handle.remove()
         deflate(network)
     table = []
-    for name, layers in readers.items():
-        if not changes[name]:
+    for name, *_ in readers:
+        if name not in costs:
             raise ValueError(f"run did not call {name}: expected it to run the network on clips")
-        weights = torch.stack([_squared_weights(layer) for layer in layers]).sum(dim=0)
-        costs = weights * torch.stack(changes[name]).mean(dim=0)
-        if not costs.isfinite().all():
+        if not costs[name].isfinite().all():
             raise ValueError(
                 f"the costs of the channels of {name} are not finite: check the weights and the clips"
             )
-        table.append((name, _offsets(costs, shift, name)))
+        table.append((name, _offsets(costs[name], shift, name)))
     return Shift(place=shift.place, edge=shift.edge, rule=tuple(table))
 
 
-def shifted_readers(network: nn.Module, place: str) -> Iterator[tuple[str, list[nn.Module]]]:
-    """Yield the name of each shifted layer, as the rule of `Shift` has it, and the layers that read its channels."""
+def shifted_readers(network: nn.Module, place: str) -> Iterator[tuple[str, list[nn.Module], bool]]:
+    """Yield the name of each shifted layer, as the rule of `Shift` has it, the layers that read its channels, and whether text
+    precedes the image in their input."""
     blocks = [(name, block) for name, block in network.named_modules() if isinstance(block, ResnetBlock2D)]
     if place in ("conv1", "conv2", "both") and blocks:
         for name, block in blocks:
             for number in {"conv1": (1,), "conv2": (2,), "both": (1, 2)}[place]:
-                yield f"{name}.norm{number}".lstrip("."), [block.get_submodule(f"conv{number}")]
+                yield f"{name}.norm{number}".lstrip("."), [block.get_submodule(f"conv{number}")], False
         return
     if place == "end":
         raise ValueError('place="end" is read by no layer of its block: expected "conv1" or another place')
     names = {module: name for name, module in network.named_modules()}
-    readers: dict[str, list[nn.Module]] = {}
     for block in transformer_blocks(network):
-        for each in shifted_inputs(block, place):
-            reader = each.parent.get_submodule(each.name)
-            readers.setdefault(names[each.layer], []).extend(_first_layers(reader))
-    yield from readers.items()
+        for layer, inputs in groupby(shifted_inputs(block, place), lambda each: each.layer):
+            shifted = list(inputs)
+            readers = [each.parent.get_submodule(each.name) for each in shifted]
+            yield (
+                names[layer],
+                [first for reader in readers for first in _first_layers(reader)],
+                shifted[0].has_text,
+            )
 
 
 def _first_layers(reader: nn.Module) -> list[nn.Module]:
@@ -103,8 +113,10 @@ def _first_layers(reader: nn.Module) -> list[nn.Module]:
 
 def _squared_weights(layer: nn.Module) -> Tensor:
     """Return the sum of squares of a layer's weights for each input channel `(C,)`."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight = layer.get_parameter("weight").float()
-    return weight.square().sum(dim=[dim for dim in range(weight.ndim) if dim != 1])
+    by_group = weight.square().reshape(groups, -1, weight.shape[1], weight[0, 0].numel())
+    return by_group.sum(dim=(1, 3)).flatten()
 
 
 def _offsets(costs_C: Tensor, shift: Shift, layer: str) -> tuple[tuple[int, tuple[int, ...]], ...]:

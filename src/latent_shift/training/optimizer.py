@@ -58,7 +58,7 @@ def names_after_shift(config: Config, objective: nn.Module, network: nn.Module) 
         return set()
     shift = shift_of(network)
     assert shift is not None, "the settings ask for a shift"
-    layers = [layer for _, readers in shifted_readers(network, shift.place) for layer in readers]
+    layers = [layer for _, readers, _ in shifted_readers(network, shift.place) for layer in readers]
     readers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     names = {
         name

@@ -102,6 +102,25 @@ def test_a_rule_says_how_many_channels_come_from_where():
         assert counts == dict.fromkeys([(-2,), (-1,), (0, 1), (3,)], len(found) // 8)
 
 
+def test_a_run_is_frame_by_frame_and_the_network_is_left_as_it_was():
+    unet = ls.inflate(sizes.unet("tiny", sample_size=8).eval(), Shift(edge="hold"))
+    x, text = torch.randn(4, 4, 8, 8), torch.randn(4, 5, 32)
+
+    def inside() -> None:
+        with frames(unet, 2):
+            unet(x, 7, text)
+
+    with pytest.raises(ValueError, match="frame by frame, outside"):
+        cheapest_channels(unet, Shift(), inside, 2)
+    with pytest.raises(ValueError, match="num_frames=3 does not divide the batch of 4 frames"):
+        cheapest_channels(unet, Shift(), lambda: unet(x, 7, text), 3)
+    with pytest.raises(ValueError, match="for 16 channels"):
+        cheapest_channels(unet, Shift(rule=lambda num: [0]), lambda: unet(x, 7, text), 2)
+    cheapest_channels(unet, Shift(), lambda: unet(x, 7, text), 2)
+    assert shift_of(unet) == Shift(edge="hold")
+    assert not any(module._forward_pre_hooks for module in unet.modules())
+
+
 def test_a_place_that_nothing_reads_is_refused():
     with pytest.raises(ValueError, match="is read by no layer"):
         cheapest_channels(sizes.unet("tiny"), Shift(place="end"), lambda: None, 2)

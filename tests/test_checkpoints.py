@@ -225,6 +225,12 @@ def test_load_refuses_a_pickled_safety_checker(copied):
     assert "safety_checker has no .safetensors weights, only pytorch_model.bin" in refusal(copied)
 
 
+def test_load_says_how_a_transformer_is_shifted(tmp_path):
+    index = {"_class_name": "PixArtSigmaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert "holds a PixArtSigmaPipeline, whose transformer is shifted inside" in refusal(tmp_path)
+
+
 def test_load_takes_shards_and_variants(model, copied):
     """Shards of a variant, and a part that has only plain weights."""
     expected = sample(load(model, device="cpu"))

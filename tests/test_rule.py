@@ -82,16 +82,25 @@ def test_a_wrong_name_is_told(rule, tmp_path, monkeypatch):
 
 def test_what_a_rule_raises_names_the_rule(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("nothing = lambda num: None\nwrong = lambda num: {}[num]\n")
-    for name, problem in (("nothing", "TypeError"), ("wrong", "KeyError: 16")):
+    (tmp_path / "mine.py").write_text(
+        "nothing = lambda num: None\nshort = lambda num: [0]\nwrong = lambda num: {}[num]\n"
+    )
+    for name, problem in (
+        ("nothing", "ValueError: the rule of the shift: expected one"),
+        ("short", "ValueError: the rule of the shift has 1 off"),
+        ("wrong", "KeyError: 16"),
+    ):
         with pytest.raises(ValueError, match=rf"model\.rule=mine:{name}: fails for 16 channels \({problem}"):
             ls.inflate(sizes.unet("tiny", sample_size=4), Shift(rule=sizes.load_rule(f"mine:{name}")))
 
 
-@pytest.mark.parametrize(
-    "given",
-    [0.5, -1.9, True, "1", (), (1, (2,)), 10**20, 1001, (0, -1001), None, np.bool_(True), np.float32(1)],
-)
+NO_OFFSETS = [
+    0.5, -1.9, True, "1", (), (1, (2,)), 10**20, 1001, (0, -1001), None, np.bool_(True), np.float32(1), torch.tensor(0.7), torch.tensor(True),
+    np.array([0.5, 1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", NO_OFFSETS)
 def test_offsets_are_whole_numbers(given):
     """What is rounded, read as a flag or cut elsewhere would be a shift that nobody asked for."""
     with pytest.raises(ValueError, match="expected whole numbers from -1000 to 1000, or tuples of them"):
@@ -102,7 +111,13 @@ def test_offsets_are_whole_numbers(given):
 
 def test_offsets_may_be_of_any_integer_type():
     expected = Shift(rule=lambda num: [-1] * num).groups(4)
-    for given in (np.full(4, -1), (np.int64(-1) for _ in range(4)), [[-1]] * 4):
+    for given in (
+        np.full(4, -1),
+        (np.int64(-1) for _ in range(4)),
+        [[-1]] * 4,
+        torch.full((4,), -1),
+        np.full((4, 1), -1),
+    ):
         assert Shift(rule=lambda num, given=given: given).groups(4) == expected
 
 
@@ -110,6 +125,26 @@ def test_offsets_may_be_of_any_integer_type():
 def test_a_rule_is_a_function_or_a_table(rule):
     with pytest.raises(ValueError, match=r"expected (rule as|each layer once)|the rule of the shift"):
         Shift(rule=rule)
+
+
+@pytest.mark.parametrize("given", [{0: 1, 1: 0, 2: 0, 3: 0}, {-1, 0, 1, 2}])
+def test_offsets_are_in_order(given):
+    with pytest.raises(ValueError, match=r"expected one offset for each channel, got \{"):
+        Shift(rule=lambda num: given).groups(4)
+
+
+def test_a_rule_is_checked_before_anything_is_packed(image_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("short = lambda num: [0]\n")
+    config = tiny_config("video", "absent", model={"init": str(image_model), "rule": "mine:short"})
+    with pytest.raises(ValueError, match="the rule of the shift has 1 offset for 16 channels"):
+        checks.check_start(config, image_model)
+
+
+def test_a_table_is_of_one_place():
+    shift = shift_of(ls.inflate(sizes.unet("tiny", sample_size=4), Shift(rule=two_back, place="both")))
+    with pytest.raises(ValueError, match=r"other layers or of another place: 'down.*norm2' is not shifted"):
+        ls.inflate(sizes.unet("tiny", sample_size=4), Shift(rule=shift.rule, place="conv1"))
 
 
 def test_a_table_is_of_one_network():

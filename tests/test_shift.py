@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 from collections import OrderedDict
 
@@ -516,6 +517,68 @@ def test_no_channel_is_copied_where_none_moves(monkeypatch):
         assert torch.equal(unet(x, t, text).sample, tiny_unet()(x, t, text).sample)
 
 
+@pytest.mark.parametrize("num_frames", [0, -1, 2.0, "2", None, True])
+def test_frames_takes_a_whole_number(num_frames):
+    with pytest.raises(ValueError, match="expected num_frames as a whole number of 1 or more, got "):
+        frames(inflate(tiny_unet()), num_frames).__enter__()
+
+
+def test_a_batch_smaller_than_a_clip_is_told_from_where_frames_come():
+    """Two images are often the negative and the positive prompt of one: no clip."""
+    x, t, text = inputs(2)
+    unet = inflate(tiny_unet())
+    with pytest.raises(ValueError, match="pass num_images_per_prompt=16"), frames(unet, 16):
+        unet(x, t, text)
+
+
+@pytest.mark.parametrize("change", [inflate, deflate])
+def test_a_network_does_not_change_inside_frames(change):
+    unet = inflate(tiny_unet())
+    with pytest.raises(ValueError, match="between clips, not inside frames"), frames(unet, 2):
+        change(unet)
+
+
+def test_checkpointing_that_begins_inside_frames_is_refused():
+    unet = inflate(tiny_unet()).train()
+    with pytest.raises(ValueError, match="enable it before"), frames(unet, 4):
+        unet.enable_gradient_checkpointing()
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), torch.tensor(0.25), np.float64(0.25)])
+def test_fractions_become_numbers_that_json_takes(number):
+    shift = Shift(number, 0.25)
+    assert shift == Shift(0.25, 0.25) and Shift(**json.loads(json.dumps(shift.to_dict()))) == shift
+
+
+@pytest.mark.parametrize("number", ["0.3", None, True, 1j])
+def test_fractions_are_numbers(number):
+    with pytest.raises(ValueError, match="expected forward as a number, got "):
+        Shift(number, 0.25)
+
+
+def test_what_is_not_inflated_has_no_reach():
+    with pytest.raises(ValueError, match="not inflated"):
+        reach(tiny_unet())
+    with pytest.raises(ValueError, match="expected a network such as"):
+        deflate("a pipeline")
+
+
+def test_a_stream_keeps_its_number_of_images():
+    unet, memory = inflate(tiny_unet(), Shift(backward=0)), {}
+    with torch.no_grad(), streaming(unet, memory):
+        unet(*inputs(1))
+        with pytest.raises(ValueError, match="start with an empty one"):
+            unet(*inputs(2))
+
+
+def test_a_network_compiled_before_is_inflated_inside():
+    unet = tiny_unet()
+    compiled = torch.compile(unet, backend="eager")
+    inflate(compiled, Shift(rule=lambda num: [-1] * num))
+    assert shift_of(unet) == shift_of(compiled)
+    assert all("_orig_mod" not in name for name, _ in shift_of(unet).rule)
+
+
 def test_another_edge_leaves_the_settings():
     unet = inflate(tiny_unet(), Shift(edge="hold"))
     with frames(unet, 4, edge="wrap"):
@@ -578,7 +641,7 @@ def test_wrong_calls_are_rejected():
         temporal_shift(torch.zeros(32, 3, 1, 1), 15)
     with pytest.raises(ValueError, match="not inflated"), frames(tiny_unet(), 4):
         pass
-    with pytest.raises(ValueError, match="num_frames must be 1 or more"), frames(inflate(tiny_unet()), 0):
+    with pytest.raises(ValueError, match="whole number of 1 or more"), frames(inflate(tiny_unet()), 0):
         pass
     with pytest.raises(ValueError, match="Linear has no ResnetBlock2D"):
         inflate(torch.nn.Linear(2, 2))

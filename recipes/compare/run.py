@@ -102,6 +102,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="600 steps instead of 180")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error("--seeds: expected 1 or more")
     ideas = IDEAS[options.network]
     if unknown := set(options.ideas) - set(ideas):
         parser.error(f"unknown {', '.join(sorted(unknown))}; expected some of {', '.join(ideas)}")

@@ -16,10 +16,11 @@ Shapes: B clips, F frames, C channels, N = B*F; the frames of a clip are adjacen
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -69,9 +70,10 @@ def _shift_frames(x_NCHW: Tensor, num_frames: int, groups: Groups, edge: Edge) -
     if num_frames < 1 or x_NCHW.shape[0] % num_frames:
         batch = x_NCHW.shape[0]
         nearest = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - num_frames))
-        raise ValueError(
-            f"num_frames={num_frames} does not divide the batch of {batch} frames; pass num_frames={nearest}"
-        )
+        advice = f"pass num_frames={nearest}"
+        if num_frames > batch:
+            advice = f"its images are the frames of a clip: in a pipeline of diffusers, pass num_images_per_prompt={num_frames}"
+        raise ValueError(f"num_frames={num_frames} does not divide the batch of {batch} frames; {advice}")
     if len(groups) == 1 and groups[0][2] == (0,):  # the baselines', which need the number of frames alone
         return x_NCHW
     x_BFCHW = x_NCHW.unflatten(0, (-1, num_frames))
@@ -91,6 +93,11 @@ class _ShiftState(threading.local):
         self.edge: Edge = shift.edge
         self.memory: Memory | None = None
         self.neighbors: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this thread is inside `frames`, `neighbors` or `streaming`."""
+        return self.num_frames > 1 or self.memory is not None or self.neighbors is not None
 
     # A thread's state cannot be copied; a copy of the network starts as the image network.
     def __reduce__(self):
@@ -122,6 +129,10 @@ def _shift(x_NCHW: Tensor, state: _ShiftState, groups: Groups, layer: nn.Module)
             fill = group if state.edge == "hold" else torch.zeros_like(group)
             # The oldest first.
             frames_of_group = [*memory.get(start, [fill.clone()] * farthest), group.clone()]
+            if frames_of_group[0].shape != group.shape:
+                raise ValueError(
+                    f"the memory of this stream is of {tuple(frames_of_group[0].shape)}, the frame of {tuple(group.shape)}: start with an empty one"
+                )
             memory[start] = frames_of_group[1:]
             group = mean_of([frames_of_group[offset - 1] for offset in offsets])
         shifted.append(group)
@@ -170,14 +181,14 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
     Args:
         network: a module with diffusers `ResnetBlock2D`s (a U-Net), or a transformer with blocks of PixArt, Sana,
             Stable Diffusion 3 or Flux. A network that is already inflated takes the new settings.
-        shift: settings of the shift; default: `Shift()` for a U-Net, `Shift(place="attn")` for a transformer.
+        shift: settings of the shift; default: `Shift()`, whose place is "attn" in a transformer.
 
     Returns:
         `network`.
 
     Raises:
-        ValueError: no block to shift, a block that cannot be shifted at this place, a rule that does not fit, or a
-            network with temporal layers of its own.
+        ValueError: no block to shift, a block that cannot be shifted at this place, a rule that does not fit, a
+            network with temporal layers of its own, or a call inside `frames`.
     """
     if not isinstance(network, nn.Module):
         raise ValueError(
@@ -193,15 +204,16 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
         )
     blocks = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
     is_transformer = bool(transformer_blocks(network)) and not blocks
-    if shift is None:
-        shift = Shift(place="attn") if is_transformer else Shift()
+    shift = shift or Shift()
+    if is_transformer and shift.place == "conv1":
+        shift = replace(shift, place="attn")
     if shift.place in ("kv", "attn", "ffn") or (shift.place == "both" and is_transformer):
         return _inflate_transformer(network, shift)
     if not blocks:
         hint = (
             'use place="kv", "attn", "ffn" or "both"'
             if is_transformer
-            else "expected a U-Net such as UNet2DConditionModel"
+            else "expected a U-Net such as UNet2DConditionModel, or a transformer of PixArt, Sana, Stable Diffusion 3 or Flux"
         )
         raise ValueError(f"{type(network).__name__} has no ResnetBlock2D to shift; {hint}")
     if shift.place in ("conv2", "both") and any(block.time_embedding_norm != "default" for block in blocks):
@@ -217,19 +229,31 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
     shift, groups_of = _resolve(network, shift, {layer: _width(layer) for layer in layers})
     deflate(network)
     state = _ShiftState(shift)
+    _forget_compiled()
     for layer in layers:
         layer.shift_groups = groups_of[layer]
         layer.__class__ = _SHIFT_CLASS[type(layer)]
         layer.shift_state = state
-    network.__dict__["_shift_state"] = state
+    uncompiled(network).__dict__["_shift_state"] = state
     return network
+
+
+def uncompiled(network: nn.Module) -> nn.Module:
+    """Return the network that `torch.compile` has wrapped, or one that is not wrapped."""
+    return getattr(network, "_orig_mod", network)
+
+
+def _forget_compiled() -> None:
+    """Let networks be compiled again: compiled code does not notice that hooks have come or gone."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _resolve(
     network: nn.Module, shift: Shift, widths: dict[nn.Module, int]
 ) -> tuple[Shift, dict[nn.Module, Groups]]:
     """Return the settings with the rule's numbers for layers of these widths, and the groups of each layer."""
-    names = {module: name for name, module in network.named_modules()}
+    names = {module: name for name, module in uncompiled(network).named_modules()}
     shift = shift.resolved({names[layer]: width for layer, width in widths.items()})
     return shift, {layer: shift.groups(width, names[layer]) for layer, width in widths.items()}
 
@@ -246,8 +270,9 @@ def _inflate_transformer(network: nn.Module, shift: Shift) -> nn.Module:
     shift, groups_of = _resolve(network, shift, {each.layer: each.width for each in inputs})
     deflate(network)
     state = _ShiftState(shift)
-    network.__dict__["_shift_state"] = state
-    network.__dict__["_shift_hooks"] = [
+    _forget_compiled()
+    uncompiled(network).__dict__["_shift_state"] = state
+    uncompiled(network).__dict__["_shift_hooks"] = [
         (each, InputHook(_shift, state, groups_of[each.layer], each.has_text)) for each in inputs
     ]
     for block in blocks:
@@ -265,8 +290,16 @@ def deflate(network: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a network with temporal layers of its own (`LatentVDMUNet`), which has no image network
-            to return to.
+            to return to, or a call inside `frames`.
     """
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"expected a network such as pipe.unet or pipe.transformer, got a {type(network).__name__}"
+        )
+    if (state := getattr(network, "_shift_state", None)) is not None and state.is_busy:
+        raise ValueError(
+            "inflate and deflate change a network between clips, not inside frames, neighbors or streaming"
+        )
     if has_temporal_layers(network):
         raise ValueError(
             f"{type(network).__name__} has temporal layers of its own and cannot be deflated; call it on single frames instead"
@@ -279,8 +312,10 @@ def deflate(network: nn.Module) -> nn.Module:
         checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _CheckpointClips):
             layer._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
-        for name in ("_shift_state", "_shift_hooks"):  # of a compiled network they are on the one inside
-            layer.__dict__.pop(name, None)
+    if state is not None:
+        _forget_compiled()
+    for name in ("_shift_state", "_shift_hooks"):
+        uncompiled(network).__dict__.pop(name, None)
     remove_hooks(network)
     unshare_text(network)
     return network
@@ -301,7 +336,7 @@ def _state_of(network: nn.Module) -> _ShiftState:
     """Return the state of an inflated network, whose hooks are then where its layers are now; raise ValueError for another."""
     state: _ShiftState | None = getattr(network, "_shift_state", None)
     if state is None:
-        raise ValueError(f"{type(network).__name__} is not inflated; call inflate(network, Shift()) first")
+        raise ValueError(f"{type(network).__name__} is not inflated; call inflate(network) first")
     place_hooks(network)
     return state
 
@@ -321,13 +356,15 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
     state = _state_of(network)
     if edge is not None and has_temporal_layers(network):
         raise ValueError(f"{type(network).__name__} has no edge to set: only a shifted network can loop")
-    if num_frames < 1:
-        raise ValueError(f"num_frames must be 1 or more, got {num_frames}")
+    if isinstance(num_frames, bool) or not hasattr(num_frames, "__index__") or num_frames < 1:
+        raise ValueError(f"expected num_frames as a whole number of 1 or more, got {num_frames!r}")
     if edge not in (None, *get_args(Edge)):
         raise ValueError(f"unknown edge {edge!r}; expected one of {', '.join(get_args(Edge))}")
     _checkpoint_clips(network, state)
     with state.using(num_frames, edge or state.edge):
         yield network
+        if _checkpoint_clips(network, state):
+            raise ValueError("gradient checkpointing was enabled inside frames; enable it before")
 
 
 @contextmanager
@@ -359,7 +396,8 @@ def streaming(network: nn.Module, memory: Memory) -> Iterator[nn.Module]:
     Args:
         network: an inflated network with a causal shift (`backward=0`).
         memory: channels that each layer passes on to the next frame; empty before the first frame. Use one
-            for each sequence of calls that makes a clip: when sampling, one for each timestep.
+            for each sequence of calls that makes a clip, always with equally many images: when sampling, one for each
+            timestep.
 
     Raises:
         ValueError: `network` is not inflated, not causal, or loops, or gradient checkpointing would run a frame twice.
@@ -390,12 +428,13 @@ def reach(network: nn.Module) -> tuple[int, int]:
     many as a rule says.
 
     Raises:
-        ValueError: a network with temporal layers (`LatentVDMUNet`), which attends to all frames.
+        ValueError: a network that is not inflated, or one with temporal layers (`LatentVDMUNet`), which attends to all frames.
     """
     if has_temporal_layers(network):
         raise ValueError(
             f"{type(network).__name__} attends to all frames of a clip: it cannot be run in chunks"
         )
+    _state_of(network)
     groups_of: dict[nn.Module, Groups] = {}  # once for inputs that are shifted side by side
     for module in network.modules():
         if isinstance(module, (ShiftGroupNorm, ShiftConv2d)):
@@ -410,13 +449,20 @@ def _width(layer: nn.GroupNorm | nn.Conv2d) -> int:
     return layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.out_channels
 
 
-def _checkpoint_clips(network: nn.Module, state: _ShiftState) -> None:
-    """Let gradient checkpointing, where a network uses it, keep the clips of the forward pass."""
-    if getattr(network, "is_gradient_checkpointing", False):
-        for module in network.modules():
-            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-            if checkpoint is not None and not isinstance(checkpoint, _CheckpointClips):
-                module._gradient_checkpointing_func = _CheckpointClips(checkpoint, state)  # type: ignore[assignment]
+def _checkpoint_clips(network: nn.Module, state: _ShiftState) -> bool:
+    """Let gradient checkpointing, where a network uses it, keep the clips of the forward pass; return whether it did not before."""
+    if not getattr(network, "is_gradient_checkpointing", False):
+        return False
+    plain = [
+        module
+        for module in network.modules()
+        if not isinstance(
+            getattr(module, "_gradient_checkpointing_func", None), (_CheckpointClips, type(None))
+        )
+    ]
+    for module in plain:
+        module._gradient_checkpointing_func = _CheckpointClips(module._gradient_checkpointing_func, state)  # type: ignore
+    return bool(plain)
 
 
 @dataclass

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
+from numbers import Real
 from typing import Any, Literal, get_args
 
 Edge = Literal["zero", "wrap", "hold"]
@@ -35,8 +36,9 @@ class Shift:
         place: where a ResNet block is shifted. "conv1" shifts the input of its first convolution (as TSM
             does), "conv2" that of its second, "both" both, "end" the output of the residual branch. The paper's text
             and figure differ. Where a transformer block is shifted: "kv" shifts the tokens from which its
-            self-attention takes keys and values, "attn" also those of the queries, "ffn" the input of the
-            feed-forward layer, "both" the inputs of self-attention and of the feed-forward layer; always the tokens of the image alone.
+            self-attention takes keys and values, "attn" (for which the default "conv1" stands) also those of the queries,
+            "ffn" the hidden channels of the feed-forward layer (before its convolution where it has one; where it stands
+            beside attention, the tokens that both read), "both" those of "attn" and of "ffn"; always the tokens of the image alone.
         edge: fill for the vacated channels of the first and last frame: "zero" (the paper), "wrap" (values
             from the other end of the clip; the network then commutes with rotating the frames, so clips
             loop) or "hold" (the values of the first or last frame).
@@ -59,6 +61,8 @@ class Shift:
     rule: Rule | Table | None = None
 
     def __post_init__(self) -> None:
+        for name in ("forward", "backward"):
+            object.__setattr__(self, name, _checked_fraction(name, getattr(self, name)))
         if self.rule is not None and (self.forward, self.backward) != (1 / 3, 1 / 3):
             raise ValueError("forward and backward have no effect beside a rule: leave them out")
         if self.rule is not None and not callable(self.rule):  # JSON has lists for tuples
@@ -92,8 +96,8 @@ class Shift:
             ahead, back = int(num_channels * self.forward + 1e-6), int(num_channels * self.backward + 1e-6)
             runs: Runs = ((ahead, (-1,)), (num_channels - ahead - back, (0,)), (back, (1,)))
         elif callable(self.rule):
-            given: Any = self.rule(num_channels)
-            if not isinstance(given, Iterable) or isinstance(given, Mapping):
+            given = _plain(self.rule(num_channels))
+            if not isinstance(given, Iterable) or isinstance(given, (Mapping, Set)):
                 raise ValueError(
                     f"the rule of the shift: expected one offset for each channel, got {given!r}"
                 )
@@ -142,6 +146,10 @@ class Shift:
             ValueError: as `groups`.
         """
         if not callable(self.rule):
+            if self.rule is not None and (others := {name for name, _ in self.rule} - set(widths)):
+                raise ValueError(
+                    f"the rule of the shift is that of other layers or of another place: {min(others)!r} is not shifted here"
+                )
             return self
         table = tuple(
             (name, tuple((stop - start, offsets) for start, stop, offsets in self.groups(width)))
@@ -158,9 +166,23 @@ _MAX_OFFSET = 1000
 """As far as a model folder may say."""
 
 
+def _plain(value: Any) -> Any:
+    """Return the numbers of an array or a tensor."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _checked_fraction(name: str, given: Any) -> float:
+    """Return a fraction as a Python number, which JSON takes; raise ValueError for anything else."""
+    fraction = _plain(given)
+    if isinstance(fraction, bool) or not isinstance(fraction, Real):
+        raise ValueError(f"expected {name} as a number, got {given!r}")
+    return float(fraction)
+
+
 def _checked_offsets(each: Any) -> tuple[int, ...]:
     """Return the offsets of a channel as a tuple; raise ValueError for anything but whole numbers."""
-    numbers = tuple(each) if isinstance(each, (tuple, list)) else (each,)
+    each = _plain(each)
+    numbers = tuple(map(_plain, each)) if isinstance(each, (tuple, list)) else (each,)
     whole = numbers and all(
         hasattr(number, "__index__") and not isinstance(number, bool) for number in numbers
     )
@@ -173,6 +195,8 @@ def _checked_offsets(each: Any) -> tuple[int, ...]:
 
 def _checked_table(rule: Any) -> Table:
     """Return a rule's numbers for each layer as tuples; raise ValueError for anything else."""
+    if isinstance(rule, str):
+        raise ValueError(f"expected rule as a function, got {rule!r}; recipes alone take a name")
     try:
         table = tuple(
             (

@@ -19,7 +19,8 @@ class BlockLayers:
 
     Attributes:
         attention: self-attention.
-        feed_forward: the feed-forward layer, or its convolution where it has one, as the paper shifts before convolutions.
+        feed_forward: the layer that reads the hidden channels of the feed-forward layer, in Sana its convolution; in blocks where
+            attention and feed-forward layer are side by side the one that reads the same tokens as attention.
         has_text: whether they take text and image as one sequence (in Flux: side by side).
         second_attention: of the image tokens alone, beside the first; empty for a block without one.
     """
@@ -32,11 +33,11 @@ class BlockLayers:
 
 # By the name of the class: importing all of them would take seconds.
 BLOCK_LAYERS = {
-    "BasicTransformerBlock": BlockLayers("attn1", "ff"),  # PixArt; the attention of U-Nets, too
+    "BasicTransformerBlock": BlockLayers("attn1", "ff.net.2"),  # PixArt; the attention of U-Nets, too
     "SanaTransformerBlock": BlockLayers("attn1", "ff.conv_depth"),
     # Stable Diffusion 3; 3.5 has a second attention.
-    "JointTransformerBlock": BlockLayers("attn", "ff", second_attention="attn2"),
-    "FluxTransformerBlock": BlockLayers("attn", "ff"),
+    "JointTransformerBlock": BlockLayers("attn", "ff.net.2", second_attention="attn2"),
+    "FluxTransformerBlock": BlockLayers("attn", "ff.net.2"),
     "FluxSingleTransformerBlock": BlockLayers("attn", "proj_mlp", has_text=True),
 }
 
@@ -99,12 +100,10 @@ def shifted_inputs(block: nn.Module, place: str) -> Iterator[ShiftedInput]:
         # Attention and feed-forward layer read the same tokens where they are side by side.
         side_by_side = place == "both" and layers.has_text
         parent, _, name = layers.feed_forward.rpartition(".")
-        layer: Any = block.get_submodule(layers.feed_forward)
-        if isinstance(layer, nn.Conv2d):
-            width = layer.in_channels
-        yield ShiftedInput(
-            block.get_submodule(parent), name, attention if side_by_side else layer, width, layers.has_text
-        )
+        reader: Any = block.get_submodule(layers.feed_forward)
+        width = reader.in_channels if isinstance(reader, nn.Conv2d) else reader.in_features
+        layer = attention if side_by_side else reader
+        yield ShiftedInput(block.get_submodule(parent), name, layer, width, layers.has_text)
 
 
 @dataclass(eq=False)

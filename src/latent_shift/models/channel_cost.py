@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
+from typing import Any, cast
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from latent_shift.shift import Shift, deflate, frames, inflate
+from latent_shift.shift import Shift, deflate, frames, inflate, shift_of
 from latent_shift.transformer_blocks import shifted_inputs, transformer_blocks
 
 
@@ -26,37 +27,43 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
     """Return settings that shift as many channels of each layer as `shift` does, but the cheapest.
 
     Args:
-        network: an image network. It is inflated with `shift` for the measurement, and deflated again.
+        network: an image network. It is inflated with `shift` for the measurement, and left as it was.
         shift: how many channels come from which frame, place and edge.
-        run: runs the network on noised clips, frame by frame.
+        run: calls the network on noised clips `(B*F, C, h, w)`, the frames of a clip adjacent, outside `frames`.
         num_frames: F of these clips, 2 or more.
 
     Returns:
         Settings whose rule is a table, for `inflate`.
 
     Raises:
-        ValueError: clips of one frame, `place="end"`, a `run` that does not run the network, or costs that are not finite.
+        ValueError: clips of one frame, `place="end"`, a `run` that does not call the network, calls it within `frames` or on a
+            batch that is no multiple of F, or costs that are not finite.
     """
     if num_frames < 2:
         raise ValueError(
             f"channels change from frame to frame: expected clips of 2 frames or more, got {num_frames}"
         )
-    costs: dict[str, Tensor] = {}
+    before, costs = shift_of(network), dict[str, Tensor]()
 
     def measure(name: str, has_text: bool) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple) -> None:
-            x = args[0]
+            x, state = args[0], cast(Any, network)._shift_state
+            if state.num_frames > 1:
+                raise ValueError("run must call the network frame by frame, outside latent_shift.frames")
+            if x.shape[0] % num_frames:
+                raise ValueError(
+                    f"num_frames={num_frames} does not divide the batch of {x.shape[0]} frames that run makes"
+                )
             if x.ndim == 3:
-                num_text = network.__dict__["_shift_state"].num_text_tokens if has_text else 0
-                x = x[:, num_text:].transpose(1, 2)
+                x = x[:, state.num_text_tokens if has_text else 0 :].transpose(1, 2)
             x_BFCS = x.flatten(2).unflatten(0, (-1, num_frames)).float()
             change_C = (x_BFCS[:, 1:] - x_BFCS[:, :-1]).square().mean(dim=(0, 1, 3))
             costs[name] = costs.get(name, 0) + _squared_weights(layer) * change_C
 
         return hook
 
+    shift = shift_of(inflate(network, shift)) or shift
     readers = list(shifted_readers(network, shift.place))
-    inflate(network, shift)
     handles = [
         layer.register_forward_pre_hook(measure(name, has_text))
         for name, layers, has_text in readers
@@ -68,7 +75,7 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
     finally:
         for handle in handles:
             handle.remove()
-        deflate(network)
+        inflate(network, before) if before else deflate(network)
     table = []
     for name, *_ in readers:
         if name not in costs:

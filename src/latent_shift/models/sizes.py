@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import pkgutil
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
 from latent_shift.config import Model
 from latent_shift.models.dit import PixArtDenoiser, SanaDenoiser
@@ -125,7 +124,7 @@ def inflate_unet(
     """Turn an image network into the video network of a recipe's table `model`: inflate it in place, or build
     the baseline from its weights. `shift` replaces the settings of the shift."""
     if settings.temporal not in BASELINES:
-        return inflate(unet, for_network(shift or shift_settings(settings), type(unet)))  # type: ignore[return-value]
+        return inflate(unet, shift or shift_settings(settings))  # type: ignore[return-value]
     baseline = baseline_of(unet, settings.temporal)
     if type(unet) is baseline:
         return unet
@@ -141,13 +140,6 @@ def shift_settings(settings: Model) -> Shift:
         return Shift(0, 0)
     rule = load_rule(settings.rule) if settings.rule else None
     return Shift(settings.forward, settings.backward, settings.place, settings.edge, rule)
-
-
-def for_network(shift: Shift, network: type[ModelMixin]) -> Shift:
-    """Return the settings for a class of networks: "conv1", the default of recipes, is "attn" in a transformer."""
-    if shift.place == "conv1" and not issubclass(network, UNet2DConditionModel):
-        return replace(shift, place="attn")
-    return shift
 
 
 def load_rule(path: str) -> Rule:
@@ -171,8 +163,11 @@ def load_rule(path: str) -> Rule:
 
     def checked(num_channels: int) -> Sequence[int | Sequence[int]]:
         try:
-            return list(rule(num_channels))
-        except Exception as error:
+            given = rule(num_channels)
+            given = list(given) if isinstance(given, Iterator) else given
+            Shift(rule=lambda _: given).groups(num_channels)
+            return given
+        except (Exception, SystemExit) as error:
             raise ValueError(
                 f"model.rule={path}: fails for {num_channels} channels ({_kind(error)})"
             ) from error

@@ -311,6 +311,11 @@ def read_index(path: Path, *, variant: str | None = None) -> dict:
     index = read_settings(path / "model_index.json", IndexSettings)
     second = ("text_encoder_2", "tokenizer_2") if "text_encoder_2" in index else ()
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", *second):
+        if name == "unet" and name not in index and "transformer" in index:
+            raise ValueError(
+                f"{path}: holds a {index['_class_name']}, whose transformer is shifted inside that pipeline of diffusers: "
+                "latent_shift.inflate(pipe.transformer)"
+            )
         if part_class(path, index, name) is None or not (path / name).is_dir():
             raise ValueError(
                 f"{path}: has no {name}; expected a Stable Diffusion folder of unet, vae, text_encoder, tokenizer and scheduler"

@@ -27,22 +27,25 @@ def frame_noise(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Draw the initial noise of one clip as images `(F, C, h, w)`: the argument `latents` of diffusers' own pipelines,
-    inside `frames`.
+    inside `frames`. Flux takes them packed, as `pipe._pack_latents(noise, F, C, h, w)`.
 
     Args:
         num_frames: F.
-        shape_Chw: shape of the latents of a frame.
+        shape_Chw: shape of the latents of a frame, such as `(pipe.transformer.config.in_channels, 128, 128)`.
         generator: draws the noise, such as `latent_shift.seed(0)`.
         shared_noise: fraction of the variance that all frames share, in [0, 1].
         noise_correlation: correlation of the rest between successive frames, in [0, 1).
-        loop: the last frame leads into the first.
+        loop: the last frame leads into the first; for `frames(network, F, edge="wrap")`.
         dtype: of the result, that of the pipeline.
 
     Raises:
         ValueError: no frames, fractions outside their ranges, or anything but a generator.
     """
-    if num_frames < 1:
-        raise ValueError(f"num_frames must be 1 or more, got {num_frames}")
+    shape = (num_frames, *shape_Chw) if isinstance(shape_Chw, (tuple, list)) else ()
+    if len(shape) != 4 or not all(isinstance(side, int) and side >= 1 for side in shape):
+        raise ValueError(
+            f"expected num_frames and shape_Chw, three, as whole numbers of 1 or more, got {num_frames!r} and {shape_Chw!r}"
+        )
     if not 0 <= shared_noise <= 1:
         raise ValueError(f"expected shared_noise between 0 and 1, got {shared_noise}")
     if not 0 <= noise_correlation < 1:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from pydantic import Field
 
@@ -25,7 +26,7 @@ from latent_shift.models.network_classes import baseline_name, saved_class
 from latent_shift.models.parts import IndexSettings, read_part, read_settings, text_width
 from latent_shift.recipe import load
 from latent_shift.runtime import has_bf16_units, resolve_device, resolve_precision, world_size
-from latent_shift.shift import Shift
+from latent_shift.shift import Shift, inflate
 from latent_shift.training import checkpoint
 
 log = logging.getLogger("latent_shift")
@@ -65,7 +66,7 @@ def check_settings(config: Config, run: Path) -> None:
             "this CPU has no units for bf16, in which it is many times slower than in float32: train.precision=auto or no"
         )
     ema, num_steps = config.optim.ema, config.optim.steps
-    if 1 / (1 - ema) > num_steps / 2:
+    if ema and 1 / (1 - ema) > num_steps / 2:
         log.warning(
             "optim.ema=%g averages over about %d steps, optim.steps is %d: the exported weights will lag behind; try optim.ema=%g",
             ema, round(1 / (1 - ema)), num_steps, max(0.0, 1 - 10 / num_steps),
@@ -254,9 +255,12 @@ def check_start(config: Config, start: Path) -> None:
         shifted = trained.get("forward") or trained.get("backward")
         before["model.temporal"] = baseline_name(network) or ("shift" if shifted else "none")
         now["model.temporal"] = config.model.temporal
+    if trained.get("num_frames", 1) > 1 and config.model.temporal == before["model.temporal"] == "shift":
         names = [field.name for field in fields(Shift) if field.name in trained or field.name == "rule"]
         saved = Shift(**{name: trained.get(name) for name in names})  # type: ignore[arg-type]
-        shift = sizes.for_network(sizes.shift_settings(config.model), network)
+        shift = sizes.shift_settings(config.model)
+        if shift.place == "conv1" and not issubclass(network, UNet2DConditionModel):
+            shift = replace(shift, place="attn")  # as in `inflate`
         widths = {name: sum(num for num, _ in runs) for name, runs in trained.get("rule") or ()}
         if config.model.channels == "cheapest":
             if saved.rule is None:
@@ -266,6 +270,9 @@ def check_start(config: Config, start: Path) -> None:
         shift = shift.resolved(widths)
         before |= {f"model.{name}": getattr(saved, name) for name in names}
         now |= {f"model.{name}": getattr(shift, name) for name in names}
+    elif config.model.rule:
+        with torch.device("meta"):  # the widths alone
+            inflate(network.from_config(read_part(start / "unet")), sizes.shift_settings(config.model))
     problems = [
         f"{config.model.init} was trained to shift other channels: expected the model.rule and model.channels of that run"
         if name == "model.rule"

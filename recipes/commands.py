@@ -17,15 +17,14 @@ def environment() -> dict[str, str]:
 
 def run(command: str, *, result: str | None = None) -> None:
     """Run a command of Python or `latent-shift` in this environment, unless its result exists; exit where it fails."""
-    if not Path("recipes/commands.py").exists():
-        sys.exit("recipes are run from the root of a clone")
     if result is None or not Path(result).exists():
         print(f"$ {command}", flush=True)
         program, *arguments = shlex.split(command)
         module = ["-m", "latent_shift"] if program == "latent-shift" else []
-        status = subprocess.run([sys.executable, *module, *arguments], env=environment()).returncode
-        if status:
-            sys.exit(status)  # the command has said why
+        try:
+            subprocess.run([sys.executable, *module, *arguments], check=True, env=environment())
+        except subprocess.CalledProcessError as error:
+            sys.exit(error.returncode)  # the command has said why
 
 
 def pack_emoji(size: int = 128) -> None:

@@ -50,6 +50,17 @@ def test_neighbors_and_mean_are_a_sixth_each(num_channels):
     }  # fmt: skip
 
 
+def test_near_and_far_is_the_same_forwards_and_backwards():
+    rule = sizes.load_rule("latent_shift.rules:near_and_far")(96)
+    assert rule == [
+        tuple(-offset for offset in each[::-1]) if isinstance(each, tuple) else -each
+        for each in reversed(rule)
+    ]
+    counts = Counter(rule)
+    assert all(counts[offset] == (12 if abs(offset) == 1 else 3) for offset in (-8, -4, -2, -1, 1, 2, 4, 8))
+    assert counts[-3, -2, -1, 0, 1, 2, 3] == 12
+
+
 def test_training_goes_on_with_the_same_rule_alone(latents, image_model, tmp_path):
     settings = {"init": str(image_model), "rule": "tiny:two_back"}
     folder = train(tiny_config("video", latents, steps=1, model=settings), tmp_path / "run")

@@ -324,6 +324,8 @@ def test_inflate_takes_a_transformer_and_says_what_it_cannot_shift():
         ValueError, match="Linear has no transformer block to shift; expected one of BasicTransformerBlock"
     ):
         inflate(torch.nn.Linear(2, 2), Shift(place="kv"))
+    with pytest.raises(ValueError, match="AutoencoderKL takes no timestep; expected a denoiser"):
+        inflate(sizes.autoencoder("tiny"))
     with pytest.raises(ValueError, match="expected the settings as a Shift, got 'kv'"):
         inflate(network_of("pixart"), "kv")
     with pytest.raises(

@@ -27,15 +27,6 @@ def eighth_mean(num_channels: int) -> list[int | tuple[int, ...]]:
     return shares(num_channels, num_channels // 8, num_channels // 8)
 
 
-def counting(num_channels: int) -> list[int | tuple[int, ...]]:
-    """An eighth of the channels from the previous frame, from the next, and from the mean of seven frames; and one channel in 32 from
-    each of two, four and eight frames before and after, whose zeros at the ends of a clip count its frames."""
-    eighth, few = num_channels // 8, num_channels // 32
-    far = [offset for distance in (8, 4, 2) for offset in [distance] * few]
-    near = shares(num_channels - 2 * len(far), eighth, eighth)
-    return [*(-offset for offset in far), *near, *reversed(far)]
-
-
 def blend(num_channels: int) -> list[int | tuple[int, ...]]:
     """A third of the channels each way, as the mean of their own frame and its neighbour."""
     third = num_channels // 3

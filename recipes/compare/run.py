@@ -65,7 +65,6 @@ TRANSFORMER_IDEAS = {
     "attn-sixth-mean": f"{CHEAPEST} model.place=attn model.rule=latent_shift.rules:neighbors_and_mean",
     "ffn-sixth-mean": f"{CHEAPEST} model.place=ffn model.rule=latent_shift.rules:neighbors_and_mean",
     "both-sixth-mean": f"{CHEAPEST} model.place=both model.rule=latent_shift.rules:neighbors_and_mean",
-    "both-counting": f"{CHEAPEST} model.place=both model.rule=recipes.compare.rules:counting",
 }
 IDEAS = {"unet": UNET_IDEAS, "pixart": TRANSFORMER_IDEAS, "sana": TRANSFORMER_IDEAS}
 FLOW = "diffusion.prediction=flow_prediction diffusion.zero_terminal_snr=false"

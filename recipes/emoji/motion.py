@@ -50,13 +50,15 @@ THINGS = (
 )
 CLIPS_OF_EACH = 3
 MIXED = "model.place=both model.channels=cheapest model.rule=latent_shift.rules:neighbors_and_mean"
+FAR = MIXED.replace("neighbors_and_mean", "near_and_far")
 VARIANTS = {
     "hold": "model.edge=hold",
     "zero": "model.edge=zero",
     "distances-zero": "model.edge=zero model.rule=recipes.compare.rules:distances",
     "mixed-hold": f"model.edge=hold {MIXED}",
     "mixed-zero": f"model.edge=zero {MIXED}",
-    "counting-zero": f"model.edge=zero {MIXED.replace('latent_shift.rules:neighbors_and_mean', 'recipes.compare.rules:counting')}",
+    "near-and-far-hold": f"model.edge=hold {FAR}",
+    "near-and-far-zero": f"model.edge=zero {FAR}",
 }
 SETTINGS = (
     "data.path=data/motion-latents data.batch_size=4 data.num_frames=16 data.window=first data.image_share=0.1 data.val_splits=[] "

@@ -216,6 +216,8 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
             else "expected a U-Net such as UNet2DConditionModel, or a transformer of PixArt, Sana, Stable Diffusion 3 or Flux"
         )
         raise ValueError(f"{type(network).__name__} has no ResnetBlock2D to shift; {hint}")
+    if all(block.time_emb_proj is None for block in blocks):
+        raise ValueError(f"{type(network).__name__} takes no timestep; expected a denoiser such as pipe.unet")
     if shift.place in ("conv2", "both") and any(block.time_embedding_norm != "default" for block in blocks):
         raise ValueError(
             f'place="{shift.place}" needs blocks that add the time embedding; these scale and shift by it: use place="conv1" or "end"'

@@ -39,7 +39,8 @@ VARIANTS = {
 }
 # What won among the ideas of run.py (docs/method.md, "A better shift").
 MIXED = "model.edge=hold model.place=both model.channels=cheapest model.rule=latent_shift.rules:neighbors_and_mean"
-# As many steps with attention take as long as 600 with MIXED: `latent-shift bench training -m runs/compare/none/model`.
+# About as many steps with attention take as long as 600 with MIXED: `latent-shift bench training -m runs/compare/none/model`
+# (docs/results.md says how exactly).
 EQUAL_TIME_STEPS = 515
 # Trainings that differ in the random numbers alone: `latent-shift report` and docs/tables.py show them as one system by their names.
 SEEDS = {

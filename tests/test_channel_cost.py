@@ -122,8 +122,10 @@ def test_a_run_is_frame_by_frame_and_the_network_is_left_as_it_was():
 
 
 def test_a_place_that_nothing_reads_is_refused():
+    unet = sizes.unet("tiny")
     with pytest.raises(ValueError, match="is read by no layer"):
-        cheapest_channels(sizes.unet("tiny"), Shift(place="end"), lambda: None, 2)
+        cheapest_channels(unet, Shift(place="end"), lambda: None, 2)
+    assert shift_of(unet) is None
     with pytest.raises(ValidationError, match="channels=cheapest needs a place whose channels a layer"):
         tiny_config("video", "x", model={"size": "tiny", "channels": "cheapest", "place": "end"})
 

@@ -195,10 +195,33 @@ def test_measuring_prepares_the_frames_alone(run_script):
     assert command.endswith("bench peers -o docs/results/peers.json --force")
 
 
+def test_every_variant_of_motion_is_another_shift(monkeypatch):
+    for folder in (RECIPES, RECIPES / "emoji"):
+        monkeypatch.syspath_prepend(str(folder))
+    motion = runpy.run_path(str(RECIPES / "emoji" / "motion.py"))
+    models = {
+        name: load(RECIPES / "emoji" / "video.toml", settings.split()).model
+        for name, settings in motion["VARIANTS"].items()
+    }
+    assert len({model.model_dump_json() for model in models.values()}) == len(models)
+    assert (models["zero"].place, models["zero"].channels, models["zero"].rule) == (
+        "conv1",
+        "first",
+        None,
+    )
+
+
+def test_ideas_of_another_image_model_are_measured_again(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES / "compare"))
+    rows_of = runpy.run_path(str(RECIPES / "compare" / "run.py"))["rows_of"]
+    common = {"training": "optim.steps=2", "image_model": "new"}
+    old = {**common, "image_model": "old"}
+    rows = {"a": {"0": {"settings": "x", **common}, "1": {"settings": "x", **old}}, "b": {"0": old}}
+    assert rows_of(rows, common) == {"a": {"0": {"settings": "x", **common}}}
+
+
 def test_emoji_is_built_of_real_and_composed_clips(run_script):
-    Path("runs/emoji-video").mkdir(parents=True)
     for arguments, last in (((), "words"), (("--gpu",), "gpu")):
-        Path("runs/emoji-video/complete").unlink(missing_ok=True)
         commands = "\n".join(run_script("emoji/build.py", *arguments))
         order = [
             "emoji/fetch.py",
@@ -206,7 +229,6 @@ def test_emoji_is_built_of_real_and_composed_clips(run_script):
             "autoencoder.toml",
             "emoji-composed-latents",
             "image.toml",
-            "video.toml",
         ]
         places = [commands.index(word) for word in [*order, f"emoji/{last}.toml", "emoji/names.py"]]
         assert places == sorted(places)

@@ -276,10 +276,13 @@ def test_text_in_the_same_sequence_is_not_shifted():
 def test_a_lora_sees_the_shifted_tokens(place):
     """Added before or after `inflate`: its sum with the weights equals the LoRA."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["to_k", "to_v", "to_q"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, target_modules=["to_k", "to_v", "to_q", "ff.net.2"], init_lora_weights=False
+    )
+    name = "sd3" if place in ("ffn", "both") else "sana"
     outputs, x = [], torch.randn(4, 4, 8, 8)
     for inflate_first in (True, False):
-        network = network_of("sana")
+        network = network_of(name)
         if inflate_first:
             inflate(network, Shift(place=place))
         torch.manual_seed(0)
@@ -293,14 +296,14 @@ def test_a_lora_sees_the_shifted_tokens(place):
     with frames(network, 4):
         fused = predict(network, x)
     # Of a stream or by indices, too, where nothing has been called inside `frames` before.
-    network = inflate(network_of("sana"), Shift(place=place, backward=0))
+    network = inflate(network_of(name), Shift(place=place, backward=0))
     torch.manual_seed(0)
     network.add_adapter(config)
     memory: dict = {}
     for number in range(2):
         with streaming(network, memory):
             streamed = predict(network, x[number : number + 1])
-    network = inflate(network_of("sana"), Shift(place=place, backward=0))
+    network = inflate(network_of(name), Shift(place=place, backward=0))
     torch.manual_seed(0)
     network.add_adapter(config)
     with neighbors(network, torch.tensor([2, 0]), torch.tensor([1, 2])):
@@ -332,6 +335,18 @@ def test_inflate_takes_a_transformer_and_says_what_it_cannot_shift():
         ValueError, match=r"expected a network such as pipe\.unet or pipe\.transformer, got a Pix"
     ):
         inflate(pixart_pipeline(network_of("pixart")))
+
+
+@pytest.mark.parametrize("name", ["unet", "pixart"])
+def test_deflate_reaches_through_wrappers(name):
+    network = inflate(sizes.unet("tiny") if name == "unet" else network_of(name))
+    deflate(torch.nn.Sequential(network))
+    assert shift_of(network) is None
+    with pytest.raises(ValueError, match="not inflated"), frames(network, 2):
+        pass
+    inflate(network)
+    with pytest.raises(ValueError, match="between clips"), frames(network, 2):
+        deflate(torch.nn.Sequential(network))
 
 
 def test_networks_with_time_of_their_own_are_refused():

@@ -92,6 +92,15 @@ def measure(unet: ModelMixin, scheduler: SchedulerMixin, store: LatentStore) -> 
     )  # fmt: skip
 
 
+def rows_of(rows: dict[str, dict], common: dict[str, str]) -> dict[str, dict]:
+    """Return those rows, by idea and seed, whose training and image model are `common`: others cannot be compared with them."""
+    kept = {
+        idea: {seed: row for seed, row in seeds.items() if common.items() <= row.items()}
+        for idea, seeds in rows.items()
+    }
+    return {idea: seeds for idea, seeds in kept.items() if seeds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,7 +129,7 @@ def main() -> None:
     ]
     common = {"training": " ".join(training), "image_model": digest(Path(init, "unet"))}
     result = Path("docs/results") / f"{name}.json"
-    rows = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    rows = rows_of(json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}, common)
     store = LatentStore("data/compare-latents")
     for idea in options.ideas or ideas:
         for seed in range(options.seeds):

@@ -16,13 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import compose_emoji, pack_emoji, run
 
-# Most of the video stage trains on clips of 8 frames, twice as many a step: the shift has no positional table, so what it learns does
-# not depend on the length.
-SHORT_CLIPS = (
-    "optim.cooldown_steps=0 data.num_frames=8 data.batch_size=8 data.window=random data.image_share=0.4 diffusion.timestep_shift=3.0 "
-    "diffusion.motion_weight=1.0 optim.lr=8e-4"
-)
-
 
 def prepare_data() -> None:
     """Prepare frames and the text encoder."""
@@ -50,16 +43,6 @@ def train_image() -> None:
     run("latent-shift train recipes/emoji/image.toml", result="runs/emoji-image/model/model_index.json")
 
 
-def train_video() -> None:
-    """Train the video model from the image model."""
-    run(
-        f"latent-shift train recipes/emoji/video.toml {SHORT_CLIPS} optim.steps=7900",
-        result="runs/emoji-video/model/model_index.json",
-    )
-    run("latent-shift train recipes/emoji/video.toml", result="runs/emoji-video/complete")
-    Path("runs/emoji-video/complete").touch()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -68,7 +51,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     prepare_data()
     train_image()
-    train_video()
     last = "gpu" if options.gpu else "words"
     run(f"latent-shift train recipes/emoji/{last}.toml", result=f"runs/emoji-{last}/model/model_index.json")
     shutil.copytree(f"runs/emoji-{last}/model", "src/latent_shift/weights/emoji", dirs_exist_ok=True)

@@ -62,7 +62,8 @@ VARIANTS = {
 }
 SETTINGS = (
     "data.path=data/motion-latents data.batch_size=4 data.num_frames=16 data.window=first data.image_share=0.1 data.val_splits=[] "
-    "diffusion.shared_noise=0.0 diffusion.timestep_shift=2.0 optim.steps=500 optim.warmup_steps=50 optim.cooldown_steps=0 optim.ema=0.98 "
+    "diffusion.shared_noise=0.0 diffusion.independent_noise_prob=0.5 diffusion.timestep_shift=2.0 "
+    "optim.lr=5e-4 optim.steps=500 optim.warmup_steps=50 optim.cooldown_steps=0 optim.ema=0.98 "
     "train.validate_every=500 train.sample_every=100000"
 )
 TIMESTEPS = (999, 950, 900, 800, 650)
@@ -150,7 +151,7 @@ def main() -> None:
     for name in variants:
         settings = VARIANTS[name]
         run(
-            f"latent-shift train recipes/emoji/words.toml --run runs/motion/{name} model.init={start()} {settings} {SETTINGS}",
+            f"latent-shift train recipes/emoji/video.toml --run runs/motion/{name} model.init={start()} {settings} {SETTINGS}",
             result=f"runs/motion/{name}/model/model_index.json",
         )
         rows[name] = {"settings": settings, "timesteps": effect_of_words(f"runs/motion/{name}/model")}

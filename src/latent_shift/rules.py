@@ -15,8 +15,8 @@ def near_and_far(num_channels: int) -> list[int | tuple[int, ...]]:
     """An eighth of the channels from the previous frame, an eighth from the next, an eighth the mean of seven frames, and one channel
     in 32 from each of two, four and eight frames before and after.
 
-    With `edge="zero"` the far channels are zero near the ends of a clip, so every frame can tell how far it is from them: what a
-    motion that a caption names needs at high noise. Meant for `place="both"` and `model.channels = "cheapest"`, as `neighbors_and_mean`.
+    With `edge="zero"` the far channels are zero near the ends of a clip, so frames can tell where they are in it. Meant for
+    `place="both"` and `model.channels = "cheapest"`, as `neighbors_and_mean`.
     """
     eighth, few = num_channels // 8, num_channels // 32
     far = [offset for distance in (8, 4, 2) for offset in [distance] * few]

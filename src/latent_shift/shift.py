@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from latent_shift.clip_text import unshare_text
 from latent_shift.shift_kernels import gather_shifted, mean_of, shift_clips
-from latent_shift.shift_settings import Edge, Groups, Shift
+from latent_shift.shift_settings import Edge, Groups, Shift, is_whole
 from latent_shift.transformer_blocks import (
     BLOCK_LAYERS,
     InputHook,
@@ -181,7 +181,8 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
     Args:
         network: a module with diffusers `ResnetBlock2D`s (a U-Net), or a transformer with blocks of PixArt, Sana,
             Stable Diffusion 3 or Flux. A network that is already inflated takes the new settings.
-        shift: settings of the shift; default: `Shift()`, whose place is "attn" in a transformer.
+        shift: settings of the shift; default: `Shift()`, whose place is "attn" in a transformer. Where tokens are shifted,
+            whatever this process has compiled is compiled again at its next call.
 
     Returns:
         `network`.
@@ -231,7 +232,6 @@ def inflate(network: nn.Module, shift: Shift | None = None) -> nn.Module:
     shift, groups_of = _resolve(network, shift, {layer: _width(layer) for layer in layers})
     deflate(network)
     state = _ShiftState(shift)
-    _forget_compiled()
     for layer in layers:
         layer.shift_groups = groups_of[layer]
         layer.__class__ = _SHIFT_CLASS[type(layer)]
@@ -246,7 +246,7 @@ def uncompiled(network: nn.Module) -> nn.Module:
 
 
 def _forget_compiled() -> None:
-    """Let networks be compiled again: compiled code does not notice that hooks have come or gone."""
+    """Let networks be compiled again: compiled code does not notice that hooks have come or gone, as it does with classes."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
@@ -298,7 +298,10 @@ def deflate(network: nn.Module) -> nn.Module:
         raise ValueError(
             f"expected a network such as pipe.unet or pipe.transformer, got a {type(network).__name__}"
         )
-    if (state := getattr(network, "_shift_state", None)) is not None and state.is_busy:
+    inflated = [
+        module for module in network.modules() if "_shift_state" in module.__dict__
+    ]  # also inside a wrapper
+    if any(module.__dict__["_shift_state"].is_busy for module in inflated):
         raise ValueError(
             "inflate and deflate change a network between clips, not inside frames, neighbors or streaming"
         )
@@ -314,10 +317,10 @@ def deflate(network: nn.Module) -> nn.Module:
         checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _CheckpointClips):
             layer._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
-    if state is not None:
-        _forget_compiled()
-    for name in ("_shift_state", "_shift_hooks"):
-        uncompiled(network).__dict__.pop(name, None)
+    for module in inflated:
+        del module.__dict__["_shift_state"]
+        if module.__dict__.pop("_shift_hooks", None):
+            _forget_compiled()
     remove_hooks(network)
     unshare_text(network)
     return network
@@ -358,7 +361,7 @@ def frames(network: nn.Module, num_frames: int, *, edge: Edge | None = None) -> 
     state = _state_of(network)
     if edge is not None and has_temporal_layers(network):
         raise ValueError(f"{type(network).__name__} has no edge to set: only a shifted network can loop")
-    if isinstance(num_frames, bool) or not hasattr(num_frames, "__index__") or num_frames < 1:
+    if not is_whole(num_frames) or num_frames < 1:
         raise ValueError(f"expected num_frames as a whole number of 1 or more, got {num_frames!r}")
     if edge not in (None, *get_args(Edge)):
         raise ValueError(f"unknown edge {edge!r}; expected one of {', '.join(get_args(Edge))}")

@@ -171,6 +171,12 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def is_whole(given: Any) -> bool:
+    """Return whether something is a whole number, of Python, NumPy or PyTorch, and no flag."""
+    number = _plain(given)
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
 def _checked_fraction(name: str, given: Any) -> float:
     """Return a fraction as a Python number, which JSON takes; raise ValueError for anything else."""
     fraction = _plain(given)
@@ -183,10 +189,11 @@ def _checked_offsets(each: Any) -> tuple[int, ...]:
     """Return the offsets of a channel as a tuple; raise ValueError for anything but whole numbers."""
     each = _plain(each)
     numbers = tuple(map(_plain, each)) if isinstance(each, (tuple, list)) else (each,)
-    whole = numbers and all(
-        hasattr(number, "__index__") and not isinstance(number, bool) for number in numbers
-    )
-    if not whole or max(abs(int(number)) for number in numbers) > _MAX_OFFSET:
+    if (
+        not numbers
+        or not all(map(is_whole, numbers))
+        or max(abs(int(number)) for number in numbers) > _MAX_OFFSET
+    ):
         raise ValueError(
             f"the rule of the shift: expected whole numbers from -{_MAX_OFFSET} to {_MAX_OFFSET}, or tuples of them, got {each!r}"
         )

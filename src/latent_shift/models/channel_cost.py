@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from latent_shift.shift import Shift, deflate, frames, inflate, shift_of
+from latent_shift.shift import Shift, deflate, frames, inflate, shift_of, uncompiled
 from latent_shift.transformer_blocks import shifted_inputs, transformer_blocks
 
 
@@ -43,11 +43,12 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
         raise ValueError(
             f"channels change from frame to frame: expected clips of 2 frames or more, got {num_frames}"
         )
-    before, costs = shift_of(network), dict[str, Tensor]()
+    network = uncompiled(network)
+    before, costs, handles = shift_of(network), dict[str, Tensor](), []
 
     def measure(name: str, has_text: bool) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple) -> None:
-            x, state = args[0], cast(Any, network)._shift_state
+            x = args[0]
             if state.num_frames > 1:
                 raise ValueError("run must call the network frame by frame, outside latent_shift.frames")
             if x.shape[0] % num_frames:
@@ -62,14 +63,15 @@ def cheapest_channels(network: nn.Module, shift: Shift, run: Callable[[], None],
 
         return hook
 
-    shift = shift_of(inflate(network, shift)) or shift
-    readers = list(shifted_readers(network, shift.place))
-    handles = [
-        layer.register_forward_pre_hook(measure(name, has_text))
-        for name, layers, has_text in readers
-        for layer in layers
-    ]
     try:
+        shift = shift_of(inflate(network, shift)) or shift
+        state: Any = network._shift_state
+        readers = list(shifted_readers(network, shift.place))
+        handles += [
+            layer.register_forward_pre_hook(measure(name, has_text))
+            for name, layers, has_text in readers
+            for layer in layers
+        ]
         with frames(network, 1):
             run()
     finally:

@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latent_shift.noise import correlated_noise
+from latent_shift.shift_settings import is_whole
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -31,7 +32,7 @@ def frame_noise(
 
     Args:
         num_frames: F.
-        shape_Chw: shape of the latents of a frame, such as `(pipe.transformer.config.in_channels, 128, 128)`.
+        shape_Chw: shape of the latents of a frame, such as `(4, 128, 128)` for PixArt at 1024x1024.
         generator: draws the noise, such as `latent_shift.seed(0)`.
         shared_noise: fraction of the variance that all frames share, in [0, 1].
         noise_correlation: correlation of the rest between successive frames, in [0, 1).
@@ -42,7 +43,7 @@ def frame_noise(
         ValueError: no frames, fractions outside their ranges, or anything but a generator.
     """
     shape = (num_frames, *shape_Chw) if isinstance(shape_Chw, (tuple, list)) else ()
-    if len(shape) != 4 or not all(isinstance(side, int) and side >= 1 for side in shape):
+    if len(shape) != 4 or not all(is_whole(side) and side >= 1 for side in shape):
         raise ValueError(
             f"expected num_frames and shape_Chw, three, as whole numbers of 1 or more, got {num_frames!r} and {shape_Chw!r}"
         )

@@ -270,9 +270,10 @@ def check_start(config: Config, start: Path) -> None:
         shift = shift.resolved(widths)
         before |= {f"model.{name}": getattr(saved, name) for name in names}
         now |= {f"model.{name}": getattr(shift, name) for name in names}
-    elif config.model.rule:
+    elif config.model.rule and before.get("model.temporal", "shift") == "shift":
         with torch.device("meta"):  # the widths alone
-            inflate(network.from_config(read_part(start / "unet")), sizes.shift_settings(config.model))
+            unet = network.from_config(read_part(start / "unet"))
+        inflate(unet, sizes.shift_settings(config.model))
     problems = [
         f"{config.model.init} was trained to shift other channels: expected the model.rule and model.channels of that run"
         if name == "model.rule"

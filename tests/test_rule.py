@@ -142,12 +142,11 @@ def test_offsets_are_in_order(given):
 
 def test_a_rule_is_checked_before_anything_is_packed(image_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("short = lambda num: [0]\n")
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "checked_early.py").write_text(
         "import torch\nshort = lambda num: [0]\ntensor = lambda num: torch.full((num,), -1)\n"
     )
     short, tensor = (
-        tiny_config("video", "absent", model={"init": str(image_model), "rule": f"mine:{name}"})
+        tiny_config("video", "absent", model={"init": str(image_model), "rule": f"checked_early:{name}"})
         for name in ("short", "tensor")
     )
     with pytest.raises(ValueError, match="the rule of the shift has 1 offset for 16 channels"):

@@ -556,9 +556,7 @@ def test_fractions_are_numbers(number):
         Shift(number, 0.25)
 
 
-def test_what_is_not_inflated_has_no_reach():
-    with pytest.raises(ValueError, match="not inflated"):
-        reach(tiny_unet())
+def test_only_a_network_is_deflated():
     with pytest.raises(ValueError, match="expected a network such as"):
         deflate("a pipeline")
 

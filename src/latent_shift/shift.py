@@ -430,16 +430,15 @@ def streaming(network: nn.Module, memory: Memory) -> Iterator[nn.Module]:
 def reach(network: nn.Module) -> tuple[int, int]:
     """Return how many frames before and after a frame can affect it in an inflated network: for each shifted
     layer, one where it takes channels from the previous frame and one where it takes them from the next, or as
-    many as a rule says.
+    many as a rule says; none in an image network.
 
     Raises:
-        ValueError: a network that is not inflated, or one with temporal layers (`LatentVDMUNet`), which attends to all frames.
+        ValueError: a network with temporal layers (`LatentVDMUNet`), which attends to all frames.
     """
     if has_temporal_layers(network):
         raise ValueError(
             f"{type(network).__name__} attends to all frames of a clip: it cannot be run in chunks"
         )
-    _state_of(network)
     groups_of: dict[nn.Module, Groups] = {}  # once for inputs that are shifted side by side
     for module in network.modules():
         if isinstance(module, (ShiftGroupNorm, ShiftConv2d)):

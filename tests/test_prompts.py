@@ -1,6 +1,7 @@
 """Prompts as people write them: weights, brackets that are words, prompts that are cut."""
 
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from latent_shift.models.prompt_syntax import escape_prompt, parse_prompt, plain
 from latent_shift.pipelines.prompts import encode_prompts
 from latent_shift.pipelines.request import Request
 from latent_shift.pipelines.stable_diffusion import LatentShiftXLPipeline
-from latent_shift.runtime import seed
+from latent_shift.runtime import seed, silenced
 
 LONG = "a red ball rolls over a green field"  # the tiny tokenizer reads 18 letters
 
@@ -241,3 +242,24 @@ def test_weights_of_the_second_negative_prompt_alone(xl):
 
 def test_plain_prompt_is_the_words():
     assert plain_prompt("a (red:1.5) square (big: 0.5)") == "a red square big"
+
+
+def test_silenced_silences_its_own_thread_alone(caplog):
+    logger, inside, done = logging.getLogger("diffusers.test"), threading.Event(), threading.Event()
+
+    def be_silent():
+        with silenced("diffusers.test"), silenced("another"):
+            logger.warning("in silence")
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=be_silent)
+    thread.start()
+    inside.wait(10)
+    with silenced("diffusers.test"):  # begins later and ends earlier
+        pass
+    logger.warning("beside")
+    done.set()
+    thread.join()
+    logger.warning("after")
+    assert caplog.messages == ["beside", "after"]

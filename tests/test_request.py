@@ -1,5 +1,6 @@
 """A request, from words and files to a clip: what the command and a server share."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -120,6 +121,23 @@ def test_generate_clip_in_two_threads_gives_each_its_clip(texts):
     for clip, value in zip(clips, expected * 3, strict=True):
         assert np.array_equal(clip, value)
     assert type(pipe.scheduler) is DDIMScheduler
+
+
+def test_threads_do_not_pad_each_others_texts(texts, monkeypatch):
+    # A tokenizer is set to the padding of a call and encodes then; the pause lets other threads come between.
+    pipe, request = sd(texts), Request(prompt="red", num_inference_steps=1)
+    expected = generate_clip(request, pipe).frames
+    tokenizer = type(pipe.tokenizer)
+    set_padding = tokenizer.set_truncation_and_padding
+
+    def set_and_pause(self, *args, **kwargs):
+        set_padding(self, *args, **kwargs)
+        time.sleep(0.005)
+
+    monkeypatch.setattr(tokenizer, "set_truncation_and_padding", set_and_pause)
+    with ThreadPoolExecutor(3) as pool:
+        clips = list(pool.map(lambda request: generate_clip(request, pipe), [request] * 6))
+    assert all(np.array_equal(clip.frames, expected) for clip in clips)
 
 
 @pytest.mark.parametrize("scale", [-7.0, 0.5])

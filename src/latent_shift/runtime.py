@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -209,17 +210,23 @@ def quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING)
 
 
+_silent: ContextVar[frozenset[str]] = ContextVar("silent", default=frozenset())
+
+
 @contextmanager
 def silenced(*loggers: str) -> Iterator[None]:
-    """Silence loggers inside this block."""
-    previous = {name: logging.getLogger(name).disabled for name in loggers}
+    """Silence loggers inside this block and this thread."""
     for name in loggers:
-        logging.getLogger(name).disabled = True
+        logging.getLogger(name).addFilter(_is_heard)  # once, however often it is added
+    before = _silent.set(_silent.get() | set(loggers))
     try:
         yield
     finally:
-        for name, disabled in previous.items():
-            logging.getLogger(name).disabled = disabled
+        _silent.reset(before)
+
+
+def _is_heard(record: logging.LogRecord) -> bool:
+    return record.name not in _silent.get()
 
 
 def start_worker(module: str, function: str, *args: object) -> None:

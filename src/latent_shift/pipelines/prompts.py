@@ -6,6 +6,7 @@ Shapes: B clips of F frames; L tokens, D width of the text embeddings.
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,9 @@ _LIBRARY_LOGGERS = (
     "transformers.tokenization_utils_base",
 )
 """Loggers that warn of cut prompts, too: of some, and several times."""
+
+_encoding = threading.Lock()
+"""A fast tokenizer is set to the padding of each call: threads that share one would pad each other's texts."""
 
 
 def encode_prompts(
@@ -57,23 +61,23 @@ def encode_prompts(
         cross_attention_kwargs=cross_attention_kwargs,
     )  # fmt: skip
     second = {name: plain[name] for name in ("prompt_2", "negative_prompt_2") if name in plain}
-    with silenced(*_LIBRARY_LOGGERS):
+    with _encoding, silenced(*_LIBRARY_LOGGERS):
         _warn_of_cut_words(pipe, parsed, guided=guided)
         embeds = encode(
             plain.get("prompt"), plain.get("negative_prompt"), whole_clip["prompt_embeds"], whole_clip["negative_prompt_embeds"],
             num_each=1 if keys else num_videos, clip_skip=clip_skip, family={**family, **second},
         )  # fmt: skip
-    if not guided:
-        embeds = {name: value for name, value in embeds.items() if not name.startswith("negative_")}
-    for prefix in ("", "negative_"):
-        name = f"{prefix}prompt_embeds"
-        weights = _weights(pipe, parsed, prefix) if name in embeds else None
-        if weights is not None:
-            # diffusers skips no layer of negative prompts.
-            skip = None if prefix else clip_skip
-            null = encode([""], None, None, None, num_each=1, clip_skip=skip, family={})["prompt_embeds"]
-            weights = weights.repeat_interleave(len(embeds[name]) // len(weights), dim=0)
-            embeds[name] = torch.lerp(null, embeds[name], weights.to(null))
+        if not guided:
+            embeds = {name: value for name, value in embeds.items() if not name.startswith("negative_")}
+        for prefix in ("", "negative_"):
+            name = f"{prefix}prompt_embeds"
+            weights = _weights(pipe, parsed, prefix) if name in embeds else None
+            if weights is not None:
+                # diffusers skips no layer of negative prompts.
+                skip = None if prefix else clip_skip
+                null = encode([""], None, None, None, num_each=1, clip_skip=skip, family={})["prompt_embeds"]
+                weights = weights.repeat_interleave(len(embeds[name]) // len(weights), dim=0)
+                embeds[name] = torch.lerp(null, embeds[name], weights.to(null))
     for name, value in per_frame.items():
         if name in embeds:
             embeds[name] = value.repeat_interleave(num_videos, dim=0).to(embeds[name])

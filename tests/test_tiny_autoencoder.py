@@ -13,7 +13,7 @@ from tiny import stage_of, tiny_config
 from latent_shift.data.store import Store
 from latent_shift.evaluation.decoders import compare_decoders
 from latent_shift.models import sizes
-from latent_shift.models.autoencoder import decode_latents, load_tiny_autoencoder
+from latent_shift.models.autoencoder import decode_latents, load_tiny_autoencoder, posterior
 from latent_shift.pipelines.loading import load as load_pipeline
 from latent_shift.runtime import seed
 from latent_shift.training import checkpoint
@@ -60,11 +60,24 @@ def test_it_learns_and_the_teacher_does_not(packed, autoencoder):
         loss.backward()
         optimizer.step()
         losses.append({name: float(term) for name, term in terms.items()})
-    assert losses[-1]["l1"] < 0.5 * losses[0]["l1"]
-    assert losses[-1]["latents"] < 0.9 * losses[0]["latents"]
+    # Logarithms of squared errors.
+    assert losses[-1]["frames"] < losses[0]["frames"] + np.log(0.25)
+    assert losses[-1]["latents"] < losses[0]["latents"] + np.log(0.9)
     assert all(
         torch.equal(tensor, teacher[name]) for name, tensor in stage.objective.teacher.state_dict().items()
     )
+
+
+def test_loss_of_the_decoder_is_the_log_of_its_error_on_the_frames(packed, autoencoder):
+    objective = stage_of(config(packed, autoencoder)).objective
+    pixels = torch.rand(2, 3, 32, 32, generator=seed(0)) * 2 - 1
+    noise = torch.zeros(2, 4, 4, 4)
+    _, terms = objective(pixels, noise)
+    with torch.no_grad():
+        mean, _ = posterior(objective.teacher, pixels)
+        decoded = objective.vae.decode(mean).sample
+    psnr = 10 * np.log10(4 / (decoded - pixels).square().mean(dim=(1, 2, 3)).numpy())
+    assert float(terms["frames"]) == pytest.approx(np.log(4) - psnr.mean() * np.log(10) / 10, abs=1e-3)
 
 
 def test_checkpoints_hold_the_tiny_network_alone_and_resume(packed, autoencoder, tiny, tmp_path):
@@ -82,7 +95,7 @@ def test_perceptual_loss_counts(packed, autoencoder):
         torch.rand(1, 3, 32, 32), torch.zeros(1, 4, 4, 4)
     )
     assert float(loss) == pytest.approx(
-        float(terms["l1"] + terms["latents"] + 0.5 * terms["perceptual"]), rel=1e-5
+        float(terms["frames"] + terms["latents"] + 0.5 * terms["perceptual"]), rel=1e-5
     )
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from latent_shift.config import Config
 from latent_shift.files import read_json_object, write_json
 from latent_shift.models import sizes
-from latent_shift.models.autoencoder import decode_latents, load_autoencoder, posterior
+from latent_shift.models.autoencoder import load_autoencoder, posterior
 from latent_shift.models.parts import downscale_factor
 from latent_shift.models.perceptual import FeatureDistance
 from latent_shift.training.prepare import Prepared
@@ -26,10 +25,10 @@ from latent_shift.training.stages import AutoencoderStage
 
 
 class TinyAutoencoderObjective(nn.Module):
-    """Compute the losses of a tiny autoencoder: its decoder's on what the teacher decodes, its encoder's on the teacher's latents.
+    """Compute the losses of a tiny autoencoder: its decoder's on the frames, its encoder's on the teacher's latents.
 
-    What the teacher decodes follows from the latents, so it is learned faster than the frames themselves, which have details that
-    the latents do not tell.
+    Both are mean logarithms of a frame's squared error, so that a frame counts by its relative error, as in PSNR: most frames of an
+    object on plain ground have a small one.
 
     Args:
         vae: the tiny autoencoder.
@@ -54,16 +53,19 @@ class TinyAutoencoderObjective(nn.Module):
         """
         with torch.no_grad():
             mean, std = posterior(self.teacher, pixels)
-            latents = mean + std * noise
-            target = decode_latents(self.teacher, latents).float()
-        decoded = self.vae.decode(latents).sample.float()
+        decoded = self.vae.decode(mean + std * noise).sample.float()
         encoded = self.vae.encode(pixels).latents.float()
-        terms = {"l1": F.l1_loss(decoded, target), "latents": F.mse_loss(encoded, mean.float())}
-        loss = terms["l1"] + terms["latents"]
+        terms = {"frames": _log_error(decoded, pixels), "latents": _log_error(encoded, mean.float())}
+        loss = terms["frames"] + terms["latents"]
         for features in self._features:
-            terms["perceptual"] = features(decoded, target)
+            terms["perceptual"] = features(decoded, pixels)
             loss = loss + self.perceptual * terms["perceptual"]
         return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def _log_error(x_NCHW: Tensor, y_NCHW: Tensor) -> Tensor:
+    """Return the mean over images of the logarithm of the squared error, where it is above 1e-5."""
+    return ((x_NCHW - y_NCHW).square().mean(dim=(1, 2, 3)) + 1e-5).log().mean()
 
 
 class TinyAutoencoderStage(AutoencoderStage):

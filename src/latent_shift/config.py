@@ -221,7 +221,8 @@ class Diffusion(Section):
 
 
 class Loss(Section):
-    """Weights of an autoencoder's loss terms; the mean absolute error weighs 1, as does the error of a tiny one's latents."""
+    """Weights of an autoencoder's loss terms. The mean absolute error weighs 1; of a tiny autoencoder the mean logarithms of the squared
+    errors of its frames and of its latents weigh 1 each."""
 
     kl: float = Field(
         5e-4, ge=0, description="Weight of the KL divergence of the latents from a standard normal."

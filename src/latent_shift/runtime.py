@@ -215,9 +215,9 @@ _silent: ContextVar[frozenset[str]] = ContextVar("silent", default=frozenset())
 
 @contextmanager
 def silenced(*loggers: str) -> Iterator[None]:
-    """Silence loggers inside this block and this thread."""
+    """Silence loggers inside this block, for this thread alone."""
     for name in loggers:
-        logging.getLogger(name).addFilter(_is_heard)  # once, however often it is added
+        logging.getLogger(name).addFilter(_is_heard)  # adding it again does nothing
     before = _silent.set(_silent.get() | set(loggers))
     try:
         yield

@@ -80,6 +80,9 @@ class LatentShiftOutput(BaseOutput):
 class ClipPipeline(DiffusionPipeline):
     """Base of the pipelines, combined with a pipeline of diffusers' Stable Diffusion family.
 
+    A call keeps settings on the pipeline for its callbacks, as in diffusers. Threads that share one therefore call copies of it
+    (`copy.copy(pipe)`, with the same weights) that have schedulers of their own, as `generate_clip` does.
+
     Attributes:
         call_defaults: defaults of a call, the model's own: `num_frames`, `fps` and so on. They may be
             changed.
@@ -322,7 +325,7 @@ class ClipPipeline(DiffusionPipeline):
         tensor_names = list(callback_on_step_end_tensor_inputs or ())
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_names = list(callback_on_step_end.tensor_inputs)
-        # Callbacks and properties of diffusers' pipelines read these; sampling captures its own numbers.
+        # Callbacks and properties of diffusers' pipelines read these.
         self._guidance_scale = getattr(guider, "guidance_scale", 1.0)
         self._guidance_rescale, self._clip_skip = guidance_rescale, clip_skip
         self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False

@@ -26,7 +26,7 @@ _LIBRARY_LOGGERS = (
 """Loggers that warn of cut prompts, too: of some, and several times."""
 
 _encoding = threading.Lock()
-"""A fast tokenizer is set to the padding of each call: threads that share one would pad each other's texts."""
+"""Threads that share a pipeline encode in turn: a fast tokenizer is set to the padding of each call, and diffusers sets a LoRA's scale."""
 
 
 def encode_prompts(

@@ -23,12 +23,15 @@ from latent_shift.models.perceptual import FeatureDistance
 from latent_shift.training.prepare import Prepared
 from latent_shift.training.stages import AutoencoderStage
 
+_FLOOR = 1e-5
+"""Added to squared errors, a PSNR of 56 dB: images that are nearly exact have bounded gradients."""
+
 
 class TinyAutoencoderObjective(nn.Module):
     """Compute the losses of a tiny autoencoder: its decoder's on the frames, its encoder's on the teacher's latents.
 
-    Both are mean logarithms of a frame's squared error, so that a frame counts by its relative error, as in PSNR: most frames of an
-    object on plain ground have a small one.
+    Both are means over images of the logarithm of the squared error, as PSNR is: an image with a small error, such as one of mostly plain
+    ground, counts as much as one with a large error.
 
     Args:
         vae: the tiny autoencoder.
@@ -64,8 +67,8 @@ class TinyAutoencoderObjective(nn.Module):
 
 
 def _log_error(x_NCHW: Tensor, y_NCHW: Tensor) -> Tensor:
-    """Return the mean over images of the logarithm of the squared error, where it is above 1e-5."""
-    return ((x_NCHW - y_NCHW).square().mean(dim=(1, 2, 3)) + 1e-5).log().mean()
+    """Return the mean over images of the logarithm of their mean squared error."""
+    return ((x_NCHW - y_NCHW).square().mean(dim=(1, 2, 3)) + _FLOOR).log().mean()
 
 
 class TinyAutoencoderStage(AutoencoderStage):

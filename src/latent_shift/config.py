@@ -221,8 +221,7 @@ class Diffusion(Section):
 
 
 class Loss(Section):
-    """Weights of an autoencoder's loss terms. The mean absolute error weighs 1; of a tiny autoencoder the mean logarithms of the squared
-    errors of its frames and of its latents weigh 1 each."""
+    """Weights of an autoencoder's loss terms. The error of frames weighs 1, as does that of a tiny autoencoder's latents."""
 
     kl: float = Field(
         5e-4, ge=0, description="Weight of the KL divergence of the latents from a standard normal."

@@ -84,8 +84,7 @@ class ClipPipeline(DiffusionPipeline):
     (`copy.copy(pipe)`, with the same weights) that have schedulers of their own, as `generate_clip` does.
 
     Attributes:
-        call_defaults: defaults of a call, the model's own: `num_frames`, `fps` and so on. They may be
-            changed.
+        call_defaults: defaults of a call, the model's own: `num_frames`, `fps` and so on. They may be changed.
         free_init: settings of FreeInit, or None.
     """
 

@@ -94,11 +94,11 @@ def measure(unet: ModelMixin, scheduler: SchedulerMixin, store: LatentStore) -> 
 
 def rows_of(rows: dict[str, dict], common: dict[str, str]) -> dict[str, dict]:
     """Return those rows, by idea and seed, whose training and image model are `common`: others cannot be compared with them."""
-    kept = {
+    comparable = {
         idea: {seed: row for seed, row in seeds.items() if common.items() <= row.items()}
         for idea, seeds in rows.items()
     }
-    return {idea: seeds for idea, seeds in kept.items() if seeds}
+    return {idea: seeds for idea, seeds in comparable.items() if seeds}
 
 
 def main() -> None:

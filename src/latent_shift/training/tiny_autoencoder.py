@@ -30,8 +30,8 @@ _FLOOR = 1e-5
 class TinyAutoencoderObjective(nn.Module):
     """Compute the losses of a tiny autoencoder: its decoder's on the frames, its encoder's on the teacher's latents.
 
-    Both are means over images of the logarithm of the squared error, as PSNR is: an image with a small error, such as one of mostly plain
-    ground, counts as much as one with a large error.
+    Both are means over images of the logarithm of the squared error, which is PSNR up to a factor and its sign: an image with a small
+    error, such as one of mostly plain ground, counts as much as one with a large error.
 
     Args:
         vae: the tiny autoencoder.

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+FORMER = "5233889"
+"""The last commit with the weights of `emoji` from before words.toml."""
 
 
 def environment() -> dict[str, str]:
@@ -42,3 +46,16 @@ def compose_emoji(num: int = 10000) -> None:
         f"python recipes/emoji/compose.py data/emoji data/emoji-composed --num {num}",
         result="data/emoji-composed/store.json",
     )
+
+
+def former_weights() -> str:
+    """Return the folder of the weights of `emoji` from before words.toml, taken from the history of this repository."""
+    folder = Path("runs/emoji-former")
+    if not folder.exists():
+        source = f"{FORMER}:src/latent_shift/weights/emoji"
+        folder.parent.mkdir(exist_ok=True)
+        archive = folder.with_suffix(".zip")
+        subprocess.run(["git", "archive", "-o", str(archive), source], check=True)
+        shutil.unpack_archive(archive, folder)
+        archive.unlink()
+    return str(folder)

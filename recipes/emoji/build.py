@@ -1,7 +1,8 @@
-"""Build the embedded model `emoji` from nothing: 750 MB of data, then the paper's three stages.
+"""Build the embedded model `emoji`: 750 MB of data, then the paper's three stages, the last in two parts.
 
-    python recipes/emoji/build.py          # many hours on two cores; docs/results.md has the times
-    python recipes/emoji/build.py --gpu    # the last stage on a GPU (minutes)
+    python recipes/emoji/build.py             # from nothing: days on two cores; docs/results.md has the times
+    python recipes/emoji/build.py --gpu       # the last part on a GPU (minutes)
+    python recipes/emoji/build.py --former    # the last part alone, from the weights of before it: those of this package
 
 A step is skipped if its result exists. Run it from the root of a clone, in an environment made by `make setup`.
 """
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from commands import compose_emoji, pack_emoji, run
+from commands import compose_emoji, former_weights, pack_emoji, run
 
 
 def prepare_data() -> None:
@@ -29,30 +30,52 @@ def prepare_data() -> None:
     run("python recipes/emoji/text_encoder.py data/minilm", result=text_encoder)
 
 
-def train_image() -> None:
-    """Train the autoencoder, encode the data, and train the image model."""
-    run(
-        "latent-shift train recipes/emoji/autoencoder.toml",
-        result="runs/emoji-autoencoder/model/diffusion_pytorch_model.safetensors",
-    )
+def encode(autoencoder: str, texts: str) -> None:
+    """Encode real and composed clips."""
     for pixels, latents in (("emoji-128", "emoji-latents"), ("emoji-composed", "emoji-composed-latents")):
         run(
-            f"latent-shift encode data/{pixels} data/{latents} --autoencoder runs/emoji-autoencoder/model --texts data/minilm",
+            f"latent-shift encode data/{pixels} data/{latents} --autoencoder {autoencoder} --texts {texts}",
             result=f"data/{latents}/store.json",
         )
-    run("latent-shift train recipes/emoji/image.toml", result="runs/emoji-image/model/model_index.json")
 
 
-if __name__ == "__main__":
+def train(recipe: str, settings: str = "") -> str:
+    """Train by a recipe of this folder and return the folder of the model."""
+    model = f"runs/emoji-{recipe}/model"
+    file = "diffusion_pytorch_model.safetensors" if recipe == "autoencoder" else "model_index.json"
+    command = f"latent-shift train recipes/emoji/{recipe}.toml --run runs/emoji-{recipe} {settings}"
+    run(command.rstrip(), result=f"{model}/{file}")
+    return model
+
+
+def train_image() -> None:
+    """Train the autoencoder, encode the data, and train the image model."""
+    encode(train("autoencoder"), "data/minilm")
+    train("image")
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpu", action="store_true", help="the last stage is gpu.toml instead of words.toml")
+    parser.add_argument("--gpu", action="store_true", help="the last part is gpu.toml instead of words.toml")
+    parser.add_argument(
+        "--former", action="store_true", help="the last part alone, from the weights of before it"
+    )
     options = parser.parse_args()
     prepare_data()
-    train_image()
-    last = "gpu" if options.gpu else "words"
-    run(f"latent-shift train recipes/emoji/{last}.toml", result=f"runs/emoji-{last}/model/model_index.json")
-    shutil.copytree(f"runs/emoji-{last}/model", "src/latent_shift/weights/emoji", dirs_exist_ok=True)
+    if options.former:
+        init = former_weights()
+        encode(init, init)
+        unseen = " data.concept_weights=recipes/emoji/unseen.json"  # what these weights have never seen
+    else:
+        train_image()
+        init, unseen = train("video"), ""
+    model = train("gpu" if options.gpu else "words", f"model.init={init}{unseen}")
+    shutil.copytree(model, "src/latent_shift/weights/emoji", dirs_exist_ok=True)
     run("python recipes/emoji/names.py data/emoji data/emoji-composed")
     run("python recipes/emoji/preview.py data/emoji-128")
+
+
+if __name__ == "__main__":
+    main()

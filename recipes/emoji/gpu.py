@@ -1,7 +1,7 @@
 """Train `emoji` on one GPU, away from the data: what `make emoji-gpu` runs.
 
     python recipes/emoji/gpu.py pack                     # where data/emoji is: data/emoji-small, a copy of it that travels
-    python recipes/emoji/gpu.py train                    # on the GPU: composed clips, image stage, video stage, evaluation
+    python recipes/emoji/gpu.py train                    # on the GPU: composed clips, the last stage from the weights of the package, evaluation
     python recipes/emoji/gpu.py train --fraction 0.01    # the same with a hundredth of the clips and steps, on any machine
 
 data/emoji-small is laid out as data/emoji: the stills as they are, and of each animation without a skin tone the first 16 frames at
@@ -64,7 +64,7 @@ def pack(workers: int) -> None:
 
 
 def train(fraction: float, workers: int, device: str) -> None:
-    """Compose and encode the clips, train the image and the video stage, and measure the model.
+    """Compose and encode the clips, train the weights of the package further, and measure the model.
 
     Args:
         fraction: of the clips, steps and prompts. Below 1 batches are those of a CPU.
@@ -81,11 +81,6 @@ def train(fraction: float, workers: int, device: str) -> None:
     def part(num: int) -> int:
         return max(2, round(num * fraction))
 
-    def settings(steps: int, batch_size: int) -> str:
-        schedule = f"optim.steps={part(steps)} optim.warmup_steps={part(steps // 10)} optim.cooldown_steps={part(steps // 3)}"
-        batches = f"data.loaders={max(1, workers // 2)} data.batch_size={batch_size} train.compile={str(whole).lower()}"
-        return f"'data.path={data}/latents-*' {batches} {schedule} train.sample_every=100000"
-
     run(f"python recipes/emoji/compose.py {SMALL} {data}/composed --num {part(10000)} --workers {workers}")
     run(f"latent-shift data pack {SMALL} {data}/emoji --size 128 --fps 8 --workers {workers}")
     for pixels in ("emoji", "composed"):
@@ -93,11 +88,9 @@ def train(fraction: float, workers: int, device: str) -> None:
             f"latent-shift encode {data}/{pixels} {data}/latents-{pixels} --autoencoder emoji --texts emoji --device {device}"
         )
     run(
-        f"latent-shift train recipes/emoji/image.toml --run {runs}/image {settings(1200, 2048 if whole else 32)}"
-    )
-    run(
-        f"latent-shift train recipes/emoji/gpu.toml --run {runs}/video {settings(1800, 128 if whole else 4)} "
-        f"model.init={runs}/image/model train.validate_every={part(1000)}"
+        f"latent-shift train recipes/emoji/gpu.toml --run {runs}/video 'data.path={data}/latents-*' "
+        f"optim.steps={part(3000)} optim.warmup_steps={part(300)} optim.cooldown_steps={part(1500)} train.validate_every={part(1000)} "
+        f"data.loaders={max(1, workers // 2)} data.batch_size={128 if whole else 4} train.compile={str(whole).lower()}"
     )
     evaluations = {
         "emoji": (f"{data}/emoji --protocol emoji", 100),

@@ -1,7 +1,7 @@
 """Measure and show the embedded model `emoji`.
 
 python recipes/emoji/measure.py table    # docs/results/emoji.json, emoji-animation.json: the measures of the README's table
-python recipes/emoji/measure.py words    # docs/results/emoji-words.json: does it do what the words ask for
+python recipes/emoji/measure.py words    # docs/results/emoji-words.json and docs/words: does it do what the words ask for
 python recipes/emoji/measure.py sheet    # docs/emoji-sheet.png and emoji.gif: a clip for each line of prompts.txt
 python recipes/emoji/measure.py modes    # the pictures of docs/usage.md, by its own commands
 """
@@ -15,14 +15,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from commands import compose_emoji, environment, pack_emoji, run
+from commands import compose_emoji, environment, former_weights, pack_emoji, run
 
 
 def table() -> None:
     pack_emoji()
-    run("latent-shift eval data/emoji-128 --protocol emoji --compile -o docs/results/emoji.json --force")
+    models = f"-m emoji -m former={former_weights()}"
+    run(f"latent-shift eval data/emoji-128 --protocol emoji {models} -o docs/results/emoji.json --force")
     run(
-        "latent-shift eval data/emoji-128 --split val_animation --compile --out evals/animation "
+        f"latent-shift eval data/emoji-128 --split val_animation --out evals/animation {models} "
         "-o docs/results/emoji-animation.json --force"
     )
 
@@ -31,7 +32,11 @@ def words() -> None:
     pack_emoji()
     compose_emoji()
     run(
-        "latent-shift eval data/emoji-composed --protocol words --compile -o docs/results/emoji-words.json --force"
+        f"latent-shift eval data/emoji-composed --protocol words -m emoji -m former={former_weights()} "
+        "-o docs/results/emoji-words.json --force"
+    )
+    run(
+        "latent-shift report docs/words evals/words --show emoji --show former --rows 16 --title 'emoji, new and former weights' --force"
     )
 
 

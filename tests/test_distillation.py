@@ -1,14 +1,23 @@
 """Distillation: its steps are those of diffusers' DDIM, a model at rest has no loss, and the student is a plain folder of few steps."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import alike, stage_of, tiny_config
 
-from latent_shift.diffusion import ddim_step, noise_schedule
+from latent_shift.diffusion import ddim_step, midpoint_step, noise_schedule, training_target
+from latent_shift.evaluation import systems
+from latent_shift.files import sha256
+from latent_shift.pipelines import catalog
 from latent_shift.pipelines.loading import load
-from latent_shift.pipelines.lora import load_lora
+from latent_shift.pipelines.lora import load_lora, merged
+from latent_shift.pipelines.provenance import hash_inputs
 from latent_shift.pipelines.schedulers import distilled_scheduler, make_scheduler
 from latent_shift.runtime import seed
 from latent_shift.shift import frames, shift_of
@@ -27,6 +36,21 @@ def distill_config(latents, video_model, **sections):
 def student(latents, video_model, tmp_path_factory):
     config = distill_config(latents, video_model, train={"sample_every": 2})
     return train(config, tmp_path_factory.mktemp("distill"))
+
+
+def test_student_of_whole_phases_samples_in_their_divisors(latents, video_model, tmp_path):
+    config = distill_config(latents, video_model, distill={**DISTILL, "target": "trajectory"})
+    pipe = load(train(config, tmp_path), device="cpu", dtype=torch.float32)
+    defaults = pipe.call_defaults
+    assert (defaults["num_inference_steps"], defaults["guidance_scale"], defaults["distilled_steps"]) == (
+        2,
+        1,
+        2,
+    )
+    for number in (1, 2):
+        assert np.isfinite(pipe("a red square", num_inference_steps=number, generator=seed(0)).frames).all()
+    with pytest.raises(ValueError, match="one of 1, 2, got 4"):
+        pipe("a red square", num_inference_steps=4)
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
@@ -50,6 +74,65 @@ def test_step_is_that_of_diffusers(prediction, zero_snr):
         ddim_step(noise_schedule(prediction="flow_prediction"), sample, output, timesteps, timesteps - 250)
 
 
+@pytest.mark.parametrize("next_timestep", [749, 499, -1])
+@pytest.mark.parametrize(
+    ("prediction", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
+def test_steps_are_exact_where_clean_samples_stay_the_same(prediction, zero_snr, next_timestep):
+    schedule = noise_schedule(prediction=prediction, zero_terminal_snr=zero_snr)
+    clean, noise = torch.randn(2, 2, 4, 5, 6, generator=seed(0)).unbind(0)
+    timesteps, following = torch.tensor([999, 998]), torch.full((2,), next_timestep)
+
+    def at(timesteps):
+        return clean if (timesteps < 0).all() else schedule.add_noise(clean, noise, timesteps)
+
+    def predict(noisy, timesteps):
+        torch.testing.assert_close(noisy, at(timesteps), rtol=1e-4, atol=1e-4)
+        return training_target(schedule, clean, noise, timesteps)
+
+    two = midpoint_step(schedule, at(timesteps), predict, timesteps, following)
+    one = ddim_step(schedule, at(timesteps), predict(at(timesteps), timesteps), timesteps, following)
+    for result in (one, two):
+        torch.testing.assert_close(result, at(following), rtol=1e-4, atol=2e-4)
+
+
+def test_midpoint_steps_are_of_second_order():
+    """For Gaussian samples, whose exact trajectory is known: they stay in proportion to the standard deviation at their noise level."""
+    schedule = noise_schedule(prediction="v_prediction", zero_terminal_snr=True)
+    angles = torch.cat([schedule.alphas_cumprod, torch.ones(1)]).double().sqrt().acos()
+    std = 0.5
+    deviations = ((angles.cos() * std) ** 2 + angles.sin() ** 2).sqrt()
+
+    def predict(noisy, timesteps):  # the mean of v, given the noisy sample
+        angle = angles[timesteps]
+        return (angle.cos() * angle.sin() * (1 - std**2) / deviations[timesteps] ** 2 * noisy).float()
+
+    def error(num_steps, step):
+        noisy, now, length = torch.ones(1), torch.tensor([499]), 500 // num_steps
+        for _ in range(num_steps):
+            noisy, now = step(noisy, now, now - length), now - length
+        return abs(float(noisy - deviations[-1] / deviations[499]))
+
+    def midpoint(noisy, now, following):
+        return midpoint_step(schedule, noisy, predict, now, following)
+
+    def ddim(noisy, now, following):
+        return ddim_step(schedule, noisy, predict(noisy, now), now, following)
+
+    for number in (1, 2, 5):
+        assert error(2 * number, midpoint) < 0.3 * error(number, midpoint)
+        assert error(number, midpoint) < 0.3 * error(2 * number, ddim)  # with as many predictions
+
+
+def test_steps_follow_the_device_of_the_schedule():
+    schedule = noise_schedule(prediction="v_prediction")
+    schedule.alphas_cumprod = schedule.alphas_cumprod.to(
+        "meta"
+    )  # add_noise moves it to the device of the latents
+    sample, timesteps = torch.empty(2, 4, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
+    assert ddim_step(schedule, sample, sample, timesteps, timesteps).device.type == "meta"
+
+
 def test_a_teacher_shifts_the_channels_of_its_student(latents, image_model):
     settings = {"init": str(image_model), "channels": "cheapest"}
     stage = stage_of(distill_config(latents, image_model, model=settings, data={"num_frames": 4}))
@@ -57,10 +140,15 @@ def test_a_teacher_shifts_the_channels_of_its_student(latents, image_model):
     assert shift_of(stage.model).rule is not None
 
 
-def test_batches_are_on_the_grid_of_the_teacher(latents, video_model):
-    stage = stage_of(distill_config(latents, video_model, data={"batch_size": 64}))
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [("consistency", {124, 249, 374, 499, 624, 749, 874, 999}), ("trajectory", {499, 999})],
+)
+def test_batches_are_on_the_grid_of_the_teacher(latents, video_model, target, expected):
+    settings = {"data": {"batch_size": 64}, "distill": {**DISTILL, "target": target}}
+    stage = stage_of(distill_config(latents, video_model, **settings))
     *_, timesteps, text = stage.draw_batch(np.random.default_rng(0))
-    assert set(timesteps.tolist()) == {124, 249, 374, 499, 624, 749, 874, 999}
+    assert set(timesteps.tolist()) == expected
     assert text.abs().amax(dim=(1, 2)).min() > 0
 
 
@@ -91,10 +179,38 @@ def test_target_is_one_step_of_the_teacher(batch):
     assert float(terms["mse"]) == pytest.approx(float((step[0] - step[1]).square().mean()), rel=1e-4)
 
 
-def test_a_consistent_model_has_no_loss(batch):
+def test_target_is_where_the_teacher_goes_in_a_phase(batch):
+    """With target "trajectory", the student's step from the start of a phase is compared with the teacher's guided midpoint steps."""
+    stage, (latents, noise, _, text) = batch
+    changes = {"target": "trajectory", "solver_steps": 4}
+    stage.objective.options = stage.objective.options.model_copy(update=changes)
+    timesteps = torch.full((len(latents),), 999)
+    _, terms = stage.objective.eval()(latents, noise, timesteps, text)
+    num_frames = latents.shape[1]
+    noisy = stage.schedule.add_noise(latents, noise, timesteps).flatten(0, 1)
+    now = timesteps.repeat_interleave(num_frames)
+
+    @torch.no_grad()
+    def teach(x, timesteps, scale=2):
+        with frames(stage.model, num_frames):
+            conditional = stage.model(x, timesteps, text).sample
+            unconditional = stage.model(x, timesteps, stage.objective.empty_text.expand_as(text)).sample
+        return unconditional + scale * (conditional - unconditional)
+
+    expected = midpoint_step(stage.schedule, noisy, teach, now, now - 250)
+    expected = midpoint_step(stage.schedule, expected, teach, now - 250, now - 500)
+    student = ddim_step(stage.schedule, noisy, teach(noisy, now, scale=1), now, now - 500)
+    assert float(terms["mse"]) == pytest.approx(float((student - expected).square().mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["consistency", "trajectory"])
+def test_a_consistent_model_has_no_loss(batch, target):
     """Where predictions lead from everywhere to the same clip, nothing is left to learn."""
     stage, (latents, noise, timesteps, text) = batch
     objective = stage.objective
+    objective.options = objective.options.model_copy(update={"target": target})
+    if target == "trajectory":  # from the start of each phase
+        timesteps = timesteps // 500 * 500 + 499
     objective.schedule = noise_schedule(prediction="v_prediction")
     clean = latents.flatten(0, 1)
 
@@ -112,9 +228,11 @@ def test_a_consistent_model_has_no_loss(batch):
     assert float(loss) < 1e-6
 
 
-def test_student_learns(latents, video_model, tmp_path):
+@pytest.mark.parametrize("target", ["consistency", "trajectory"])
+def test_student_learns(latents, video_model, target):
     """On one batch, again and again, the loss falls well below that of the teacher's weights."""
-    stage = stage_of(distill_config(latents, video_model, data={"batch_size": 4}))
+    settings = {"data": {"batch_size": 4}, "distill": {**DISTILL, "target": target}}
+    stage = stage_of(distill_config(latents, video_model, **settings))
     batch = stage.draw_batch(np.random.default_rng(0))
     optimizer = torch.optim.Adam(stage.model.parameters(), 1e-3)
     losses = []
@@ -182,14 +300,118 @@ def test_resumed_run_is_the_same(latents, video_model, tmp_path):
     assert alike(load(whole, device="cpu").unet.state_dict(), load(again, device="cpu").unet.state_dict())
 
 
-def test_lora_makes_a_model_fast(latents, video_model, tmp_path):
+@pytest.fixture(scope="module")
+def fast_lora(latents, video_model, tmp_path_factory):
     pytest.importorskip("peft")
-    folder = train(distill_config(latents, video_model, lora={"rank": 2}), tmp_path / "run")
+    run = tmp_path_factory.mktemp("lora")
+    return (
+        train(distill_config(latents, video_model, lora={"rank": 2}), run)
+        / "pytorch_lora_weights.safetensors"
+    )
+
+
+def test_lora_makes_a_model_fast(fast_lora, video_model):
     pipe = load(video_model, device="cpu", dtype=torch.float32)
-    load_lora(pipe, folder / "pytorch_lora_weights.safetensors")
+    load_lora(pipe, fast_lora)
     assert isinstance(pipe.scheduler, DDIMScheduler)
     assert pipe.call_defaults["num_inference_steps"] == 2
     assert pipe("a red square", generator=seed(0)).frames.shape == (1, 4, 32, 32, 3)
+    with pytest.raises(ValueError, match="is distilled already; load it into its teacher"):
+        load_lora(pipe, fast_lora)
+    before = load(video_model, device="cpu")
+    pipe.unload_lora_weights()
+    assert pipe.call_defaults == before.call_defaults
+    assert pipe.scheduler.config == before.scheduler.config
+    load_lora(pipe, fast_lora)
+    assert pipe.call_defaults["num_inference_steps"] == 2
+
+
+def test_distilled_model_keeps_its_steps_with_another_lora(student, latents, video_model, tmp_path):
+    pytest.importorskip("peft")
+    folder = train(
+        tiny_config("video", latents, model={"init": str(video_model)}, lora={"rank": 2}), tmp_path
+    )
+    pipe = load(student, device="cpu", dtype=torch.float32)
+    before = dict(pipe.call_defaults)
+    load_lora(pipe, folder / "pytorch_lora_weights.safetensors")
+    assert pipe.call_defaults == before
+    assert pipe("a red square", generator=seed(0)).frames.shape == (1, 4, 32, 32, 3)
+
+
+@pytest.fixture
+def packaged(fast_lora, video_model, tmp_path, monkeypatch):
+    """The folder of `emoji` as if the tiny model and its student were part of the package."""
+    monkeypatch.setattr(catalog, "WEIGHTS", tmp_path)
+    monkeypatch.setitem(catalog.TEACHERS, "emoji", "emoji@20")
+    monkeypatch.setitem(catalog.MODELS, "emoji@20", "")
+    shutil.copytree(video_model, tmp_path / "emoji")
+    shutil.copy(fast_lora, tmp_path / "emoji" / catalog.STUDENT)
+    return tmp_path / "emoji"
+
+
+def test_packaged_student_and_its_teacher(packaged, fast_lora, video_model):
+    student, teacher = load("emoji", device="cpu"), load("emoji@20", device="cpu")
+    with_lora = load(video_model, device="cpu", dtype=torch.float32)
+    load_lora(with_lora, fast_lora)
+    assert student.call_defaults == with_lora.call_defaults
+    clips = [pipe("a red square", generator=seed(0)).frames for pipe in (student, with_lora)]
+    np.testing.assert_allclose(*clips, atol=1e-4)
+    merged_weights = merged(with_lora.unet).state_dict()
+    for name, weight in student.unet.state_dict().items():
+        torch.testing.assert_close(weight, merged_weights[name], rtol=1e-5, atol=1e-6)
+    assert not alike(student.unet.state_dict(), teacher.unet.state_dict())
+    assert alike(teacher.unet.state_dict(), load(video_model, device="cpu").unet.state_dict())
+    assert catalog.sampling_defaults("emoji")["num_inference_steps"] == 2
+    assert catalog.sampling_defaults("emoji@20") == catalog.sampling_defaults(video_model)
+    assert catalog.examples("emoji@20") == catalog.examples("emoji") != ()
+    hashes = hash_inputs("emoji@20")
+    assert hash_inputs("emoji") == hashes | {catalog.STUDENT: sha256(packaged / catalog.STUDENT)}
+    assert catalog.describe("emoji")["distilled"].endswith("steps, guidance built in; from emoji@20")
+    assert "distilled" not in catalog.describe("emoji@20")
+    weights = [
+        systems.open_system(name, device="cpu").settings["weights"]
+        for name in ("emoji", "emoji@20", str(video_model))
+    ]
+    assert weights[1] == weights[2] != weights[0]
+    half = load("emoji", device="cpu", dtype=torch.float16)
+    assert half.unet.dtype == torch.float16
+
+
+def test_training_starts_from_the_teacher(packaged, latents, tmp_path):
+    config = tiny_config("video", latents, model={"init": "emoji"})
+    with pytest.raises(ValueError, match="emoji is distilled: expected emoji@20"):
+        train(config, tmp_path / "run")
+    train(tiny_config("video", latents, model={"init": "emoji@20"}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", ["shift", "missing", "settings", "other", "wide", "rank"])
+def test_student_of_another_model_is_refused(packaged, change):
+    path = packaged / catalog.STUDENT
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    settings = json.loads(header["latent_shift"])
+    if change == "shift":
+        settings["edge"] = "wrap"
+    elif change == "settings":
+        settings["distilled_steps"] = 0
+    elif change == "missing":
+        tensors.popitem()
+    elif change in ("wide", "rank"):
+        name = next(name for name in tensors if ".lora_A." in name)
+        tensors[name] = torch.cat([tensors[name]] * 2, dim=1 if change == "wide" else 0)
+    else:
+        tensors = {name.replace("unet.", "unet.gone."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={**header, "latent_shift": json.dumps(settings)})
+    with pytest.raises(ValueError, match=r"expected a LoRA of stage distill|is not of a layer of this model"):
+        load("emoji", device="cpu")
+
+
+@pytest.mark.parametrize("stage", ["video", "distill"])
+def test_a_distilled_model_is_not_trained_further(latents, student, tmp_path, stage):
+    """It would forget its few steps, or be a teacher without guidance."""
+    with pytest.raises(ValueError, match="is distilled: expected the model that it was distilled from"):
+        train(tiny_config(stage, latents, model={"init": str(student)}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +422,14 @@ def test_lora_makes_a_model_fast(latents, video_model, tmp_path):
         ({"distill": {"phases": 3, "solver_steps": 8}}, "expected a multiple of distill.phases=3"),
         ({"distill": {"phases": 2, "solver_steps": 12}}, "divides diffusion.num_timesteps=1000"),
         ({"train": {"sample_guidance": 3.0}}, "train.sample_guidance has no effect in stage distill"),
+        (
+            {"distill": {"target": "trajectory", "solver_steps": 1000}},
+            "at most half of diffusion.num_timesteps=1000",
+        ),
+        (
+            {"distill": {"target": "trajectory", "phases": 1}, "diffusion": {"timestep_shift": 3.0}},
+            "diffusion.timestep_shift has no effect where all steps start from pure noise",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(latents, video_model, sections, words):

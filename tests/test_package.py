@@ -193,7 +193,7 @@ def test_catalog_describes_with_the_defaults_of_the_pipeline():
     )
     assert described["frames"] == f"{pipe.call_defaults['num_frames']} at {pipe.call_defaults['fps']} fps"
     assert described["shift"] == "forward 0.333, backward 0.333, place conv1, edge hold"
-    assert all((catalog.WEIGHTS / name).is_dir() for name in catalog.MODELS)
+    assert all(catalog.folder(name).is_dir() for name in catalog.MODELS)
 
 
 def test_unused_packages_are_those_that_neither_model_nor_options_need(tmp_path):

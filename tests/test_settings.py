@@ -61,6 +61,7 @@ OTHERS: dict[str, tuple] = {
     "diffusion.independent_noise_prob": ("video", 1.0, {"diffusion.shared_noise": 0.5}),
     "diffusion.caption_dropout": ("image", 1.0, {}),
     "distill.phases": ("distill", 2, {}),
+    "distill.target": ("distill", "trajectory", {}),
     "distill.solver_steps": ("distill", 20, {}),
     "distill.guidance_scale": ("distill", 3.0, {}),
     "distill.huber_c": ("distill", 0.1, {}),

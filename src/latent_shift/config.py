@@ -234,16 +234,22 @@ class Loss(Section):
 
 
 class Distill(Section):
-    """Distillation into a model of few steps (phased consistency, Wang et al. 2024), in stage distill."""
+    """Distillation into a model of few steps, in stage distill."""
 
     phases: int = Field(
         4, ge=1, description="Phases of the teacher's trajectory: the sampling steps of the exported model."
     )
+    target: Literal["consistency", "trajectory"] = Field(
+        "consistency",
+        description="What the student learns to predict: `trajectory`, from the start of a phase, where the teacher's steps lead in it; "
+        "`consistency`, from anywhere in a phase, what it predicts itself after one step of the teacher (phased consistency, Wang et al. 2024).",
+    )
     solver_steps: int = Field(
         40,
         ge=1,
-        description="DDIM steps of the teacher, of which each training step takes one; a multiple of `phases` that divides "
-        "diffusion.num_timesteps.",
+        description="Steps of the teacher from noise to clip, a multiple of `phases` that divides diffusion.num_timesteps. A training step "
+        "takes one of them, a step of DDIM (`consistency`), or `solver_steps / phases` midpoint steps with two predictions each "
+        "(`trajectory`, for which twice `phases` are enough).",
     )
     guidance_scale: float = Field(
         2.0, ge=1, description="Guidance scale of the teacher, which becomes part of the student."
@@ -251,6 +257,11 @@ class Distill(Section):
     huber_c: float = Field(
         0.001, gt=0, description="Error below which the loss is quadratic; above it grows linearly."
     )
+
+    @property
+    def num_starts(self) -> int:
+        """Number of timesteps from which the student learns to step, evenly spaced; it samples in as many steps, or a divisor of them."""
+        return self.phases if self.target == "trajectory" else self.solver_steps
 
 
 class Optim(Section):
@@ -423,6 +434,15 @@ class Config(Section):
             raise ValueError(
                 f"distill.solver_steps={steps}: expected a multiple of distill.phases={phases} that divides "
                 f"diffusion.num_timesteps={num_timesteps}"
+            )
+        if self.distill.target == "trajectory" and num_timesteps < 2 * steps:
+            raise ValueError(
+                f"distill.solver_steps={steps}: expected at most half of diffusion.num_timesteps={num_timesteps}: "
+                "a midpoint step needs a timestep in its middle"
+            )
+        if self.distill.num_starts == 1 and self.diffusion.timestep_shift != 1:
+            raise ValueError(
+                "diffusion.timestep_shift has no effect where all steps start from pure noise: leave it out"
             )
         if self.train.shard:
             raise ValueError("train.shard is not possible in stage distill")

@@ -5,12 +5,14 @@ Shapes: N images.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
+from torch.nn import functional
 
 from latent_shift.config import Diffusion, Prediction
 
@@ -110,21 +112,58 @@ def ddim_step(
     Raises:
         ValueError: a schedule with another prediction type.
     """
-    if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(
-            f"expected a schedule that predicts epsilon or v, got {schedule.config.prediction_type!r}"
-        )
-    signals = torch.cat([schedule.alphas_cumprod, torch.ones(1)]).to(noisy_N.device)  # the last is that of -1
-    shape = (-1, *[1] * (noisy_N.ndim - 1))
+    angles = _angles(schedule, noisy_N.device)
+    velocity = _velocity(schedule, noisy_N, prediction_N, _column(angles[timesteps_N], noisy_N))
+    rotation = _column(angles[timesteps_N] - angles[next_timesteps_N], noisy_N)
+    return rotation.cos() * noisy_N - rotation.sin() * velocity
 
-    def scales(timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        signal = signals[timesteps].reshape(shape)
-        return signal.sqrt(), (1 - signal).sqrt()
 
-    alpha, sigma = scales(timesteps_N)
+def midpoint_step(
+    schedule: DDPMScheduler,
+    noisy_N: Tensor,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    timesteps_N: Tensor,
+    next_timesteps_N: Tensor,
+) -> Tensor:
+    """Return samples after a midpoint step: DDIM to the middle, then the whole step with the velocity predicted there.
+
+    It is of second order, with two predictions, and like DDIM exact where the clean samples and the noise stay the same.
+
+    Args:
+        schedule, noisy_N: as in `ddim_step`.
+        predict: the network, from samples `(N, ...)` and timesteps `(N,)`.
+        timesteps_N, next_timesteps_N: `(N,)`, at least two apart; -1 is without noise.
+    """
+    angles = _angles(schedule, noisy_N.device)
+    # The timestep at the mean of both angles, or the next one: the step is corrected for the difference below.
+    means_N = (angles[timesteps_N] + angles[next_timesteps_N]) / 2
+    middle_N = torch.minimum(torch.searchsorted(angles[:-1], means_N), timesteps_N - 1)
+    start, middle, end = (_column(angles[t_N], noisy_N) for t_N in (timesteps_N, middle_N, next_timesteps_N))
+    prediction = predict(noisy_N, timesteps_N)
+    inner = ddim_step(schedule, noisy_N, prediction, timesteps_N, middle_N)
+    velocity = _velocity(schedule, inner, predict(inner, middle_N), middle)
+    first = ddim_step(schedule, noisy_N, prediction, timesteps_N, next_timesteps_N)
+    second = ((middle - end).cos() * noisy_N - (start - end).sin() * velocity) / (start - middle).cos()
+    return torch.lerp(first, second, (start - end) / (2 * (start - middle)))
+
+
+def _angles(schedule: DDPMScheduler, device: torch.device) -> Tensor:
+    """Return the angle of each timestep `(T + 1,)`: its cosine is the factor of the clean samples, its sine that of the noise (Salimans
+    and Ho 2022, appendix D). The last is that of timestep -1, without noise."""
+    return functional.pad(schedule.alphas_cumprod, (0, 1), value=1.0).to(device).sqrt().acos()
+
+
+def _column(values_N: Tensor, like_N: Tensor) -> Tensor:
+    """Return one number a sample as `(N, 1, ...)`, with as many dimensions as `like_N`."""
+    return values_N.reshape(-1, *[1] * (like_N.ndim - 1))
+
+
+def _velocity(schedule: DDPMScheduler, noisy_N: Tensor, prediction_N: Tensor, angle_N: Tensor) -> Tensor:
+    """Return the derivative of samples with respect to their angle, v, that a prediction implies."""
+    if schedule.config.prediction_type == "v_prediction":
+        return prediction_N
     if schedule.config.prediction_type == "epsilon":
-        clean, noise = (noisy_N - sigma * prediction_N) / alpha, prediction_N
-    else:
-        clean, noise = alpha * noisy_N - sigma * prediction_N, sigma * noisy_N + alpha * prediction_N
-    next_alpha, next_sigma = scales(next_timesteps_N)
-    return next_alpha * clean + next_sigma * noise
+        return (prediction_N - angle_N.sin() * noisy_N) / angle_N.cos()
+    raise ValueError(
+        f"expected a schedule that predicts epsilon or v, got {schedule.config.prediction_type!r}"
+    )

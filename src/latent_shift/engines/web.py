@@ -35,7 +35,7 @@ from latent_shift.engines.exported import (
 )
 from latent_shift.models import names as names_of
 from latent_shift.pipelines import preview
-from latent_shift.pipelines.catalog import EXAMPLES
+from latent_shift.pipelines.catalog import examples
 
 MANIFEST = "web.json"
 
@@ -141,7 +141,7 @@ def export_web(
     ]
     manifest = {
         "model": Path(settings.model).name, "graphs": graphs, "runtime": _RUNTIME, "steps": _tables(settings),
-        "examples": EXAMPLES.get(settings.model, ()), "names": [] if names is None else sorted(names.names),
+        "examples": examples(settings.model), "names": [] if names is None else sorted(names.names),
         "files": {name: (folder / name).stat().st_size for name in large}, "version": _version(folder),
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -300,15 +300,16 @@ class Weights:
         return self._networks[key]
 
 
-def digest(path: str | Path) -> str:
-    """Return the sha256 of a file, or of the names and hashes of the weights and settings in a folder."""
+def digest(path: str | Path, *, without: Collection[str] = ()) -> str:
+    """Return the sha256 of a file, or of the names and hashes of the weights and settings in a folder, except for files `without`."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_dir():
         return sha256(path)
     total = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".bin")):
+    files = (file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".bin"))
+    for file in sorted(file for file in files if file.name not in without):
         total.update(f"{file.relative_to(path)} {digest(file)}\n".encode())
     return total.hexdigest()
 

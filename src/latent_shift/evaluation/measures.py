@@ -261,6 +261,10 @@ def clipsim(comparison: Comparison, measure: Measure) -> list[Record]:
 def denoising_of_real_clips(comparison: Comparison, measure: Measure) -> list[Record]:
     """Measure how well a model of this package predicts real clips under noise (denoising.py)."""
     pipe, protocol = _own_pipeline(comparison), comparison.protocol
+    if pipe.call_defaults["distilled_steps"]:
+        raise MeasureUnavailable(
+            "a distilled model predicts ends of its phases, not clean clips; measure its teacher"
+        )
     noise = comparison.noise or (pipe.call_defaults["shared_noise"], pipe.call_defaults["noise_correlation"])
 
     def denoise(numbers: range) -> np.ndarray:

@@ -23,7 +23,7 @@ from latent_shift.models.baselines import LatentVDMUNet, PixelSpace, VDMUNet
 from latent_shift.models.loading import one_line_errors
 from latent_shift.models.parts import IndexSettings, read_settings
 from latent_shift.models.prompt_syntax import escape_prompt
-from latent_shift.pipelines import loading
+from latent_shift.pipelines import catalog, loading
 from latent_shift.pipelines.clip_pipeline import ClipPipeline
 from latent_shift.runtime import resolve_device, seed
 from latent_shift.shift import Shift, has_temporal_layers, shift_of
@@ -135,12 +135,19 @@ def open_system(
         return np.stack([to_uint8(clip[::frame_step][:num_frames]) for clip in clips])
 
     settings = {
-        **defaults, **options, "pipeline": type(pipe).__name__, "weights": digest(source if Path(source).is_file() else loading.folder(source)),
+        **defaults, **options, "pipeline": type(pipe).__name__, "weights": _digest_of(source),
         "dtype": str(networks[0].dtype).removeprefix("torch."), "device": device.type, "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }  # fmt: skip
     parameters = sum(map(sizes.num_parameters, networks))
     return System(name or str(model), title, own_fps / frame_step, parameters, settings, generate, pipe)
+
+
+def _digest_of(model: str) -> str:
+    """Return the sha256 of a model's weights and settings; a teacher's are without the LoRA of its student."""
+    if Path(model).is_file():
+        return digest(model)
+    return digest(loading.folder(model), without=() if catalog.student(model) else (catalog.STUDENT,))
 
 
 def _open_peer(

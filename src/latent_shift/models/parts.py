@@ -18,6 +18,7 @@ from latent_shift.files import (
     PICKLES,
     check_regular,
     check_schema,
+    parse_json,
     read_bytes,
     read_json,
     read_json_object,
@@ -185,6 +186,29 @@ def read_settings(path: Path, schema: type[_Settings]) -> dict[str, Any]:
     """
     settings = read_json_object(path)
     check_schema(settings, schema, path)
+    return settings
+
+
+def read_lora_settings(path: str | Path) -> dict[str, Any]:
+    """Return the settings in the header of a LoRA of `save_lora`: those of the shift, of a call, and `sample_size`.
+
+    Empty for a file of another program. Nothing heavy is imported.
+
+    Raises:
+        ValueError: no `.safetensors` file, or settings that are damaged.
+    """
+    from safetensors import safe_open
+
+    tensor_shapes(path)  # its errors name the file
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata() or {}
+    if "latent_shift" not in metadata:
+        return {}
+    try:
+        settings = parse_json(metadata["latent_shift"])
+    except ValueError as error:
+        raise ValueError(f"{path}: its header has settings that are not JSON ({error})") from error
+    check_schema(settings, LoraSettings, path)
     return settings
 
 

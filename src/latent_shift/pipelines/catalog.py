@@ -26,6 +26,7 @@ from latent_shift.models.parts import (
     check_tokenizer,
     downscale_factor,
     part_shapes,
+    read_lora_settings,
     read_part,
     read_settings,
     text_width,
@@ -35,8 +36,12 @@ from latent_shift.pipelines.limits import CALL_DEFAULTS, XL_GUIDANCE_SCALE, size
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 MODELS = {
-    "emoji": "128x128, 16 frames at 8 fps, in the style of 3-D emoji; trained by recipes/emoji, part of this package"
+    "emoji": "128x128, 16 frames at 8 fps, in the style of 3-D emoji; trained by recipes/emoji, part of this package",
 }
+TEACHERS: dict[str, str] = {}
+"""Distilled models, and the models they were distilled from. Both have the folder of the former, with the weights of the latter and
+the LoRA of the distillation, `STUDENT`."""
+STUDENT = "student.safetensors"
 
 EXAMPLES = {
     "emoji": (
@@ -204,12 +209,28 @@ def folder(model: str | Path) -> Path:
     Raises:
         ValueError: neither a name nor a folder.
     """
-    path = WEIGHTS / str(model) if str(model) in (*MODELS, "pixels") else Path(model)
+    name = str(model)
+    path = WEIGHTS / _folder_name(name) if name in (*MODELS, "pixels") else Path(model)
     if not path.is_dir():
         nearest = difflib.get_close_matches(str(model), MODELS, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"{model}: expected one of {', '.join(MODELS)}, or an existing folder{hint}")
     return path
+
+
+def student(model: str | Path) -> Path | None:
+    """Return the LoRA that a name adds to the weights in its folder; None for any other model."""
+    return folder(model) / STUDENT if str(model) in TEACHERS else None
+
+
+def examples(model: str | Path) -> tuple[str, ...]:
+    """Return prompts that a model of this package draws well; none for any other."""
+    return EXAMPLES.get(_folder_name(str(model)), ())
+
+
+def _folder_name(model: str) -> str:
+    """Return the distilled model of a teacher, whose folder it shares; any other name as it is."""
+    return next((student for student, teacher in TEACHERS.items() if teacher == model), model)
 
 
 def on_hub(model: str | Path) -> bool:
@@ -413,6 +434,8 @@ def sampling_defaults(model: str | Path) -> dict[str, float | None]:
     two_encoders = "text_encoder_2" in parts or unet.get("addition_embed_type") == "text_time"
     family = {**CALL_DEFAULTS, "guidance_scale": XL_GUIDANCE_SCALE} if two_encoders else CALL_DEFAULTS
     own = {name: value for name, value in settings.items() if name in CALL_DEFAULTS}
+    if (lora := student(model)) is not None:
+        own |= {name: value for name, value in read_lora_settings(lora).items() if name in CALL_DEFAULTS}
     factor, size = downscale_factor(vae), unet.get("sample_size")
     sides: Sequence[int | None] = size if isinstance(size, (list, tuple)) else (size, size)
     height, width = (None if side is None else side * factor for side in sides)
@@ -450,6 +473,12 @@ def describe(model: str | Path) -> dict[str, str]:
         if trained
         else "1: not trained on clips"
     )
+    sampling = settings | ({} if (lora := student(model)) is None else read_lora_settings(lora))
+    if steps := sampling.get("distilled_steps"):
+        possible = [str(num) for num in range(1, steps + 1) if steps % num == 0]
+        lines["distilled"] = f"samples in {', '.join(possible)} steps, guidance built in"
+        if lora is not None:
+            lines["distilled"] += f"; from {TEACHERS[str(model)]}"
     lines["shift"] = ", ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in shift.items()

@@ -51,7 +51,7 @@ from latent_shift.pipelines.denoise import (
 from latent_shift.pipelines.diagnosis import check_finite
 from latent_shift.pipelines.free_init import Filter, FreeInit
 from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
-from latent_shift.pipelines.lora import has_lora, merged
+from latent_shift.pipelines.lora import has_lora, merged, restore_sampling
 from latent_shift.pipelines.noise import check_generator, check_latents, draw_noise
 from latent_shift.pipelines.prompts import encode_prompts
 from latent_shift.pipelines.schedulers import (
@@ -104,6 +104,7 @@ class ClipPipeline(DiffusionPipeline):
         if self.unet is not None and shift_of(self.unet) is None:
             inflate(self.unet, Shift(**shift))
         self._model_defaults: dict[str, float] = {}
+        self.sampling_before: tuple[dict[str, float], Any] | None = None  # see lora.restore_sampling
         self.call_defaults = dict(self.family_defaults)
         self.set_model_defaults(settings)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -504,17 +505,16 @@ class ClipPipeline(DiffusionPipeline):
             yield frames[0][0]
             index += 1
 
+    def unload_lora_weights(self) -> None:
+        """As in diffusers. A model that a LoRA made a distilled one samples as before again."""
+        super().unload_lora_weights()  # type: ignore[misc]
+        restore_sampling(self)
+
     def _check_distilled(self, num_inference_steps: int, *, guided: bool, custom: bool = False) -> None:
-        distilled_steps = int(self.call_defaults["distilled_steps"])
-        if not distilled_steps:
-            return
-        check_distilled_scheduler(self.scheduler)
-        if custom:
-            raise ValueError("a distilled model has its own timesteps; expected no timesteps and no sigmas")
-        limits.check_distilled(num_inference_steps, distilled_steps, guided=guided)
-        if self.free_init and self.free_init.use_fast_sampling:
-            raise ValueError(
-                "use_fast_sampling of FreeInit takes other steps than a distilled model knows; expected it off"
+        if distilled_steps := int(self.call_defaults["distilled_steps"]):
+            check_distilled_scheduler(self.scheduler, custom=custom)
+            limits.check_distilled(
+                num_inference_steps, distilled_steps, guided=guided, free_init=self.free_init
             )
 
     def _predictor(

@@ -19,7 +19,8 @@ CALL_DEFAULTS: dict[str, float] = {
     "guidance_scale": 7.5,
     "distilled_steps": 0,
 }
-"""Defaults of a call for a model that brings none, and `distilled_steps`: DDIM steps of the teacher of a distilled model."""
+"""Defaults of a call for a model that brings none, and `distilled_steps`: the timesteps that a distilled model was trained
+to step from, of which it samples in any divisor; 0 for other models."""
 XL_GUIDANCE_SCALE = 5.0
 """The default of the Stable Diffusion XL family, as in diffusers."""
 
@@ -79,14 +80,21 @@ def _is_something(value: Any) -> bool:
     return bool(value) if isinstance(value, (str, dict, Real)) else True
 
 
-def check_distilled(num_inference_steps: int, distilled_steps: int, *, guided: bool) -> None:
+def check_distilled(
+    num_inference_steps: int, distilled_steps: int, *, guided: bool, free_init: Any = None
+) -> None:
     """Raise ValueError for a number of steps that a distilled model does not know, or for guidance.
 
     Args:
         num_inference_steps: of a call.
-        distilled_steps: DDIM steps of the teacher; 0 is a model that is not distilled.
+        distilled_steps: the default of the model, see `CALL_DEFAULTS`.
         guided: whether the call uses guidance.
+        free_init: settings of FreeInit, if it is on.
     """
+    if distilled_steps and free_init and free_init.use_fast_sampling:
+        raise ValueError(
+            "use_fast_sampling of FreeInit takes other steps than a distilled model knows; expected it off"
+        )
     if distilled_steps and distilled_steps % num_inference_steps:
         possible = [str(num) for num in range(1, distilled_steps + 1) if distilled_steps % num == 0]
         raise ValueError(

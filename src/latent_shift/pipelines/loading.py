@@ -16,7 +16,7 @@ from latent_shift.models.loading import (
     open_text_encoder,
     open_tokenizer,
 )
-from latent_shift.pipelines import single_file
+from latent_shift.pipelines import catalog, single_file
 from latent_shift.pipelines.catalog import (
     MODELS,
     WEIGHTS,
@@ -29,6 +29,7 @@ from latent_shift.pipelines.catalog import (
 )
 from latent_shift.pipelines.schedulers import make_scheduler
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline, LatentShiftXLPipeline
+from latent_shift.pipelines.student import merge_student
 from latent_shift.runtime import resolve_device
 
 __all__ = ["MODELS", "WEIGHTS", "describe", "download", "folder", "load", "make_scheduler", "on_hub"]
@@ -66,6 +67,8 @@ def load(
     pipe = _open_folder(path, dtype=dtype, variant=variant)
     if prediction:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
+    if (student := catalog.student(model)) is not None:
+        merge_student(pipe, student)
     return pipe.to(device)
 
 

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latent_shift.config import Lora
-from latent_shift.files import check_schema, parse_json, tensor_shapes
+from latent_shift.files import parse_json, tensor_shapes
 from latent_shift.models.loading import one_line_errors
-from latent_shift.models.parts import LoraSettings, PeftSettings, read_settings
+from latent_shift.models.parts import PeftSettings, read_lora_settings, read_settings
 from latent_shift.pipelines.schedulers import distilled_scheduler
 from latent_shift.shift import Shift, ShiftConv2d, inflate, shift_of
 
@@ -36,20 +36,32 @@ log = logging.getLogger("latent_shift")
 
 
 def load_lora(pipe: ClipPipeline, path: str | Path) -> None:
-    """Load a LoRA file. A file saved by `save_lora` also sets its shift, its size and the defaults of a call.
+    """Load a LoRA file. A file saved by `save_lora` also sets its shift, its size and the defaults of a call; a distilled model keeps its
+    sampling steps and has no guidance.
 
     It may name its tensors as diffusers does, as kohya's scripts, as peft, or by the layers of the U-Net alone. A
     warning counts the tensors that fit no layer of this model.
 
     Raises:
-        ValueError: not a `.safetensors` file of a LoRA, or one of another model: no tensor fits.
+        ValueError: not a `.safetensors` file of a LoRA, or one of another model: no tensor fits; or one of a distillation for a model
+            that is distilled already.
     """
     path = Path(path)
     names = tensor_shapes(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in names}
-    settings = _call_settings(metadata, path)
+    settings = read_lora_settings(path)
+    if pipe.call_defaults["distilled_steps"]:
+        if settings.get("distilled_steps"):
+            raise ValueError(
+                f"{path}: a LoRA of a distillation, but this model is distilled already; load it into its teacher"
+            )
+        settings = {
+            name: value
+            for name, value in settings.items()
+            if name not in ("num_inference_steps", "guidance_scale", "distilled_steps")
+        }
     others = {name for name in names if any(part in name for part in ("hada_", "lokr_", "oft_", "boft_"))}
     if others:
         raise ValueError(f"{path}: holds {min(others)}: a LoHa, LoKr or OFT of LyCORIS; expected a LoRA")
@@ -75,22 +87,19 @@ def load_lora(pipe: ClipPipeline, path: str | Path) -> None:
         shift = {field.name: settings.pop(field.name) for field in fields(Shift) if field.name in settings}
         inflate(pipe.unet, Shift(**shift))
         pipe.unet.register_to_config(sample_size=settings.pop("sample_size"))
-        pipe.set_model_defaults(settings)
         if settings.get("distilled_steps"):
+            pipe.sampling_before = dict(pipe.call_defaults), pipe.scheduler
             pipe.scheduler = distilled_scheduler(pipe.scheduler)
+        pipe.set_model_defaults(settings)
     _add_tensors(pipe, fitting, alphas, metadata, path)
 
 
-def _call_settings(metadata: dict[str, str], path: Path) -> dict:
-    """Return the settings that `save_lora` left in the header of a file; none in the file of another program."""
-    if "latent_shift" not in metadata:
-        return {}
-    try:
-        settings = parse_json(metadata["latent_shift"])
-    except ValueError as error:
-        raise ValueError(f"{path}: its header has settings that are not JSON ({error})") from error
-    check_schema(settings, LoraSettings, path)
-    return settings
+def restore_sampling(pipe: ClipPipeline) -> None:
+    """Give a pipeline back the defaults of a call and the scheduler that it had before a LoRA distilled it, if one did."""
+    if pipe.sampling_before is not None:
+        defaults, pipe.scheduler = pipe.sampling_before
+        pipe.set_model_defaults(defaults)
+        pipe.sampling_before = None
 
 
 def _check_numbers(tensors: dict[str, Tensor], path: Path) -> None:

@@ -20,6 +20,7 @@ def hash_inputs(model: str, files: Iterable[Path | None] = ()) -> dict[str, str]
     weights = [Path(model)] if Path(model).is_file() else []
     if not weights and not catalog.on_hub(model):
         weights = sorted((catalog.folder(model) / "unet").glob("*.safetensors"))
+        weights += [student] if (student := catalog.student(model)) else []
     hashes = {path.name: sha256(path) for path in weights}
     return hashes | {str(path): sha256(path) for path in files if path is not None}
 

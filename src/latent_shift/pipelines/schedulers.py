@@ -200,13 +200,15 @@ def distilled_scheduler(like: SchedulerMixin) -> SchedulerMixin:
     )  # fmt: skip
 
 
-def check_distilled_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError for a scheduler that does not sample a distilled model correctly."""
+def check_distilled_scheduler(scheduler: SchedulerMixin, *, custom: bool = False) -> None:
+    """Raise ValueError for a scheduler that does not sample a distilled model correctly, or for `custom` timesteps or sigmas."""
     name, config = _family_name(scheduler), scheduler.config
     if name != "DDIM" or config.timestep_spacing != "trailing" or not config.set_alpha_to_one:
         raise ValueError(
             f"this model is distilled for DDIM with trailing timesteps, got {name}; leave the scheduler as it is"
         )
+    if custom:
+        raise ValueError("a distilled model has its own timesteps; expected no timesteps and no sigmas")
 
 
 def set_timesteps(

@@ -131,7 +131,7 @@ def model_info(model: str) -> ModelInfo:
         return _exported_info(model)
     catalog.check_model(model)
     defaults = catalog.sampling_defaults(model)
-    about = {"description": catalog.MODELS.get(model, ""), "examples": catalog.EXAMPLES.get(model, ())}
+    about = {"description": catalog.MODELS.get(model, ""), "examples": catalog.examples(model)}
     return ModelInfo(id=model, **about, **defaults)  # type: ignore[arg-type]
 
 
@@ -139,7 +139,7 @@ def _exported_info(folder: str) -> ModelInfo:
     settings = read_settings(folder)
     known: dict[str, Any] = {
         "id": folder, "multiple": settings.factor * settings.multiple, "description": catalog.MODELS.get(settings.model, ""),
-        "examples": catalog.EXAMPLES.get(settings.model, ()),
+        "examples": catalog.examples(settings.model),
         **{name: getattr(settings, name) * settings.factor for name in ("width", "height")},
     }  # fmt: skip
     others = {

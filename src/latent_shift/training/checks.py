@@ -236,7 +236,7 @@ def check_start(config: Config, start: Path) -> None:
     """Check that the denoiser in the diffusers folder `start` is trained further as it was trained before.
 
     Raises:
-        ValueError: it was trained with another noise schedule, prediction, shift, or temporal layers.
+        ValueError: it was trained with another noise schedule, prediction, shift, or temporal layers, or it is distilled.
     """
     now, before = dict[str, object](), dict[str, object]()
     network = saved_class(start / "unet", UNet2DConditionModel)
@@ -251,6 +251,8 @@ def check_start(config: Config, start: Path) -> None:
         before |= {name: learned[key] for key, name in _LEARNED.items()}
         now |= {name: wanted[key] for key, name in _LEARNED.items()}
     trained = read_settings(index_file, IndexSettings).get("latent_shift", {}) if index_file.exists() else {}
+    if trained.get("distilled_steps"):
+        raise ValueError(f"{config.model.init} is distilled: expected the model that it was distilled from")
     if trained.get("num_frames", 1) > 1:  # an image model has not learned from shifted channels
         shifted = trained.get("forward") or trained.get("backward")
         before["model.temporal"] = baseline_name(network) or ("shift" if shifted else "none")

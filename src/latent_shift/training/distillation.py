@@ -1,9 +1,14 @@
 """Few-step distillation: a student that samples in `phases` steps, without guidance, what its teacher samples in many with it.
 
-Phased consistency (Wang et al. 2024, "Phased Consistency Models", section 3): the timesteps are cut into phases, and from anywhere
-in a phase the student predicts the end of the teacher's trajectory in that phase. It has the teacher's parameters and no others;
-DDIM with one step a phase samples it, so the result is deterministic, and loops, chunks and streams are what they are for the
-teacher.
+The timesteps are cut into phases, and the student predicts the end of the teacher's trajectory in a phase. There are two targets:
+
+- "consistency": from anywhere in a phase, its own prediction one step of the teacher further on (Wang et al. 2024, "Phased Consistency
+  Models", section 3);
+- "trajectory": from the start of a phase, where the teacher's own steps lead (Salimans and Ho 2022, "Progressive Distillation", with all
+  steps of a phase at once).
+
+The student has the teacher's parameters and no others. DDIM with one step a phase samples it, so the result is deterministic, and loops,
+chunks and streams are what they are for the teacher.
 
 Shapes: B clips of F frames, N = B*F; C channels, h x w of the latents; L tokens, D width of the text embeddings.
 """
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +27,7 @@ from torch import Tensor, nn
 
 from latent_shift.clip_text import share_text
 from latent_shift.config import Config, Distill
-from latent_shift.diffusion import ddim_step, draw_timesteps
+from latent_shift.diffusion import ddim_step, draw_timesteps, midpoint_step
 from latent_shift.pipelines.schedulers import distilled_scheduler
 from latent_shift.runtime import dtype_of
 from latent_shift.shift import frames, shift_of
@@ -30,7 +36,7 @@ from latent_shift.training.stages import DenoiserStage, open_unet
 
 
 class DistillationObjective(nn.Module):
-    """Compute the consistency loss of a student within the phases of its teacher's trajectory.
+    """Compute the loss of a student within the phases of its teacher's trajectory.
 
     Args:
         unet: the student, inflated, with one text per clip (`share_text`).
@@ -69,13 +75,13 @@ class DistillationObjective(nn.Module):
         """Return the loss and its terms.
 
         Args:
-            timesteps_B: on the teacher's grid, see `DistillationStage`.
+            timesteps_B: starts of the teacher's steps; with target "trajectory", of phases.
         """
         num_frames, num_timesteps = latents_BFChw.shape[1], self.schedule.config.num_train_timesteps
         timesteps = timesteps_B.repeat_interleave(num_frames)
         phase = num_timesteps // self.options.phases
         ends = timesteps // phase * phase - 1  # -1 is the clean latents
-        before = timesteps - num_timesteps // self.options.solver_steps
+        length = num_timesteps // self.options.solver_steps
         noisy = self.schedule.add_noise(latents_BFChw.flatten(0, 1), noise_BFChw.flatten(0, 1), timesteps)
 
         def predict(unet: nn.Module, noisy_NChw: Tensor, timesteps_N: Tensor, text_BLD: Tensor) -> Tensor:
@@ -86,12 +92,19 @@ class DistillationObjective(nn.Module):
             prediction = predict(self.unet, noisy_NChw, timesteps_N.clamp(min=0), text_BLD)
             return ddim_step(self.schedule, noisy_NChw, prediction, timesteps_N, ends)
 
+        teach = partial(self._teach, predict, text_BLD)
         with torch.no_grad():
-            stepped = ddim_step(
-                self.schedule, noisy, self._teach(predict, noisy, timesteps, text_BLD), timesteps, before
-            )
-            is_end_N111 = (before == ends)[:, None, None, None]
-            target = torch.where(is_end_N111, stepped, end_of_phase(stepped, before))
+            if self.options.target == "trajectory":
+                target, now = noisy, timesteps
+                for _ in range(self.options.solver_steps // self.options.phases):
+                    before = now - length
+                    target = midpoint_step(self.schedule, target, teach, now, before)
+                    now = before
+            else:
+                before = timesteps - length
+                target = ddim_step(self.schedule, noisy, teach(noisy, timesteps), timesteps, before)
+                is_end_N111 = (before == ends)[:, None, None, None]
+                target = torch.where(is_end_N111, target, end_of_phase(target, before))
         error = end_of_phase(noisy, timesteps) - target
         # Pseudo-Huber (Song and Dhariwal 2023, section 3.3), with each number on its own.
         c = self.options.huber_c
@@ -101,9 +114,9 @@ class DistillationObjective(nn.Module):
     def _teach(
         self,
         predict: Callable[..., Tensor],
+        text_BLD: Tensor,
         noisy_NChw: Tensor,
         timesteps_N: Tensor,
-        text_BLD: Tensor,
     ) -> Tensor:
         """Return the teacher's guided prediction."""
         scale = self.options.guidance_scale
@@ -130,8 +143,8 @@ class DistillationObjective(nn.Module):
 class DistillationStage(DenoiserStage):
     """Distil the model that `model.init` names, or train a LoRA that does it.
 
-    A batch is one of the stages image and video, except that its timesteps are those of the teacher's DDIM steps and no caption is
-    dropped: guidance is part of the student.
+    A batch is one of the stages image and video, except that its timesteps are those the student steps from and no caption is dropped:
+    guidance is part of the student.
     """
 
     def make_objective(self, config: Config, prepared: Prepared) -> nn.Module:
@@ -145,9 +158,9 @@ class DistillationStage(DenoiserStage):
         return DistillationObjective(self.model, teacher, self.schedule, empty_text, config.distill)
 
     def draw_timesteps(self, rng: np.random.Generator, num: int) -> np.ndarray:
-        num_steps = self.config.distill.solver_steps
-        length = self.config.diffusion.num_timesteps // num_steps
-        indices = draw_timesteps(rng, num, num_steps, shift=self.config.diffusion.timestep_shift)
+        num_starts = self.config.distill.num_starts
+        length = self.config.diffusion.num_timesteps // num_starts
+        indices = draw_timesteps(rng, num, num_starts, shift=self.config.diffusion.timestep_shift)
         return (indices + 1) * length - 1
 
     def make_scheduler(self) -> SchedulerMixin:
@@ -158,5 +171,5 @@ class DistillationStage(DenoiserStage):
         return super().call_defaults() | {
             "num_inference_steps": distill.phases,
             "guidance_scale": 1.0,
-            "distilled_steps": distill.solver_steps,
+            "distilled_steps": distill.num_starts,
         }

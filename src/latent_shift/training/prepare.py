@@ -183,6 +183,10 @@ def _diffusers_folder(config: Config, base: Path) -> Path:
         check_network(Path(init) / "unet")
         return Path(init)
     catalog.check_model(init, **options)
+    if init in catalog.TEACHERS:
+        raise ValueError(
+            f"{init} is distilled: expected {catalog.TEACHERS[init]}, the model that it was distilled from"
+        )
     plain = not any(options.values()) and (
         init in loading.MODELS or (Path(init).is_dir() and None in variants(Path(init) / "unet"))
     )

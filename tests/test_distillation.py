@@ -228,11 +228,11 @@ def test_a_consistent_model_has_no_loss(batch, target):
     assert float(loss) < 1e-6
 
 
-@pytest.mark.parametrize("target", ["consistency", "trajectory"])
-def test_student_learns(latents, video_model, target):
+@pytest.mark.parametrize(("target", "solver_steps"), [("consistency", 8), ("trajectory", 2)])
+def test_student_learns(latents, video_model, target, solver_steps):
     """On one batch, again and again, the loss falls well below that of the teacher's weights."""
-    settings = {"data": {"batch_size": 4}, "distill": {**DISTILL, "target": target}}
-    stage = stage_of(distill_config(latents, video_model, **settings))
+    options = {**DISTILL, "target": target, "solver_steps": solver_steps}
+    stage = stage_of(distill_config(latents, video_model, data={"batch_size": 4}, distill=options))
     batch = stage.draw_batch(np.random.default_rng(0))
     optimizer = torch.optim.Adam(stage.model.parameters(), 1e-3)
     losses = []

@@ -1,6 +1,6 @@
 """Build the embedded model `emoji`: 750 MB of data, then the paper's three stages, the last in two parts.
 
-    python recipes/emoji/build.py             # from nothing: days on two cores; docs/results.md has the times
+    python recipes/emoji/build.py             # from nothing: many hours on two cores; docs/results.md has the times
     python recipes/emoji/build.py --gpu       # the last part on a GPU (minutes)
     python recipes/emoji/build.py --former    # the last part alone, from the weights of before it: those of this package
 

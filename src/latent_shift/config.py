@@ -249,7 +249,7 @@ class Distill(Section):
         ge=1,
         description="Steps of the teacher from noise to clip, a multiple of `phases` that divides diffusion.num_timesteps. A training step "
         "takes one of them, a step of DDIM (`consistency`), or `solver_steps / phases` midpoint steps with two predictions each "
-        "(`trajectory`, for which twice `phases` are enough).",
+        "(`trajectory`).",
     )
     guidance_scale: float = Field(
         2.0, ge=1, description="Guidance scale of the teacher, which becomes part of the student."

@@ -1,4 +1,4 @@
-"""Take the screenshots of docs/serving: `python docs/serving.py` starts a server with `emoji`, drives the page in Chromium and looks
+"""Take the screenshots of docs/serving: `python docs/screenshots.py` starts a server with `emoji`, drives the page in Chromium and looks
 at every state."""
 
 import shutil

@@ -232,11 +232,11 @@ def test_a_consistent_model_has_no_loss(batch, target):
 def test_student_learns(latents, video_model, target, solver_steps):
     """On one batch, again and again, the loss falls well below that of the teacher's weights."""
     options = {**DISTILL, "target": target, "solver_steps": solver_steps}
-    stage = stage_of(distill_config(latents, video_model, data={"batch_size": 4}, distill=options))
+    stage = stage_of(distill_config(latents, video_model, data={"batch_size": 2}, distill=options))
     batch = stage.draw_batch(np.random.default_rng(0))
     optimizer = torch.optim.Adam(stage.model.parameters(), 1e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(16):
         loss, _ = stage.objective(*batch)
         loss.backward()
         optimizer.step()

@@ -46,10 +46,13 @@ def summary() -> str:
     return markdown_table(["", *names.values(), "real clips"], rows)
 
 
+EMOJI = {"emoji": "emoji", "former": "former weights"}
+"""Systems of `recipes/emoji/measure.py`."""
+
+
 def emoji() -> str:
-    """Tabulate `recipes/emoji`, evaluated with protocol emoji."""
+    """Tabulate `recipes/emoji`, evaluated with protocol emoji, beside the weights of before."""
     results = Results("emoji")
-    cells = results.cells["emoji"]
     formats: dict[str, tuple[Format, str]] = {
         "kd-efficientnet-lite0": (decimals(3), ""), "kd-efficientnet-lite0-motion": (decimals(3), ""),
         "retrieval_top1": (percent, "100%"), "retrieval_top5": (percent, "100%"), "motion_error": (decimals(2), "1"),
@@ -63,12 +66,53 @@ def emoji() -> str:
         }
     formats["reconstruction_psnr_db"] = (decimals(1), "")
     rows = [
-        [label(measure), value(cells[measure], form), results.real(measure, form) or ideal]
+        [label(measure), *(value(results.cells[name][measure], form) for name in EMOJI), results.real(measure, form) or ideal]
         for measure, (form, ideal) in formats.items()
-    ]
+    ]  # fmt: skip
     return results.caption() + markdown_table(
-        ["measure, 100 clips of 16 frames", "emoji", "real clips"], rows
+        ["measure, 100 clips of 16 frames", *EMOJI.values(), "real clips"], rows
     )
+
+
+def words() -> str:
+    """Tabulate which words of held-out combinations are obeyed."""
+    results = Results("emoji-words")
+    rows = []
+    for kind in ("motion", "colour", "background", "number", "thing", "company"):
+        measure, chance = f"adherence_{kind}", f"adherence_{kind}_chance"
+        by_chance = results.cells["emoji"].get(chance)
+        rows.append(
+            [
+                label(measure),
+                *(value(results.cells[name][measure], percent) for name in EMOJI),
+                "" if by_chance is None else point(by_chance, percent),
+                results.real(measure, percent, with_interval=False),
+            ]
+        )
+    head = ["measure, 400 clips of 16 frames", *EMOJI.values(), "by chance", "real clips"]
+    return results.caption() + markdown_table(head, rows)
+
+
+def motion_words() -> str:
+    """Tabulate `recipes/emoji/motion.py`: by how much another caption raises the error of what changes, by timestep."""
+    results = read_result("motion-words")
+    timesteps = next(iter(results.values()))["timesteps"]
+    rows = [
+        [
+            name,
+            f"`{row['settings']}`",
+            *(f"{point['other_caption_percent']:.1f}" for point in row["timesteps"].values()),
+            percent(row["obeyed"]) if "obeyed" in row else "",
+        ]
+        for name, row in results.items()
+    ]
+    head = [
+        "variant",
+        "settings",
+        *(f"t = {timestep}" for timestep in timesteps),
+        "clips that show the motion",
+    ]
+    return markdown_table(head, rows)
 
 
 def shift_and_attention() -> str:

@@ -17,7 +17,9 @@ from pathlib import Path
 import fetch
 import numpy as np
 import pytest
+import torch
 from rich.progress import Progress
+from safetensors.torch import load_file, save_file
 
 from latent_shift import video
 from latent_shift.evaluation.tables import find_seeds
@@ -229,6 +231,7 @@ def test_emoji_is_built_of_real_and_composed_clips(run_script):
             "image.toml",
             "video.toml",
             f"emoji/{last}.toml",
+            *(["runs/emoji-average --share"] if last == "words" else []),
             "emoji/names.py",
         ]
         places = [commands.index(word) for word in order]
@@ -237,6 +240,19 @@ def test_emoji_is_built_of_real_and_composed_clips(run_script):
     assert "words.toml --run runs/emoji-words model.init=runs/emoji-former data.concept_weights=" in commands
     assert "--autoencoder runs/emoji-former --texts runs/emoji-former" in commands
     assert "image.toml" not in commands
+
+
+def test_weights_are_averaged(tmp_path, monkeypatch):
+    for name, value in (("before", 1.0), ("after", 3.0)):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        weights = {"a": torch.full((2,), value, dtype=torch.float16)}
+        save_file(weights, tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
+    words = ["average.py", *(str(tmp_path / name) for name in ("after", "before", "out")), "--share", "0.75"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(RECIPES / "emoji" / "average.py"), run_name="__main__")
+    (weight,) = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").values()
+    assert weight.dtype == torch.float16
+    assert weight.tolist() == [2.5, 2.5]
 
 
 def test_a_short_animation_travels_to_the_gpu(tmp_path, monkeypatch):

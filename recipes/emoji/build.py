@@ -48,6 +48,13 @@ def train(recipe: str, settings: str = "") -> str:
     return model
 
 
+def average(model: str, init: str) -> str:
+    """Average a model with the one that it was trained from, and return the folder."""
+    out = "runs/emoji-average"
+    run(f"python recipes/emoji/average.py {model} {init} {out} --share 0.75", result=out)
+    return out
+
+
 def train_image() -> None:
     """Train the autoencoder, encode the data, and train the image model."""
     encode(train("autoencoder"), "data/minilm")
@@ -72,6 +79,8 @@ def main() -> None:
         train_image()
         init, unseen = train("video"), ""
     model = train("gpu" if options.gpu else "words", f"model.init={init}{unseen}")
+    if not options.gpu:
+        model = average(model, init)
     shutil.copytree(model, "src/latent_shift/weights/emoji", dirs_exist_ok=True)
     run("python recipes/emoji/names.py data/emoji data/emoji-composed")
     run("python recipes/emoji/preview.py data/emoji-128")

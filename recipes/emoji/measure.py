@@ -17,13 +17,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import compose_emoji, environment, former_weights, pack_emoji, run
 
+HALF = "--dtype bfloat16"  # as on a GPU
+
 
 def table() -> None:
     pack_emoji()
     models = f"-m emoji -m former={former_weights()}"
-    run(f"latent-shift eval data/emoji-128 --protocol emoji {models} -o docs/results/emoji.json --force")
     run(
-        f"latent-shift eval data/emoji-128 --split val_animation --out evals/animation {models} "
+        f"latent-shift eval data/emoji-128 --protocol emoji {models} {HALF} -o docs/results/emoji.json --force"
+    )
+    run(
+        f"latent-shift eval data/emoji-128 --split val_animation --out evals/animation {models} {HALF} "
         "-o docs/results/emoji-animation.json --force"
     )
 
@@ -32,7 +36,7 @@ def words() -> None:
     pack_emoji()
     compose_emoji()
     run(
-        f"latent-shift eval data/emoji-composed --protocol words -m emoji -m former={former_weights()} "
+        f"latent-shift eval data/emoji-composed --protocol words -m emoji -m former={former_weights()} {HALF} "
         "-o docs/results/emoji-words.json --force"
     )
     run(

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from compose import open_things
-from splits import is_unseen
 
 from latent_shift.data.store import Store
 from latent_shift.files import write_json
@@ -41,17 +40,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="written by fetch.py")
     parser.add_argument("composed", type=Path, help="written by compose.py")
     parser.add_argument("--model", default="emoji")
-    parser.add_argument(
-        "--former-split",
-        action="store_true",
-        help="of weights from before words.toml, which 5 %% of all concepts were held out of",
-    )
     args = parser.parse_args()
     model = catalog.folder(args.model)
     embed = embedder(open_tokenizer(model / "tokenizer"), open_text_encoder(model / "text_encoder").float())
     things, _ = open_things(args.folder)
-    if args.former_split:
-        things = {code: thing for code, thing in things.items() if not is_unseen(code)}
     names = list(dict.fromkeys(name for thing in things.values() for name in thing.names))
     known = Names(tuple(names), embed(names), 0.0)
 

@@ -1,0 +1,37 @@
+"""Average the U-Nets of a model and of the model it was trained from: `python recipes/emoji/average.py MODEL INIT OUT --share 0.75`.
+
+A model that is trained further on other data forgets some of what it knew. Between the weights before and after lie some that know
+most of both (Wortsman et al. 2022, Robust fine-tuning of zero-shot models, https://arxiv.org/abs/2109.01903).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="a diffusers folder")
+    parser.add_argument("init", type=Path, help="the folder that it was trained from")
+    parser.add_argument("out", type=Path, help="a copy of MODEL with the averaged weights")
+    parser.add_argument("--share", type=float, required=True, help="of MODEL in the average, from 0 to 1")
+    args = parser.parse_args()
+    after, before = load_file(args.model / FILE), load_file(args.init / FILE)
+    average = {
+        name: before[name].float().lerp(weight.float(), args.share).to(weight.dtype)
+        for name, weight in after.items()
+    }
+    shutil.copytree(args.model, args.out)
+    save_file(average, args.out / FILE, {"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()

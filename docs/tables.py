@@ -74,47 +74,6 @@ def emoji() -> str:
     )
 
 
-def words() -> str:
-    """Tabulate which words of held-out combinations are obeyed."""
-    results = Results("emoji-words")
-    rows = []
-    for kind in ("motion", "colour", "background", "number", "thing", "company"):
-        measure, chance = f"adherence_{kind}", f"adherence_{kind}_chance"
-        by_chance = results.cells["emoji"].get(chance)
-        rows.append(
-            [
-                label(measure),
-                *(value(results.cells[name][measure], percent) for name in EMOJI),
-                "" if by_chance is None else point(by_chance, percent),
-                results.real(measure, percent, with_interval=False),
-            ]
-        )
-    head = ["measure, 400 clips of 16 frames", *EMOJI.values(), "by chance", "real clips"]
-    return results.caption() + markdown_table(head, rows)
-
-
-def motion_words() -> str:
-    """Tabulate `recipes/emoji/motion.py`: by how much another caption raises the error of what changes, by timestep."""
-    results = read_result("motion-words")
-    timesteps = next(iter(results.values()))["timesteps"]
-    rows = [
-        [
-            name,
-            f"`{row['settings']}`",
-            *(f"{point['other_caption_percent']:.1f}" for point in row["timesteps"].values()),
-            percent(row["obeyed"]) if "obeyed" in row else "",
-        ]
-        for name, row in results.items()
-    ]
-    head = [
-        "variant",
-        "settings",
-        *(f"t = {timestep}" for timestep in timesteps),
-        "clips that show the motion",
-    ]
-    return markdown_table(head, rows)
-
-
 def shift_and_attention() -> str:
     """Tabulate `recipes/compare`: the shift, attention and neither."""
     results = Results("seeds")

@@ -31,20 +31,35 @@ def run(command: str, *, result: str | None = None) -> None:
             sys.exit(error.returncode)  # the command has said why
 
 
+def fetch_emoji() -> None:
+    """Fetch the emoji data set as data/emoji."""
+    run("python recipes/emoji/fetch.py data/emoji", result="data/emoji/metadata.jsonl")
+
+
 def pack_emoji(size: int = 128) -> None:
     """Fetch the emoji data set and pack it as data/emoji-SIZE, at 8 fps."""
-    run("python recipes/emoji/fetch.py data/emoji", result="data/emoji/metadata.jsonl")
+    fetch_emoji()
     run(
         f"latent-shift data pack data/emoji data/emoji-{size} --size {size} --fps 8",
         result=f"data/emoji-{size}/store.json",
     )
 
 
-def compose_emoji(num: int = 10000) -> None:
-    """Compose clips of emoji as data/emoji-composed: `num` to train on, and those of protocol words."""
+def compose_emoji() -> None:
+    """Fetch the emoji data set and compose clips of it as data/emoji-composed: 10,000 to train on, and those of protocol words."""
+    fetch_emoji()
     run(
-        f"python recipes/emoji/compose.py data/emoji data/emoji-composed --num {num}",
+        "python recipes/emoji/compose.py data/emoji data/emoji-composed",
         result="data/emoji-composed/store.json",
+    )
+
+
+def compose_words() -> None:
+    """Fetch the emoji data set and compose the clips of protocol words alone as data/emoji-words."""
+    fetch_emoji()
+    run(
+        "python recipes/emoji/compose.py data/emoji data/emoji-words --num 0",
+        result="data/emoji-words/store.json",
     )
 
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from commands import compose_emoji, environment, former_weights, pack_emoji, run
+from commands import compose_words, environment, former_weights, pack_emoji, run
 
 HALF = "--dtype bfloat16"  # as on a GPU
 
@@ -33,10 +33,9 @@ def table() -> None:
 
 
 def words() -> None:
-    pack_emoji()
-    compose_emoji()
+    compose_words()
     run(
-        f"latent-shift eval data/emoji-composed --protocol words -m emoji -m former={former_weights()} {HALF} "
+        f"latent-shift eval data/emoji-words --protocol words -m emoji -m former={former_weights()} {HALF} "
         "-o docs/results/emoji-words.json --force"
     )
     run(

@@ -3,11 +3,12 @@
     python recipes/emoji/motion.py            # every variant
     python recipes/emoji/motion.py zero hold  # these alone
 
-Ten things in each of the motions of compose.py are learned in 500 steps from `emoji`, once for each of VARIANTS; nothing else differs.
-Then clips of these things are denoised with the right caption, and with that of another motion of the same thing: how much larger the
-error of what changes from frame to frame is with the other caption says how much the network goes by the words. At pure noise
-(t = 999) only a network that can tell which frame is the first has something to go by. And clips are generated from captions it was
-trained on: how many show the motion they ask for. Writes docs/results/motion-words.json. A trained model is not trained again.
+Ten things in each of the motions of compose.py are learned in 500 steps, once for each of VARIANTS, from the weights of before
+words.toml; nothing else differs. Then clips of these things are denoised with the right caption, and with that of another motion of
+the same thing: how much larger the error of what changes from frame to frame is with the other caption says how much the network goes
+by the words. At pure noise (t = 999) only a network that can tell which frame is the first has something to go by. And clips are
+generated from captions it was trained on: how many show the motion they ask for. Writes docs/results/motion-words.json. A trained
+model is not trained again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from diffusers import DDPMScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from commands import pack_emoji, run
+from commands import fetch_emoji, former_weights, run
 
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.records import Record
@@ -32,7 +33,6 @@ from latent_shift.data.store_writer import PIXELS, StoreWriter, store_folder
 from latent_shift.diffusion import training_target
 from latent_shift.evaluation.detection import detected, requested
 from latent_shift.files import write_json
-from latent_shift.pipelines.loading import folder as folder_of
 from latent_shift.pipelines.loading import load
 from latent_shift.runtime import seed
 from latent_shift.shift import frames
@@ -95,10 +95,10 @@ def compose_motions() -> None:
 
 
 def start() -> str:
-    """Return a copy of `emoji` that counts as an image model, so that training may shift other channels."""
+    """Return a copy of the former weights that counts as an image model, so that training may shift other channels."""
     path = Path("runs/motion/start")
     if not path.exists():
-        shutil.copytree(folder_of("emoji"), path)
+        shutil.copytree(former_weights(), path)
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
         write_json({**index, "latent_shift": {}}, path / "model_index.json")
     return str(path)
@@ -157,7 +157,7 @@ def main() -> None:
     variants = parser.parse_args().variants or list(VARIANTS)
     if unknown := sorted(set(variants) - set(VARIANTS)):
         parser.error(f"no variant {unknown[0]!r}: there are {', '.join(VARIANTS)}")
-    pack_emoji()
+    fetch_emoji()
     if not (DATA / "store.json").exists():
         compose_motions()
     run(

@@ -19,7 +19,8 @@ from latent_shift.models import sizes
 from latent_shift.models.loading import check_types, open_tokenizer
 from latent_shift.models.parts import part_shapes, variants
 from latent_shift.pipelines import catalog, single_file
-from latent_shift.pipelines.loading import describe, load
+from latent_shift.pipelines.descriptions import describe
+from latent_shift.pipelines.loading import load
 from latent_shift.pipelines.lora import load_lora
 from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline
 from latent_shift.runtime import seed

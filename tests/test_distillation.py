@@ -14,7 +14,7 @@ from tiny import alike, stage_of, tiny_config
 from latent_shift.diffusion import ddim_step, midpoint_step, noise_schedule, training_target
 from latent_shift.evaluation import systems
 from latent_shift.files import sha256
-from latent_shift.pipelines import catalog
+from latent_shift.pipelines import catalog, descriptions
 from latent_shift.pipelines.loading import load
 from latent_shift.pipelines.lora import load_lora, merged
 from latent_shift.pipelines.provenance import hash_inputs
@@ -361,13 +361,13 @@ def test_packaged_student_and_its_teacher(packaged, fast_lora, video_model):
         torch.testing.assert_close(weight, merged_weights[name], rtol=1e-5, atol=1e-6)
     assert not alike(student.unet.state_dict(), teacher.unet.state_dict())
     assert alike(teacher.unet.state_dict(), load(video_model, device="cpu").unet.state_dict())
-    assert catalog.sampling_defaults("emoji")["num_inference_steps"] == 2
-    assert catalog.sampling_defaults("emoji@20") == catalog.sampling_defaults(video_model)
+    assert descriptions.sampling_defaults("emoji")["num_inference_steps"] == 2
+    assert descriptions.sampling_defaults("emoji@20") == descriptions.sampling_defaults(video_model)
     assert catalog.examples("emoji@20") == catalog.examples("emoji") != ()
     hashes = hash_inputs("emoji@20")
     assert hash_inputs("emoji") == hashes | {catalog.STUDENT: sha256(packaged / catalog.STUDENT)}
-    assert catalog.describe("emoji")["distilled"].endswith("steps, guidance built in; from emoji@20")
-    assert "distilled" not in catalog.describe("emoji@20")
+    assert descriptions.describe("emoji")["distilled"].endswith("steps, guidance built in; from emoji@20")
+    assert "distilled" not in descriptions.describe("emoji@20")
     weights = [
         systems.open_system(name, device="cpu").settings["weights"]
         for name in ("emoji", "emoji@20", str(video_model))

@@ -16,7 +16,7 @@ from latent_shift.engines.export import export
 from latent_shift.evaluation import systems
 from latent_shift.models import dit, sizes
 from latent_shift.models.network_classes import baseline_of
-from latent_shift.pipelines import catalog, loading
+from latent_shift.pipelines import descriptions, loading
 from latent_shift.shift import Shift, frames, shift_of
 from latent_shift.training import memory
 from latent_shift.training.loop import train
@@ -50,10 +50,12 @@ def test_training_saving_and_sampling(size, latents, tmp_path):
     folder = train(tiny_config("video", latents, model=settings, diffusion=flow), tmp_path / "video")
     pipe = loading.load(folder)
     assert pipe.scheduler.config.use_flow_sigmas
-    assert catalog.describe(folder)["predicts"] == "flow_prediction"
+    assert descriptions.describe(folder)["predicts"] == "flow_prediction"
     assert type(pipe.unet) is CLASSES[size][0]
     assert shift_of(pipe.unet) == Shift(place="attn", edge="hold")
-    assert "widths" in catalog.describe(folder) and "place attn" in catalog.describe(folder)["shift"]
+    assert (
+        "widths" in descriptions.describe(folder) and "place attn" in descriptions.describe(folder)["shift"]
+    )
     loop = pipe("a red square", num_inference_steps=2, generator=ls.seed(0), loop=True).frames
     again = loading.load(folder)(
         "a red square", num_inference_steps=2, generator=ls.seed(0), loop=True
@@ -116,7 +118,7 @@ def test_texts_are_of_images_or_of_clips(size):
 
 def test_sizes_are_multiples_of_a_patch_and_loras_need_a_unet(size, latents, tmp_path):
     folder = train(tiny_config("image", latents, model={"size": size}, steps=1), tmp_path / "image")
-    assert catalog.sampling_defaults(folder)["multiple"] == 16
+    assert descriptions.sampling_defaults(folder)["multiple"] == 16
     with pytest.raises(ValueError, match="in multiples of 16, got 40 and 32"):
         loading.load(folder)("a red square", num_inference_steps=1, height=40)
     settings = {"init": str(folder)}

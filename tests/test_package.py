@@ -21,7 +21,7 @@ import torch
 import latent_shift
 from latent_shift import files, runtime
 from latent_shift.config import Model
-from latent_shift.pipelines import catalog
+from latent_shift.pipelines import catalog, descriptions
 from latent_shift.shift import Shift
 
 MODULES = sorted(
@@ -185,7 +185,7 @@ def test_seed_takes_whole_numbers():
 def test_catalog_describes_with_the_defaults_of_the_pipeline():
     for field in fields(Shift):
         assert Model.model_fields[field.name].default == field.default
-    described = catalog.describe("emoji")
+    described = descriptions.describe("emoji")
     pipe = latent_shift.load("emoji", device="cpu")
     assert (
         described["picture"]

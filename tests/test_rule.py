@@ -14,7 +14,7 @@ from tiny import tiny_config, two_back
 
 import latent_shift as ls
 from latent_shift.models import sizes
-from latent_shift.pipelines import catalog, loading
+from latent_shift.pipelines import descriptions, loading
 from latent_shift.shift import Shift, reach, shift_of
 from latent_shift.training import checks
 from latent_shift.training.loop import train
@@ -29,7 +29,7 @@ def test_a_rule_is_named_in_a_recipe_and_its_offsets_are_saved(latents, image_mo
     assert shift_of(pipe.unet) == shift_of(ls.inflate(pipe.unet, Shift(rule=two_back, edge="hold")))
     num_layers = reach(ls.inflate(sizes.unet("tiny", sample_size=4)))[0]
     assert reach(pipe.unet) == (2 * num_layers, 0)
-    assert "rule custom" in catalog.describe(folder)["shift"]
+    assert "rule custom" in descriptions.describe(folder)["shift"]
     pipe.save_pretrained(tmp_path / "again")
     clips = [
         loading.load(path)("a red square", num_inference_steps=1, generator=ls.seed(0)).frames
@@ -51,7 +51,7 @@ def test_neighbors_and_mean_are_a_sixth_each(num_channels):
 
 
 def test_near_and_far_takes_as_many_channels_from_before_as_from_after():
-    rule = sizes.load_rule("latent_shift.rules:near_and_far")(96)
+    rule = sizes.load_rule("recipes.compare.rules:near_and_far")(96)
     counts = Counter(rule)
     assert all(counts[offset] == (12 if abs(offset) == 1 else 3) for offset in (-8, -4, -2, -1, 1, 2, 4, 8))
     assert counts[-3, -2, -1, 0, 1, 2, 3] == 12

@@ -11,7 +11,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 from latent_shift.pipelines import single_file
-from latent_shift.pipelines.loading import describe, load
+from latent_shift.pipelines.descriptions import describe
+from latent_shift.pipelines.loading import load
 from latent_shift.runtime import seed
 
 SMALL_TEXTS = [

@@ -53,7 +53,7 @@ THINGS = (
 )
 CLIPS_OF_EACH = 3
 MIXED = "model.place=both model.channels=cheapest model.rule=latent_shift.rules:neighbors_and_mean"
-FAR = MIXED.replace("neighbors_and_mean", "near_and_far")
+FAR = MIXED.replace("latent_shift.rules:neighbors_and_mean", "recipes.compare.rules:near_and_far")
 VARIANTS = {
     "hold": "model.edge=hold",
     "hold-2000-steps": "model.edge=hold optim.steps=2000",

@@ -11,19 +11,6 @@ def neighbors_and_mean(num_channels: int) -> list[int | tuple[int, ...]]:
     return shares(num_channels, num_channels // 6, num_channels // 6)
 
 
-def near_and_far(num_channels: int) -> list[int | tuple[int, ...]]:
-    """An eighth of the channels from the previous frame, an eighth from the next, an eighth the mean of seven frames, and one channel
-    in 32 from each of two, four and eight frames before and after.
-
-    With `edge="zero"` the far channels are zero near the ends of a clip, so frames can tell where they are in it. Meant for
-    `place="both"` and `model.channels = "cheapest"`, as `neighbors_and_mean`.
-    """
-    eighth, few = num_channels // 8, num_channels // 32
-    far = [offset for distance in (8, 4, 2) for offset in [distance] * few]
-    near = shares(num_channels - 2 * len(far), eighth, eighth)
-    return [*(-offset for offset in far), *near, *reversed(far)]
-
-
 def shares(num_channels: int, num_each_way: int, num_mean: int) -> list[int | tuple[int, ...]]:
     """So many channels from the previous frame, as many from the next, so many the mean of seven frames; the others stay."""
     window = (-3, -2, -1, 0, 1, 2, 3)

@@ -26,12 +26,12 @@ def show(
     names: Annotated[bool, typer.Option("--names", help="list the names of what it was trained on")] = False,
 ) -> None:
     """Describe a model without loading its weights: family, parts, parameters, sizes, shift. Or list what it knows."""
-    from latent_shift.pipelines import catalog
+    from latent_shift.pipelines import catalog, descriptions
 
     if not names:
         if word is not None:
             raise ValueError(f"{word}: one model at a time; a word is searched for with --names")
-        for name, value in catalog.describe(model).items():
+        for name, value in descriptions.describe(model).items():
             print(f"{name:24} {value}")
         return
     from latent_shift.models.names import FILE, read_names

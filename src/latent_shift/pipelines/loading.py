@@ -21,7 +21,6 @@ from latent_shift.pipelines.catalog import (
     MODELS,
     WEIGHTS,
     check_model,
-    describe,
     folder,
     on_hub,
     part_class,
@@ -32,7 +31,7 @@ from latent_shift.pipelines.stable_diffusion import LatentShiftPipeline, LatentS
 from latent_shift.pipelines.student import merge_student
 from latent_shift.runtime import resolve_device
 
-__all__ = ["MODELS", "WEIGHTS", "describe", "download", "folder", "load", "make_scheduler", "on_hub"]
+__all__ = ["MODELS", "WEIGHTS", "download", "folder", "load", "make_scheduler", "on_hub"]
 
 
 def load(

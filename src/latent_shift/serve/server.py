@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from latent_shift.engines.exported import is_exported, read_settings
 from latent_shift.engines.runtimes import ENGINES, PACKAGES
 from latent_shift.models.names import Names, read_names
-from latent_shift.pipelines import catalog
+from latent_shift.pipelines import catalog, descriptions
 from latent_shift.serve import security
 from latent_shift.serve.app import create_app
 from latent_shift.serve.jobs import JobStore
@@ -130,7 +130,7 @@ def model_info(model: str) -> ModelInfo:
     if is_exported(model):
         return _exported_info(model)
     catalog.check_model(model)
-    defaults = catalog.sampling_defaults(model)
+    defaults = descriptions.sampling_defaults(model)
     about = {"description": catalog.MODELS.get(model, ""), "examples": catalog.examples(model)}
     return ModelInfo(id=model, **about, **defaults)  # type: ignore[arg-type]
 

@@ -62,7 +62,9 @@ class Results:
         if seeds := sorted({number for number in self.table.num_seeds if number > 1}):
             text += f"; of systems trained with {' or '.join(map(str, seeds))} seeds the mean, and the least and greatest over the seeds"
         if differences:
-            first = self.table.names[0] + (", first seed," if self.table.num_seeds[0] > 1 else "")
+            first = self.table.names[0] + (
+                ", first seed, not from its mean," if self.table.num_seeds[0] > 1 else ""
+            )
             text += f". Signed values: paired differences from {first} on the same clips"
         return f"*{text}.*\n\n"
 

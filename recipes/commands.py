@@ -67,10 +67,12 @@ def former_weights() -> str:
     """Return the folder of the weights of `emoji` from before words.toml, taken from the history of this repository."""
     folder = Path("runs/emoji-former")
     if not folder.exists():
-        source = f"{FORMER}:src/latent_shift/weights/emoji"
         folder.parent.mkdir(exist_ok=True)
-        archive = folder.with_suffix(".zip")
-        subprocess.run(["git", "archive", "-o", str(archive), source], check=True)
-        shutil.unpack_archive(archive, folder)
+        archive, partial = folder.with_suffix(".zip"), folder.with_suffix(".partial")
+        command = ["git", "archive", "-o", str(archive), f"{FORMER}:src/latent_shift/weights/emoji"]
+        if subprocess.run(command, check=False).returncode:
+            sys.exit(f"commit {FORMER} holds the former weights: a clone with the whole history is needed")
+        shutil.unpack_archive(archive, partial)
+        partial.rename(folder)
         archive.unlink()
     return str(folder)

@@ -1,7 +1,10 @@
 """Engines beside PyTorch: the same noise, the same samplers, the same clips."""
 
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from latent_shift.engines import exported
 from latent_shift.engines.steps import sampler_steps, timesteps_of
 from latent_shift.models.names import embedder
 from latent_shift.noise import clip_noise, standard_normal
+from latent_shift.pipelines import catalog
 from latent_shift.pipelines.loading import load
 from latent_shift.pipelines.noise import draw_noise
 from latent_shift.pipelines.request import Request, generate_clip
@@ -40,14 +44,17 @@ def test_noise_of_clips_is_that_of_the_pipeline(num_frames, options):
     )
 
 
-@pytest.mark.parametrize("num", [1, 2, 4, 20])
+@pytest.mark.parametrize("num", [1, 2, 4, 7, 20, 30, 48])
 @pytest.mark.parametrize("name", ["ddim", "dpm-solver++"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_samplers_are_those_of_diffusers(name, prediction, num):
+@pytest.mark.parametrize(
+    ("prediction", "spacing"),
+    [("epsilon", "leading"), ("epsilon", "linspace"), ("epsilon", "trailing"), ("v_prediction", "trailing")],
+)
+def test_samplers_are_those_of_diffusers(name, prediction, spacing, num):
     """On a network that is linear in its input and changes with the timestep."""
     schedule = noise_schedule(prediction=prediction, zero_terminal_snr=prediction == "v_prediction")
     kind = DDIMScheduler if name == "ddim" else DPMSolverMultistepScheduler
-    scheduler = kind.from_config(schedule.config)
+    scheduler = kind.from_config(schedule.config, timestep_spacing=spacing)
     scheduler.set_timesteps(num)
     timesteps = timesteps_of(
         name, num, num_timesteps=1000, spacing=scheduler.config.timestep_spacing, offset=scheduler.config.steps_offset
@@ -157,6 +164,50 @@ def test_a_flow_is_not_exported(video_model, tmp_path):
     pipe.save_pretrained(tmp_path / "flow")
     with pytest.raises(ValueError, match="predicts flow_prediction: the engines sample models that predict"):
         export(str(tmp_path / "flow"), tmp_path / "exported")
+
+
+@pytest.mark.parametrize("option", ["use_karras_sigmas", "solver_order", "algorithm_type"])
+def test_a_scheduler_that_engines_do_not_have_is_not_exported(option, video_model, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from latent_shift.engines.export import export
+
+    pipe = load(video_model, device="cpu")
+    value = {"use_karras_sigmas": True, "solver_order": 3, "algorithm_type": "sde-dpmsolver++"}[option]
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **{option: value})
+    pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=re.escape(f"its scheduler has {option}={value!r}, which the engines do not sample")
+    ):
+        export(str(tmp_path / "model"), tmp_path / "exported")
+
+
+def test_nothing_of_another_model_stays_in_an_export(video_model, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    from latent_shift.engines import export
+
+    for name in (exported.SETTINGS, "names.safetensors", "preview.safetensors"):
+        (tmp_path / name).write_text("old")
+    monkeypatch.setattr(export, "_write", lambda *_: None)
+    export.export(str(video_model), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [exported.SETTINGS, "tokenizer.json"]
+    with pytest.raises(ValueError, match="has no tiny_vae, so --large-decoder has no effect"):
+        export.export(str(video_model), tmp_path, large_decoder=True)
+
+
+def test_words_that_an_engine_does_not_read_are_named(folder, caplog):
+    pipeline = exported.ExportedPipeline(folder)
+    pipeline.embed("a red square")
+    assert not caplog.records
+    pipeline.embed("red " * pipeline.settings.max_tokens + "blue")
+    assert "prompt is truncated to the" in caplog.text and "blue" in caplog.text.rpartition(": ")[2]
+
+
+def test_a_page_offers_steps_that_the_model_has(folder):
+    from latent_shift.engines import web
+
+    settings = exported.read_settings(folder)
+    few = settings.model_copy(update={"alphas_cumprod": settings.alphas_cumprod[::25]})
+    assert max(map(int, web._tables(few))) <= len(few.alphas_cumprod) < max(map(int, web._tables(settings)))
 
 
 def test_sentence_embeddings_are_those_of_the_names(folder, model):
@@ -281,6 +332,10 @@ def test_a_name_is_no_folder(tmp_path, monkeypatch):
         (tmp_path / name / exported.SETTINGS).write_text("{}")
     monkeypatch.chdir(tmp_path)
     assert [exported.is_exported(name) for name in ("emoji", "./emoji", "mine")] == [False, True, True]
+    shutil.rmtree("emoji")
+    Path("emoji").write_text("a file")
+    catalog.check_model("emoji")
+    assert [catalog.on_hub(name) for name in ("owner/name", "./name", "../name")] == [True, False, False]
 
 
 def test_bench_engines(video_model):

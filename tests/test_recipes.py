@@ -18,15 +18,18 @@ import fetch
 import numpy as np
 import pytest
 import torch
+import typer
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from latent_shift import video
+from latent_shift import recipe, video
+from latent_shift.cli.main import app
 from latent_shift.evaluation.tables import find_seeds
 from latent_shift.recipe import load
 from latent_shift.training import checks, prepare
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
 
 BODY = np.random.default_rng(0).bytes(100_000)
 SHA = base64.b64encode(hashlib.sha512(BODY).digest()).decode()
@@ -153,6 +156,29 @@ def test_motion_describes_what_the_frames_show(tmp_path):
     assert fetch.describe((path, name, "1f408"))[0] == "1f408.webp"
 
 
+def check_command(words: list[str]) -> None:
+    """Fail for a script that does not exist, an option that its command does not have, and settings that a recipe does not take."""
+    if words[0] != sys.executable:
+        return
+    program, *rest = words[1:]
+    if program != "-m":
+        assert (ROOT / program).exists() or program == "-c", words
+        return
+    if rest[0] != "latent_shift":
+        return
+    command, rest = typer.main.get_command(app), rest[1:]
+    while rest and rest[0] in getattr(command, "commands", {}):
+        name = rest.pop(0)
+        command = command.commands[name]
+    known = {
+        option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    assert {word for word in rest if word.startswith("-")} <= known, words
+    if name == "train":
+        settings = [word for word in rest if "=" in word]
+        recipe.load(ROOT / rest[0], [word for word in settings if not word.startswith("model.init=runs")])
+
+
 @pytest.fixture
 def run_script(tmp_path, monkeypatch):
     """Return a function that runs a recipe script in an empty folder; it returns the commands, which do nothing."""
@@ -167,6 +193,7 @@ def run_script(tmp_path, monkeypatch):
 
         def add(words, *, check, env=None):
             assert env is None or env["HF_HUB_OFFLINE"] == "1"
+            check_command(words)
             commands.append(" ".join(words))
 
         monkeypatch.setattr(subprocess, "run", add)
@@ -180,12 +207,17 @@ def run_script(tmp_path, monkeypatch):
 
 def test_ablation_trains_no_published_model(run_script):
     commands = run_script("emoji/ablation.py")
-    text = "\n".join(commands)
-    assert "recipes/emoji/image.toml" in text
-    assert "build.py" not in text
-    assert "steps=7900" not in text
-    assert "results/archive" not in text
-    assert sum("emoji/video.toml" in command for command in commands) == 3
+    trainings = [command for command in commands if "emoji/video.toml" in command]
+    assert [command.rpartition("model.temporal=")[2] for command in trainings] == [
+        "shift",
+        "none",
+        "attention",
+    ]
+    assert all("model.edge=zero" in command and "optim.steps=1000" in command for command in trainings)
+    assert not any("weights" in command or "words.toml" in command for command in commands)
+    assert [command.split(" -o ")[1] for command in commands[-2:]] == [
+        "docs/results/ablation-training.json --force", "docs/results/ablation.json --force"
+    ]  # fmt: skip
 
 
 def test_measuring_prepares_the_frames_alone(run_script):
@@ -194,6 +226,12 @@ def test_measuring_prepares_the_frames_alone(run_script):
         assert fetch_command.endswith("fetch.py data/emoji")
         assert "data pack data/emoji data/emoji-128 --size 128" in pack_command
         assert "data/emoji-128" in measure_command
+    for task, results in {
+        "words": "emoji-words.json",
+        "steps": "emoji-20-steps.json",
+        "sheet": "emoji-sheet.png",
+    }.items():
+        assert any(results in command for command in run_script("emoji/measure.py", task))
     (command,) = run_script("benchmark.py", "peers")
     assert command.endswith("bench peers -o docs/results/peers.json --force")
 
@@ -237,7 +275,10 @@ def test_emoji_is_built_of_real_and_composed_clips(run_script):
         places = [commands.index(word) for word in order]
         assert places == sorted(places)
     commands = "\n".join(run_script("emoji/build.py", "--former"))
-    assert "words.toml --run runs/emoji-words model.init=runs/emoji-former data.concept_weights=" in commands
+    assert (
+        "words.toml --run runs/emoji-words-from-former model.init=runs/emoji-former data.concept_weights="
+        in commands
+    )
     assert "--autoencoder runs/emoji-former --texts runs/emoji-former" in commands
     assert "image.toml" not in commands
 

@@ -71,6 +71,13 @@ def test_generate_clip_reads_pictures_at_the_size_of_the_clip(texts, tmp_path):
             generate_clip(wrong, pipe)
 
 
+def test_generate_clip_refuses_a_video_of_too_few_frames(texts, tmp_path):
+    clip = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    video.write(clip, tmp_path / "clip.webp")
+    with pytest.raises(ValueError, match=r"clip.webp: has 5 frames at 8 fps, fewer than num_frames=7"):
+        generate_clip(Request(prompt="red", video=tmp_path / "clip.webp", num_frames=7), sd(texts))
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
 @pytest.mark.parametrize("name", ["image", "last_image"])
 def test_generate_clip_refuses_several_frames_for_one(texts, tmp_path, name, suffix):

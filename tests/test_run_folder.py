@@ -16,7 +16,7 @@ from tiny import tiny_config
 from latent_shift.folders import MARKER, read_kind
 from latent_shift.pipelines.diagnosis import NotFiniteError
 from latent_shift.recipe import dump
-from latent_shift.training import checkpoint, stages
+from latent_shift.training import checkpoint, checks, stages
 from latent_shift.training.loop import train
 
 EVERY_STEP = {"checkpoint_minutes": 1e-9, "keep_checkpoints": 1}
@@ -184,6 +184,15 @@ def test_train_goes_on_after_a_sample_that_overflows(latents, tmp_path, monkeypa
 def test_config_of_a_run_holds_no_signature():
     secret = tiny_config("video", "https://me:password@host/{0..3}.tar?sig=1")
     assert checkpoint.without_secrets(secret).data.path == "https://host/{0..3}.tar"
+
+
+def test_an_address_with_another_signature_is_the_same_data(tmp_path):
+    for signature in ("1", "2"):
+        config = tiny_config("video", f"https://me:password@host/{{0..3}}.tar?sig={signature}")
+        (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
+        checks.check_same_run(config, tmp_path) if signature == "2" else checkpoint.write_config(
+            config, tmp_path
+        )
 
 
 def test_train_exports_a_run_whose_last_steps_were_skipped(latents, tmp_path, spoil):

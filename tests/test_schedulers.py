@@ -356,3 +356,27 @@ def test_a_flow_has_the_noise_levels_of_a_flow(option):
 def test_custom_sigmas_fall_within_those_of_the_model(sigmas):
     with pytest.raises(ValueError, match=r"expected falling sigmas from at most 14\.6"):
         schedulers.set_timesteps(EPSILON, 10, device=torch.device("cpu"), sigmas=sigmas)
+
+
+@pytest.mark.parametrize("num", [61, 103, 206])
+def test_trailing_timesteps_that_go_on_to_minus_one_are_refused(num):
+    for name in ("DDIM", "DPMSolverMultistep"):
+        with pytest.raises(
+            ValueError, match=f"num_inference_steps={num}: trailing timesteps of {name}Scheduler end at -1"
+        ):
+            schedulers.set_timesteps(make_scheduler(name, ZERO_SNR), num, device=torch.device("cpu"))
+
+
+def test_as_many_steps_as_timesteps_are_not_all_the_same():
+    scheduler = make_scheduler("DPMSolverMultistep", EPSILON)
+    with pytest.raises(
+        ValueError, match="leading timesteps of DPMSolverMultistepScheduler end at 1 by rounding"
+    ):
+        schedulers.set_timesteps(scheduler, 1000, device=torch.device("cpu"))
+
+
+def test_sigmas_of_a_call_are_no_limit_of_the_next():
+    scheduler = make_scheduler("EulerDiscrete", EPSILON)
+    for sigmas in ([5.0, 1.0], [14.0, 5.0, 1.0]):  # the last one is where the last step leads
+        timesteps = schedulers.set_timesteps(scheduler, 2, device=torch.device("cpu"), sigmas=sigmas)
+        assert len(timesteps) == len(sigmas) - 1

@@ -318,6 +318,11 @@ def test_protocol_of_words_counts_what_is_right(data, tmp_path, monkeypatch):
     def values(system):
         result = evaluate(system, protocol, tmp_path / "evals")
         assert not result["skipped"]
+        assert all(
+            record["samples"] == record["clips"]
+            for record in result["records"]
+            if "chance" not in record["measure"]
+        )
         return {record["measure"]: (record["value"], record["clips"]) for record in result["records"]}
 
     of_real = values(real)
@@ -336,3 +341,27 @@ def test_protocol_of_words_counts_what_is_right(data, tmp_path, monkeypatch):
     assert of_white["adherence_thing"][0] < 1  # whatever is seen in white: five of ten are right by chance
     with pytest.raises(ValueError, match="has 9 labelled clips of split val_words, 10 are needed"):
         protocols.open_protocol("words", tmp_path / "packed", num=10)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"thing": "1f34e 1f415"}, "2 things in a layout of 1x1"),
+        ({"motion": "spin", "held_out": "Motion"}, "held_out 'Motion': expected one kind of word"),
+        ({"motion": "dance"}, "motion 'dance': expected one of spin"),
+        ({"layout": "2x2"}, "layout '2x2': expected 1x1"),
+    ],
+)
+def test_labels_that_no_measure_knows_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        detection.check_labels(labels, "here")
+
+
+@pytest.mark.parametrize("duration", [20, 25, 40, 42, 50])
+def test_frames_of_an_animation_are_those_of_their_time(duration, tmp_path):
+    frames = [Image.new("RGBA", (8, 8), (5 * index, 0, 0, 255)) for index in range(1000 // duration)]
+    frames[0].save(
+        tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=duration, lossless=True
+    )
+    shown = [frame.getpixel((0, 0))[0] // 5 for frame in compose.read_animation(tmp_path / "a.webp")]
+    assert shown == [125 * index % (duration * len(frames)) // duration for index in range(16)]

@@ -21,16 +21,24 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="a diffusers folder")
     parser.add_argument("init", type=Path, help="the folder that it was trained from")
-    parser.add_argument("out", type=Path, help="a copy of MODEL with the averaged weights")
+    parser.add_argument(
+        "out", type=Path, help="a copy of MODEL with the averaged weights; replaced if it exists"
+    )
     parser.add_argument("--share", type=float, required=True, help="of MODEL in the average, from 0 to 1")
     args = parser.parse_args()
+    if not 0 <= args.share <= 1:
+        parser.error(f"--share: expected a number from 0 to 1, got {args.share}")
     after, before = load_file(args.model / FILE), load_file(args.init / FILE)
     average = {
         name: before[name].float().lerp(weight.float(), args.share).to(weight.dtype)
         for name, weight in after.items()
     }
-    shutil.copytree(args.model, args.out)
-    save_file(average, args.out / FILE, {"format": "pt"})
+    partial = args.out.with_name(f"{args.out.name}.partial")
+    for folder in (partial, args.out):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(args.model, partial)
+    save_file(average, partial / FILE, {"format": "pt"})
+    partial.rename(args.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python recipes/emoji/build.py --gpu       # the last part on a GPU (minutes)
     python recipes/emoji/build.py --former    # the last part alone, from the weights of before it: those of this package
 
-A step is skipped if its result exists. Run it from the root of a clone, in an environment made by `make setup`.
+Data that exists is not made again, and a run that was stopped goes on. Run it from the root of a clone, in an environment made by `make setup`.
 """
 
 from __future__ import annotations
@@ -31,27 +31,22 @@ def prepare_data() -> None:
 
 
 def encode(autoencoder: str, texts: str) -> None:
-    """Encode real and composed clips."""
+    """Encode real and composed clips; those that are encoded by this autoencoder already stay."""
     for pixels, latents in (("emoji-128", "emoji-latents"), ("emoji-composed", "emoji-composed-latents")):
-        run(
-            f"latent-shift encode data/{pixels} data/{latents} --autoencoder {autoencoder} --texts {texts}",
-            result=f"data/{latents}/store.json",
-        )
+        run(f"latent-shift encode data/{pixels} data/{latents} --autoencoder {autoencoder} --texts {texts}")
 
 
-def train(recipe: str, settings: str = "") -> str:
-    """Train by a recipe of this folder and return the folder of the model."""
-    model = f"runs/emoji-{recipe}/model"
-    file = "diffusion_pytorch_model.safetensors" if recipe == "autoencoder" else "model_index.json"
-    command = f"latent-shift train recipes/emoji/{recipe}.toml --run runs/emoji-{recipe} {settings}"
-    run(command.rstrip(), result=f"{model}/{file}")
-    return model
+def train(recipe: str, settings: str = "", *, run_folder: str = "") -> str:
+    """Train by a recipe of this folder and return the folder of the model. A run that has ended only writes it again."""
+    run_folder = run_folder or f"runs/emoji-{recipe}"
+    run(f"latent-shift train recipes/emoji/{recipe}.toml --run {run_folder} {settings}".rstrip())
+    return f"{run_folder}/model"
 
 
 def average(model: str, init: str) -> str:
     """Average a model with the one that it was trained from, and return the folder."""
     out = "runs/emoji-average"
-    run(f"python recipes/emoji/average.py {model} {init} {out} --share 0.75", result=out)
+    run(f"python recipes/emoji/average.py {model} {init} {out} --share 0.75")
     return out
 
 
@@ -74,11 +69,14 @@ def main() -> None:
     if options.former:
         init = former_weights()
         encode(init, init)
-        unseen = " data.concept_weights=recipes/emoji/unseen.json"  # what these weights have never seen
+        # What these weights have never seen is drawn more often.
+        settings = f"model.init={init} data.concept_weights=recipes/emoji/unseen.json"
     else:
         train_image()
-        init, unseen = train("video"), ""
-    model = train("gpu" if options.gpu else "words", f"model.init={init}{unseen}")
+        init = train("video")
+        settings = f"model.init={init}"
+    recipe, start = "gpu" if options.gpu else "words", "-from-former" if options.former else ""
+    model = train(recipe, settings, run_folder=f"runs/emoji-{recipe}{start}")
     if not options.gpu:
         model = average(model, init)
     shutil.copytree(model, "src/latent_shift/weights/emoji", dirs_exist_ok=True)

@@ -175,16 +175,16 @@ class Cutouts:
 
 def read_animation(path: Path) -> tuple[Image.Image, ...]:
     """Return the first `NUM_FRAMES` at `FPS` with their transparency; a shorter one begins again."""
-    frames, ends, clock = [], [], 0.0
+    frames, ends, clock = [], [], 0  # ms
     with Image.open(path) as file:
         for frame in ImageSequence.Iterator(file):
             frames.append(frame.convert("RGBA"))
-            clock += file.info.get("duration", 42) / 1000
+            clock += round(file.info.get("duration", 42))
             ends.append(clock)
-            if clock >= NUM_FRAMES / FPS:
+            if clock >= 1000 * NUM_FRAMES / FPS:
                 break
-    times = np.arange(NUM_FRAMES) / FPS % clock
-    return tuple(frames[index] for index in np.searchsorted(ends, times + 1e-6, side="right"))
+    times = np.arange(NUM_FRAMES) * (1000 // FPS) % clock
+    return tuple(frames[index] for index in np.searchsorted(ends, times, side="right"))
 
 
 def _crop(frames: tuple[Image.Image, ...]) -> tuple[Image.Image, ...]:

@@ -76,7 +76,7 @@ def train(fraction: float, workers: int, device: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     whole = fraction == 1
     name = "emoji-gpu" if whole else f"emoji-gpu-{fraction:g}"
-    data, runs, out = Path("data") / name, Path("runs") / name, Path("out") / name
+    data, runs, out = Path("data") / name, Path("runs") / f"{name}-away", Path("out") / name
 
     def part(num: int) -> int:
         return max(2, round(num * fraction))
@@ -88,7 +88,7 @@ def train(fraction: float, workers: int, device: str) -> None:
             f"latent-shift encode {data}/{pixels} {data}/latents-{pixels} --autoencoder emoji --texts emoji --device {device}"
         )
     run(
-        f"latent-shift train recipes/emoji/gpu.toml --run {runs}/video 'data.path={data}/latents-*' "
+        f"latent-shift train recipes/emoji/gpu.toml --run {runs} 'data.path={data}/latents-*' "
         f"optim.steps={part(3000)} optim.warmup_steps={part(300)} optim.cooldown_steps={part(1500)} train.validate_every={part(1000)} "
         f"data.loaders={max(1, workers // 2)} data.batch_size={128 if whole else 4} train.compile={str(whole).lower()}"
     )
@@ -100,16 +100,18 @@ def train(fraction: float, workers: int, device: str) -> None:
     for task, (protocol, num) in evaluations.items():
         fewer = "" if whole else f"--num {part(num)}"
         run(
-            f"latent-shift eval {protocol} -m {runs}/video/model {fewer} --device {device} --out {out}/{task} -o {out}/{task}.json --force"
+            f"latent-shift eval {protocol} -m {runs}/model {fewer} --device {device} --out {out}/{task} -o {out}/{task}.json --force"
         )
     with tarfile.open(out / "model.tar", "w") as tar:
-        tar.add(runs / "video" / "model" / "unet", "unet")
+        tar.add(runs / "model" / "unet", "unet")
     split(out / "model.tar")
     print(f"done in {time.monotonic() - start:.0f} s")
 
 
 def split(path: Path) -> None:
     """Replace a file by pieces of `PIECE` bytes."""
+    for piece in path.parent.glob(f"{path.name}.*"):
+        piece.unlink()
     with path.open("rb") as file:
         number = 0
         while block := file.read(PIECE):
@@ -122,14 +124,18 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("task", choices=("pack", "train"))
-    parser.add_argument(
+    tasks = parser.add_subparsers(dest="task", required=True)
+    for name in ("pack", "train"):
+        tasks.add_parser(name).add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    training = tasks.choices["train"]
+    training.add_argument(
         "--fraction", type=float, default=1.0, help="of the clips and steps; 1 also takes a GPU's batches"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--device", default="cuda")
+    training.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
     if options.task == "pack":
         pack(options.workers)
+    elif not 0.002 <= options.fraction <= 1:
+        parser.error(f"--fraction: expected a number from 0.002 to 1, got {options.fraction}")
     else:
         train(options.fraction, options.workers, options.device)

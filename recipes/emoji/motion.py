@@ -98,9 +98,11 @@ def start() -> str:
     """Return a copy of the former weights that counts as an image model, so that training may shift other channels."""
     path = Path("runs/motion/start")
     if not path.exists():
-        shutil.copytree(former_weights(), path)
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-        write_json({**index, "latent_shift": {}}, path / "model_index.json")
+        partial = path.with_suffix(".partial")
+        shutil.copytree(former_weights(), partial, dirs_exist_ok=True)
+        index = json.loads((partial / "model_index.json").read_text(encoding="utf-8"))
+        write_json({**index, "latent_shift": {}}, partial / "model_index.json")
+        partial.rename(path)
     return str(path)
 
 

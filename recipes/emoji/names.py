@@ -1,6 +1,6 @@
 """Write the names that `emoji` was trained on into its folder, and measure from where on a prompt is far from them.
 
-    python recipes/emoji/names.py data/emoji data/emoji-composed
+    python recipes/emoji/names.py data/emoji data/emoji-words
 
 A prompt is far if no part of it is as near to a name as 90 % of the synonyms are (wordings.SYNONYMS), each left out of the names in
 turn. How often other words are called far is measured on the captions of held-out combinations, whose things are known, on the keywords
@@ -27,21 +27,24 @@ KNOWN = 0.9  # fraction of the synonyms that are not called far
 
 
 def keywords(record: dict) -> list[str]:
-    """Return the keywords in a record of fetch.py: what follows the name in the caption "NAME, KEYWORD, KEYWORD"."""
+    """Return the keywords in a record of fetch.py: what follows the name in the caption "NAME, KEYWORD, KEYWORD"; words for a motion
+    are in another caption."""
     name, *others = record["text"]
     if record["split"] != "train" or "skin tone" in name:
         return []
     texts = (text.removeprefix(f"{name}, ") for text in others if text.startswith(f"{name}, "))
-    return next(texts, "").split(", ") if others else []
+    keywords = (
+        text.split(", ") for text in texts if not text.startswith(("moving", "changing size", "almost still"))
+    )
+    return next(keywords, [])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="written by fetch.py")
     parser.add_argument("composed", type=Path, help="written by compose.py")
-    parser.add_argument("--model", default="emoji")
     args = parser.parse_args()
-    model = catalog.folder(args.model)
+    model = catalog.folder("emoji")
     embed = embedder(open_tokenizer(model / "tokenizer"), open_text_encoder(model / "text_encoder").float())
     things, _ = open_things(args.folder)
     names = list(dict.fromkeys(name for thing in things.values() for name in thing.names))

@@ -41,7 +41,7 @@ def measured_captions() -> frozenset[str]:
 
 
 def split_of_concept(concept: str, label: str, group: int | None) -> str:
-    """Return the split of the stills of an emoji, and that of its animations if that is not the same.
+    """Return the split of an emoji as a whole: val_concept or train.
 
     Args:
         concept: its code point, without a skin tone.

@@ -366,11 +366,17 @@ class Config(Section):
             raise ValueError("stage video needs data.num_frames of 2 or more")
         if (self.reads_pixels or self.stage == "image") and self.data.num_frames != 1:
             raise ValueError(f"stage {self.stage} trains on single frames: data.num_frames must be 1")
-        for name in _IGNORED[self.stage]:
+        ignored, where = _IGNORED[self.stage], f"stage {self.stage}"
+        if self.stage == "distill" and self.data.num_frames == 1:
+            ignored, where = (
+                [*ignored, *set(_IGNORED["image"]).difference(_DISTILL)],
+                f"{where} of single frames",
+            )
+        for name in ignored:
             section, key = name.split(".")
             default = type(getattr(self, section)).model_fields[key].default
             if getattr(getattr(self, section), key) != default:
-                raise ValueError(f"{name} has no effect in stage {self.stage}: leave it out")
+                raise ValueError(f"{name} has no effect in {where}: leave it out")
         if self.stage == "distill":
             self._check_distill()
         if self.stage == "tiny_autoencoder" and self.model.init is None:
@@ -446,8 +452,6 @@ class Config(Section):
             )
         if self.train.shard:
             raise ValueError("train.shard is not possible in stage distill")
-        if self.data.num_frames == 1 and self.data.image_share:
-            raise ValueError("data.image_share has no effect with data.num_frames=1: leave it out")
 
     def with_settings(self, settings: dict[str, object]) -> Config | None:
         """Return a Config with other values for some `table.key`, or None if they contradict the rest."""

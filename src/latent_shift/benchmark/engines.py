@@ -41,7 +41,7 @@ def compare(
         steps, guidance: of the clips; None: the model's.
 
     Returns:
-        `export_seconds`, and for each engine `command` (a fresh process, words to mp4), `clip` (in a warm process, decoded),
+        `export_seconds`, and for each engine (the exported ones decode with the model's tiny decoder, if it has one) `command` (a fresh process, words to mp4), `clip` (in a warm process, decoded),
         `unet` (one call) in seconds (medians), `peak_gib` of the warm process, `precision` and `version`.
     """
     from latent_shift.engines.export import export
@@ -68,10 +68,12 @@ def compare(
                     f"{folder}/clip.mp4",
                     "--force",
                 ]
+                device = ["--device", "cpu"] if name == "torch" else []
                 start = time.perf_counter()
-                subprocess.run(
-                    [sys.executable, "-m", "latent_shift", *words, *options], check=True, capture_output=True
-                )
+                command = [sys.executable, "-m", "latent_shift", *words, *options, *device]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"generate --engine {name}: {done.stderr.strip()[-1000:]}")
                 if turn:
                     commands[name].append(time.perf_counter() - start)
         for name in engines:

@@ -185,7 +185,7 @@ def generate(
         load_lora(pipe, lora)
     pipe.set_progress_bar_config(disable=True)
     hashes = provenance.hash_inputs(model, [*request.files.values(), lora])
-    if not catalog.on_hub(model) and not Path(model).is_file():
+    if not catalog.on_hub(model) and not catalog.is_file(model):
         embed = embedder(pipe.tokenizer, pipe.text_encoder)
         _warn_of_far_words([*lines, *request.then.values()], model, catalog.folder(model), embed)
     _generate_all(jobs, _Torch(pipe, model, hashes), context, replaced)

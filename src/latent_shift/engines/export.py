@@ -6,6 +6,7 @@ What is written is described in exported.py.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -14,12 +15,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, SchedulerMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latent_shift.clip_text import share_text
-from latent_shift.engines.exported import Settings, neighbor_indices, write_settings
+from latent_shift.engines.exported import SETTINGS, Settings, neighbor_indices, write_settings
 from latent_shift.files import sha256
 from latent_shift.models import names
 from latent_shift.models.autoencoder import TINY, load_tiny_autoencoder, to_frames, unscale_latents
@@ -30,11 +31,25 @@ from latent_shift.pipelines.provenance import hash_inputs
 from latent_shift.pipelines.schedulers import check_own_scheduler, make_scheduler
 from latent_shift.shift import has_temporal_layers, neighbors, shift_of
 
+log = logging.getLogger("latent_shift")
 OPSET = 20
 _SAMPLERS: dict[str, Literal["ddim", "dpm-solver++"]] = {
     "DDIMScheduler": "ddim",
     "DPMSolverMultistepScheduler": "dpm-solver++",
 }
+
+
+_SUPPORTED: dict[str, tuple] = {
+    **dict.fromkeys(
+        ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), (False, None)
+    ),
+    "algorithm_type": ("dpmsolver++",),
+    "solver_order": (2,),
+    "solver_type": ("midpoint",),
+    "final_sigmas_type": ("zero",),
+    "lambda_min_clipped": (-math.inf,),
+}
+"""Options of schedulers, and the values with which the engines sample as diffusers does."""
 
 
 class _UNet(nn.Module):
@@ -85,7 +100,7 @@ def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Pa
         `folder`.
 
     Raises:
-        ValueError: a model of another family, or a network with temporal layers.
+        ValueError: a model of another family, a network with temporal layers, or a scheduler that the engines do not have.
         RuntimeError: the extra `onnx` is not installed.
     """
     try:
@@ -95,8 +110,10 @@ def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Pa
         raise RuntimeError("export needs the extra: pip install 'latent-shift-video[onnx]'") from error
     folder = Path(folder)
     pipe = load(model, device="cpu", dtype=torch.float32)
-    is_folder = not catalog.on_hub(model) and not Path(model).is_file()
+    is_folder = not catalog.on_hub(model) and not catalog.is_file(model)
     tiny = load_tiny_autoencoder(catalog.folder(model)) if is_folder and not large_decoder else None
+    if large_decoder and (not is_folder or load_tiny_autoencoder(catalog.folder(model)) is None):
+        raise ValueError(f"{model} has no {TINY}, so --large-decoder has no effect: leave it out")
     if tiny is not None:
         _check_tiny(tiny, pipe.vae, model)
     is_unet = hasattr(pipe.unet.config, "block_out_channels")  # and no transformer
@@ -109,12 +126,16 @@ def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Pa
         )
     if type(scheduler).__name__ not in _SAMPLERS:
         scheduler = make_scheduler("DPMSolverMultistep", scheduler)
-    check_own_scheduler(scheduler)
+    _check_scheduler(scheduler, model)
+    if getattr(pipe, "safety_checker", None) is not None:
+        log.warning("%s: its safety checker is not exported: no frame is blackened", model)
     settings = _settings(model, pipe, scheduler)
     if tiny is not None:
         for path in sorted((catalog.folder(model) / TINY).glob("*.safetensors")):
             settings.sha256[f"{TINY}/{path.name}"] = sha256(path)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (SETTINGS, names.FILE, preview.FILE):  # of a model that was exported here before
+        (folder / name).unlink(missing_ok=True)
     share_text(pipe.unet)
     unit = settings.multiple
     # Sides that differ and never become 1 within the network: torch.export takes such sizes for constants.
@@ -167,6 +188,16 @@ def _check_tiny(tiny: AutoencoderTiny, vae: AutoencoderKL, model: str) -> None:
             f"{model}/{TINY}: expected {expected[0]} pixels to a latent and {expected[1]} channels, got {found[0]} and {found[1]}; "
             "--large-decoder leaves it out"
         )
+
+
+def _check_scheduler(scheduler: SchedulerMixin, model: str) -> None:
+    """Raise ValueError for a scheduler that the engines would sample otherwise than diffusers does."""
+    check_own_scheduler(scheduler)
+    for option, values in _SUPPORTED.items():
+        if scheduler.config.get(option, values[0]) not in values:
+            raise ValueError(
+                f"{model}: its scheduler has {option}={scheduler.config[option]!r}, which the engines do not sample; expected {values[0]!r}"
+            )
 
 
 def _settings(model: str, pipe: Any, scheduler: Any) -> Settings:

@@ -14,7 +14,7 @@ Shapes: F frames, C channels, h w latent height and width, L tokens, D width of 
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from latent_shift.engines.runtimes import ENGINES, Engine
 from latent_shift.engines.steps import Step, sampler_steps, timesteps_of
-from latent_shift.files import check_schema, read_json_object
+from latent_shift.files import check_schema, read_json_object, write_json
 from latent_shift.models.prompt_syntax import parse_prompt
 from latent_shift.noise import clip_noise
 from latent_shift.pipelines.catalog import MODELS
@@ -34,6 +34,7 @@ from latent_shift.pipelines.provenance import describe
 from latent_shift.pipelines.request import Clip, Request
 from latent_shift.shift_settings import Edge
 
+log = logging.getLogger("latent_shift")
 SETTINGS = "exported.json"
 PARTS = ("text_encoder", "unet", "decoder")
 _UNSUPPORTED = (
@@ -72,7 +73,7 @@ class Settings(BaseModel):
     multiple: int = Field(ge=1, description="of which height and width of the latents are multiples")
     edge: Edge
     sampler: Literal["ddim", "dpm-solver++"]
-    spacing: Literal["trailing", "leading"]
+    spacing: Literal["trailing", "leading", "linspace"]
     offset: int = 0
     prediction: Literal["epsilon", "v_prediction"]
     alphas_cumprod: list[float] = Field(min_length=1)
@@ -199,11 +200,17 @@ class ExportedPipeline:
         )  # fmt: skip
 
     def embed(self, prompt: str) -> np.ndarray:
-        """Return the embedding `(1, L, D)` of a prompt; raise ValueError for one with weights."""
+        """Return the embedding `(1, L, D)` of a prompt; raise ValueError for one with weights. Warn of words that do not fit."""
         segments = parse_prompt(prompt)
         if any(weight != 1 for _, weight in segments):
             raise ValueError("prompt: weights such as (words:1.4) need --engine torch")
-        return self._encode(["".join(words for words, _ in segments)])[0]
+        text = "".join(words for words, _ in segments)
+        if (tokens := self._tokenizer.encode(text)).overflowing:
+            log.warning(
+                "prompt is truncated to the %d tokens that the text encoder reads; not read of %.200r: %.200r",
+                self.settings.max_tokens, text, text[max(end for _, end in tokens.offsets) :].strip(),
+            )  # fmt: skip
+        return self._encode([text])[0]
 
     def sentence_embeddings(self, texts: list[str]) -> np.ndarray:
         """Return unit vectors `(texts, D)`: the mean of the last hidden states of their tokens, as `names.embedder` does."""
@@ -278,4 +285,4 @@ def neighbor_indices(num_frames: int, edge: str) -> dict[str, np.ndarray]:
 
 def write_settings(settings: Settings, folder: Path) -> None:
     """Write exported.json."""
-    (folder / SETTINGS).write_text(json.dumps(settings.model_dump(), indent=1) + "\n", encoding="utf-8")
+    write_json(settings.model_dump(), folder / SETTINGS)

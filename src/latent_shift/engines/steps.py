@@ -8,10 +8,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a sampler: `x0 = clean_scale x + clean_output v`, then `x = a x + b x0 + c x0_before`.
+    """One step of a sampler: `x0 = clean_sample x + clean_output output`, then `x = sample x + clean x0 + clean_before x0_before`.
 
     Attributes:
         timestep: input of the network.
@@ -34,15 +36,24 @@ def timesteps_of(sampler: str, num: int, *, num_timesteps: int, spacing: str, of
         sampler: "ddim" or "dpm-solver++".
         num: sampling steps.
         num_timesteps: of training.
-        spacing: "trailing" or "leading".
+        spacing: "trailing", "leading" or "linspace".
         offset: added to leading timesteps.
+
+    Raises:
+        ValueError: a number of steps that diffusers does not space as asked.
     """
+    first = 0 if sampler == "ddim" else 1  # DPM-Solver leaves out the last timestep of one step more
     if spacing == "trailing":
-        return [round(num_timesteps - index * num_timesteps / num) - 1 for index in range(num)]
-    first = 0 if sampler == "ddim" else 1
-    return [
-        index * (num_timesteps // (num + first)) + offset for index in range(num - 1 + first, first - 1, -1)
-    ]
+        timesteps = np.arange(num_timesteps, 0, -num_timesteps / num).round() - 1
+    elif spacing == "leading":
+        timesteps = np.arange(num + first)[::-1][:num] * (num_timesteps // (num + first)) + offset
+    else:
+        timesteps = np.linspace(0, num_timesteps - 1, num + first).round()[::-1][:num]
+    if len(timesteps) != num or (num > 1 and timesteps[0] == timesteps[-1]):
+        raise ValueError(
+            f"num_inference_steps={num}: {spacing} timesteps come out wrong by rounding; expected another number"
+        )
+    return [int(timestep) for timestep in timesteps]
 
 
 def sampler_steps(
@@ -59,9 +70,13 @@ def sampler_steps(
         last_alpha: of what the last step leads to; 1 is without noise.
     """
     levels = [_scales(alphas_cumprod[timestep]) for timestep in timesteps] + [_scales(last_alpha)]
+    length_of_step = len(alphas_cumprod) // len(timesteps)
     steps = []
     for index, timestep in enumerate(timesteps):
         (alpha, sigma), (next_alpha, next_sigma) = levels[index], levels[index + 1]
+        if sampler == "ddim":  # which does not look where the next step begins
+            end = timestep - length_of_step
+            next_alpha, next_sigma = _scales(alphas_cumprod[end] if end >= 0 else last_alpha)
         if prediction == "epsilon":
             clean_sample, clean_output = 1 / alpha, -sigma / alpha
         else:

@@ -241,7 +241,8 @@ def _gzip(path: Path) -> None:
 def _tables(settings: Settings) -> dict[str, list[dict[str, float]]]:
     """Return the sampler's steps for every number of steps that the page offers."""
     distilled, own = settings.distilled_steps, settings.num_inference_steps
-    numbers = sorted({own, *(num for num in _STEPS if (distilled % num == 0 if distilled else num >= 8))})
+    possible = [num for num in _STEPS if num <= len(settings.alphas_cumprod)]
+    numbers = sorted({own, *(num for num in possible if (distilled % num == 0 if distilled else num >= 8))})
     return {str(num): [asdict(step) for step in steps_of(settings, num)] for num in numbers}
 
 

@@ -31,8 +31,9 @@ def prompt_adherence(comparison: Comparison, measure: Measure) -> list[Record]:
 
         return words
 
-    detected = comparison.cached_rows("adherence", detect(comparison.clip), len(requested))
-    of_real = comparison.cached_rows("adherence", detect(comparison.real_clip), len(requested), real=True)
+    name = f"adherence-{detection.VERSION}"
+    detected = comparison.cached_rows(name, detect(comparison.clip), len(requested))
+    of_real = comparison.cached_rows(name, detect(comparison.real_clip), len(requested), real=True)
     records = []
     for column, kind in enumerate(detection.KINDS):
         asks = np.array([kind in words for words in requested])
@@ -76,7 +77,7 @@ def recognition(comparison: Comparison, measure: Measure) -> list[Record]:
 
         return rows
 
-    name = f"cut-outs-{extractor.sha256[:12]}"
+    name = f"cut-outs-{detection.VERSION}-{extractor.sha256[:12]}"
     generated = comparison.cached_rows(name, extract(comparison.clip), len(things))
     real = comparison.cached_rows(name, extract(comparison.real_clip), len(things), real=True)
     ranks = clip_metrics.retrieval_ranks(generated, real, names=names, num=NUM_CANDIDATES)
@@ -95,11 +96,13 @@ def _fraction(
     """Return the record of a fraction of the clips whose prompts ask for something; none for fewer than two of them."""
     if asks.sum() < 2:
         return []
-    values = np.where(asks, right, np.nan)
+    values, num = np.where(asks, right, np.nan), int(asks.sum())
     if name.endswith("_real"):
         of_real = comparison.record(name, statistics.estimate(values, statistics.mean_of_known), real=True)
         return [
-            replace(of_real, clips=int(asks.sum()), seeds=None, fps=comparison.protocol.fps, native_size=None)
+            replace(
+                of_real, clips=num, samples=num, seeds=None, fps=comparison.protocol.fps, native_size=None
+            )
         ]
     record = comparison.mean_record(name, values, statistics.mean_of_known, extractor=extractor)
-    return [replace(record, clips=int(asks.sum()))]
+    return [replace(record, clips=num, samples=num)]

@@ -8,6 +8,7 @@ Shapes: F frames of H x W pixels.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ CLASSES = {
 """Motion -> what can be seen of it: a thing that falls, and one that slides down, both move down."""
 
 
+VERSION = 1
+"""Of what is detected, in the names of files that keep it; to be raised where a change here detects something else."""
 KINDS = ("motion", "colour", "background", "number")
 """What can be asked for and seen: labels of a clip with these names have their words as values; "" asks for nothing."""
 MIN_DIFFERENCE = 30
@@ -47,10 +50,16 @@ def check_labels(labels: dict[str, str], where: str) -> None:
     for kind, words in known.items():
         if labels.get(kind, "") not in ("", *words):
             raise ValueError(f"{where}: {kind} {labels[kind]!r}: expected one of {', '.join(words)}")
+    if labels.get("held_out", "") not in ("", "company", *known):
+        raise ValueError(f"{where}: held_out {labels['held_out']!r}: expected one kind of word, or company")
     layout = labels.get("layout", "1x1")
     if not re.fullmatch(r"1x[1-6]|[2-6]x1", layout):
         raise ValueError(
             f"{where}: layout {layout!r}: expected 1x1, a row such as 2x1, or a column such as 1x2"
+        )
+    if (num := len(labels.get("thing", "").split())) > math.prod(map(int, layout.split("x"))):
+        raise ValueError(
+            f"{where}: {num} things in a layout of {layout}: expected at most one for each place"
         )
 
 

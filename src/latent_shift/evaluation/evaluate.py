@@ -187,7 +187,7 @@ def open_folder(system: System, protocol: Protocol, out: Path) -> dict[str, Any]
     return settings
 
 
-def prepare_reference(comparison: Comparison, *, num: int = 8) -> None:
+def prepare_reference(comparison: Comparison, *, num: int = 16) -> None:
     """Extract the features of the real clips that will be compared with, and save the real clips of the
     first `num` prompts.
 
@@ -230,7 +230,7 @@ def generate_clips(
             progress(start + len(batch), len(missing))
 
 
-def generate_stills(system: System, protocol: Protocol, folder: Path, *, num: int = 8) -> None:
+def generate_stills(system: System, protocol: Protocol, folder: Path, *, num: int = 16) -> None:
     """Generate a single frame for each of the first `num` prompts, with models of this package: their image
     model."""
     if not isinstance(system.pipe, ClipPipeline):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
@@ -145,7 +144,7 @@ def open_system(
 
 def _digest_of(model: str) -> str:
     """Return the sha256 of a model's weights and settings; a teacher's are without the LoRA of its student."""
-    if Path(model).is_file():
+    if catalog.is_file(model):
         return digest(model)
     return digest(loading.folder(model), without=() if catalog.student(model) else (catalog.STUDENT,))
 
@@ -187,7 +186,7 @@ def _open_peer(
 def default_num_frames(model: str) -> int | None:
     """Return the default number of frames of a model of this package, None where its folder does not say
     it."""
-    if Path(model).is_file() or loading.on_hub(model):
+    if catalog.is_file(model) or loading.on_hub(model):
         return None
     index = loading.folder(model) / "model_index.json"
     return (
@@ -251,7 +250,7 @@ def _title(pipe: ClipPipeline) -> str:
 
 def _pipeline_class(model: str) -> str:
     """Return the name of a model's pipeline class; "" for a single file."""
-    if Path(model).is_file():
+    if catalog.is_file(model):
         return ""
     index = loading.folder(model) / "model_index.json"
     kind = read_settings(index, IndexSettings)["_class_name"] if index.exists() else ""

@@ -225,11 +225,16 @@ def _folder_name(model: str) -> str:
     return next((student for student, teacher in TEACHERS.items() if teacher == model), model)
 
 
+def is_file(model: str | Path) -> bool:
+    """Return whether a model is a file; a name of `MODELS` is not, whatever file is called like it."""
+    return str(model) not in MODELS and Path(model).is_file()
+
+
 def on_hub(model: str | Path) -> bool:
     """Return whether a name can only be an id of the Hub ("owner/name"): it is neither a model's name nor a
     file or folder."""
     is_local = str(model) in MODELS or Path(model).exists()
-    return not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None
+    return not is_local and re.fullmatch(r"(?!\.{1,2}/)[\w.-]+/[\w.-]+", str(model)) is not None
 
 
 def check_model(model: str | Path, *, variant: str | None = None, prediction: str | None = None) -> None:
@@ -237,7 +242,7 @@ def check_model(model: str | Path, *, variant: str | None = None, prediction: st
     heavy is imported."""
     if prediction not in (None, *PREDICTIONS):
         raise ValueError(f"prediction: expected {' or '.join(PREDICTIONS)}, got {prediction!r}")
-    if Path(model).is_file():
+    if is_file(model):
         if variant is not None:
             raise ValueError(f"{model}: variant {variant!r} has no effect on a single file: leave it out")
         identify_file(model)
@@ -298,7 +303,7 @@ def unused_packages(model: str | Path, *, lora: bool = False, scheduler: str | N
     """
     if on_hub(model):
         return set()
-    configs = [] if Path(model).is_file() else list(folder(model).glob("*/*config.json"))
+    configs = [] if is_file(model) else list(folder(model).glob("*/*config.json"))
     settings = [read_json_object(path) for path in configs]
     unused = set() if lora else {"peft"}
     if not any("quantization_config" in config for config in settings):

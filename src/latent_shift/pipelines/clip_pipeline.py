@@ -51,7 +51,7 @@ from latent_shift.pipelines.denoise import (
 from latent_shift.pipelines.diagnosis import check_finite
 from latent_shift.pipelines.free_init import Filter, FreeInit
 from latent_shift.pipelines.guidance import StepCallback, make_conditions, make_guider
-from latent_shift.pipelines.lora import has_lora, merged, restore_sampling
+from latent_shift.pipelines.lora import Sampling, has_lora, merged
 from latent_shift.pipelines.noise import check_generator, check_latents, draw_noise
 from latent_shift.pipelines.prompts import encode_prompts
 from latent_shift.pipelines.schedulers import (
@@ -103,8 +103,8 @@ class ClipPipeline(DiffusionPipeline):
         shift = {field.name: settings.pop(field.name) for field in fields(Shift) if field.name in settings}
         if self.unet is not None and shift_of(self.unet) is None:
             inflate(self.unet, Shift(**shift))
-        self._model_defaults: dict[str, float] = {}
-        self.sampling_before: tuple[dict[str, float], Any] | None = None  # see lora.restore_sampling
+        self.model_defaults: dict[str, float] = {}
+        self.sampling_before: Sampling | None = None  # of the first LoRA
         self.call_defaults = dict(self.family_defaults)
         self.set_model_defaults(settings)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -127,7 +127,7 @@ class ClipPipeline(DiffusionPipeline):
             raise ValueError(
                 f"unknown latent_shift settings {sorted(unknown)}; expected fields of Shift or {sorted(limits.CALL_DEFAULTS)}"
             )
-        self._model_defaults |= defaults
+        self.model_defaults |= defaults
         self.call_defaults |= defaults
         self._register_settings()
 
@@ -137,7 +137,7 @@ class ClipPipeline(DiffusionPipeline):
         changed = {
             name: value
             for name, value in self.call_defaults.items()
-            if name in self._model_defaults or value != self.family_defaults[name]
+            if name in self.model_defaults or value != self.family_defaults[name]
         }
         self.register_to_config(latent_shift={**(shift_of(self.unet) or Shift()).to_dict(), **changed})
         for name, part in self.components.items():
@@ -471,10 +471,8 @@ class ClipPipeline(DiffusionPipeline):
         check_image_prompts(self, None, None)
         self._check_distilled(num_inference_steps, guided=use_guidance)
         limits.check_effects(
-            guided=use_guidance,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=family.get("negative_prompt_2"),
-        )
+            guided=use_guidance, negative_prompt=negative_prompt, negative_prompt_2=family.get("negative_prompt_2")
+        )  # fmt: skip
         scheduler = copy.deepcopy(self.scheduler)
         step_options = self.prepare_extra_step_kwargs(generator, eta)
         embeds = encode_prompts(
@@ -484,15 +482,14 @@ class ClipPipeline(DiffusionPipeline):
         )  # fmt: skip
         conditions, dtype = make_conditions(embeds, None, use_guidance), embeds["prompt_embeds"].dtype
         steps_T = set_timesteps(scheduler, num_inference_steps, device=device)
+        memories: list[dict] = [{} for _ in range(len(steps_T))]
         predict = self._predictor(
-            conditions,
-            guider if use_guidance else None,
-            len(steps_T),
-            memories=[{} for _ in range(len(steps_T))],
+            conditions, guider if use_guidance else None, len(steps_T), memories=memories
         )
-        draw = partial(
-            draw_noise, self._latent_shape(1, 1, height, width), generator=generator, device=device
-        )
+        shape = self._latent_shape(1, 1, height, width)
+        draw = partial(draw_noise, shape, generator=generator, device=device)
+        if num_frames == 1:
+            shared_noise = noise_correlation = 0.0  # as in a call, there are no frames to share it
         clip_noise = draw() if shared_noise or noise_correlation else 0.0
         frame_noise, index = None, 0
         while num_frames is None or index < num_frames:
@@ -506,9 +503,11 @@ class ClipPipeline(DiffusionPipeline):
             index += 1
 
     def unload_lora_weights(self) -> None:
-        """As in diffusers. A model that a LoRA made a distilled one samples as before again."""
+        """As in diffusers. Unless a LoRA was fused, the shift, scheduler and defaults are those from before the first one again."""
         super().unload_lora_weights()  # type: ignore[misc]
-        restore_sampling(self)
+        if self.sampling_before is not None and not self.num_fused_loras:
+            self.sampling_before.restore(self)
+            self.sampling_before = None
 
     def _check_distilled(self, num_inference_steps: int, *, guided: bool, custom: bool = False) -> None:
         if distilled_steps := int(self.call_defaults["distilled_steps"]):
@@ -595,6 +594,6 @@ class ClipPipeline(DiffusionPipeline):
     def _noise_settings(
         self, shared_noise: float | None, noise_correlation: float | None
     ) -> tuple[float, float]:
-        shared = self._default("shared_noise", shared_noise)
-        correlation = self._default("noise_correlation", noise_correlation)
-        return shared, correlation
+        return self._default("shared_noise", shared_noise), self._default(
+            "noise_correlation", noise_correlation
+        )

@@ -20,6 +20,7 @@ from latent_shift.pipelines.catalog import (
     file_prediction,
     folder,
     identify_file,
+    is_file,
     on_hub,
     read_index,
     student,
@@ -55,7 +56,7 @@ def describe(model: str | Path) -> dict[str, str]:
     if on_hub(model):
         raise ValueError(f"{model}: no such folder; a model of the Hub is described once it is downloaded")
     lines, parts, unet, vae, scheduler, settings = (
-        _file_parts(Path(model)) if Path(model).is_file() else _folder_parts(folder(model))
+        _file_parts(Path(model)) if is_file(model) else _folder_parts(folder(model))
     )
     for part, shapes in parts.items():
         lines[part] = f"{sum(math.prod(shape) for shape in shapes) / 1e6:,.1f} M parameters"

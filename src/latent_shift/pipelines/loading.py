@@ -60,7 +60,7 @@ def load(
     check_model(model, variant=variant, prediction=prediction)
     device = resolve_device(device)
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    if Path(model).is_file():
+    if catalog.is_file(model):
         return single_file.open_file(model, dtype=dtype, prediction=prediction).to(device)
     path = download(str(model), variant=variant) if on_hub(model) else folder(model)
     pipe = _open_folder(path, dtype=dtype, variant=variant)

@@ -6,12 +6,12 @@ import copy
 import json
 import logging
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils.state_dict_utils import (
     StateDictType,
@@ -83,23 +83,54 @@ def load_lora(pipe: ClipPipeline, path: str | Path) -> None:
             "%s: %d of its %d tensors fit no layer of this model and are left out, such as %s",
             path, len(tensors) - len(fitting), len(tensors), min(tensors.keys() - fitting.keys()),
         )  # fmt: skip
-    if settings:
-        shift = {field.name: settings.pop(field.name) for field in fields(Shift) if field.name in settings}
-        inflate(pipe.unet, Shift(**shift))
-        pipe.unet.register_to_config(sample_size=settings.pop("sample_size"))
-        if settings.get("distilled_steps"):
-            pipe.sampling_before = dict(pipe.call_defaults), pipe.scheduler
-            pipe.scheduler = distilled_scheduler(pipe.scheduler)
-        pipe.set_model_defaults(settings)
-    _add_tensors(pipe, fitting, alphas, metadata, path)
+    before, brings_settings = Sampling.of(pipe), bool(settings)
+    try:
+        if brings_settings:
+            shift = {
+                field.name: settings.pop(field.name) for field in fields(Shift) if field.name in settings
+            }
+            inflate(pipe.unet, Shift(**shift))
+            pipe.unet.register_to_config(sample_size=settings.pop("sample_size"))
+            if settings.get("distilled_steps"):
+                pipe.scheduler = distilled_scheduler(pipe.scheduler)
+            pipe.set_model_defaults(settings)
+        _add_tensors(pipe, fitting, alphas, metadata, path)
+    except Exception:
+        before.restore(pipe)
+        raise
+    if brings_settings:
+        pipe.sampling_before = pipe.sampling_before or before
 
 
-def restore_sampling(pipe: ClipPipeline) -> None:
-    """Give a pipeline back the defaults of a call and the scheduler that it had before a LoRA distilled it, if one did."""
-    if pipe.sampling_before is not None:
-        defaults, pipe.scheduler = pipe.sampling_before
-        pipe.set_model_defaults(defaults)
-        pipe.sampling_before = None
+@dataclass(frozen=True)
+class Sampling:
+    """What a LoRA changes in a pipeline beside the weights."""
+
+    shift: Shift
+    sample_size: int | list[int] | None
+    model_defaults: dict[str, float]
+    call_defaults: dict[str, float]
+    scheduler: SchedulerMixin
+
+    @classmethod
+    def of(cls, pipe: ClipPipeline) -> Sampling:
+        shift = shift_of(pipe.unet) or Shift()
+        return cls(
+            shift,
+            pipe.unet.config.sample_size,
+            dict(pipe.model_defaults),
+            dict(pipe.call_defaults),
+            pipe.scheduler,
+        )
+
+    def restore(self, pipe: ClipPipeline) -> None:
+        if shift_of(pipe.unet) != self.shift:
+            inflate(pipe.unet, self.shift)
+        pipe.unet.register_to_config(sample_size=self.sample_size)
+        if pipe.call_defaults["distilled_steps"] != self.call_defaults["distilled_steps"]:
+            pipe.scheduler = self.scheduler
+        pipe.model_defaults, pipe.call_defaults = dict(self.model_defaults), dict(self.call_defaults)
+        pipe.set_model_defaults({})
 
 
 def _check_numbers(tensors: dict[str, Tensor], path: Path) -> None:

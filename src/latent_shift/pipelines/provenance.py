@@ -17,7 +17,7 @@ from latent_shift.pipelines import catalog
 def hash_inputs(model: str, files: Iterable[Path | None] = ()) -> dict[str, str]:
     """Return the SHA-256 of the weights of a model's U-Net and of other inputs, by their names. Of a Hub id nothing is
     known here."""
-    weights = [Path(model)] if Path(model).is_file() else []
+    weights = [Path(model)] if catalog.is_file(model) else []
     if not weights and not catalog.on_hub(model):
         weights = sorted((catalog.folder(model) / "unet").glob("*.safetensors"))
         weights += [student] if (student := catalog.student(model)) else []

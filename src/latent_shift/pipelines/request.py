@@ -276,6 +276,10 @@ def _read_pictures(pipe: ClipPipeline, request: Request) -> dict[str, Any]:
             pictures[name] = read(path, size=size, num_frames=1)[0][0]
     if request.video is not None:
         video, _ = read(request.video, fps=fps, size=size, num_frames=request.num_frames)
+        if request.num_frames is not None and len(video) < request.num_frames:
+            raise ValueError(
+                f"{request.video}: has {len(video)} frames at {fps:g} fps, fewer than num_frames={request.num_frames}"
+            )
         pictures |= {"video": video, "num_frames": None}
     if request.mask is not None:
         most = request.num_frames or (1 if request.video is None else len(video) + 1)

@@ -204,8 +204,10 @@ def check_distilled_scheduler(scheduler: SchedulerMixin, *, custom: bool = False
     """Raise ValueError for a scheduler that does not sample a distilled model correctly, or for `custom` timesteps or sigmas."""
     name, config = _family_name(scheduler), scheduler.config
     if name != "DDIM" or config.timestep_spacing != "trailing" or not config.set_alpha_to_one:
+        spacing = config.get("timestep_spacing", "other")
         raise ValueError(
-            f"this model is distilled for DDIM with trailing timesteps, got {name}; leave the scheduler as it is"
+            f"this model is distilled for DDIM with trailing timesteps and set_alpha_to_one, got {name} with {spacing} ones; "
+            "leave the scheduler as it is"
         )
     if custom:
         raise ValueError("a distilled model has its own timesteps; expected no timesteps and no sigmas")
@@ -229,17 +231,31 @@ def set_timesteps(
     check_num_steps(scheduler, num_inference_steps)
     num_timesteps = scheduler.config.num_train_timesteps
     _check_custom_steps("timesteps", timesteps, num_timesteps - 1)
-    _check_custom_steps(
-        "sigmas", sigmas, float(scheduler.sigmas.max()) if hasattr(scheduler, "sigmas") else math.inf
-    )
+    if sigmas is not None:
+        fresh = type(scheduler).from_config(scheduler.config)  # before a call has set other sigmas
+        _check_custom_steps(
+            "sigmas", sigmas, float(fresh.sigmas.max()) if hasattr(fresh, "sigmas") else math.inf
+        )
     if scheduler.config.get("use_flow_sigmas") and (timesteps is not None or sigmas is not None):
         raise ValueError(
             "a model that predicts a flow takes no timesteps and no sigmas; expected num_inference_steps"
         )
     steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device, timesteps, sigmas)
+    if timesteps is None and sigmas is None and _family_name(scheduler) not in EDM_SCHEDULERS:
+        _check_spacing(scheduler, steps_T, num_inference_steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     return steps_T
+
+
+def _check_spacing(scheduler: SchedulerMixin, steps_T: Tensor, num_inference_steps: int) -> None:
+    """Raise ValueError for timesteps that diffusers does not space as asked: trailing ones of some numbers of steps, such as 61 of 1,000,
+    go on to -1 by rounding, and leading ones of nearly as many steps as timesteps are all the same."""
+    if steps_T[-1] < 0 or (num_inference_steps > 1 and steps_T[0] == steps_T[-1]):
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps}: {scheduler.config.timestep_spacing} timesteps of {type(scheduler).__name__} "
+            f"end at {float(steps_T[-1]):g} by rounding; expected another number"
+        )
 
 
 def _check_custom_steps(name: str, steps: Any, most: float) -> None:

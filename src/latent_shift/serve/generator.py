@@ -165,7 +165,7 @@ class Generator:
         for name, model in models.items():
             pipeline = _TorchPipeline(model, device)
             self._pipes[name] = pipeline
-            is_folder = not catalog.on_hub(model) and not Path(model).is_file()
+            is_folder = not catalog.on_hub(model) and not catalog.is_file(model)
             self._matrices[name] = (
                 read_preview(catalog.folder(model), pipeline.pipe.unet.config.in_channels)
                 if is_folder

@@ -166,7 +166,7 @@ def check_engine(engine: str, models: Mapping[str, str], device: str | None) -> 
 
 def model_names(model: str) -> Names | None:
     """Return the names of what a model was trained on; None for a model without."""
-    is_folder = not Path(model).is_file() and not catalog.on_hub(model)
+    is_folder = not catalog.is_file(model) and not catalog.on_hub(model)
     return read_names(catalog.folder(model)) if is_folder else None
 
 

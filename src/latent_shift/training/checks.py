@@ -93,7 +93,7 @@ def check_same_run(config: Config, run: Path) -> None:
             raise ValueError(
                 f"{run}: holds checkpoints but no config.toml, so their settings are unknown; choose another folder with --run"
             )
-        before, now = load(run / "config.toml").identity(), config.identity()
+        before, now = load(run / "config.toml").identity(), checkpoint.without_secrets(config).identity()
         changed = [name for name, value in before.items() if now[name] != value]
         if changed:
             raise ValueError(

@@ -157,6 +157,10 @@ class DistillationStage(DenoiserStage):
         empty_text = torch.from_numpy(self.store.embed([""])).float()
         return DistillationObjective(self.model, teacher, self.schedule, empty_text, config.distill)
 
+    @property
+    def caption_dropout(self) -> float:
+        return 0.0
+
     def draw_timesteps(self, rng: np.random.Generator, num: int) -> np.ndarray:
         num_starts = self.config.distill.num_starts
         length = self.config.diffusion.num_timesteps // num_starts

@@ -1,4 +1,4 @@
-"""The training loop of all three stages: autoencoder, text to image, text to video.
+"""The training loop of all stages: autoencoder, text to image, text to video.
 
 The random numbers of a batch come from a generator seeded with (seed, step, part), where part counts the
 batches of a step over processes and accumulation. So a resumed run continues exactly without saving random

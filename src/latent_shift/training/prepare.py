@@ -179,7 +179,7 @@ def _diffusers_folder(config: Config, base: Path) -> Path:
     else."""
     init = str(config.model.init)
     options = {"variant": config.model.variant, "prediction": config.model.prediction}
-    if not any(options.values()) and _is_denoiser_alone(Path(init)):
+    if not any(options.values()) and init not in loading.MODELS and _is_denoiser_alone(Path(init)):
         check_network(Path(init) / "unet")
         return Path(init)
     catalog.check_model(init, **options)

@@ -27,6 +27,7 @@ from latent_shift.clip_text import share_text
 from latent_shift.config import Config
 from latent_shift.data.latents import LatentStore
 from latent_shift.data.sampler import BalancedSampler
+from latent_shift.data.shards import without_secrets
 from latent_shift.data.store import Store, caption_at_rate, open_pixel_store, text_digest
 from latent_shift.diffusion import add_noise, draw_timesteps, schedule_of
 from latent_shift.files import check_schema, read_json_object, write_json
@@ -194,7 +195,8 @@ class DenoiserStage:
         """
         shift, file = shift_of(self.model), run / "channels.json" if run else None
         assert shift is not None
-        source = {"model": self.config.model.init, "data": self.config.data.path, **shift.to_dict()}
+        data = without_secrets(self.config.data.path)  # as in prepare.py
+        source = {"model": self.config.model.init, "data": data, **shift.to_dict()}
         source = json.loads(json.dumps(source))  # a rule's tuples are lists in the file
         if file is None:
             return self._cheapest_channels(shift) if cheapest else shift
@@ -243,6 +245,11 @@ class DenoiserStage:
             self.model, self.schedule, min_snr=options.min_snr, motion_weight=options.motion_weight
         )
 
+    @property
+    def caption_dropout(self) -> float:
+        """Probability that a clip is trained on without its caption."""
+        return self.config.diffusion.caption_dropout
+
     def draw_timesteps(self, rng: np.random.Generator, num: int) -> np.ndarray:
         """Return timesteps of `num` clips."""
         options = self.config.diffusion
@@ -252,7 +259,7 @@ class DenoiserStage:
         self, rng: np.random.Generator, *, held_out: bool = False, clips_only: bool = False
     ) -> tuple[Tensor, ...]:
         """Return latents and noise `(B, F, C, h, w)`, timesteps `(B,)`, and text `(B, L, D)`."""
-        data, options = self.config.data, self.config.diffusion
+        data = self.config.data
         num_clips, num_frames = data.batch_size, data.num_frames
         only_clips = held_out or clips_only
         if num_frames > 1 and not only_clips and rng.random() < data.image_share:
@@ -271,7 +278,7 @@ class DenoiserStage:
         noise = self._draw_noise(rng, mean.shape)
         timesteps = self.draw_timesteps(rng, num_clips)
         captions = [self.store.caption(rng, index, stride=stride) for index in indices]
-        dropped = rng.random(num_clips) < options.caption_dropout
+        dropped = rng.random(num_clips) < self.caption_dropout
         text = self.store.embed(
             ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
         )

@@ -97,26 +97,6 @@ def motion_words() -> str:
     return markdown_table(head, rows)
 
 
-STEPS = (1, 2, 4, 8, 20)
-"""Sampling steps of `recipes/emoji/measure.py steps`."""
-
-
-def steps() -> str:
-    """Tabulate quality by the number of sampling steps."""
-    results = {num: Results(f"emoji-{num}-steps") for num in STEPS}
-    formats = {
-        "retrieval_top1": percent, "retrieval_top5": percent, "motion_error": decimals(2), "motion_energy": decimals(2),
-        "warping_error": decimals(2), "persistence": decimals(2), "kd-efficientnet-lite0": decimals(3),
-        "kd-efficientnet-lite0-motion": decimals(3),
-    }  # fmt: skip
-    rows = [
-        [label(measure), *(value(results[num].cells[f"emoji-{num}"][measure], form) for num in STEPS)]
-        for measure, form in formats.items()
-    ]
-    head = ["measure, 100 clips of 16 frames", *(f"{num} steps" if num > 1 else "1 step" for num in STEPS)]
-    return results[STEPS[0]].caption() + markdown_table(head, rows)
-
-
 def shift_and_attention() -> str:
     """Tabulate `recipes/compare`: the shift, attention and neither."""
     results = Results("seeds")
@@ -336,7 +316,6 @@ TABLES: dict[str, Callable[[], str]] = {name.replace("-", "_"): partial(ranked, 
         emoji,
         words,
         motion_words,
-        steps,
         shift_and_attention,
         parts,
         two_runs,

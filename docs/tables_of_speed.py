@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cells import decimals, read_result
-from tables_of_quality import ATTENTION, STEPS
+from tables_of_quality import ATTENTION
 
 from latent_shift.files import markdown_table
 
@@ -29,31 +29,6 @@ def overhead() -> str:
             ]
         )
     head = ["sampling step, 16 frames", "no shift", "shift", "shift, as the pipeline runs it"]
-    return markdown_table(head, rows)
-
-
-ENGINES = {"torch": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
-"""Engines of `latent-shift bench engines`."""
-
-
-def engines() -> str:
-    """Tabulate `latent-shift bench engines`, and the seconds of a clip by the number of sampling steps."""
-    results = {num: read_result(f"engines-{num}-steps")["engines"] for num in STEPS}
-    rows = []
-    for name, title in ENGINES.items():
-        whole = results[STEPS[-1]][name]
-        clips = (f"{results[num][name]['clip']:.2f}" for num in STEPS)
-        rows.append(
-            [f"{title} {whole['version']}", whole["precision"], f"{whole['command']:.1f}", *clips, f"{whole['unet']:.3f}", f"{whole['peak_gib']:.2f}"]
-        )  # fmt: skip
-    head = [
-        "engine",
-        "precision",
-        f"words to mp4, {STEPS[-1]} steps, s",
-        *(f"clip, {num} steps, s" if num > 1 else "clip, 1 step, s" for num in STEPS),
-        "U-Net, s",
-        "peak memory, GiB",
-    ]
     return markdown_table(head, rows)
 
 
@@ -199,7 +174,6 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         overhead,
-        engines,
         whole_commands,
         sweep_on_cpu,
         sweep_on_gpu,

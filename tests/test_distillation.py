@@ -14,7 +14,7 @@ from tiny import alike, stage_of, tiny_config
 from latent_shift.diffusion import ddim_step, midpoint_step, noise_schedule, training_target
 from latent_shift.evaluation import systems
 from latent_shift.files import sha256
-from latent_shift.pipelines import catalog, descriptions
+from latent_shift.pipelines import catalog, descriptions, lora
 from latent_shift.pipelines.loading import load
 from latent_shift.pipelines.lora import load_lora, merged
 from latent_shift.pipelines.provenance import hash_inputs
@@ -357,13 +357,16 @@ def test_nothing_of_a_lora_stays_after_it_is_unloaded_or_cannot_be_loaded(
     pipe.unload_lora_weights()
     assert state() == before
 
-    def fail(*_):
-        raise ValueError("no peft")
+    add = lora._add_tensors
 
-    monkeypatch.setattr("latent_shift.pipelines.lora._add_tensors", fail)
-    with pytest.raises(ValueError, match="no peft"):
+    def fail(*arguments):
+        add(*arguments)
+        raise ValueError("the text encoder's part is broken")
+
+    monkeypatch.setattr(lora, "_add_tensors", fail)
+    with pytest.raises(ValueError, match="part is broken"):
         load_lora(pipe, fast_lora)
-    assert state() == before
+    assert state() == before and not lora.has_lora(pipe.unet)
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,6 @@ def test_measuring_prepares_the_frames_alone(run_script):
         assert "data/emoji-128" in measure_command
     for task, results in {
         "words": "emoji-words.json",
-        "steps": "emoji-20-steps.json",
         "sheet": "emoji-sheet.png",
     }.items():
         assert any(results in command for command in run_script("emoji/measure.py", task))
@@ -294,6 +293,24 @@ def test_weights_are_averaged(tmp_path, monkeypatch):
     (weight,) = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").values()
     assert weight.dtype == torch.float16
     assert weight.tolist() == [2.5, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("", "holds MODEL or INIT"), ("before", "holds MODEL or INIT"), ("mine", "is no model")],
+)
+def test_an_average_replaces_no_other_folder(out, message, tmp_path, monkeypatch, capsys):
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text("{}")
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "mine").mkdir()
+    words = ["average.py", *(str(tmp_path / name) for name in ("after", "before", out)), "--share", "0.75"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(RECIPES / "emoji" / "average.py"), run_name="__main__")
+    assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"before", "after", "mine", "model_index.json"}
 
 
 def test_a_short_animation_travels_to_the_gpu(tmp_path, monkeypatch):

@@ -362,7 +362,8 @@ def test_custom_sigmas_fall_within_those_of_the_model(sigmas):
 def test_trailing_timesteps_that_go_on_to_minus_one_are_refused(num):
     for name in ("DDIM", "DPMSolverMultistep"):
         with pytest.raises(
-            ValueError, match=f"num_inference_steps={num}: trailing timesteps of {name}Scheduler end at -1"
+            ValueError,
+            match=f"num_inference_steps={num}: trailing timesteps of {name}Scheduler go from 999 to -1",
         ):
             schedulers.set_timesteps(make_scheduler(name, ZERO_SNR), num, device=torch.device("cpu"))
 
@@ -370,7 +371,7 @@ def test_trailing_timesteps_that_go_on_to_minus_one_are_refused(num):
 def test_as_many_steps_as_timesteps_are_not_all_the_same():
     scheduler = make_scheduler("DPMSolverMultistep", EPSILON)
     with pytest.raises(
-        ValueError, match="leading timesteps of DPMSolverMultistepScheduler end at 1 by rounding"
+        ValueError, match="leading timesteps of DPMSolverMultistepScheduler repeat by rounding"
     ):
         schedulers.set_timesteps(scheduler, 1000, device=torch.device("cpu"))
 

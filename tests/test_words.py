@@ -348,6 +348,7 @@ def test_protocol_of_words_counts_what_is_right(data, tmp_path, monkeypatch):
     [
         ({"thing": "1f34e 1f415"}, "2 things in a layout of 1x1"),
         ({"motion": "spin", "held_out": "Motion"}, "held_out 'Motion': expected one kind of word"),
+        ({"held_out": "motion"}, "held_out is motion, but there is no motion"),
         ({"motion": "dance"}, "motion 'dance': expected one of spin"),
         ({"layout": "2x2"}, "layout '2x2': expected 1x1"),
     ],

@@ -28,16 +28,20 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.share <= 1:
         parser.error(f"--share: expected a number from 0 to 1, got {args.share}")
+    if args.out.exists() and not (args.out / "model_index.json").is_file():
+        parser.error(f"{args.out} exists and is no model; expected a folder to make or a model to replace")
+    if any(folder.resolve().is_relative_to(args.out.resolve()) for folder in (args.model, args.init)):
+        parser.error(f"{args.out} holds MODEL or INIT; expected another folder")
     after, before = load_file(args.model / FILE), load_file(args.init / FILE)
     average = {
         name: before[name].float().lerp(weight.float(), args.share).to(weight.dtype)
         for name, weight in after.items()
     }
     partial = args.out.with_name(f"{args.out.name}.partial")
-    for folder in (partial, args.out):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(args.model, partial)
+    shutil.copytree(args.model, partial, dirs_exist_ok=True)
     save_file(average, partial / FILE, {"format": "pt"})
+    if args.out.exists():
+        shutil.rmtree(args.out)
     partial.rename(args.out)
 
 

@@ -496,6 +496,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the clips to train on")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
+    if args.num < 0 or args.workers < 1 or not (args.folder / "metadata.jsonl").is_file():
+        parser.error(
+            "expected a folder that fetch.py has written, --num of 0 or more and --workers of 1 or more"
+        )
     clips = [(VALIDATION, number) for number in range(400)] + [
         (args.seed, number) for number in range(args.num)
     ]

@@ -2,7 +2,6 @@
 
 python recipes/emoji/measure.py table    # docs/results/emoji.json, emoji-animation.json: the measures of the README's table
 python recipes/emoji/measure.py words    # docs/results/emoji-words.json and docs/words: does it do what the words ask for
-python recipes/emoji/measure.py steps    # docs/results/steps: the same measures, and seconds a clip, by the number of sampling steps
 python recipes/emoji/measure.py sheet    # docs/emoji-sheet.png and emoji.gif: a clip for each line of prompts.txt
 python recipes/emoji/measure.py modes    # the pictures of docs/usage.md, by its own commands
 """
@@ -18,8 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import compose_words, environment, former_weights, pack_emoji, run
 
-HALF = "--dtype bfloat16"  # as on a GPU
-STEPS = (1, 2, 4, 8, 20)
+HALF = "--dtype bfloat16"  # for CPUs with bf16 units
 
 
 def table() -> None:
@@ -45,18 +43,6 @@ def words() -> None:
     )
 
 
-def steps() -> None:
-    pack_emoji()
-    for num in STEPS:
-        run(
-            f"latent-shift eval data/emoji-128 --protocol emoji -m emoji-{num}=emoji --steps {num} {HALF} --out evals/steps "
-            f"-o docs/results/steps/emoji-{num}-steps.json --force"
-        )
-        run(
-            f"latent-shift bench engines --steps {num} --rounds 3 -o docs/results/steps/engines-{num}-steps.json --force"
-        )
-
-
 def sheet() -> None:
     run("latent-shift sheet recipes/emoji/prompts.txt docs/emoji-sheet.png docs/emoji.gif --force")
 
@@ -74,7 +60,7 @@ def modes() -> None:
 
 
 if __name__ == "__main__":
-    tasks = {"table": table, "words": words, "steps": steps, "sheet": sheet, "modes": modes}
+    tasks = {"table": table, "words": words, "sheet": sheet, "modes": modes}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -56,8 +56,6 @@ def main() -> None:
     synonyms = [names.index(name) for thing in things.values() for name in thing.names[1:]]
     without = [np.delete(known.embeddings, index, axis=0) @ known.embeddings[index] for index in synonyms]
     threshold = float(np.quantile([similarity.max() for similarity in without], 1 - KNOWN))
-    write_names(model, names, known.embeddings, threshold)
-
     text = (args.folder / "metadata.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
     others = {
@@ -75,6 +73,7 @@ def main() -> None:
         kind: {"number": len(prompts), "called_far": float((similarities(prompts) < threshold).mean())}
         for kind, prompts in others.items()
     }
+    write_names(model, names, known.embeddings, threshold)
     write_json(result, Path("docs/results/names.json"))
     print(json.dumps(result, indent=1))
 

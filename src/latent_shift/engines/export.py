@@ -35,10 +35,12 @@ log = logging.getLogger("latent_shift")
 OPSET = 20
 _SAMPLERS: dict[str, Literal["ddim", "dpm-solver++"]] = {
     "DDIMScheduler": "ddim",
+    "DDIMParallelScheduler": "ddim",
     "DPMSolverMultistepScheduler": "dpm-solver++",
 }
 
 
+_OF_FEW_STEPS = ("LCMScheduler", "TCDScheduler")
 _SUPPORTED: dict[str, tuple] = {
     **dict.fromkeys(
         ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), (False, None)
@@ -49,7 +51,7 @@ _SUPPORTED: dict[str, tuple] = {
     "final_sigmas_type": ("zero",),
     "lambda_min_clipped": (-math.inf,),
 }
-"""Options of schedulers, and the values with which the engines sample as diffusers does."""
+"""Options of DPM-Solver, and the values with which the engines sample as diffusers does."""
 
 
 class _UNet(nn.Module):
@@ -112,7 +114,9 @@ def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Pa
     pipe = load(model, device="cpu", dtype=torch.float32)
     is_folder = not catalog.on_hub(model) and not catalog.is_file(model)
     tiny = load_tiny_autoencoder(catalog.folder(model)) if is_folder and not large_decoder else None
-    if large_decoder and (not is_folder or load_tiny_autoencoder(catalog.folder(model)) is None):
+    if is_folder and folder.resolve() == catalog.folder(model).resolve():
+        raise ValueError(f"{folder} is the model itself; expected another folder for the exported one")
+    if large_decoder and not (is_folder and (catalog.folder(model) / TINY).is_dir()):
         raise ValueError(f"{model} has no {TINY}, so --large-decoder has no effect: leave it out")
     if tiny is not None:
         _check_tiny(tiny, pipe.vae, model)
@@ -124,8 +128,15 @@ def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Pa
         raise ValueError(
             f"{model} predicts {scheduler.config.prediction_type}: the engines sample models that predict epsilon or v_prediction"
         )
-    if type(scheduler).__name__ not in _SAMPLERS:
+    if pipe.unet.config.get("time_cond_proj_dim") is not None or type(scheduler).__name__ in _OF_FEW_STEPS:
+        raise ValueError(f"{model} is distilled in a way that the engines do not sample (LCM, TCD)")
+    if (own := type(scheduler).__name__) not in _SAMPLERS:
         scheduler = make_scheduler("DPMSolverMultistep", scheduler)
+        log.warning(
+            "%s: the engines sample it by DPM-Solver++ instead of its %s, so a seed gives another clip",
+            model,
+            own,
+        )
     _check_scheduler(scheduler, model)
     if getattr(pipe, "safety_checker", None) is not None:
         log.warning("%s: its safety checker is not exported: no frame is blackened", model)
@@ -134,8 +145,9 @@ def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Pa
         for path in sorted((catalog.folder(model) / TINY).glob("*.safetensors")):
             settings.sha256[f"{TINY}/{path.name}"] = sha256(path)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (SETTINGS, names.FILE, preview.FILE):  # of a model that was exported here before
-        (folder / name).unlink(missing_ok=True)
+    if (folder / SETTINGS).exists():
+        for name in (SETTINGS, names.FILE, preview.FILE):  # of the model that was exported here before
+            (folder / name).unlink(missing_ok=True)
     share_text(pipe.unet)
     unit = settings.multiple
     # Sides that differ and never become 1 within the network: torch.export takes such sizes for constants.
@@ -193,6 +205,8 @@ def _check_tiny(tiny: AutoencoderTiny, vae: AutoencoderKL, model: str) -> None:
 def _check_scheduler(scheduler: SchedulerMixin, model: str) -> None:
     """Raise ValueError for a scheduler that the engines would sample otherwise than diffusers does."""
     check_own_scheduler(scheduler)
+    if _SAMPLERS[type(scheduler).__name__] == "ddim":
+        return
     for option, values in _SUPPORTED.items():
         if scheduler.config.get(option, values[0]) not in values:
             raise ValueError(

@@ -49,7 +49,7 @@ def timesteps_of(sampler: str, num: int, *, num_timesteps: int, spacing: str, of
         timesteps = np.arange(num + first)[::-1][:num] * (num_timesteps // (num + first)) + offset
     else:
         timesteps = np.linspace(0, num_timesteps - 1, num + first).round()[::-1][:num]
-    if len(timesteps) != num or (num > 1 and timesteps[0] == timesteps[-1]):
+    if len(timesteps) != num or timesteps[0] >= num_timesteps or (np.diff(timesteps) == 0).any():
         raise ValueError(
             f"num_inference_steps={num}: {spacing} timesteps come out wrong by rounding; expected another number"
         )

@@ -52,6 +52,8 @@ def check_labels(labels: dict[str, str], where: str) -> None:
             raise ValueError(f"{where}: {kind} {labels[kind]!r}: expected one of {', '.join(words)}")
     if labels.get("held_out", "") not in ("", "company", *known):
         raise ValueError(f"{where}: held_out {labels['held_out']!r}: expected one kind of word, or company")
+    if (kind := labels.get("held_out", "")) in known and not labels.get(kind):
+        raise ValueError(f"{where}: held_out is {kind}, but there is no {kind}")
     layout = labels.get("layout", "1x1")
     if not re.fullmatch(r"1x[1-6]|[2-6]x1", layout):
         raise ValueError(

@@ -507,7 +507,7 @@ class ClipPipeline(DiffusionPipeline):
         super().unload_lora_weights()  # type: ignore[misc]
         if self.sampling_before is not None and not self.num_fused_loras:
             self.sampling_before.restore(self)
-            self.sampling_before = None
+        self.sampling_before = None
 
     def _check_distilled(self, num_inference_steps: int, *, guided: bool, custom: bool = False) -> None:
         if distilled_steps := int(self.call_defaults["distilled_steps"]):

@@ -39,7 +39,7 @@ def sampling_defaults(model: str | Path) -> dict[str, float | None]:
         ValueError: as `load` does.
     """
     path = Path(model)
-    _, parts, unet, vae, _, settings = _file_parts(path) if path.is_file() else _folder_parts(folder(model))
+    _, parts, unet, vae, _, settings = _file_parts(path) if is_file(model) else _folder_parts(folder(model))
     two_encoders = "text_encoder_2" in parts or unet.get("addition_embed_type") == "text_time"
     family = {**CALL_DEFAULTS, "guidance_scale": XL_GUIDANCE_SCALE} if two_encoders else CALL_DEFAULTS
     own = {name: value for name, value in settings.items() if name in CALL_DEFAULTS}

@@ -84,6 +84,7 @@ def load_lora(pipe: ClipPipeline, path: str | Path) -> None:
             path, len(tensors) - len(fitting), len(tensors), min(tensors.keys() - fitting.keys()),
         )  # fmt: skip
     before, brings_settings = Sampling.of(pipe), bool(settings)
+    adapters = _adapters(pipe)
     try:
         if brings_settings:
             shift = {
@@ -96,10 +97,18 @@ def load_lora(pipe: ClipPipeline, path: str | Path) -> None:
             pipe.set_model_defaults(settings)
         _add_tensors(pipe, fitting, alphas, metadata, path)
     except Exception:
+        if new := _adapters(pipe) - adapters:
+            pipe.delete_adapters(sorted(new)) if adapters else pipe.unload_lora_weights()
         before.restore(pipe)
         raise
     if brings_settings:
         pipe.sampling_before = pipe.sampling_before or before
+
+
+def _adapters(pipe: ClipPipeline) -> set[str]:
+    """Return the names of the LoRAs in the networks of a pipeline."""
+    networks = (getattr(pipe, part, None) for part in ("unet", "text_encoder", "text_encoder_2"))
+    return {name for network in networks for name in getattr(network, "peft_config", ())}
 
 
 @dataclass(frozen=True)

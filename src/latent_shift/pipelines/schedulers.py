@@ -241,7 +241,8 @@ def set_timesteps(
             "a model that predicts a flow takes no timesteps and no sigmas; expected num_inference_steps"
         )
     steps_T, _ = retrieve_timesteps(scheduler, num_inference_steps, device, timesteps, sigmas)
-    if timesteps is None and sigmas is None and _family_name(scheduler) not in EDM_SCHEDULERS:
+    is_flow = scheduler.config.prediction_type == "flow_prediction"
+    if timesteps is None and sigmas is None and not is_flow and _family_name(scheduler) not in EDM_SCHEDULERS:
         _check_spacing(scheduler, steps_T, num_inference_steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
@@ -250,11 +251,16 @@ def set_timesteps(
 
 def _check_spacing(scheduler: SchedulerMixin, steps_T: Tensor, num_inference_steps: int) -> None:
     """Raise ValueError for timesteps that diffusers does not space as asked: trailing ones of some numbers of steps, such as 61 of 1,000,
-    go on to -1 by rounding, and leading ones of nearly as many steps as timesteps are all the same."""
-    if steps_T[-1] < 0 or (num_inference_steps > 1 and steps_T[0] == steps_T[-1]):
+    go on to -1 by rounding, and others of nearly as many steps as timesteps repeat or begin above the last timestep."""
+    repeats = (
+        scheduler.order == 1
+        and _family_name(scheduler) not in ("PNDM", "LMSDiscrete")
+        and bool((steps_T.diff() == 0).any())
+    )
+    if steps_T[-1] < 0 or steps_T[0] > scheduler.config.num_train_timesteps - 1 or repeats:
         raise ValueError(
             f"num_inference_steps={num_inference_steps}: {scheduler.config.timestep_spacing} timesteps of {type(scheduler).__name__} "
-            f"end at {float(steps_T[-1]):g} by rounding; expected another number"
+            f"{'repeat' if repeats else f'go from {float(steps_T[0]):g} to {float(steps_T[-1]):g}'} by rounding; expected another number"
         )
 
 

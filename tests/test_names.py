@@ -15,7 +15,9 @@ runner = CliRunner()
 
 
 def test_parts_of_a_prompt_are_its_short_runs_of_words():
-    assert parts("a red fox") == ["a red fox", "red", "fox", "a red", "red fox"]
+    assert parts("a sly fox") == ["a sly fox", "sly", "fox", "a sly", "sly fox"]
+    assert parts("two red foxes on a blue background")[:3] == ["foxes on a", "foxes", "foxes on"]
+    assert parts("an orange") == ["an orange", "orange"]
     assert parts("of the") == ["of the"]
     assert parts("puppies") == ["puppies", "puppy"]
     assert parts("glass bus") == ["glass bus", "glass", "bus"]
@@ -118,5 +120,7 @@ def test_the_embedded_model_carries_its_names():
         ("a spinning pizza", True),
         ("two kittens on a red background", True),
         ("stock market crash", False),
+        ("a green blorptangle", False),
+        ("two red staplers on a blue background", False),
     ):
         assert (known.nearest(prompt, embed)[0][1] >= known.threshold) is is_known, prompt

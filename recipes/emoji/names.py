@@ -58,6 +58,7 @@ def main() -> None:
     threshold = float(np.quantile([similarity.max() for similarity in without], 1 - KNOWN))
     text = (args.folder / "metadata.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
+    unknown = sorted({record["text"][0] for record in records if record["split"] == "val_concept"})
     others = {
         "captions_of_held_out_combinations": [
             record.texts[0] for record in Store(args.composed).records if record.split == "val_words"
@@ -65,9 +66,8 @@ def main() -> None:
         "keywords_of_known_things": sorted(
             {word for record in records for word in keywords(record)} - set(names)
         ),
-        "names_of_unknown_things": sorted(
-            {record["text"][0] for record in records if record["split"] == "val_concept"}
-        ),
+        "names_of_unknown_things": unknown,
+        "names_of_unknown_things_on_a_blue_background": [f"{name} on a blue background" for name in unknown],
     }
     result = {"names": len(names), "threshold": threshold} | {
         kind: {"number": len(prompts), "called_far": float((similarities(prompts) < threshold).mean())}

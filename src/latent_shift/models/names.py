@@ -30,6 +30,11 @@ _FUNCTION_WORDS = {
     "a", "an", "the", "this", "that", "these", "those", "is", "are", "was", "be", "of", "on", "in", "at", "to", "from", "by", "with", "and",
     "or", "for", "as", "it", "its", "his", "her", "their", "no", "not",
 }  # fmt: skip
+_MODIFIERS = {
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey", "gray", "gold", "golden", "silver",
+    "background", "two", "three", "four", "five", "six",
+}  # fmt: skip
+"""Words that name no thing: "a green X" is near to "green apple", whatever X is."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,11 @@ class Names:
 
 def parts(prompt: str) -> list[str]:
     """Return the prompt and every run of up to `LONGEST` of its words with one that is not a mere function word, also in
-    the singular."""
+    the singular; without colours and numbers, unless there is nothing else."""
     words = re.findall(r"[\w’'-]+", prompt)
+    things = [word for word in words if word.lower() not in _MODIFIERS]
+    if len(things) < len(words) and not _FUNCTION_WORDS.issuperset(map(str.lower, things)):
+        words, prompt = things, " ".join(things)
     runs = (
         words[start : start + length]
         for length in range(1, LONGEST + 1)

@@ -126,7 +126,7 @@ def _folder_parts(path: Path) -> tuple[dict[str, str], dict[str, list], dict, di
     names = ("unet", "vae", "text_encoder", "text_encoder_2")
     parts = {name: list(part_shapes(path / name).values()) for name in names if (path / name).is_dir()}
     lines = {
-        "family": family.title if family else "not one of Stable Diffusion",
+        "family": family.title if family else "other sizes of the classes of Stable Diffusion",
         "format": f"a diffusers folder, {index['_class_name']}",
     }
     return lines, parts, unet, vae, scheduler, index.get("latent_shift", {})

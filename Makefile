@@ -7,8 +7,8 @@ VENV ?= .venv
 PIP_ARGS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS)
-# Tests wait for processes and files: two workers more than there are cores, four at most.
-WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 3 ? cores + 2 : 4)))
+# Tests wait for processes and files: one worker more than there are cores, four at most.
+WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores + 1 : 4)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 # No test and no recipe reads from a hub.
 export HF_HUB_OFFLINE ?= 1

@@ -11,7 +11,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 FOLDER = Path(__file__).parent / "serving"
-PROMPTS = ("unicorn", "red heart", "clinking beer mugs", "face with tears of joy", "waving hand", "rocket")
+PROMPTS = ("unicorn", "red heart", "spider", "face with tears of joy", "waving hand", "rocket")
 
 
 def generate(page: Page, prompt: str, seed: int = 0) -> None:

@@ -40,7 +40,7 @@ EXAMPLES = {
         "red heart",
         "rocket",
         "waving hand",
-        "clinking beer mugs",
+        "spider",
         "face with tears of joy",
         "unicorn",
     ),

@@ -36,7 +36,12 @@ def packages(shared):
     def get(out):
         names = [f"{package.name}@{package.version}" for package in web.PACKAGES]
         result = subprocess.run(
-            [npm, "pack", "--prefer-offline", *names], cwd=out, capture_output=True, text=True, timeout=120
+            [npm, "pack", "--prefer-offline", *names],
+            cwd=out,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=120,
         )
         if result.returncode:
             pytest.skip(f"npm finds no packages: {result.stderr[-200:]}")

@@ -199,7 +199,9 @@ def main() -> None:
     if registry is None:
         try:
             command = ["npm", "config", "get", "registry"]
-            registry = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            registry = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", check=True
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             registry = "https://registry.npmjs.org"
     archives = args.folder / "packages"

@@ -71,7 +71,7 @@ def compare(
                 device = ["--device", "cpu"] if name == "torch" else []
                 start = time.perf_counter()
                 command = [sys.executable, "-m", "latent_shift", *words, *options, *device]
-                done = subprocess.run(command, capture_output=True, text=True)
+                done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
                 if done.returncode:
                     raise RuntimeError(f"generate --engine {name}: {done.stderr.strip()[-1000:]}")
                 if turn:

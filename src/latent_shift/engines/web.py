@@ -169,7 +169,9 @@ def _archive(package: Package, folder: Path, *, download: bool) -> Path:
                 f"the page needs {package.name}, and npm is not installed: get its archive by `{wanted}` on another machine, and give "
                 "the folder as --packages"
             )
-        result = subprocess.run([npm, *wanted.split()[1:]], cwd=folder, capture_output=True, text=True)
+        result = subprocess.run(
+            [npm, *wanted.split()[1:]], cwd=folder, capture_output=True, encoding="utf-8", errors="replace"
+        )
         if result.returncode:
             raise RuntimeError(f"`{wanted}` failed: {result.stderr.strip()[-500:]}")
     elif not path.is_file():

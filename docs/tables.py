@@ -8,6 +8,8 @@ of TABLES. Labels come from the table of measures (latent_shift/evaluation/measu
 
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -17,7 +19,14 @@ import tables_of_speed
 
 ROOT = Path(__file__).parent.parent
 
-TABLES = tables_of_quality.TABLES | tables_of_reliability.TABLES | tables_of_speed.TABLES
+IDEAS = ("ideas", "ideas-pixart", "ideas-sana", "ideas-full-sana", "ideas-full-pixart")
+TABLES: dict[str, Callable[[], str]] = {
+    name.replace("-", "_"): partial(tables_of_quality.ranked, name) for name in IDEAS
+} | {
+    function.__name__: function
+    for module in (tables_of_quality, tables_of_reliability, tables_of_speed)
+    for function in module.TABLES
+}
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PAGES = [
     str(path.relative_to(ROOT))

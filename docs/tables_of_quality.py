@@ -1,7 +1,5 @@
 """Tables of how good generated clips are, and of what decides it."""
 
-from collections.abc import Callable
-from functools import partial
 from statistics import mean
 
 from cells import Format, Results, between, decimals, difference, label, percent, point, read_result, value
@@ -308,19 +306,15 @@ def sensitivity() -> str:
     return markdown_table(["measure", *degradations], rows)
 
 
-IDEAS = ("ideas", "ideas-pixart", "ideas-sana", "ideas-full-sana", "ideas-full-pixart")
-TABLES: dict[str, Callable[[], str]] = {name.replace("-", "_"): partial(ranked, name) for name in IDEAS} | {
-    function.__name__: function
-    for function in (
-        summary,
-        emoji,
-        words,
-        motion_words,
-        shift_and_attention,
-        parts,
-        two_runs,
-        systems,
-        measures,
-        sensitivity,
-    )
-}
+TABLES = (
+    summary,
+    emoji,
+    words,
+    motion_words,
+    shift_and_attention,
+    parts,
+    two_runs,
+    systems,
+    measures,
+    sensitivity,
+)

@@ -1,7 +1,5 @@
 """Tables of bad inputs, faults and the server under load."""
 
-from collections.abc import Callable
-
 from cells import read_result
 
 from latent_shift.files import markdown_table
@@ -77,14 +75,11 @@ def fuzz_of_server() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function
-    for function in (
-        bad_inputs,
-        faults_of_training,
-        faults_of_commands,
-        faults_of_server,
-        serving,
-        fuzz_of_server,
-    )
-}
+TABLES = (
+    bad_inputs,
+    faults_of_training,
+    faults_of_commands,
+    faults_of_server,
+    serving,
+    fuzz_of_server,
+)

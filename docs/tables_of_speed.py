@@ -1,6 +1,5 @@
 """Tables of time and memory."""
 
-from collections.abc import Callable
 from typing import Any
 
 from cells import decimals, read_result
@@ -170,16 +169,13 @@ def training_memory() -> str:
     return markdown_table(["memory of a training step, GiB", *next(iter(configurations.values()))], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function
-    for function in (
-        overhead,
-        whole_commands,
-        sweep_on_cpu,
-        sweep_on_gpu,
-        peers,
-        training_speed,
-        long_clips,
-        training_memory,
-    )
-}
+TABLES = (
+    overhead,
+    whole_commands,
+    sweep_on_cpu,
+    sweep_on_gpu,
+    peers,
+    training_speed,
+    long_clips,
+    training_memory,
+)

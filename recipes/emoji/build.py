@@ -69,7 +69,7 @@ def main() -> None:
     if options.former:
         init = former_weights()
         encode(init, init)
-        # What these weights have never seen is drawn more often.
+        # What these weights have never seen is sampled more often.
         settings = f"model.init={init} data.concept_weights=recipes/emoji/unseen.json"
     else:
         train_image()

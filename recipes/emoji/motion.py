@@ -3,7 +3,7 @@
     python recipes/emoji/motion.py            # every variant
     python recipes/emoji/motion.py zero hold  # these alone
 
-Ten things in each of the motions of compose.py are learned in 500 steps, once for each of VARIANTS, from the weights of before
+Ten things in each of the motions of compose.py are learned in 500 steps (one variant: 2,000), once for each of VARIANTS, from the weights of before
 words.toml; nothing else differs. Then clips of these things are denoised with the right caption, and with that of another motion of
 the same thing: how much larger the error of what changes from frame to frame is with the other caption says how much the network goes
 by the words. At pure noise (t = 999) only a network that can tell which frame is the first has something to go by. And clips are

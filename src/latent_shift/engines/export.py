@@ -111,33 +111,17 @@ def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Pa
     except ImportError as error:
         raise RuntimeError("export needs the extra: pip install 'latent-shift-video[onnx]'") from error
     folder = Path(folder)
-    pipe = load(model, device="cpu", dtype=torch.float32)
     is_folder = not catalog.on_hub(model) and not catalog.is_file(model)
-    tiny = load_tiny_autoencoder(catalog.folder(model)) if is_folder and not large_decoder else None
     if is_folder and folder.resolve() == catalog.folder(model).resolve():
         raise ValueError(f"{folder} is the model itself; expected another folder for the exported one")
     if large_decoder and not (is_folder and (catalog.folder(model) / TINY).is_dir()):
         raise ValueError(f"{model} has no {TINY}, so --large-decoder has no effect: leave it out")
+    pipe = load(model, device="cpu", dtype=torch.float32)
+    tiny = load_tiny_autoencoder(catalog.folder(model)) if is_folder and not large_decoder else None
     if tiny is not None:
         _check_tiny(tiny, pipe.vae, model)
-    is_unet = hasattr(pipe.unet.config, "block_out_channels")  # and no transformer
-    if not is_unet or getattr(pipe, "text_encoder_2", None) is not None or has_temporal_layers(pipe.unet):
-        raise ValueError(f"{model}: expected a model of Stable Diffusion 1.x or 2.x with the shift")
-    scheduler = pipe.scheduler
-    if scheduler.config.prediction_type not in get_args(Settings.model_fields["prediction"].annotation):
-        raise ValueError(
-            f"{model} predicts {scheduler.config.prediction_type}: the engines sample models that predict epsilon or v_prediction"
-        )
-    if pipe.unet.config.get("time_cond_proj_dim") is not None or type(scheduler).__name__ in _OF_FEW_STEPS:
-        raise ValueError(f"{model} is distilled in a way that the engines do not sample (LCM, TCD)")
-    if (own := type(scheduler).__name__) not in _SAMPLERS:
-        scheduler = make_scheduler("DPMSolverMultistep", scheduler)
-        log.warning(
-            "%s: the engines sample it by DPM-Solver++ instead of its %s, so a seed gives another clip",
-            model,
-            own,
-        )
-    _check_scheduler(scheduler, model)
+    _check_unet(pipe, model)
+    scheduler = _scheduler_of(pipe, model)
     if getattr(pipe, "safety_checker", None) is not None:
         log.warning("%s: its safety checker is not exported: no frame is blackened", model)
     settings = _settings(model, pipe, scheduler)
@@ -202,16 +186,46 @@ def _check_tiny(tiny: AutoencoderTiny, vae: AutoencoderKL, model: str) -> None:
         )
 
 
-def _check_scheduler(scheduler: SchedulerMixin, model: str) -> None:
-    """Raise ValueError for a scheduler that the engines would sample otherwise than diffusers does."""
+def _check_unet(pipe: Any, model: str) -> None:
+    """Raise ValueError for a network that cannot be exported."""
+    config = pipe.unet.config
+    is_unet = hasattr(config, "block_out_channels")  # and no transformer
+    if not is_unet or getattr(pipe, "text_encoder_2", None) is not None or has_temporal_layers(pipe.unet):
+        raise ValueError(f"{model}: expected a model of Stable Diffusion 1.x or 2.x with the shift")
+    if config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"{model}: its U-Net takes the guidance scale (LCM), which the engines do not pass to it"
+        )
+
+
+def _scheduler_of(pipe: Any, model: str) -> SchedulerMixin:
+    """Return the scheduler that the engines sample a model by.
+
+    Raises:
+        ValueError: the engines would sample otherwise than diffusers does with it.
+    """
+    scheduler, name = pipe.scheduler, type(pipe.scheduler).__name__
+    if scheduler.config.prediction_type not in get_args(Settings.model_fields["prediction"].annotation):
+        raise ValueError(
+            f"{model} predicts {scheduler.config.prediction_type}: the engines sample models that predict epsilon or v_prediction"
+        )
+    if name in _OF_FEW_STEPS:
+        raise ValueError(f"{model} is sampled by {name}, which the engines do not have")
+    if name not in _SAMPLERS:
+        scheduler = make_scheduler("DPMSolverMultistep", scheduler)
+        log.warning(
+            "%s: the engines sample it by DPM-Solver++ instead of its %s, so a seed gives another clip",
+            model,
+            name,
+        )
     check_own_scheduler(scheduler)
-    if _SAMPLERS[type(scheduler).__name__] == "ddim":
-        return
-    for option, values in _SUPPORTED.items():
+    options = {} if _SAMPLERS[type(scheduler).__name__] == "ddim" else _SUPPORTED
+    for option, values in options.items():
         if scheduler.config.get(option, values[0]) not in values:
             raise ValueError(
                 f"{model}: its scheduler has {option}={scheduler.config[option]!r}, which the engines do not sample; expected {values[0]!r}"
             )
+    return scheduler
 
 
 def _settings(model: str, pipe: Any, scheduler: Any) -> Settings:

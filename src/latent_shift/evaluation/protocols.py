@@ -26,7 +26,7 @@ from latent_shift.files import read_json_object
 PROTOCOLS = {
     "own": "a clip of the plainest caption of each concept of a packed data set, beside the real clip of that caption",
     "emoji": "the same of the set of recipes/emoji: 100 concepts, 16 frames of 128x128 at 8 fps",
-    "words": "400 clips of 349 held-out combinations of recipes/emoji: a thing and its motion, colour or number, or two things",
+    "words": "400 clips of held-out combinations of recipes/emoji, some more than once: a thing and its motion, colour or number, or two things",
     "classes": "four clips of each of eight concepts of a packed data set",
     "ucf101": "100 clips of one sentence for each of the 101 classes; IS on C3D, FVD against the train videos (TGANv2, Make-A-Video)",
     "msrvtt-mav": "a clip of each of the 59,794 captions of the test videos (Make-A-Video)",

@@ -594,6 +594,6 @@ class ClipPipeline(DiffusionPipeline):
     def _noise_settings(
         self, shared_noise: float | None, noise_correlation: float | None
     ) -> tuple[float, float]:
-        return self._default("shared_noise", shared_noise), self._default(
-            "noise_correlation", noise_correlation
-        )
+        shared = self._default("shared_noise", shared_noise)
+        correlation = self._default("noise_correlation", noise_correlation)
+        return shared, correlation

@@ -38,8 +38,7 @@ def sampling_defaults(model: str | Path) -> dict[str, float | None]:
     Raises:
         ValueError: as `load` does.
     """
-    path = Path(model)
-    _, parts, unet, vae, _, settings = _file_parts(path) if is_file(model) else _folder_parts(folder(model))
+    _, parts, unet, vae, _, settings = _read_parts(model)
     two_encoders = "text_encoder_2" in parts or unet.get("addition_embed_type") == "text_time"
     family = {**CALL_DEFAULTS, "guidance_scale": XL_GUIDANCE_SCALE} if two_encoders else CALL_DEFAULTS
     own = {name: value for name, value in settings.items() if name in CALL_DEFAULTS}
@@ -55,9 +54,7 @@ def describe(model: str | Path) -> dict[str, str]:
     """Return what a model is, line by line, without reading its weights; raise ValueError as `load` does."""
     if on_hub(model):
         raise ValueError(f"{model}: no such folder; a model of the Hub is described once it is downloaded")
-    lines, parts, unet, vae, scheduler, settings = (
-        _file_parts(Path(model)) if is_file(model) else _folder_parts(folder(model))
-    )
+    lines, parts, unet, vae, scheduler, settings = _read_parts(model)
     for part, shapes in parts.items():
         lines[part] = f"{sum(math.prod(shape) for shape in shapes) / 1e6:,.1f} M parameters"
     size = unet.get("sample_size")
@@ -95,9 +92,16 @@ def describe(model: str | Path) -> dict[str, str]:
     return lines
 
 
-def _file_parts(path: Path) -> tuple[dict[str, str], dict[str, list], dict, dict, dict, dict]:
-    """Return, for a single file: the first lines of its description, the tensor shapes of each part, and the
-    settings of U-Net, autoencoder, scheduler and pipeline."""
+Parts = tuple[dict[str, str], dict[str, list], dict, dict, dict, dict]
+
+
+def _read_parts(model: str | Path) -> Parts:
+    """Return the first lines of a model's description, the tensor shapes of each part, and the settings of U-Net, autoencoder,
+    scheduler and pipeline."""
+    return _file_parts(Path(model)) if is_file(model) else _folder_parts(folder(model))
+
+
+def _file_parts(path: Path) -> Parts:
     family, tensors = FAMILIES[identify_file(path)], tensor_shapes(path)
     prefixes = {"unet": "model.", "vae": "first_stage_model.", "text_encoder": "cond"}
     parts = {
@@ -118,8 +122,7 @@ def _file_parts(path: Path) -> tuple[dict[str, str], dict[str, list], dict, dict
     return lines, parts, unet, family.vae, scheduler, {}
 
 
-def _folder_parts(path: Path) -> tuple[dict[str, str], dict[str, list], dict, dict, dict, dict]:
-    """Return the same of a diffusers folder."""
+def _folder_parts(path: Path) -> Parts:
     index = read_index(path)
     unet, vae, scheduler = (read_part(path / part) for part in ("unet", "vae", "scheduler"))
     family = _unet_family(unet)

@@ -254,7 +254,7 @@ def _check_spacing(scheduler: SchedulerMixin, steps_T: Tensor, num_inference_ste
     go on to -1 by rounding, and others of nearly as many steps as timesteps repeat or begin above the last timestep."""
     repeats = (
         scheduler.order == 1
-        and _family_name(scheduler) not in ("PNDM", "LMSDiscrete")
+        and _family_name(scheduler) != "PNDM"  # which makes its first step twice
         and bool((steps_T.diff() == 0).any())
     )
     if steps_T[-1] < 0 or steps_T[0] > scheduler.config.num_train_timesteps - 1 or repeats:

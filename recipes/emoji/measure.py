@@ -17,7 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import compose_words, environment, former_weights, pack_emoji, run
 
-HALF = "--dtype bfloat16"  # for CPUs with bf16 units
+from latent_shift.runtime import has_bf16_units
+
+HALF = "--dtype bfloat16" if has_bf16_units() else ""
+"""bfloat16 on CPUs with bf16 units; on others it is many times slower than float32."""
 
 
 def table() -> None:

@@ -14,7 +14,7 @@ import typer
 from tiny import tiny_config
 from typer.testing import CliRunner
 
-from latent_shift import recipe, video
+from latent_shift import recipe, runtime, video
 from latent_shift.benchmark import timing
 from latent_shift.cli import main
 from latent_shift.data.store import Store
@@ -161,6 +161,15 @@ def test_generate_writes_an_image_for_one_frame_and_warns_of_truncation(
     printed = run("generate", "a red square " * 9, "-m", video_model, "--steps", 1, "--num-frames", 1)
     assert "truncated" in caplog.text
     assert video.read(printed.strip().splitlines()[-1])[0].shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_commands_warn_of_slow_bf16(units, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runtime, "has_bf16_units", lambda: units)
+    with pytest.raises(ValueError, match="absent"):
+        run("eval", "absent", "--dtype", "bfloat16", "--device", "cpu")
+    assert ("no units for bf16, in which it is many times slower" in caplog.text) != units
 
 
 @pytest.mark.slow  # its fast twins are the commands of docs/training.md (test_docs.py)

@@ -171,8 +171,7 @@ def test_check_store_reports_short_clips_and_unknown_splits(latents, caplog):
 def test_prepare_resolves_the_precision_of_the_device(latents, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checks, "resolve_device", lambda: torch.device("cpu"))
     for units, expected in ((True, "bf16"), (False, "no")):
-        for module in (runtime, checks):
-            monkeypatch.setattr(module, "has_bf16_units", lambda units=units: units)
+        monkeypatch.setattr(runtime, "has_bf16_units", lambda units=units: units)
         prepared = prepare.prepare(tiny_config("video", latents, train={"precision": "auto"}), tmp_path)
         assert prepared.precision == expected
     checks.check_settings(tiny_config("video", latents, train={"precision": "bf16"}), tmp_path)

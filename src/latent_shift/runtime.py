@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger("latent_shift")
+
 
 def rank() -> int:
     """Return the number of this process among those that torchrun started, 0..world_size - 1."""
@@ -105,6 +107,19 @@ def has_bf16_units() -> bool:
     if platform.machine() in ("x86_64", "AMD64"):
         return bool(torch.cpu._is_avx512_bf16_supported())
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def warn_of_slow_bf16(device: torch.device, instead: str) -> None:
+    """Warn where bf16 is asked for on a CPU without units for it.
+
+    Args:
+        device: that computes.
+        instead: the option to choose.
+    """
+    if device.type == "cpu" and not has_bf16_units():
+        log.warning(
+            "this CPU has no units for bf16, in which it is many times slower than in float32: %s", instead
+        )
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -256,8 +256,10 @@ def sweep(
     from latent_shift.benchmark import sweep
     from latent_shift.benchmark.hardware import machine
     from latent_shift.report.plots import save as save_plots
-    from latent_shift.runtime import resolve_device
+    from latent_shift.runtime import resolve_device, warn_of_slow_bf16
 
+    if half:
+        warn_of_slow_bf16(resolve_device(device), "leave out --half")
     device = str(resolve_device(device))
     num_frames = frames or list(sweep.FRAMES)
     dtype = torch.bfloat16 if half else torch.float32

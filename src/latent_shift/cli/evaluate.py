@@ -88,6 +88,8 @@ def evaluate(
     from latent_shift.evaluation import protocols, systems, tables
     from latent_shift.evaluation.features import Weights
 
+    if dtype == "bfloat16":
+        runtime.warn_of_slow_bf16(runtime.resolve_device(device), "--dtype float32")
     models = _parse_models(model or ["emoji"])
     if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.default_num_frames(models[0][1])

@@ -25,7 +25,7 @@ from latent_shift.models.loading import one_line_errors
 from latent_shift.models.network_classes import baseline_name, saved_class
 from latent_shift.models.parts import IndexSettings, read_part, read_settings, text_width
 from latent_shift.recipe import load
-from latent_shift.runtime import has_bf16_units, resolve_device, resolve_precision, world_size
+from latent_shift.runtime import resolve_device, resolve_precision, warn_of_slow_bf16, world_size
 from latent_shift.shift import Shift, inflate
 from latent_shift.training import checkpoint
 
@@ -61,10 +61,8 @@ def check_settings(config: Config, run: Path) -> None:
         )
     if config.train.precision == "fp16" and device.type == "cpu":  # there is no gradient scaler for CPUs
         raise ValueError("train.precision=fp16 needs a GPU; on a CPU take bf16")
-    if config.train.precision == "bf16" and device.type == "cpu" and not has_bf16_units():
-        log.warning(
-            "this CPU has no units for bf16, in which it is many times slower than in float32: train.precision=auto or no"
-        )
+    if config.train.precision == "bf16":
+        warn_of_slow_bf16(device, "train.precision=auto or no")
     ema, num_steps = config.optim.ema, config.optim.steps
     if ema and 1 / (1 - ema) > num_steps / 2:
         log.warning(

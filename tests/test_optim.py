@@ -1,5 +1,6 @@
 """Steps whose gradients are not finite are skipped; many in a row end the run."""
 
+import copy
 import json
 
 import numpy as np
@@ -113,3 +114,51 @@ def test_step_if_finite_leaves_weights_and_states(latents, kind):
         after = (weight.detach(), *adamw.state_dict()["state"][0].values())
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False)) == bool(skipped)
     assert not scaler or scaler.get_scale() == 256
+
+
+def test_muon_orthogonalizes_steps_of_weights_and_leaves_the_rest_to_adamw(latents):
+    """A step of a convolution has singular values near 0.2 sqrt(36) lr, one of a bias or a last layer is AdamW's; weight decay acts on both."""
+    optim = {"optimizer": "muon", "lr": 0.01, "weight_decay": 0.5}
+    torch.manual_seed(0)
+    shapes = [(12, 9, 2, 2), (12, 9, 2, 2), (64, 8), (8, 64), (12,), (3, 16, 3, 3)]
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    before = [weight.detach().clone() for weight in weights]
+    muon = create_optimizer(tiny_config("image", latents, optim=optim), weights)
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape)
+    gradients = [weight.grad.clone() for weight in weights]
+    muon.step()
+    for weight, old, gradient in zip(weights, before, gradients, strict=True):
+        step = old * (1 - 0.01 * 0.5) - weight.detach()
+        if weight.ndim > 1 and len(weight) > 3:
+            singular = torch.linalg.svdvals(step.flatten(1)) / (
+                0.01 * 0.2 * max(step.flatten(1).shape) ** 0.5
+            )
+            assert float(singular.min()) > 0.6 and float(singular.max()) < 1.3
+            assert float((step * gradient).sum()) > 0
+        else:
+            torch.testing.assert_close(step, 0.01 * gradient.sign(), rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="muon has no effect: no weight has 8 input and output channels"):
+        create_optimizer(tiny_config("image", latents, optim=optim), weights[4:])
+
+
+def test_muon_goes_on_from_its_state_exactly(latents):
+    config = tiny_config("image", latents, optim={"optimizer": "muon", "lr": 0.01})
+    torch.manual_seed(0)
+    gradients = [[torch.randn(9, 8), torch.randn(9)] for _ in range(3)]
+
+    def after(num_before):
+        weights = [torch.nn.Parameter(torch.ones(9, 8)), torch.nn.Parameter(torch.ones(9))]
+        muon = create_optimizer(config, weights)
+        for index, pair in enumerate(gradients):
+            if index == num_before:
+                state = copy.deepcopy(muon.state_dict())
+                muon = create_optimizer(config, weights)
+                muon.load_state_dict(state)
+            for weight, gradient in zip(weights, pair, strict=True):
+                weight.grad = gradient.clone()
+            muon.step()
+        return weights
+
+    for whole, resumed in zip(after(None), after(2), strict=True):
+        assert torch.equal(whole, resumed)

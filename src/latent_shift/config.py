@@ -272,9 +272,10 @@ class Optim(Section):
     shift_lr_scale: float = Field(
         1.0, gt=0, description="Factor of the learning rate in the layers that read shifted channels."
     )
-    optimizer: Literal["adamw", "adamw8bit"] = Field(
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
         "adamw",
-        description="AdamW, or AdamW with 8-bit states, which take a quarter of the memory, from the extra `finetune`.",
+        description="AdamW; AdamW with 8-bit states, which take a quarter of the memory, from the extra `finetune`; or Muon (Jordan et al. "
+        "2024) for the weights of inner layers and AdamW for the rest, which needs fewer steps for a network that starts from nothing.",
     )
     warmup_steps: int = Field(
         200, ge=0, description="First steps, over which the learning rate rises linearly."
@@ -385,7 +386,7 @@ class Config(Section):
             raise ValueError("train.shard has no effect on the frozen weights under a lora: leave it out")
         if self.train.shard and (self.reads_pixels or self.optim.optimizer != "adamw"):
             raise ValueError(
-                "train.shard needs stage image or video, and optim.optimizer=adamw: neither autoencoders nor adamw8bit can be sharded"
+                "train.shard needs stage image or video, and optim.optimizer=adamw: neither autoencoders nor other optimizers can be sharded"
             )
         if self.train.shard and self.train.precision == "fp16":
             raise ValueError("train.shard with train.precision=fp16: expected bf16 or no")

@@ -172,7 +172,7 @@ def estimate(
     num_shards = world_size() if config.train.shard else 1
     return Estimate(
         weights=sum(parameter.nbytes for parameter in objective.parameters()) // num_shards,
-        optimizer=trained * (2 if config.optim.optimizer == "adamw8bit" else 8) // num_shards,
+        optimizer=trained * {"adamw": 8, "adamw8bit": 2, "muon": 4}[config.optim.optimizer] // num_shards,
         averaged=trained * 4 // num_shards,
         step=live.peak,
         flops=live.flops * config.optim.accumulate,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from latent_shift.config import Config
 from latent_shift.models.channel_cost import shifted_readers
 from latent_shift.shift import shift_of
+from latent_shift.training.muon import MIN_CHANNELS, Muon, is_orthogonalized
 
 MAX_SKIPPED_STEPS = 50
 """Skipped steps in a row after which a run ends with an error; a gradient scaler finds its scale in fewer."""
@@ -42,6 +43,12 @@ def create_optimizer(
     )
     if config.optim.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
+    if config.optim.optimizer == "muon":
+        if not any(map(is_orthogonalized, parameters)):
+            raise ValueError(
+                f"optim.optimizer=muon has no effect: no weight has {MIN_CHANNELS} input and output channels or more; take adamw"
+            )
+        return Muon(groups, **options)
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(groups, **options)

@@ -84,12 +84,14 @@ def test_load_applies_overrides_and_reads_back_a_dump(recipe, tmp_path):
         (["stage=autoencoder", "data.mirror=true"], "data.mirror has no effect in stage autoencoder"),
         (
             ["stage=autoencoder", "train.shard=true"],
-            "neither autoencoders nor other optimizers can be sharded",
+            "got stage autoencoder and optim.optimizer=adamw",
         ),
         (
             ["optim.optimizer=adamw8bit", "train.shard=true"],
-            "neither autoencoders nor other optimizers can be sharded",
+            "and optim.optimizer=adamw8bit",
         ),
+        (["optim.optimizer=muon", "train.shard=true"], "and optim.optimizer=muon"),
+        (["optim.optimizer=muon", "lora.rank=32"], "muon moves whole weights, not a lora"),
         (["train.seed=-1"], "train.seed: Input should be greater than or equal to 0"),
         (["data.splits=[]"], "data.splits: List should have at least 1 item"),
         (["optim.lr=inf"], "optim.lr: Input should be a finite number"),

@@ -1,6 +1,5 @@
 """Steps whose gradients are not finite are skipped; many in a row end the run."""
 
-import copy
 import json
 
 import numpy as np
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 
 from latent_shift.pipelines.loading import load
-from latent_shift.training import checkpoint, optimizer, stages
+from latent_shift.training import checkpoint, muon, optimizer, stages
 from latent_shift.training.loop import train
 from latent_shift.training.optimizer import create_optimizer, step_if_finite
 
@@ -92,13 +91,14 @@ def test_layers_that_read_shifted_channels_learn_faster(latents, image_model, tm
         tiny_config("video", latents, model={"init": "x", "temporal": "none"}, optim=optim)
 
 
-@pytest.mark.parametrize("kind", ["wrapped", "sharded", "scaled"])
+@pytest.mark.parametrize("kind", ["wrapped", "sharded", "scaled", "muon", "muon scaled"])
 def test_step_if_finite_leaves_weights_and_states(latents, kind):
     """A skipped step changes neither weights nor optimizer states; wrapped by accelerate, the optimizer skips by itself, or the scaler,
     which halves its scale."""
-    config = tiny_config("video", latents, train={"shard": True} if kind == "sharded" else {})
-    weight = torch.nn.Parameter(torch.ones(3))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if kind == "scaled" else None
+    optim = {"optimizer": "muon", "lr": 1e-3} if "muon" in kind else {}
+    config = tiny_config("video", latents, train={"shard": True} if kind == "sharded" else {}, optim=optim)
+    weight = torch.nn.Parameter(torch.ones(32, 32) if optim else torch.ones(3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if "scaled" in kind else None
     adamw = create_optimizer(config, [weight])
     adamw = adamw if kind == "sharded" else AcceleratedOptimizer(adamw, scaler=scaler)
     for gradient, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (1.0, 0)):
@@ -116,21 +116,26 @@ def test_step_if_finite_leaves_weights_and_states(latents, kind):
     assert not scaler or scaler.get_scale() == 256
 
 
-def test_muon_orthogonalizes_steps_of_weights_and_leaves_the_rest_to_adamw(latents):
-    """A step of a convolution has singular values near 0.2 sqrt(36) lr, one of a bias or a last layer is AdamW's; weight decay acts on both."""
+def test_muon_orthogonalizes_steps_of_weights_and_leaves_the_rest_to_adamw(latents, monkeypatch):
+    """A step of a weight has singular values near 0.2 lr sqrt(longer side), one of a bias or a last layer is AdamW's; weight decay acts on
+    both. Weights of one shape move together or one by one."""
     optim = {"optimizer": "muon", "lr": 0.01, "weight_decay": 0.5}
+    config = tiny_config("image", latents, optim=optim)
     torch.manual_seed(0)
-    shapes = [(12, 9, 2, 2), (12, 9, 2, 2), (64, 8), (8, 64), (12,), (3, 16, 3, 3)]
-    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    before = [weight.detach().clone() for weight in weights]
-    muon = create_optimizer(tiny_config("image", latents, optim=optim), weights)
-    for weight in weights:
-        weight.grad = torch.randn(weight.shape)
-    gradients = [weight.grad.clone() for weight in weights]
-    muon.step()
+    shapes = [(48, 33, 2, 2), (48, 33, 2, 2), (256, 32, 2, 2), (32, 64), (12,), (3, 64, 3, 3), (64, 1, 3, 3)]
+    gradients, before = [torch.randn(shape) for shape in shapes], [torch.randn(shape) for shape in shapes]
+
+    def weights_after_a_step():
+        weights = [torch.nn.Parameter(weight.clone()) for weight in before]
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        create_optimizer(config, weights).step()
+        return [weight.detach() for weight in weights]
+
+    weights = weights_after_a_step()
     for weight, old, gradient in zip(weights, before, gradients, strict=True):
-        step = old * (1 - 0.01 * 0.5) - weight.detach()
-        if weight.ndim > 1 and len(weight) > 3:
+        step = old * (1 - 0.01 * 0.5) - weight
+        if min(weight.shape[:2]) >= 32 and weight.ndim > 1:
             singular = torch.linalg.svdvals(step.flatten(1)) / (
                 0.01 * 0.2 * max(step.flatten(1).shape) ** 0.5
             )
@@ -138,27 +143,28 @@ def test_muon_orthogonalizes_steps_of_weights_and_leaves_the_rest_to_adamw(laten
             assert float((step * gradient).sum()) > 0
         else:
             torch.testing.assert_close(step, 0.01 * gradient.sign(), rtol=1e-3, atol=1e-5)
-    with pytest.raises(ValueError, match="muon has no effect: no weight has 8 input and output channels"):
-        create_optimizer(tiny_config("image", latents, optim=optim), weights[4:])
+    monkeypatch.setattr(muon, "_LARGEST_STACK", 1)
+    for one, together in zip(weights_after_a_step(), weights, strict=True):
+        torch.testing.assert_close(one, together)
+    with pytest.raises(
+        ValueError, match="muon has no effect: no weight has 32 or more input and output channels"
+    ):
+        create_optimizer(config, [torch.nn.Parameter(weight) for weight in before[4:]])
 
 
-def test_muon_goes_on_from_its_state_exactly(latents):
-    config = tiny_config("image", latents, optim={"optimizer": "muon", "lr": 0.01})
+def test_muon_steps_along_nesterovs_momentum(latents):
+    """Three steps agree with those of the exact orthogonal matrix of each momentum, to what Newton-Schulz leaves."""
+    config = tiny_config("image", latents, optim={"optimizer": "muon", "lr": 0.01, "weight_decay": 0.0})
     torch.manual_seed(0)
-    gradients = [[torch.randn(9, 8), torch.randn(9)] for _ in range(3)]
-
-    def after(num_before):
-        weights = [torch.nn.Parameter(torch.ones(9, 8)), torch.nn.Parameter(torch.ones(9))]
-        muon = create_optimizer(config, weights)
-        for index, pair in enumerate(gradients):
-            if index == num_before:
-                state = copy.deepcopy(muon.state_dict())
-                muon = create_optimizer(config, weights)
-                muon.load_state_dict(state)
-            for weight, gradient in zip(weights, pair, strict=True):
-                weight.grad = gradient.clone()
-            muon.step()
-        return weights
-
-    for whole, resumed in zip(after(None), after(2), strict=True):
-        assert torch.equal(whole, resumed)
+    weight, momentum = torch.nn.Parameter(torch.zeros(32, 40)), torch.zeros(32, 40)
+    optimizer = create_optimizer(config, [weight])
+    for _ in range(3):
+        gradient, before = torch.randn(32, 40), weight.detach().clone()
+        weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        left, _, right = torch.linalg.svd(0.05 * gradient + 0.95 * momentum, full_matrices=False)
+        expected = -0.01 * 0.2 * 40**0.5 * left @ right
+        step = weight.detach() - before
+        cosine = (step * expected).sum() / step.norm() / expected.norm()
+        assert float(cosine) > 0.97 and float(step.norm() / expected.norm()) == pytest.approx(1, abs=0.2)

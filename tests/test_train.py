@@ -79,11 +79,14 @@ def test_concept_weights_are_those_of_known_concepts(weights, problem, latents, 
         stage_of(tiny_config("image", latents, data={"concept_weights": str(file)}))
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "image", "video"])
-def test_train_resumes_exactly(stage, packed, latents, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "optimizer"), [("autoencoder", "adamw"), ("image", "muon"), ("video", "adamw")]
+)
+def test_train_resumes_exactly(stage, optimizer, packed, latents, tmp_path):
     """Six steps without a break equal 2 + 1 + 3 steps: weights, averages and optimizer states, on a CPU bit for bit."""
     options = {"seed": 3, "log_every": 2}  # the second stop is between two lines of stats.jsonl
-    config = tiny_config(stage, packed if stage == "autoencoder" else latents, steps=6, train=options)
+    data = packed if stage == "autoencoder" else latents
+    config = tiny_config(stage, data, steps=6, train=options, optim={"optimizer": optimizer})
     train(config, tmp_path / "uninterrupted")
     train(
         config,

@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import compose_words, environment, former_weights, pack_emoji, run
 
-from latent_shift.runtime import has_bf16_units
+from latent_shift.runtime import resolve_device, resolve_precision
 
-HALF = "--dtype bfloat16" if has_bf16_units() else ""
-"""bfloat16 on CPUs with bf16 units; on others it is many times slower than float32."""
+HALF = "--dtype bfloat16" if resolve_precision("auto", resolve_device()) == "bf16" else ""
+"""bfloat16 where the device computes in it; on a CPU without units for it, it is many times slower than float32."""
 
 
 def table() -> None:

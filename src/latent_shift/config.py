@@ -275,15 +275,20 @@ class Optim(Section):
     optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
         "adamw",
         description="AdamW; AdamW with 8-bit states, which take a quarter of the memory, from the extra `finetune`; or Muon (Jordan et al. "
-        "2024) for the weights of inner layers and AdamW for the rest, which needs fewer steps for a network that starts from nothing.",
+        "2024) for weights with at least 32 input and output channels and AdamW for the rest, for small networks that start from nothing.",
     )
     warmup_steps: int = Field(
         200, ge=0, description="First steps, over which the learning rate rises linearly."
     )
     cooldown_steps: int = Field(0, ge=0, description="Last steps, over which the learning rate falls to 0.")
     cooldown: Literal["linear", "cosine"] = Field("linear", description="Shape of that fall.")
-    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
-    beta2: float = Field(0.99, gt=0, lt=1, description="Decay of AdamW's second moment.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
+    beta2: float = Field(
+        0.99,
+        gt=0,
+        lt=1,
+        description="Decay of AdamW's second moment; without effect on the weights that Muon moves.",
+    )
     grad_clip: float = Field(
         1.0, gt=0, description="Largest norm of the gradient; larger gradients are scaled down to it."
     )
@@ -386,7 +391,12 @@ class Config(Section):
             raise ValueError("train.shard has no effect on the frozen weights under a lora: leave it out")
         if self.train.shard and (self.reads_pixels or self.optim.optimizer != "adamw"):
             raise ValueError(
-                "train.shard needs stage image or video, and optim.optimizer=adamw: neither autoencoders nor other optimizers can be sharded"
+                "train.shard needs stage image or video and optim.optimizer=adamw, "
+                f"got stage {self.stage} and optim.optimizer={self.optim.optimizer}"
+            )
+        if self.lora and self.optim.optimizer == "muon":
+            raise ValueError(
+                "optim.optimizer=muon moves whole weights, not a lora: expected adamw or adamw8bit"
             )
         if self.train.shard and self.train.precision == "fp16":
             raise ValueError("train.shard with train.precision=fp16: expected bf16 or no")

@@ -118,7 +118,7 @@ def warn_of_slow_bf16(device: torch.device, instead: str) -> None:
     """
     if device.type == "cpu" and not has_bf16_units():
         log.warning(
-            "this CPU has no units for bf16, in which it is many times slower than in float32: %s", instead
+            "this CPU has no units for bf16 and computes many times slower in it than in float32: %s", instead
         )
 
 

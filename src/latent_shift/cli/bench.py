@@ -258,9 +258,10 @@ def sweep(
     from latent_shift.report.plots import save as save_plots
     from latent_shift.runtime import resolve_device, warn_of_slow_bf16
 
+    where = resolve_device(device)
     if half:
-        warn_of_slow_bf16(resolve_device(device), "leave out --half")
-    device = str(resolve_device(device))
+        warn_of_slow_bf16(where, "leave out --half")
+    device = str(where)
     num_frames = frames or list(sweep.FRAMES)
     dtype = torch.bfloat16 if half else torch.float32
     steps = sweep.sweep(

@@ -32,6 +32,7 @@ from latent_shift.models.parts import read_part, text_width
 from latent_shift.pipelines.lora import add_lora
 from latent_shift.runtime import dtype_of, resolve_precision, world_size
 from latent_shift.training.distillation import DistillationObjective
+from latent_shift.training.muon import is_orthogonalized
 from latent_shift.training.objectives import DenoisingObjective, attention_kernel
 from latent_shift.training.prepare import Prepared
 
@@ -168,11 +169,15 @@ def estimate(
             with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
                 loss, _ = objective(clean, clean, torch.zeros(clips, dtype=torch.long), text)
             loss.backward()
-    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    trained = sum(parameter.numel() for parameter in parameters)
+    states = trained * (2 if config.optim.optimizer == "adamw8bit" else 8)
+    if config.optim.optimizer == "muon":  # one state for each of its weights, not two
+        states -= sum(4 * parameter.numel() for parameter in parameters if is_orthogonalized(parameter))
     num_shards = world_size() if config.train.shard else 1
     return Estimate(
         weights=sum(parameter.nbytes for parameter in objective.parameters()) // num_shards,
-        optimizer=trained * {"adamw": 8, "adamw8bit": 2, "muon": 4}[config.optim.optimizer] // num_shards,
+        optimizer=states // num_shards,
         averaged=trained * 4 // num_shards,
         step=live.peak,
         flops=live.flops * config.optim.accumulate,
@@ -231,7 +236,7 @@ def suggest_smaller_settings(config: Config) -> str:
         (not config.train.gradient_checkpointing, {"train.gradient_checkpointing": True}),
         (size > 1, {"data.batch_size": size // 2, "optim.accumulate": config.optim.accumulate * 2}),
         (config.train.precision == "no", {"train.precision": "bf16"}),
-        (config.optim.optimizer == "adamw", {"optim.optimizer": "adamw8bit"}),
+        (config.optim.optimizer != "adamw8bit", {"optim.optimizer": "adamw8bit"}),
         (not config.lora, {"lora.rank": 32}),
         (frames > 1, {"data.num_frames": frames // 2}),
     ]

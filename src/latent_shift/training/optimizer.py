@@ -46,7 +46,7 @@ def create_optimizer(
     if config.optim.optimizer == "muon":
         if not any(map(is_orthogonalized, parameters)):
             raise ValueError(
-                f"optim.optimizer=muon has no effect: no weight has {MIN_CHANNELS} input and output channels or more; take adamw"
+                f"optim.optimizer=muon has no effect: no weight has {MIN_CHANNELS} or more input and output channels; take adamw"
             )
         return Muon(groups, **options)
     from bitsandbytes.optim import AdamW8bit

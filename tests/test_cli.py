@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from latent_shift import recipe, runtime, video
 from latent_shift.benchmark import timing
-from latent_shift.cli import main
+from latent_shift.cli import evaluate, main
 from latent_shift.data.store import Store
 from latent_shift.recipe import dump
 
@@ -170,6 +170,8 @@ def test_commands_warn_of_slow_bf16(units, tmp_path, monkeypatch, caplog):
     with pytest.raises(ValueError, match="absent"):
         run("eval", "absent", "--dtype", "bfloat16", "--device", "cpu")
     assert ("no units for bf16 and computes many times slower" in caplog.text) != units
+    dtype = evaluate._parse_dtype("auto", "cpu")
+    assert dtype == evaluate._parse_dtype("bfloat16" if units else "float32", "cpu")
 
 
 @pytest.mark.slow  # its fast twins are the commands of docs/training.md (test_docs.py)
@@ -373,7 +375,7 @@ def test_bench_commands_times_commands_of_the_model(video_model, monkeypatch):
         (["generate", "x", "--device", "foo"], "device 'foo': expected cpu, cuda, cuda:1 or mps"),
         (
             ["eval", "absent", "--dtype", "float8"],
-            "--dtype: expected float32, float16 or bfloat16, got 'float8'",
+            "--dtype: expected float32, float16, bfloat16 or auto, got 'float8'",
         ),
         (["encode", "x", "y", "--autoencoder", "emojy", "--texts", "emoji"], "did you mean 'emoji'"),
         (["sheet", __file__, "sheet.jpg"], "expected one of .mp4"),

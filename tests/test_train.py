@@ -80,7 +80,8 @@ def test_concept_weights_are_those_of_known_concepts(weights, problem, latents, 
 
 
 @pytest.mark.parametrize(
-    ("stage", "optimizer"), [("autoencoder", "adamw"), ("image", "muon"), ("video", "adamw")]
+    ("stage", "optimizer"),
+    [("autoencoder", "adamw"), ("image", "adamw"), ("image", "muon"), ("video", "adamw")],
 )
 def test_train_resumes_exactly(stage, optimizer, packed, latents, tmp_path):
     """Six steps without a break equal 2 + 1 + 3 steps: weights, averages and optimizer states, on a CPU bit for bit."""

@@ -17,20 +17,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import compose_words, environment, former_weights, pack_emoji, run
 
-from latent_shift.runtime import resolve_device, resolve_precision
-
-HALF = "--dtype bfloat16" if resolve_precision("auto", resolve_device()) == "bf16" else ""
-"""bfloat16 where the device computes in it; on a CPU without units for it, it is many times slower than float32."""
-
 
 def table() -> None:
     pack_emoji()
     models = f"-m emoji -m former={former_weights()}"
     run(
-        f"latent-shift eval data/emoji-128 --protocol emoji {models} {HALF} -o docs/results/emoji.json --force"
+        f"latent-shift eval data/emoji-128 --protocol emoji {models} --dtype auto -o docs/results/emoji.json --force"
     )
     run(
-        f"latent-shift eval data/emoji-128 --split val_animation --out evals/animation {models} {HALF} "
+        f"latent-shift eval data/emoji-128 --split val_animation --out evals/animation {models} --dtype auto "
         "-o docs/results/emoji-animation.json --force"
     )
 
@@ -38,7 +33,7 @@ def table() -> None:
 def words() -> None:
     compose_words()
     run(
-        f"latent-shift eval data/emoji-words --protocol words -m emoji -m former={former_weights()} {HALF} "
+        f"latent-shift eval data/emoji-words --protocol words -m emoji -m former={former_weights()} --dtype auto "
         "-o docs/results/emoji-words.json --force"
     )
     run(

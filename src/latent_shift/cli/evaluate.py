@@ -35,7 +35,7 @@ _NUM = "number of clips, the protocol's first; default: all (own: at most 100)"
 _NUM_FRAMES = "own, classes: frames of a clip; default: the first model's"
 _SPLIT = "own: split of the captions; may be repeated; default: train"
 _SIZE = "height and width in pixels of generated clips; default: each system's"
-_DTYPE = "float32, float16 or bfloat16; default: on a GPU what each was published in"
+_DTYPE = "float32, float16, bfloat16, or auto: bfloat16 where the device computes in it; default: on a GPU what each was published in"
 _WEIGHTS = (
     "KIND=PATH of a network to measure with: i3d, c3d, inception (TorchScript files, which need --trust-weights), "
     "videomae or clip (folders); may be repeated"
@@ -81,15 +81,13 @@ def evaluate(
 ) -> None:
     """Measure systems against real clips, each number with its protocol, its weights and its interval."""
     outputs.check_json(output, force=force)
-    torch_dtype = _parse_dtype(dtype)
+    torch_dtype = _parse_dtype(dtype, device)
     keep_freed_memory()
     quiet_libraries()
     from latent_shift import runtime
     from latent_shift.evaluation import protocols, systems, tables
     from latent_shift.evaluation.features import Weights
 
-    if dtype == "bfloat16":
-        runtime.warn_of_slow_bf16(runtime.resolve_device(device), "--dtype float32")
     models = _parse_models(model or ["emoji"])
     if protocol in ("own", "classes") and num_frames is None:
         num_frames = systems.default_num_frames(models[0][1])
@@ -121,13 +119,22 @@ def evaluate(
         write_json(results, output)
 
 
-def _parse_dtype(name: str | None) -> torch.dtype | None:
-    """Return the dtype of `--dtype`."""
-    if name not in (None, "float32", "float16", "bfloat16"):
-        raise ValueError(f"--dtype: expected float32, float16 or bfloat16, got {name!r}")
+def _parse_dtype(name: str | None, device: str | None) -> torch.dtype | None:
+    """Return the dtype of `--dtype` on a device."""
+    if name not in (None, "auto", "float32", "float16", "bfloat16"):
+        raise ValueError(f"--dtype: expected float32, float16, bfloat16 or auto, got {name!r}")
+    if name is None:
+        return None
     import torch
 
-    return getattr(torch, name) if name else None
+    from latent_shift import runtime
+
+    resolved = runtime.resolve_device(device)
+    if name == "auto":
+        return runtime.dtype_of(runtime.resolve_precision("auto", resolved))
+    if name == "bfloat16":
+        runtime.warn_of_slow_bf16(resolved, "--dtype auto or float32")
+    return getattr(torch, name)
 
 
 def _parse_models(values: list[str]) -> list[tuple[str, str]]:

@@ -343,7 +343,8 @@ def test_bench_engines(video_model):
     pytest.importorskip("onnxruntime")
     from latent_shift.benchmark import engines
 
-    result = engines._warm("torch", str(video_model), 1, 2, 1.0)
-    assert {"clip", "unet", "peak_gib", "precision", "version"} == set(result)
-    assert result["clip"] > result["unet"] > 0
+    result = engines._warm("torch", str(video_model), 1, (2, 1), 1.0)
+    assert {"clips", "unet", "peak_gib", "precision", "version"} == set(result)
+    assert list(result["clips"]) == ["2", "1"]
+    assert result["clips"]["2"] > result["unet"] > 0
     assert isinstance(engines.instruction_sets(), list)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from latent_shift.benchmark.timing import run_alone
 from latent_shift.engines.runtimes import PACKAGES
+from latent_shift.pipelines.descriptions import sampling_defaults
 from latent_shift.runtime import peak_memory_gib
 
 PROMPT = "a red heart"
@@ -31,19 +33,22 @@ def instruction_sets() -> list[str]:
 
 
 def compare(
-    model: str, *, rounds: int = 5, steps: int | None = None, guidance: float | None = None
+    model: str, *, rounds: int = 5, steps: Sequence[int] = (), guidance: float | None = None
 ) -> dict[str, Any]:
     """Time a clip of a model with every engine that is installed.
 
     Args:
         model: a name, folder or file; it is exported first.
         rounds: commands of each engine, in turn, and clips in a warm process.
-        steps, guidance: of the clips; None: the model's.
+        steps: sampling steps of the clips, those of the command first; (): the model's.
+        guidance: of the clips; None: the model's.
 
     Returns:
-        `export_seconds`, and for each engine (the exported ones decode with the model's tiny decoder, if it has one) `command` (a fresh process, words to mp4), `clip` (in a warm process, decoded),
-        `unet` (one call) in seconds (medians), `peak_gib` of the warm process, `precision` and `version`.
+        `export_seconds`, and for each engine (the exported ones decode with the model's tiny decoder, if it has one) in seconds, medians:
+        `command` (a fresh process, words to mp4), `clips` (in a warm process, decoded, by the number of steps) and `unet` (one call); then
+        `peak_gib` of the warm process, `precision` and `version`.
     """
+    steps = tuple(steps) or (int(sampling_defaults(model)["num_inference_steps"] or 0),)
     from latent_shift.engines.export import export
 
     engines = ["torch", *(name for name, package in PACKAGES.items() if find_spec(package))]
@@ -55,7 +60,7 @@ def compare(
         commands: dict[str, list[float]] = {name: [] for name in engines}
         for turn in range(rounds + 1):  # the first fills the caches of files and of OpenVINO
             for name in engines:
-                options = [] if steps is None else ["--steps", str(steps)]
+                options = ["--steps", str(steps[0])]
                 options += [] if guidance is None else ["--guidance", str(guidance)]
                 words = [
                     "generate",
@@ -82,12 +87,12 @@ def compare(
     return result
 
 
-def _warm(engine: str, model: str, rounds: int, steps: int | None, guidance: float | None) -> dict[str, Any]:
+def _warm(
+    engine: str, model: str, rounds: int, steps: Sequence[int], guidance: float | None
+) -> dict[str, Any]:
     """Time clips and calls of the U-Net in this process."""
     from latent_shift.pipelines.request import Request
 
-    numbers = {"num_inference_steps": steps, "guidance_scale": guidance}
-    requests = [Request(prompt=PROMPT, seed=turn, **numbers) for turn in range(rounds + 1)]  # type: ignore[arg-type]
     if engine == "torch":
         import torch
 
@@ -134,17 +139,20 @@ def _warm(engine: str, model: str, rounds: int, steps: int | None, guidance: flo
             pipeline.generate(request)
 
         about = pipeline.engine.describe()
-    clips, calls = [], []
-    for turn, request in enumerate(requests):
-        start = time.perf_counter()
-        clip(request)
-        middle = time.perf_counter()
-        call()
-        if turn:
-            clips.append(middle - start)
-            calls.append(time.perf_counter() - middle)
+    clips: dict[int, list[float]] = {num: [] for num in steps}
+    calls = []
+    for turn in range(rounds + 1):
+        for num in steps:
+            request = Request(prompt=PROMPT, seed=turn, num_inference_steps=num, guidance_scale=guidance)
+            start = time.perf_counter()
+            clip(request)
+            middle = time.perf_counter()
+            call()
+            if turn:
+                clips[num].append(middle - start)
+                calls.append(time.perf_counter() - middle)
     return {
-        "clip": float(np.median(clips)),
+        "clips": {str(num): float(np.median(seconds)) for num, seconds in clips.items()},
         "unet": float(np.median(calls)),
         "peak_gib": peak_memory_gib(),
         **about,

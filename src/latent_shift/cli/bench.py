@@ -87,7 +87,12 @@ def commands(
 def engines(
     model: Annotated[str, typer.Option("--model", "-m", help="a name, folder or file")] = "emoji",
     rounds: Rounds = 5,
-    steps: Annotated[int | None, typer.Option(min=1, help="sampling steps; default: the model's")] = None,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="sampling steps; may be repeated, the command takes the first; default: the model's"
+        ),
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale; default: the model's")] = None,
     output: Output = None,
     force: outputs.Force = False,
@@ -100,10 +105,9 @@ def engines(
     result = machine() | {
         "instruction_sets": measured.instruction_sets(),
         "model": model,
-        "steps": steps,
         "guidance": guidance,
     }
-    _show(result | measured.compare(model, rounds=rounds, steps=steps, guidance=guidance), output)
+    _show(result | measured.compare(model, rounds=rounds, steps=steps or (), guidance=guidance), output)
 
 
 @app.command()

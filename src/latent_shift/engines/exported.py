@@ -29,7 +29,7 @@ from latent_shift.files import check_schema, read_json_object, write_json
 from latent_shift.models.prompt_syntax import parse_prompt
 from latent_shift.noise import clip_noise
 from latent_shift.pipelines.catalog import MODELS
-from latent_shift.pipelines.limits import check_distilled
+from latent_shift.pipelines.limits import check_distilled, check_negative_prompt
 from latent_shift.pipelines.provenance import describe
 from latent_shift.pipelines.request import Clip, Request
 from latent_shift.shift_settings import Edge
@@ -245,10 +245,7 @@ class ExportedPipeline:
         if num_steps > num_timesteps:
             raise ValueError(f"num_inference_steps must be at most {num_timesteps}, got {num_steps}")
         check_distilled(num_steps, settings.distilled_steps, guided=scale > 1)
-        if request.negative_prompt and scale <= 1:
-            raise ValueError(
-                "negative_prompt has no effect without guidance; expected guidance_scale above 1"
-            )
+        check_negative_prompt(request.negative_prompt, scale)
         sides = {}
         for name in ("height", "width"):
             pixels = getattr(request, name)

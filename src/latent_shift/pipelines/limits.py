@@ -70,7 +70,18 @@ def check_effects(
             raise ValueError(f"{name} has no effect beside latents; expected one of them")
     for name in options:
         if name.startswith("negative_prompt") and name in passed and not guided:
-            log.warning("%s has no effect without guidance; expected guidance_scale above 1", name)
+            log.warning("%s %s", name, _UNUSED_NEGATIVE)
+
+
+_UNUSED_NEGATIVE = (
+    "has no effect without guidance; expected guidance_scale above 1, and a model that is not distilled"
+)
+
+
+def check_negative_prompt(negative_prompt: str | None, guidance_scale: float) -> None:
+    """Raise ValueError for a negative prompt that no guidance would use."""
+    if negative_prompt and guidance_scale <= 1:
+        raise ValueError(f"negative_prompt {_UNUSED_NEGATIVE}")
 
 
 def _is_something(value: Any) -> bool:
@@ -98,11 +109,12 @@ def check_distilled(
     if distilled_steps and distilled_steps % num_inference_steps:
         possible = [str(num) for num in range(1, distilled_steps + 1) if distilled_steps % num == 0]
         raise ValueError(
-            f"num_inference_steps of this distilled model must be one of {', '.join(possible)}, got {num_inference_steps}"
+            f"num_inference_steps of this distilled model must be one of {', '.join(possible)}, got {num_inference_steps}; "
+            "the model it was distilled from takes any number"
         )
     if distilled_steps and guided:
         raise ValueError(
-            "guidance is part of this distilled model; expected guidance_scale 1, which is its default"
+            "guidance is part of this distilled model; expected guidance_scale 1, which is its default, or the model it was distilled from"
         )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from latent_shift.models.prompt_syntax import parse_prompt
-from latent_shift.pipelines.limits import check_effects, check_numbers, size_multiple
+from latent_shift.pipelines.limits import check_effects, check_negative_prompt, check_numbers, size_multiple
 from latent_shift.pipelines.schedulers import check_scheduler, make_scheduler
 from latent_shift.runtime import check_seed, seed
 from latent_shift.video import read, to_uint8
@@ -159,8 +159,7 @@ def generate_clip(
     guidance_scale = request.guidance_scale
     if guidance_scale is None:
         guidance_scale = pipe.call_defaults["guidance_scale"]
-    if request.negative_prompt and guidance_scale <= 1:
-        raise ValueError("negative_prompt has no effect without guidance; expected guidance_scale above 1")
+    check_negative_prompt(request.negative_prompt, guidance_scale)
     height, width = _resolve_size(pipe, request)
     request = replace(request, height=height, width=width)
 

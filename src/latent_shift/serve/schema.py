@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from latent_shift.pipelines.limits import check_least_frames, check_pictures
+from latent_shift.pipelines.limits import check_least_frames, check_negative_prompt, check_pictures
 from latent_shift.pipelines.request import Request
 
 MAX_CHARACTERS = 2000
@@ -291,11 +291,9 @@ def check_request(fields: Mapping[str, Any], model: ModelInfo, inputs: Mapping[s
     """Raise ApiError for arguments of `Request` that it refuses, or that files would not fit."""
     try:
         Request(**fields)
-        guidance = fields.get("guidance_scale", model.guidance_scale)
-        if fields.get("negative_prompt") and guidance <= 1:
-            raise ValueError(
-                "negative_prompt has no effect without guidance; expected guidance_scale above 1"
-            )
+        check_negative_prompt(
+            fields.get("negative_prompt"), fields.get("guidance_scale", model.guidance_scale)
+        )
         present = {name: name in inputs for name in ("image", "last_image", "video", "mask")}
         check_pictures(
             **present,

@@ -384,7 +384,7 @@ def test_measure_prediction_tells_noise_from_v(small):  # noqa: F811
     assert single_file.measure_prediction(pipe) == "v_prediction"
     optimizer = torch.optim.Adam(pipe.unet.parameters(), lr=2e-3)
     text = torch.zeros(4, 77, pipe.unet.config.cross_attention_dim)
-    for _ in range(60):
+    for _ in range(20):
         noise = torch.randn(4, 4, 8, 8)
         loss = (pipe.unet(noise, 999, text).sample - noise).square().mean()
         loss.backward()

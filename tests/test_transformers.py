@@ -410,9 +410,13 @@ def test_both_attentions_of_sd35_are_shifted(place):
 
 
 @torch.no_grad()
-def test_what_was_compiled_as_an_image_network_is_shifted_after_inflate(plain_and_place):
+@pytest.mark.parametrize(
+    "place", ["both", "kv", *(pytest.param(place, marks=pytest.mark.slow) for place in ("attn", "ffn"))]
+)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_was_compiled_as_an_image_network_is_shifted_after_inflate(name, place):
     """Compiled code does not look for hooks that came later."""
-    network, place = plain_and_place
+    network = network_of(name)
     compiled, x = torch.compile(network, backend="eager"), torch.randn(4, 4, 8, 8)
     image = predict(compiled, x)
     inflate(network, Shift(place=place))

@@ -30,6 +30,8 @@ NEEDED = (
     "latent_shift/weights/emoji/model_index.json",
     "latent_shift/weights/emoji/unet/diffusion_pytorch_model.safetensors",
     "latent_shift/weights/emoji/vae/diffusion_pytorch_model.safetensors",
+    "latent_shift/weights/emoji/student.safetensors",
+    "latent_shift/weights/emoji/tiny_vae/diffusion_pytorch_model.safetensors",
     "latent_shift/weights/emoji/text_encoder/model.safetensors",
     "latent_shift/weights/pixels/config.json",
     "latent_shift/weights/pixels/diffusion_pytorch_model.safetensors",

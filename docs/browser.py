@@ -106,7 +106,7 @@ def main() -> None:
     for threads in (False, True):
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-            result["threads" if threads else "one thread"] = measure(
+            result["all threads" if threads else "one thread"] = measure(
                 browser, f"http://127.0.0.1:{server.server_port}/", threads=threads, clips=arguments.clips,
                 screenshot=arguments.screenshot if threads else None,
             )  # fmt: skip

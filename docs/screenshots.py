@@ -51,9 +51,6 @@ def main() -> None:
             wait_for(page, "completed")
             generate(page, PROMPTS[-1])
             page.wait_for_selector("#preview:not([hidden])", timeout=120_000)
-            while not page.inner_text("#progress-text").startswith(("Step 1", "Step 9")):
-                page.wait_for_timeout(100)
-            page.wait_for_timeout(4000)
             page.screenshot(path=FOLDER / "running.png")
             wait_for(page, "completed")
             page.wait_for_timeout(1500)

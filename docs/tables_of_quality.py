@@ -3,6 +3,7 @@
 from statistics import mean
 
 from cells import Format, Results, between, decimals, difference, label, percent, point, read_result, value
+from steps import NAMES, points
 
 from latent_shift.evaluation.measures import HIGHER, LOWER, MEASURES, REAL
 from latent_shift.evaluation.sensitivity import trend
@@ -31,7 +32,7 @@ def summary() -> str:
     return markdown_table(["", *names.values(), "real clips"], rows)
 
 
-EMOJI = {"emoji": "emoji", "former": "former weights"}
+EMOJI = {"emoji": "emoji", "emoji@20": "emoji@20", "former": "former weights"}
 """Systems of `recipes/emoji/measure.py`."""
 
 
@@ -51,7 +52,11 @@ def emoji() -> str:
         }
     formats["reconstruction_psnr_db"] = (decimals(1), "")
     rows = [
-        [label(measure), *(value(results.cells[name][measure], form) for name in EMOJI), results.real(measure, form) or ideal]
+        [
+            label(measure),
+            *(value(results.cells[name][measure], form) if measure in results.cells[name] else "" for name in EMOJI),
+            results.real(measure, form) or ideal,
+        ]
         for measure, (form, ideal) in formats.items()
     ]  # fmt: skip
     return results.caption() + markdown_table(
@@ -59,20 +64,43 @@ def emoji() -> str:
     )
 
 
+def steps() -> str:
+    """Tabulate `recipes/emoji/measure.py steps`: quality and time by the number of sampling steps."""
+    formats: dict[str, Format] = {
+        "retrieval_top1": percent, "motion_error": decimals(2), "warping_error": decimals(2), "persistence": decimals(2),
+        "kd-efficientnet-lite0": decimals(3), "kd-efficientnet-lite0-motion": decimals(3),
+    }  # fmt: skip
+    rows = [
+        [
+            NAMES[measured.model], str(measured.num_steps),
+            *(value(measured.cells[measure], form) for measure, form in formats.items()),
+            *(f"{measured.seconds[engine]:.2g} s" for engine in ("torch", "openvino")),
+        ]
+        for measured in points()
+    ]  # fmt: skip
+    results = Results("emoji")
+    rows.append(
+        ["real clips", "", *(results.real(measure, form) for measure, form in formats.items()), "", ""]
+    )
+    head = ["100 clips of 16 frames", "steps", *map(label, formats), "a clip, PyTorch", "OpenVINO"]
+    return results.caption() + markdown_table(head, rows)
+
+
 def words() -> str:
     """Tabulate which words of held-out combinations are obeyed."""
     results = Results("emoji-words")
+    measured = {name: title for name, title in EMOJI.items() if name in results.cells}
     rows = []
     for kind in ("motion", "colour", "background", "number", "thing", "company"):
         measure = f"adherence_{kind}"
-        chance = results.cells["emoji"].get(f"{measure}_chance")
+        chance = results.cells["emoji@20"].get(f"{measure}_chance")
         rows.append([
             label(measure),
-            *(value(results.cells[name][measure], percent) for name in EMOJI),
+            *(value(results.cells[name][measure], percent) for name in measured),
             "" if chance is None else point(chance, percent),
             results.real(measure, percent, with_interval=False),
         ])  # fmt: skip
-    head = ["measure, 400 clips of 16 frames", *EMOJI.values(), "by chance", "real clips"]
+    head = ["measure, 400 clips of 16 frames", *measured.values(), "by chance", "real clips"]
     return results.caption() + markdown_table(head, rows)
 
 
@@ -309,6 +337,7 @@ def sensitivity() -> str:
 TABLES = (
     summary,
     emoji,
+    steps,
     words,
     motion_words,
     shift_and_attention,

@@ -151,6 +151,65 @@ def training_speed() -> str:
     return markdown_table(["training step", "emoji, 23 M", ratio, "comparison, 6 M", ratio], rows)
 
 
+def engines() -> str:
+    """Tabulate `latent-shift bench engines`."""
+    names = {"torch": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+    engines = read_result("engines")["engines"]
+    steps = next(iter(engines.values()))["clips"]
+    rows = [
+        [
+            names[name], {"f32": "float32"}.get(time["precision"], time["precision"]),
+            *(f"{seconds:.2g}" for seconds in (time["command"], *time["clips"].values(), time["unet"])), f"{time['peak_gib']:.1f}",
+        ]
+        for name, time in engines.items()
+    ]  # fmt: skip
+    clips = [f"clip in {num} step{'s' if num != '1' else ''}, s" for num in steps]
+    head = [
+        "engine",
+        "precision",
+        f"command, {next(iter(steps))} steps, s",
+        *clips,
+        "call of the U-Net, s",
+        "peak memory, GiB",
+    ]
+    return markdown_table(head, rows)
+
+
+def waiting() -> str:
+    """Tabulate what a user waits for: `latent-shift bench engines` and `docs/browser.py`."""
+    engines, browser = read_result("engines")["engines"], read_result("browser")
+    ways = {"torch": "PyTorch", "openvino": "exported, with OpenVINO"}
+    rows = [
+        [
+            name,
+            *(f"{seconds:.2g} s" for seconds in (engines[engine]["command"], *(engines[engine]["clips"][num] for num in ("4", "1")))),
+        ]
+        for engine, name in ways.items()
+    ]  # fmt: skip
+    page = browser["all threads"]
+    rows.append([
+        f"in a browser page ({browser['download_mb']:.0f} MB)",
+        f"{page['ready_seconds'] + page['first_clip_seconds']:.2g} s",
+        f"{page['clip_seconds']:.2g} s",
+        "",
+    ])  # fmt: skip
+    return markdown_table(["`emoji`", "from a cold start", "next clip, 4 steps", "next clip, 1 step"], rows)
+
+
+def browser_page() -> str:
+    """Tabulate `docs/browser.py`."""
+    result = read_result("browser")
+    rows = [
+        [
+            name if name == "one thread" else result[name]["engine"],
+            *(f"{result[name][key]:.2g}" for key in ("ready_seconds", "first_clip_seconds", "clip_seconds", "peak_gib")),
+        ]
+        for name in ("one thread", "all threads")
+    ]  # fmt: skip
+    head = ["engine", "ready after, s", "first clip, s", "next clips, s", "peak memory, GiB"]
+    return markdown_table(head, rows)
+
+
 def long_clips() -> str:
     """Tabulate `latent-shift bench memory`: sampling long clips."""
     peaks = {
@@ -176,6 +235,9 @@ TABLES = (
     sweep_on_gpu,
     peers,
     training_speed,
+    engines,
+    waiting,
+    browser_page,
     long_clips,
     training_memory,
 )

@@ -24,6 +24,8 @@ BENCHMARKS = {
     "training": "bench training --rounds 12",
     "training-comparison": "bench training -m runs/compare/none/model --rounds 12",
     "encode": "bench encode",
+    "engines": "bench engines --steps 4 --steps 2 --steps 1 --rounds 3",
+    "engines-teacher": "bench engines -m emoji@20 --steps 20 --steps 8 --steps 4 --steps 2 --steps 1 --rounds 1",
     "gpu": "bench gpu",
     "index": "bench index --clips 10000000",
 }

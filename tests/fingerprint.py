@@ -39,6 +39,9 @@ def modes() -> None:
     """Pixels of three seeds in every mode."""
     pipe = ls.load("emoji", device="cpu")
     pipe.set_progress_bar_config(disable=True)
+    print("mode distilled", sha256(pipe("fire", num_frames=6, generator=ls.seed(0)).frames), flush=True)
+    pipe = ls.load("emoji@20", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(0)
     image, video = rng.random((128, 128, 3), np.float32), rng.random((6, 128, 128, 3), np.float32)
     mask = np.zeros((128, 128), np.float32)
@@ -143,7 +146,7 @@ def training(folder: Path) -> None:
             "model.edge=hold optim.accumulate=2",
         ),
         "attention": ("video", "latents", few + "model.size=small data.batch_size=2 data.num_frames=4 model.temporal=attention"),
-        "lora": ("video", "latents", few + "model.init=emoji data.batch_size=1 data.num_frames=4 lora.rank=2 model.edge=hold "
+        "lora": ("video", "latents", few + "model.init=emoji@20 data.batch_size=1 data.num_frames=4 lora.rank=2 model.edge=hold "
                  "diffusion.prediction=v_prediction diffusion.zero_terminal_snr=true"),
     }  # fmt: skip
     for name, (stage, data, settings) in stages.items():

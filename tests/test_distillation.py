@@ -403,8 +403,6 @@ def test_distilled_model_keeps_its_steps_with_another_lora(student, latents, vid
 def packaged(fast_lora, video_model, tmp_path, monkeypatch):
     """The folder of `emoji` as if the tiny model and its student were part of the package."""
     monkeypatch.setattr(catalog, "WEIGHTS", tmp_path)
-    monkeypatch.setitem(catalog.TEACHERS, "emoji", "emoji@20")
-    monkeypatch.setitem(catalog.MODELS, "emoji@20", "")
     shutil.copytree(video_model, tmp_path / "emoji")
     shutil.copy(fast_lora, tmp_path / "emoji" / catalog.STUDENT)
     return tmp_path / "emoji"

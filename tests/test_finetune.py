@@ -299,7 +299,7 @@ def test_train_reports_mistakes(checkpoint, media, tmp_path):
     }
     with pytest.raises(ValueError, match=r"a folder of videos needs data\.size"):
         prepare.prepare(Config.model_validate(scratch), tmp_path / "3")
-    with pytest.raises(ValueError, match=r"no_such: expected one of emoji, or an existing folder"):
+    with pytest.raises(ValueError, match=r"no_such: expected one of emoji, emoji@20, or an existing folder"):
         prepare.prepare(resolved("no_such", media), tmp_path / "4")
     with pytest.raises(ValueError, match=r"with model\.place=end .*conv2 shifts and takes no LoRA"):
         train(resolved(checkpoint, media, "lora.rank=2", "model.place=end"), tmp_path / "2b")

@@ -191,7 +191,7 @@ def test_catalog_describes_with_the_defaults_of_the_pipeline():
         described["picture"]
         == "x".join([str(pipe.unet.config.sample_size * pipe.vae_scale_factor)] * 2) + " pixels"
     )
-    assert described["frames"] == f"{pipe.call_defaults['num_frames']} at {pipe.call_defaults['fps']} fps"
+    assert described["frames"] == f"{pipe.call_defaults['num_frames']} at {pipe.call_defaults['fps']:g} fps"
     assert described["shift"] == "forward 0.333, backward 0.333, place conv1, edge hold"
     assert all(catalog.folder(name).is_dir() for name in catalog.MODELS)
 

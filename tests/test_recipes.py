@@ -227,6 +227,7 @@ def test_measuring_prepares_the_frames_alone(run_script):
         assert "data pack data/emoji data/emoji-128 --size 128" in pack_command
         assert "data/emoji-128" in measure_command
     for task, results in {
+        "steps": "steps-2.json",
         "words": "emoji-words.json",
         "sheet": "emoji-sheet.png",
     }.items():
@@ -269,6 +270,7 @@ def test_emoji_is_built_of_real_and_composed_clips(run_script):
             "video.toml",
             f"emoji/{last}.toml",
             *(["runs/emoji-average --share"] if last == "words" else []),
+            "emoji/distill.toml",
             "emoji/names.py",
         ]
         places = [commands.index(word) for word in order]

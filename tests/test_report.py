@@ -104,7 +104,7 @@ def test_report_shows_every_result(evals, packed, video_model, tmp_path):
     assert len(page.all("figure")) == 2 * 4
     named = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(named) == len(set(named)) > 40  # including those in plots
-    assert text.count("with guidance and decoding: emoji, 16 frames 12.3 s.") == 2
+    assert text.count("From a prompt to a clip, decoded: emoji, 16 frames 12.3 s.") == 2
     assert "Latent-Shift 0.66 at 16" in text and "limits are\n100 GFLOP/s and 10 GB/s;" in text
     results = json.loads((evals / "compare" / "b" / "results.json").read_text())
     (energy,) = [record for record in results["records"] if record["measure"] == "motion_energy"]

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from serving import (
 )
 
 from latent_shift import video
+from latent_shift.serve.schema import ApiError, ModelInfo, check_request
 
 
 def test_forms_coerce_text(api):
@@ -297,3 +299,20 @@ def test_health_ready_metrics_openapi(api):
     for number in range(3):  # clients can invent methods
         api.request(f"FOO{number}", "/v1/videos")
     assert "FOO" not in api.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [("num_inference_steps", 20), ("guidance_scale", 3.0), ("negative_prompt", "blue"), ("scheduler", "EulerDiscrete")],
+)  # fmt: skip
+def test_what_a_distilled_model_does_not_know_is_refused_before_it_is_queued(param, value):
+    model = ModelInfo(
+        id="fast", num_frames=4, fps=8, width=32, height=32, multiple=4, num_inference_steps=4, guidance_scale=1, shared_noise=0,
+        noise_correlation=0, distilled_steps=4,
+    )  # fmt: skip
+    fields = {"prompt": "a red square", "num_frames": 4}
+    check_request({**fields, "num_inference_steps": 2, "scheduler": "DDIM"}, model, {})
+    with pytest.raises(ApiError) as error:
+        check_request({**fields, param: value}, model, {})
+    assert error.value.param == param
+    check_request({**fields, param: value, "guidance_scale": 3.0}, replace(model, distilled_steps=0), {})

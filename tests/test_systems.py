@@ -262,5 +262,5 @@ def test_open_system_refuses_other_pipelines(tmp_path):
         match="holds a DDPMPipeline; expected a Stable Diffusion folder or one of AnimateDiffPipeline",
     ):
         systems.open_system(str(tmp_path), device="cpu")
-    with pytest.raises(ValueError, match="expected one of emoji, or an existing folder"):
+    with pytest.raises(ValueError, match="expected one of emoji, emoji@20, or an existing folder"):
         systems.open_system(str(tmp_path / "gone"), device="cpu")

@@ -48,6 +48,21 @@ def test_folder_opens_in_diffusers_and_samples_are_written(tiny):
     assert (tiny.parent / "samples" / "00000002.png").exists()
 
 
+def test_it_goes_on_from_the_tiny_vae_of_the_folder(packed, autoencoder, tiny, tmp_path):
+    shutil.copytree(autoencoder, tmp_path / "model")
+    shutil.copytree(tiny, tmp_path / "model" / "tiny_vae")
+    stage, other = (stage_of(config(packed, init)) for init in (tmp_path / "model", autoencoder))
+    weights = load_file(tiny / "diffusion_pytorch_model.safetensors")
+    assert all(
+        torch.equal(stage.model.state_dict()[name], weight.float()) for name, weight in weights.items()
+    )
+    assert not all(
+        torch.equal(other.model.state_dict()[name], weight.float()) for name, weight in weights.items()
+    )
+    stage.export(tmp_path / "again", {name: weight.float() for name, weight in weights.items()})
+    assert (tmp_path / "again" / "config.json").read_text() == (tiny / "config.json").read_text()
+
+
 def test_it_learns_and_the_teacher_does_not(packed, autoencoder):
     stage = stage_of(config(packed, autoencoder))
     teacher = {name: tensor.clone() for name, tensor in stage.objective.teacher.state_dict().items()}

@@ -57,7 +57,7 @@ NOTE = (
     "shift, attention (the baseline Latent-VDM) and none are small models, trained for 600 steps from one image model; vdm (Video "
     "Diffusion Models, in pixels) was trained with as many multiplications as shift. shift was trained with several seeds: where single "
     "parts of the shift are changed, a difference no larger than the range over the seeds of shift means nothing. no-stills "
-    "and half-stills spent none and half of their steps on single frames instead of one in five. emoji is the model of the package: larger, "
+    "and half-stills spent none and half of their steps on single frames instead of one in five. emoji is emoji@20, the teacher of the package's model: larger, "
     "trained for hours and on a GPU, and sampling from noise that is correlated between frames; it shows what the shift can reach, not what "
     "holding its edges is worth."
 )
@@ -134,9 +134,9 @@ def measure_all() -> None:
         f"-m {name}=runs/compare/{name}/model" for name in ("shift", "attention", "none", "vdm")
     )
     run(
-        f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out evals/systems {models} -m emoji -o docs/results/systems.json --force"
+        f"latent-shift eval data/emoji-128 {MEASURED_ALIKE} --out evals/systems {models} -m emoji=emoji@20 -o docs/results/systems.json --force"
     )
-    run("latent-shift eval data/emoji-128 --protocol classes -m emoji --out evals/classes")
+    run("latent-shift eval data/emoji-128 --protocol classes -m emoji=emoji@20 --out evals/classes")
 
 
 def write_page() -> None:

@@ -1,4 +1,4 @@
-"""Build the embedded model `emoji`: 750 MB of data, then the paper's three stages, the last in two parts.
+"""Build the embedded model `emoji`: 750 MB of data, then the paper's three stages, the last in two parts, and its student.
 
     python recipes/emoji/build.py             # from nothing: many hours on two cores; docs/results.md has the times
     python recipes/emoji/build.py --gpu       # the last part on a GPU (minutes)
@@ -79,7 +79,9 @@ def main() -> None:
     model = train(recipe, settings, run_folder=f"runs/emoji-{recipe}{start}")
     if not options.gpu:
         model = average(model, init)
-    shutil.copytree(model, "src/latent_shift/weights/emoji", dirs_exist_ok=True)
+    embedded = Path("src/latent_shift/weights/emoji")
+    shutil.copytree(model, embedded, dirs_exist_ok=True)
+    shutil.copy(f"{train('distill')}/pytorch_lora_weights.safetensors", embedded / "student.safetensors")
     run("python recipes/emoji/names.py data/emoji data/emoji-composed")
     run("python recipes/emoji/preview.py data/emoji-128")
 

@@ -1,6 +1,7 @@
 """Measure and show the embedded model `emoji`.
 
 python recipes/emoji/measure.py table    # docs/results/emoji.json, emoji-animation.json: the measures of the README's table
+python recipes/emoji/measure.py steps    # docs/results/steps-*.json: the same in fewer sampling steps
 python recipes/emoji/measure.py words    # docs/results/emoji-words.json and docs/words: does it do what the words ask for
 python recipes/emoji/measure.py sheet    # docs/emoji-sheet.png and emoji.gif: a clip for each line of prompts.txt
 python recipes/emoji/measure.py modes    # the pictures of docs/usage.md, by its own commands
@@ -20,7 +21,7 @@ from commands import compose_words, environment, former_weights, pack_emoji, run
 
 def table() -> None:
     pack_emoji()
-    models = f"-m emoji -m former={former_weights()}"
+    models = f"-m emoji -m emoji@20 -m former={former_weights()}"
     run(
         f"latent-shift eval data/emoji-128 --protocol emoji {models} --dtype auto -o docs/results/emoji.json --force"
     )
@@ -30,14 +31,23 @@ def table() -> None:
     )
 
 
+def steps() -> None:
+    pack_emoji()
+    for num, models in {1: "-m emoji -m emoji@20", 2: "-m emoji"}.items():
+        run(
+            f"latent-shift eval data/emoji-128 --protocol emoji {models} --steps {num} --dtype auto --out evals/steps-{num} "
+            f"-o docs/results/steps-{num}.json --force"
+        )
+
+
 def words() -> None:
     compose_words()
     run(
-        f"latent-shift eval data/emoji-words --protocol words -m emoji -m former={former_weights()} --dtype auto "
+        f"latent-shift eval data/emoji-words --protocol words -m emoji -m emoji@20 -m former={former_weights()} --dtype auto "
         "-o docs/results/emoji-words.json --force"
     )
     run(
-        "latent-shift report docs/words evals/words --show emoji --show former --rows 16 --title 'emoji, new and former weights' --force"
+        "latent-shift report docs/words evals/words --show emoji --show emoji@20 --show former --rows 16 --title 'emoji, its teacher and the former weights' --force"
     )
 
 
@@ -58,7 +68,7 @@ def modes() -> None:
 
 
 if __name__ == "__main__":
-    tasks = {"table": table, "words": words, "sheet": sheet, "modes": modes}
+    tasks = {"table": table, "steps": steps, "words": words, "sheet": sheet, "modes": modes}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

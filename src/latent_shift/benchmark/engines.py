@@ -104,10 +104,10 @@ def _warm(
         pipe = load(model, device="cpu")
         pipe.set_progress_bar_config(disable=True)
         share_text(pipe.unet)
-        num, (height, width) = int(pipe.call_defaults["num_frames"]), pipe.resolve_size(None, None)
+        num_frames, (height, width) = int(pipe.call_defaults["num_frames"]), pipe.resolve_size(None, None)
         factor = pipe.vae_scale_factor
         sample = torch.zeros(
-            num, pipe.unet.config.in_channels, height // factor, width // factor, dtype=pipe.dtype
+            num_frames, pipe.unet.config.in_channels, height // factor, width // factor, dtype=pipe.dtype
         )
         text = torch.zeros(
             1, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim, dtype=pipe.dtype
@@ -115,7 +115,7 @@ def _warm(
 
         @torch.no_grad()
         def call() -> None:
-            with frames(pipe.unet, num):
+            with frames(pipe.unet, num_frames):
                 pipe.unet(sample, 500, text)
 
         def clip(request: Request) -> None:
@@ -139,20 +139,22 @@ def _warm(
             pipeline.generate(request)
 
         about = pipeline.engine.describe()
-    clips: dict[int, list[float]] = {num: [] for num in steps}
+    clips: dict[int, list[float]] = {num_steps: [] for num_steps in steps}
     calls = []
     for turn in range(rounds + 1):
-        for num in steps:
-            request = Request(prompt=PROMPT, seed=turn, num_inference_steps=num, guidance_scale=guidance)
+        for num_steps in steps:
+            request = Request(
+                prompt=PROMPT, seed=turn, num_inference_steps=num_steps, guidance_scale=guidance
+            )
             start = time.perf_counter()
             clip(request)
             middle = time.perf_counter()
             call()
             if turn:
-                clips[num].append(middle - start)
+                clips[num_steps].append(middle - start)
                 calls.append(time.perf_counter() - middle)
     return {
-        "clips": {str(num): float(np.median(seconds)) for num, seconds in clips.items()},
+        "clips": {str(num_steps): float(np.median(seconds)) for num_steps, seconds in clips.items()},
         "unet": float(np.median(calls)),
         "peak_gib": peak_memory_gib(),
         **about,

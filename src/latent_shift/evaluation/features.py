@@ -301,7 +301,7 @@ class Weights:
 
 
 def digest(path: str | Path, *, without: Collection[str] = ()) -> str:
-    """Return the sha256 of a file, or of the names and hashes of the weights and settings in a folder, except for files `without`."""
+    """Return the sha256 of a file, or of the names and hashes of the weights and settings in a folder, except for files and folders `without`."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
@@ -309,7 +309,7 @@ def digest(path: str | Path, *, without: Collection[str] = ()) -> str:
         return sha256(path)
     total = hashlib.sha256()
     files = (file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".bin"))
-    for file in sorted(file for file in files if file.name not in without):
+    for file in sorted(file for file in files if not set(file.relative_to(path).parts) & set(without)):
         total.update(f"{file.relative_to(path)} {digest(file)}\n".encode())
     return total.hexdigest()
 

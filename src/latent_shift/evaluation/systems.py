@@ -18,6 +18,7 @@ import torch
 
 from latent_shift.evaluation.features import digest
 from latent_shift.models import sizes
+from latent_shift.models.autoencoder import TINY
 from latent_shift.models.baselines import LatentVDMUNet, PixelSpace, VDMUNet
 from latent_shift.models.loading import one_line_errors
 from latent_shift.models.parts import IndexSettings, read_settings
@@ -143,10 +144,13 @@ def open_system(
 
 
 def _digest_of(model: str) -> str:
-    """Return the sha256 of a model's weights and settings; a teacher's are without the LoRA of its student."""
+    """Return the sha256 of the weights and settings that make a model's clips: without its tiny autoencoder, and a teacher's without the
+    LoRA of its student."""
     if catalog.is_file(model):
         return digest(model)
-    return digest(loading.folder(model), without=() if catalog.student(model) else (catalog.STUDENT,))
+    return digest(
+        loading.folder(model), without=(TINY,) if catalog.student(model) else (TINY, catalog.STUDENT)
+    )
 
 
 def _open_peer(

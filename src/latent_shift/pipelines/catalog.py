@@ -28,9 +28,10 @@ from latent_shift.models.parts import (
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 MODELS = {
-    "emoji": "128x128, 16 frames at 8 fps, in the style of 3-D emoji; trained by recipes/emoji, part of this package",
+    "emoji": "128x128, 16 frames at 8 fps, in the style of 3-D emoji, in 4 steps; trained by recipes/emoji, part of this package",
+    "emoji@20": "the same in 20 steps with guidance: emoji is distilled from it, and training starts from it",
 }
-TEACHERS: dict[str, str] = {}
+TEACHERS = {"emoji": "emoji@20"}
 """Distilled models, and the models they were distilled from. Both have the folder of the former, with the weights of the latter and
 the LoRA of the distillation, `STUDENT`."""
 STUDENT = "student.safetensors"

@@ -25,7 +25,7 @@ from latent_shift.pipelines.catalog import (
     read_index,
     student,
 )
-from latent_shift.pipelines.limits import CALL_DEFAULTS, XL_GUIDANCE_SCALE, size_multiple
+from latent_shift.pipelines.limits import CALL_DEFAULTS, XL_GUIDANCE_SCALE, possible_steps, size_multiple
 
 
 def sampling_defaults(model: str | Path) -> dict[str, float | None]:
@@ -81,8 +81,9 @@ def describe(model: str | Path) -> dict[str, str]:
     )
     sampling = settings | ({} if (lora := student(model)) is None else read_lora_settings(lora))
     if steps := sampling.get("distilled_steps"):
-        possible = [str(num) for num in range(1, steps + 1) if steps % num == 0]
-        lines["distilled"] = f"samples in {', '.join(possible)} steps, guidance built in"
+        lines["distilled"] = (
+            f"samples in {', '.join(map(str, possible_steps(steps)))} steps, guidance built in"
+        )
         if lora is not None:
             lines["distilled"] += f"; from {TEACHERS[str(model)]}"
     lines["shift"] = ", ".join(

@@ -91,8 +91,18 @@ def _is_something(value: Any) -> bool:
     return bool(value) if isinstance(value, (str, dict, Real)) else True
 
 
+def possible_steps(distilled_steps: int) -> list[int]:
+    """Return the numbers of sampling steps that a distilled model takes: they end at ends of its phases."""
+    return [num for num in range(1, distilled_steps + 1) if distilled_steps % num == 0]
+
+
 def check_distilled(
-    num_inference_steps: int, distilled_steps: int, *, guided: bool, free_init: Any = None
+    num_inference_steps: int,
+    distilled_steps: int,
+    *,
+    guided: bool,
+    free_init: Any = None,
+    scheduler: str | None = None,
 ) -> None:
     """Raise ValueError for a number of steps that a distilled model does not know, or for guidance.
 
@@ -101,15 +111,17 @@ def check_distilled(
         distilled_steps: the default of the model, see `CALL_DEFAULTS`.
         guided: whether the call uses guidance.
         free_init: settings of FreeInit, if it is on.
+        scheduler: name of another scheduler than the model's, if there is one.
     """
+    if distilled_steps and scheduler not in (None, "DDIM", "DDIMScheduler"):
+        raise ValueError(f"scheduler must be DDIM for this distilled model, got {scheduler}")
     if distilled_steps and free_init and free_init.use_fast_sampling:
         raise ValueError(
             "use_fast_sampling of FreeInit takes other steps than a distilled model knows; expected it off"
         )
     if distilled_steps and distilled_steps % num_inference_steps:
-        possible = [str(num) for num in range(1, distilled_steps + 1) if distilled_steps % num == 0]
         raise ValueError(
-            f"num_inference_steps of this distilled model must be one of {', '.join(possible)}, got {num_inference_steps}; "
+            f"num_inference_steps of this distilled model must be one of {', '.join(map(str, possible_steps(distilled_steps)))}, got {num_inference_steps}; "
             "the model it was distilled from takes any number"
         )
     if distilled_steps and guided:

@@ -207,7 +207,7 @@ def check_distilled_scheduler(scheduler: SchedulerMixin, *, custom: bool = False
         spacing = config.get("timestep_spacing", "other")
         raise ValueError(
             f"this model is distilled for DDIM with trailing timesteps and set_alpha_to_one, got {name} with {spacing} ones; "
-            "leave the scheduler as it is"
+            "leave the scheduler as it is, or take the model it was distilled from"
         )
     if custom:
         raise ValueError("a distilled model has its own timesteps; expected no timesteps and no sigmas")
@@ -305,7 +305,9 @@ def timesteps_for_strength(scheduler: SchedulerMixin, timesteps: Tensor, strengt
     )  # the last step of a second-order method has one timestep
     start = max(num_steps - int(num_steps * strength), 0) * scheduler.order
     if start >= len(distinct):
-        raise ValueError(f"strength {strength} of {num_steps} steps leaves none; expected more of either")
+        raise ValueError(
+            f"strength {strength} of {num_steps} steps leaves none; expected at least {1 / num_steps:.2g}, or more steps"
+        )
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
     if is_pndm and start:

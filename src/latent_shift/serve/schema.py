@@ -14,7 +14,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from latent_shift.pipelines.limits import check_least_frames, check_negative_prompt, check_pictures
+from latent_shift.pipelines.limits import (
+    check_distilled,
+    check_least_frames,
+    check_negative_prompt,
+    check_pictures,
+)
 from latent_shift.pipelines.request import Request
 
 MAX_CHARACTERS = 2000
@@ -291,8 +296,13 @@ def check_request(fields: Mapping[str, Any], model: ModelInfo, inputs: Mapping[s
     """Raise ApiError for arguments of `Request` that it refuses, or that files would not fit."""
     try:
         Request(**fields)
-        check_negative_prompt(
-            fields.get("negative_prompt"), fields.get("guidance_scale", model.guidance_scale)
+        guidance_scale = fields.get("guidance_scale", model.guidance_scale)
+        check_negative_prompt(fields.get("negative_prompt"), guidance_scale)
+        check_distilled(
+            fields.get("num_inference_steps", model.num_inference_steps),
+            model.distilled_steps,
+            guided=guidance_scale > 1,
+            scheduler=fields.get("scheduler"),
         )
         present = {name: name in inputs for name in ("image", "last_image", "video", "mask")}
         check_pictures(

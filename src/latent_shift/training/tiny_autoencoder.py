@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latent_shift.config import Config
 from latent_shift.files import read_json_object, write_json
 from latent_shift.models import sizes
-from latent_shift.models.autoencoder import load_autoencoder, posterior
+from latent_shift.models.autoencoder import TINY, load_autoencoder, posterior
 from latent_shift.models.parts import downscale_factor
 from latent_shift.models.perceptual import FeatureDistance
 from latent_shift.training.prepare import Prepared
@@ -80,16 +80,20 @@ def _log_error(x_NCHW: Tensor, y_NCHW: Tensor) -> Tensor:
 
 
 class TinyAutoencoderStage(AutoencoderStage):
-    """Train a tiny autoencoder on random crops of random frames, with every concept equally likely."""
+    """Train a tiny autoencoder on random crops of random frames, with every concept equally likely. It goes on from the `tiny_vae` in the
+    folder that training starts from, if there is one."""
 
     objective: TinyAutoencoderObjective
 
     def make_objective(self, config: Config, prepared: Prepared) -> TinyAutoencoderObjective:
         assert prepared.init is not None  # Config
         teacher = load_autoencoder(prepared.init)
-        vae = sizes.tiny_autoencoder(
-            factor=downscale_factor(teacher.config), latent_channels=teacher.config.latent_channels
-        )
+        if (tiny := Path(prepared.init) / TINY).is_dir():
+            vae = AutoencoderTiny.from_pretrained(tiny)
+        else:
+            vae = sizes.tiny_autoencoder(
+                factor=downscale_factor(teacher.config), latent_channels=teacher.config.latent_channels
+            )
         return TinyAutoencoderObjective(vae, teacher, perceptual=config.loss.perceptual)
 
     def reconstruct(self, pixels: Tensor) -> list[Tensor]:
@@ -109,4 +113,5 @@ class TinyAutoencoderStage(AutoencoderStage):
         vae.half().save_pretrained(folder)
         config = read_json_object(folder / "config.json")
         del config["block_out_channels"]  # diffusers derives it, and warns where it is given
+        config.pop("_name_or_path", None)  # the folder that training started from
         write_json(config, folder / "config.json")

@@ -113,7 +113,7 @@ function settings() {
   const values = { ...others, prompt: $("prompt").value.trim() };
   if (models.length > 1) values.model = $("model").value;
   for (const name of ["seed", "negative_prompt", ...NUMBERS])
-    if ($(name).value.trim() !== "") values[name] = $(name).value.trim();
+    if ($(name).value.trim() !== "" && !$(name).closest("label")?.hidden) values[name] = $(name).value.trim();
   if ($("loop").checked) values.loop = true;
   const moves = inputs.some(({ role }) => role === "video" || role === "image");
   if (moves && touchedStrength) values.strength = $("strength").value;
@@ -237,7 +237,9 @@ function showModel() {
   if (!model) return;
   for (const name of NUMBERS) $(name).placeholder = model[name] ?? "";
   for (const name of ["width", "height"]) $(name).step = $(name).min = model.multiple;
-  // Guidance is part of a distilled model.
+  // Guidance is part of a distilled model, and its few steps leave few strengths.
+  $("strength").step = $("strength").min = model.distilled_steps ? 1 / model.distilled_steps : 0.05;
+  showStrength();
   for (const name of ["guidance_scale", "negative_prompt"]) $(name).closest("label").hidden = model.distilled_steps > 0;
   const examples = model.examples?.length ? model.examples : DEFAULT_EXAMPLES;
   $("examples").replaceChildren(

@@ -1,4 +1,4 @@
-"""Write the clips at the top of README: `python docs/showcase.py` (some minutes on a CPU)."""
+"""Write the clips at the top of README: `python docs/showcase.py`."""
 
 from pathlib import Path
 

@@ -11,10 +11,10 @@ from cells import Results, label, read_result
 
 from latent_shift.evaluation.tables import Cell
 
-STEPS = {"emoji": (1, 2, 4), "emoji@20": (1, 20)}
+STEPS = {"emoji": (1, 2, 4), "emoji@20": (1, 2, 4, 8, 20)}
 """Sampling steps measured of a student and of its teacher; the last are their defaults."""
 NAMES = {"emoji": "`emoji`, distilled", "emoji@20": "`emoji@20`, with guidance"}
-PLOTTED = ("retrieval_top1", "motion_error", "warping_error")
+PLOTTED = ("retrieval_top1", "kd-efficientnet-lite0", "motion_error", "warping_error")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def draw(path: Path, engine: str = "torch") -> None:
     from matplotlib import pyplot as plt
 
     measured, real = points(), Results("emoji").cells["real clips"]
-    figure, all_axes = plt.subplots(1, len(PLOTTED), figsize=(11, 3.6), layout="constrained")
+    figure, all_axes = plt.subplots(1, len(PLOTTED), figsize=(13, 3.6), layout="constrained")
     for axes, measure in zip(all_axes, PLOTTED, strict=True):
         for model, marker in zip(STEPS, "os", strict=True):
             line = [point for point in measured if point.model == model]

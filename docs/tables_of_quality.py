@@ -89,18 +89,18 @@ def steps() -> str:
 def words() -> str:
     """Tabulate which words of held-out combinations are obeyed."""
     results = Results("emoji-words")
-    measured = {name: title for name, title in EMOJI.items() if name in results.cells}
+    cells = Results("emoji-words-teacher").cells | results.cells
     rows = []
     for kind in ("motion", "colour", "background", "number", "thing", "company"):
         measure = f"adherence_{kind}"
-        chance = results.cells["emoji@20"].get(f"{measure}_chance")
+        chance = cells["emoji@20"].get(f"{measure}_chance")
         rows.append([
             label(measure),
-            *(value(results.cells[name][measure], percent) for name in measured),
+            *(value(cells[name][measure], percent) for name in EMOJI),
             "" if chance is None else point(chance, percent),
             results.real(measure, percent, with_interval=False),
         ])  # fmt: skip
-    head = ["measure, 400 clips of 16 frames", *measured.values(), "by chance", "real clips"]
+    head = ["measure, 400 clips of 16 frames", *EMOJI.values(), "by chance", "real clips"]
     return results.caption() + markdown_table(head, rows)
 
 

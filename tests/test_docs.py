@@ -175,9 +175,10 @@ def command_lines(page: str) -> list[str]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_command_names_and_options_exist(name):
+    whole = typer.main.get_command(main.app)
     for line in command_lines((ROOT / name).read_text()):
         words = shlex.split(line.partition(" && ")[0].replace("[", "").replace("]", ""), comments=True)[1:]
-        command = typer.main.get_command(main.app)
+        command = whole
         while words and words[0] in getattr(command, "commands", {}):
             command = command.commands[words.pop(0)]
         is_group = hasattr(command, "commands") and not command.invoke_without_command

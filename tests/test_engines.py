@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler
 from test_shift import tiny_unet
 
 from latent_shift import video
@@ -79,17 +79,24 @@ def test_samplers_are_those_of_diffusers(name, prediction, spacing, num):
 
 @pytest.fixture(scope="module", params=["one level", pytest.param("tiny", marks=pytest.mark.slow)])
 def model(request, video_model, shared):
-    """A model folder. The exporter takes many seconds for a U-Net of three levels, however narrow; one of a single level has every
-    layer but the changes of resolution."""
+    """A model folder. The exporter takes seconds for every block, however narrow: "one level" has every layer but the changes of
+    resolution of the U-Net, and an autoencoder of 2x instead of 8x."""
     if request.param == "tiny":
         return video_model
     pipe = load(video_model, device="cpu", dtype=torch.float32)
-    config = pipe.unet.config
     unet = tiny_unet(
-        block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=config.cross_attention_dim, sample_size=config.sample_size,
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), mid_block_type=None, up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=pipe.unet.config.cross_attention_dim, sample_size=16,
     )  # fmt: skip
     pipe.unet = inflate(unet, Shift(edge="hold"))
+    config = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    pipe.vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        mid_block_add_attention=False,
+        **config,
+    )
     return shared("one-level", pipe.save_pretrained)
 
 
@@ -209,6 +216,7 @@ def test_a_page_offers_steps_that_the_model_has(folder):
     settings = exported.read_settings(folder)
     few = settings.model_copy(update={"alphas_cumprod": settings.alphas_cumprod[::25]})
     assert max(map(int, web._tables(few))) <= len(few.alphas_cumprod) < max(map(int, web._tables(settings)))
+    assert list(web._tables(settings.model_copy(update={"distilled_steps": 6}))) == ["1", "2", "3", "6"]
 
 
 def test_sentence_embeddings_are_those_of_the_names(folder, model):

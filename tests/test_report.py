@@ -85,7 +85,7 @@ def test_report_shows_every_result(evals, packed, video_model, tmp_path):
     real = protocols.open_protocol("own", packed, num=2, num_frames=4).real(1)
     poster = np.asarray(Image.open(path.parent / page.all("video")[5]["poster"]))
     assert np.array_equal(poster, real[0].repeat(4, axis=0).repeat(4, axis=1))
-    assert "Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 1" in text
+    assert "Latent-Shift, 0.3 M parameters, 32x32, 1 steps, guidance 1" in text
     assert (
         "caption retrieval, top 1 \u2191" in text
         and "flicker, grey levels =" in text
@@ -98,7 +98,7 @@ def test_report_shows_every_result(evals, packed, video_model, tmp_path):
     assert "<li>kd-efficientnet-lite0: the kernel distance needs three samples" in text  # there are two clips
     assert re.search(r'<th scope="row">per-frame motion R² at t = 875</th>', text)  # without an arrow
     assert (
-        "By a &lt;shift&gt; (Latent-Shift, 0.4 M parameters, 32x32, 1 steps, guidance 3), 4 frames each"
+        "By a &lt;shift&gt; (Latent-Shift, 0.3 M parameters, 32x32, 1 steps, guidance 3), 4 frames each"
         in text
     )
     assert len(page.all("figure")) == 2 * 4
@@ -216,6 +216,15 @@ def test_report_shows_saved_real_clips_only(evals, tmp_path):
             )
         )
     assert seen == [(True, 1, 5), (False, 0, 4)]
+
+
+def test_report_deletes_clips_that_it_shows_no_more(evals, tmp_path):
+    report(tmp_path / "page", evals / "compare", classes=evals / "classes", rows=1)
+    (tmp_path / "page" / "clips" / "mine.mp4").write_bytes(b"mine")
+    page = report(tmp_path / "page", evals / "compare", show=["b"], rows=1)
+    clips = {path.name for path in (tmp_path / "page" / "clips").iterdir()}
+    shown = set(re.findall(r"clips/([^\"]+)", page.read_text(encoding="utf-8")))
+    assert shown and clips == shown | {"mine.mp4"}
 
 
 def test_report_separates_clips_of_two_evaluations(evals, tmp_path):

@@ -102,7 +102,7 @@ def test_deepcopy_inside_frames_is_the_image_network(unet):
 
 @pytest.mark.parametrize(
     ("shift", "expected"),
-    [(Shift(0, 0), (0, 0)), (Shift(1 / 3, 0), (11, 0)), (Shift(0, 1 / 3), (0, 11)), (Shift(), (11, 11))],
+    [(Shift(0, 0), (0, 0)), (Shift(1 / 3, 0), (8, 0)), (Shift(0, 1 / 3), (0, 8)), (Shift(), (8, 8))],
 )
 def test_reach_counts_layers_that_move_channels(shift, expected):
     unet = inflate(sizes.unet("tiny", sample_size=4), shift)

@@ -36,6 +36,7 @@ from latent_shift.engines.exported import (
 from latent_shift.models import names as names_of
 from latent_shift.pipelines import preview
 from latent_shift.pipelines.catalog import examples
+from latent_shift.pipelines.limits import possible_steps
 
 MANIFEST = "web.json"
 
@@ -79,8 +80,8 @@ _RUNTIME = {
     }
     for name, build in {"wasm": "", "webgpu": ".asyncify"}.items()
 }
-_STEPS = (1, 2, 4, 8, 10, 20, 50)
-"""Numbers of sampling steps that the page offers, where the model knows them."""
+_STEPS = (8, 10, 20, 50)
+"""Numbers of sampling steps that the page offers, besides its default, of a model that takes any number."""
 
 
 def export_web(
@@ -242,9 +243,11 @@ def _gzip(path: Path) -> None:
 
 def _tables(settings: Settings) -> dict[str, list[dict[str, float]]]:
     """Return the sampler's steps for every number of steps that the page offers."""
-    distilled, own = settings.distilled_steps, settings.num_inference_steps
-    possible = [num for num in _STEPS if num <= len(settings.alphas_cumprod)]
-    numbers = sorted({own, *(num for num in possible if (distilled % num == 0 if distilled else num >= 8))})
+    if settings.distilled_steps:
+        numbers = possible_steps(settings.distilled_steps)
+    else:
+        known = [num for num in _STEPS if num <= len(settings.alphas_cumprod)]
+        numbers = sorted({settings.num_inference_steps, *known})
     return {str(num): [asdict(step) for step in steps_of(settings, num)] for num in numbers}
 
 

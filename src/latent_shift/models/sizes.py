@@ -26,10 +26,10 @@ AUTOENCODERS: dict[str, dict] = {
 }
 
 UNETS: dict[str, Any] = {
-    # Three resolutions, cross-attention at the two lower ones: 16x16 latents spend their time in
+    # Three resolutions (tiny: two), cross-attention at all but the highest: 16x16 latents spend their time in
     # convolutions. Heads are 32 wide: with the class's default of 8 a narrow U-Net spends half its time in
     # attention.
-    "tiny": dict(block_out_channels=(16, 32, 32), cross_attention_dim=32, norm_num_groups=8),
+    "tiny": dict(block_out_channels=(16, 32), cross_attention_dim=32, norm_num_groups=8),
     "emoji": dict(block_out_channels=(128, 192, 256), cross_attention_dim=384, norm_num_groups=32),
     # A quarter of that, for comparisons (recipes/compare); and the same over pixels of 64x64, seen at three
     # more resolutions.
@@ -106,12 +106,13 @@ def unet(size: str, *, sample_size: int = 16) -> UNet2DConditionModel:
         network, config = TRANSFORMERS[size]
         return network(sample_size=sample_size, **config)
     config = _lookup(UNETS, size)
-    plain = len(config["block_out_channels"]) - 2  # the higher resolutions have convolutions alone
+    num_levels = len(config["block_out_channels"])
+    plain = max(1, num_levels - 2)  # the higher resolutions have convolutions alone
     return UNet2DConditionModel(
         sample_size=sample_size,
         layers_per_block=1,
-        down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",) * plain,
+        down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * (num_levels - plain),
+        up_block_types=("CrossAttnUpBlock2D",) * (num_levels - plain) + ("UpBlock2D",) * plain,
         # In this class "attention_head_dim" is the number of heads.
         attention_head_dim=tuple(max(1, width // 32) for width in config["block_out_channels"]),
         **config,

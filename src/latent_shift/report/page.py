@@ -9,6 +9,7 @@ The page is a folder of files that refer to nothing outside of it, so it opens f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -107,6 +108,7 @@ def report(
             lambda column, k: _add_clip(column, k, protocol["num_frames"], out, "compared", prompts[k]),
         )
         stills = _rows(prompts, systems, lambda system, k: _add_still(system, k, out, prompts[k]))
+        by_class = _class_rows(classes, out) if classes else None
         tables = _tables(systems, ablations, seeds)
         page = template.render(
             title=title,
@@ -128,10 +130,11 @@ def report(
             ),
             definitions=_definitions(tables),
             training=_read_training(training) if training else [],
-            classes=_class_rows(classes, out) if classes else None,
+            classes=by_class,
             sweeps=[_sweep(path, f"sweep{k}") for k, path in enumerate(sweeps)],
         )
         write_text(out / "index.html", page)
+        _delete_others(out, [*grid, *stills, *(by_class["rows"] if by_class else [])])
     return out / "index.html"
 
 
@@ -204,6 +207,15 @@ def _add_still(system: Column, k: int, out: Path, prompt: str) -> dict[str, str]
     name = f"clips/stills-{system.folder.name}-{k:03}.png"
     video.write(_enlarge(video.load_video(path)), out / name)
     return {"source": name, "label": f"{prompt}, one frame by {system.name}"}
+
+
+def _delete_others(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Delete the clips of an earlier page that this one does not show."""
+    cells = [cell for row in rows for cell in row["cells"] if cell]
+    shown = {Path(cell[key]).name for cell in cells for key in ("source", "poster") if key in cell}
+    for path in (out / "clips").iterdir():
+        if re.fullmatch(r"(compared|stills|classes)-.+-\d+\.(mp4|png)", path.name) and path.name not in shown:
+            path.unlink()
 
 
 def _enlarge(clip: np.ndarray, side: int = 128) -> np.ndarray:

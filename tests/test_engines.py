@@ -192,12 +192,13 @@ def test_nothing_of_another_model_stays_in_an_export(video_model, tmp_path, monk
     pytest.importorskip("onnxruntime")
     from latent_shift.engines import export
 
-    for name in (exported.SETTINGS, "names.safetensors", "preview.safetensors"):
+    for name in (exported.SETTINGS, "names.safetensors", "preview.safetensors", ".openvino/compiled"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("old")
     monkeypatch.setattr(export, "_write", lambda *_: None)
     export.export(str(video_model), tmp_path)
     assert not (tmp_path / "names.safetensors").exists()
-    assert not any(path.read_bytes() == b"old" for path in tmp_path.iterdir())
+    assert not any(path.read_bytes() == b"old" for path in tmp_path.rglob("*") if path.is_file())
     with pytest.raises(ValueError, match="has no tiny_vae, so --large-decoder has no effect"):
         export.export(str(video_model), tmp_path, large_decoder=True)
 
@@ -262,7 +263,7 @@ def test_command(folder, tmp_path):
     assert (status, "on the CPU by onnx in float32" in errors) == (0, True), errors
     metadata = video.read_metadata(path)
     assert metadata["engine"] == "onnx"
-    assert "onnx: " in metadata["versions"]
+    assert "onnxruntime: " in metadata["versions"]
     assert "--engine onnx" in metadata["command"]
 
 
@@ -283,6 +284,11 @@ def test_command_names_what_does_not_fit(folder, words, message, tmp_path):
 def test_export_command_names_options_without_effect(tmp_path):
     status, errors = run_command("export", tmp_path / "a", "--packages", tmp_path)
     assert (status, "--packages has no effect without --web" in errors) == (1, True), errors
+
+
+def test_export_command_refuses_an_exported_model(folder, tmp_path):
+    status, errors = run_command("export", tmp_path / "again", "--model", folder)
+    assert (status, "is exported already; expected the model" in errors) == (1, True), errors
 
 
 def test_export_command_keeps_other_files(tmp_path):

@@ -43,7 +43,10 @@ def export(
     from latent_shift.folders import output_folder
     from latent_shift.pipelines import catalog
 
-    if not (web and is_exported(model)):
+    if is_exported(model):
+        if not web:
+            raise ValueError(f"{model} is exported already; expected the model that it was exported from")
+    else:
         catalog.check_model(model)
     if packages is not None and not web:
         raise ValueError("--packages has no effect without --web")

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from latent_shift.clip_text import share_text
 from latent_shift.engines.exported import SETTINGS, Settings, neighbor_indices, write_settings
+from latent_shift.engines.runtimes import CACHE
 from latent_shift.files import sha256
 from latent_shift.models import names
 from latent_shift.models.autoencoder import TINY, load_tiny_autoencoder, to_frames, unscale_latents
@@ -129,6 +130,7 @@ def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Pa
         for path in sorted((catalog.folder(model) / TINY).glob("*.safetensors")):
             settings.sha256[f"{TINY}/{path.name}"] = sha256(path)
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / CACHE, ignore_errors=True)
     if (folder / SETTINGS).exists():
         for name in (SETTINGS, names.FILE, preview.FILE):  # of the model that was exported here before
             (folder / name).unlink(missing_ok=True)

@@ -92,7 +92,9 @@ def read_settings(folder: str | Path) -> Settings:
     """Read the settings of an exported model; raise ValueError for what is none."""
     path = Path(folder) / SETTINGS
     if not path.is_file():
-        raise ValueError(f"{folder}: has no {SETTINGS}; expected a folder of `latent-shift export`")
+        raise ValueError(
+            f"{folder}: has no {SETTINGS}; expected a folder of `latent-shift export`, which `latent-shift export FOLDER --model MODEL` writes"
+        )
     settings = read_json_object(path)
     check_schema(settings, Settings, path)
     return Settings(**settings)
@@ -196,7 +198,7 @@ class ExportedPipeline:
         about = self.engine.describe()
         return describe(
             {**settings, "dtype": about["precision"]}, model=self.settings.model, hashes=self.settings.sha256, command=command,
-            versions={self.engine.name: about["version"]},
+            versions={self.engine.package: about["version"]},
         )  # fmt: skip
 
     def embed(self, prompt: str) -> np.ndarray:

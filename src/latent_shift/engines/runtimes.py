@@ -9,11 +9,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+CACHE = ".openvino"
+"""Folder, within that of an exported model, in which OpenVINO keeps what it has compiled."""
+
 
 class Engine(Protocol):
     """What `ExportedPipeline` needs of an engine."""
 
     name: str
+    package: str
 
     def __init__(self, folder: Path, parts: Sequence[str], threads: int | None): ...
 
@@ -33,7 +37,7 @@ class OnnxEngine:
         threads: None takes all cores.
     """
 
-    name = "onnx"
+    name, package = "onnx", "onnxruntime"
 
     def __init__(self, folder: Path, parts: Sequence[str], threads: int | None = None):
         try:
@@ -68,7 +72,7 @@ class OnnxEngine:
 class OpenVinoEngine:
     """OpenVINO on the CPU, in bfloat16 where the CPU computes in it; arguments as of `OnnxEngine`."""
 
-    name = "openvino"
+    name, package = "openvino", "openvino"
 
     def __init__(self, folder: Path, parts: Sequence[str], threads: int | None = None):
         try:
@@ -78,7 +82,7 @@ class OpenVinoEngine:
                 "engine openvino needs the extra: pip install 'latent-shift-video[openvino]'"
             ) from error
         core = openvino.Core()
-        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "CACHE_DIR": str(folder / ".openvino")}
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "CACHE_DIR": str(folder / CACHE)}
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
         self._models = _load_all(

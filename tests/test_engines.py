@@ -89,14 +89,10 @@ def model(request, video_model, shared):
         cross_attention_dim=pipe.unet.config.cross_attention_dim, sample_size=16,
     )  # fmt: skip
     pipe.unet = inflate(unet, Shift(edge="hold"))
-    config = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     pipe.vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        mid_block_add_attention=False,
-        **config,
-    )
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, latent_channels=4, mid_block_add_attention=False,
+    )  # fmt: skip
     return shared("one-level", pipe.save_pretrained)
 
 
@@ -243,7 +239,9 @@ print(sorted({{"torch", "diffusers", "transformers", "scipy", "pandas"}} & set(s
 
 
 def test_other_folders_are_refused(video_model, tmp_path):
-    with pytest.raises(ValueError, match=r"has no exported.json; expected a folder of `latent-shift export`"):
+    with pytest.raises(
+        ValueError, match=r"has no exported.json; expected a folder of `latent-shift export FOLDER"
+    ):
         exported.ExportedPipeline(video_model)
     with pytest.raises(ValueError, match="unknown engine 'tensorrt'; expected one of onnx, openvino"):
         exported.ExportedPipeline(tmp_path, "tensorrt")

@@ -413,13 +413,8 @@ def test_both_attentions_of_sd35_are_shifted(place):
 @pytest.mark.parametrize(
     "place", ["both", *(pytest.param(place, marks=pytest.mark.slow) for place in ("kv", "attn", "ffn"))]
 )
-@pytest.mark.parametrize(
-    "name",
-    [
-        "pixart",
-        "flux",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sana", "sd3")),
-    ],  # graph capture takes seconds
+@pytest.mark.parametrize(  # graph capture takes seconds
+    "name", ["pixart", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sana", "sd3"))]
 )
 def test_what_was_compiled_as_an_image_network_is_shifted_after_inflate(name, place):
     """Compiled code does not look for hooks that came later."""

@@ -130,8 +130,8 @@ def export(model: str, folder: str | Path, *, large_decoder: bool = False) -> Pa
         for path in sorted((catalog.folder(model) / TINY).glob("*.safetensors")):
             settings.sha256[f"{TINY}/{path.name}"] = sha256(path)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / CACHE, ignore_errors=True)
     if (folder / SETTINGS).exists():
+        shutil.rmtree(folder / CACHE, ignore_errors=True)
         for name in (SETTINGS, names.FILE, preview.FILE):  # of the model that was exported here before
             (folder / name).unlink(missing_ok=True)
     share_text(pipe.unet)

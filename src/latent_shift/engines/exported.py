@@ -93,7 +93,7 @@ def read_settings(folder: str | Path) -> Settings:
     path = Path(folder) / SETTINGS
     if not path.is_file():
         raise ValueError(
-            f"{folder}: has no {SETTINGS}; expected a folder of `latent-shift export`, which `latent-shift export FOLDER --model MODEL` writes"
+            f"{folder}: has no {SETTINGS}; expected a folder of `latent-shift export FOLDER --model MODEL`"
         )
     settings = read_json_object(path)
     check_schema(settings, Settings, path)
